@@ -1,0 +1,110 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 1 · From text to tokens
+#
+# **What you get:** three token files (train, val, test) that both models will read, and a look at what is in them.
+#
+# **Time:** seconds for the built-in corpus, a minute for 20 MB of text on two CPU cores. **Hardware:** any; no GPU.
+# **Needs:** nothing, or a UTF-8 text with `<|endoftext|>` between stories (TinyStories has it).
+# **Leaves behind:** `tokens.train.bin`, `tokens.val.bin`, `tokens.test.bin` in the results folder.
+
+# %% [markdown]
+# ## Set-up
+# The next cell finds the package: in the checkout around this notebook, in a clone beside it, or in an attached Kaggle
+# dataset. It installs nothing, so Kaggle's and Colab's own torch stay as they are.
+
+# %%
+import sys
+from pathlib import Path
+
+here = Path.cwd().resolve()
+places = [here, *here.parents, *here.glob("*"), *Path("/kaggle/input").glob("*"), *Path("/kaggle/input").glob("*/*")]
+home = next((p for p in places if (p / "plotarmour" / "__init__.py").is_file()), None)
+assert home, "plotarmour not found: clone its repository here, or attach it as a Kaggle dataset"
+sys.path.insert(0, str(home))
+
+# %%
+from IPython.display import Image, display
+
+from plotarmour.machine import report
+
+print(report())
+
+# %% [markdown]
+# ## Parameters
+# With an empty `text` the built-in corpus is told: small tales from a grammar that knows the exact probability of each
+# of its stories. With a text of yours, choose the recipe `laptop` or one of the `kaggle_` recipes.
+
+# %% tags=["parameters"]
+recipe = "tiny"  # name of a file in plotarmour/recipes, without .toml
+text = ""  # path of a UTF-8 text; empty: the built-in corpus
+extra_text = ""  # path of a second text to test on; its stories that also stand in `text` are left out
+results = ""  # folder for everything made; empty: results/RECIPE
+overrides = ""  # settings to override, key=value;key=value
+
+# %%
+from plotarmour.config import load_recipe
+from plotarmour.suite.steps import list_files, prepare, results_folder
+
+folder = results_folder(recipe, results)
+settings = load_recipe(recipe, "bdh", [o for o in overrides.split(";") if o])
+print(settings.data)
+
+# %% [markdown]
+# ## The work
+# One pass over the text. Every story goes to train, val or test by a hash of its words (lower-cased, without
+# punctuation), so a near-copy of a training story can never stand in the test part. A `bpe:N` tokenizer learns from the
+# train part only.
+
+# %%
+paths = prepare(settings, folder, Path(text) if text else None, Path(extra_text) if extra_text else None)
+print(list_files(folder))
+
+# %% [markdown]
+# ## One real story
+# First as text, then as the model will see it: one piece per token, separated by `|`. Words that are common in the
+# training part are one piece; rare ones are spelled.
+
+# %%
+from plotarmour.text.tokenfile import TokenFile
+
+files = {part: TokenFile.open(path) for part, path in paths.items() if path.suffix == ".bin"}
+tokenizer, story = files["test"].tokenizer(), files["test"].story(0)
+print(tokenizer.decode(story))
+print()
+print("|".join(tokenizer.decode([i]) for i in story))
+
+# %% [markdown]
+# ## How much there is
+# `bytes_per_token` tells how much text one token carries. It is why perplexities of different tokenizers cannot be
+# compared, while bits per byte can.
+
+# %%
+import pandas as pd
+
+rows = {part: {"stories": f.n_stories, "tokens": f.n_tokens, "left_out": f.header["n_excluded"],
+               "bytes_per_token": round(f.story_bytes.sum() / f.n_tokens, 3)} for part, f in files.items()}
+pd.DataFrame(rows).T
+
+# %%
+from plotarmour.plots import story_lengths
+
+ends = [*files["train"].offsets[1:].tolist(), files["train"].n_tokens]
+lengths = [end - begin for begin, end in zip(files["train"].offsets.tolist(), ends, strict=True)]
+figure = story_lengths(lengths, folder / "figures" / "story_lengths.png", settings.training.context_length)
+display(Image(figure))
+
+# %% [markdown]
+# ## What it means
+# Stories left of the orange line fit into one context and are scored in one piece. Longer ones are scored by a sliding
+# window, so each of their tokens still sees at least half a context of its past. If most stories are longer than the
+# line, a recipe with a longer context will serve you better.
+#
+# **Next:** `02_train`, once with `model = "bdh"` and once with `model = "gpt2"`, with the same results folder.

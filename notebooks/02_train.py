@@ -1,0 +1,122 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 2 · Train one model
+#
+# **What you get:** a BDH or a GPT-2, trained from scratch on the token files of notebook 1, with its log and curves.
+#
+# **Time:** the recipe's first lines say: a minute or two for `tiny`, up to 20 for `laptop` on two CPU cores.
+# **Hardware:** CPU, or one GPU with 16 GB for the `kaggle_` recipes. **Needs:** the results folder of notebook 1.
+# **Leaves behind:** a run folder named after the model. Interrupt it whenever you like: run the cells again, and it
+# goes on from its last checkpoint.
+
+# %% [markdown]
+# ## Set-up
+# Finds the package in the checkout, in a clone beside this notebook, or in an attached Kaggle dataset.
+
+# %%
+import sys
+from pathlib import Path
+
+here = Path.cwd().resolve()
+places = [here, *here.parents, *here.glob("*"), *Path("/kaggle/input").glob("*"), *Path("/kaggle/input").glob("*/*")]
+home = next((p for p in places if (p / "plotarmour" / "__init__.py").is_file()), None)
+assert home, "plotarmour not found: clone its repository here, or attach it as a Kaggle dataset"
+sys.path.insert(0, str(home))
+
+# %%
+from IPython.display import Image, display
+
+from plotarmour.machine import report
+
+print(report())
+
+# %% [markdown]
+# ## Parameters
+# Run this notebook once per model. Both runs read the same tokens in the same order, because that order follows from
+# the recipe's seed alone.
+
+# %% tags=["parameters"]
+model = "bdh"  # bdh or gpt2
+recipe = "tiny"  # name of a file in plotarmour/recipes, without .toml
+results = ""  # the results folder of notebook 1; empty: results/RECIPE
+overrides = ""  # settings to override, key=value;key=value
+
+# %%
+from plotarmour.config import load_recipe
+from plotarmour.suite.steps import list_files, results_folder, train_recipe
+
+folder, changes = results_folder(recipe, results), [o for o in overrides.split(";") if o]
+settings = load_recipe(recipe, model, changes)
+print(settings.architecture)
+print(settings.training)
+
+# %% [markdown]
+# ## One real example
+# What the model reads (inputs) and what it must predict at each place (targets): the same tokens, shifted by exactly
+# one. The context begins with the end-of-text token.
+
+# %%
+from plotarmour.suite.steps import find_prepared
+from plotarmour.text.batches import Windows
+from plotarmour.text.tokenfile import TokenFile
+
+data, t = TokenFile.open(find_prepared(folder)["train"]), settings.training
+windows = Windows(data, t.context_length, t.windows, t.seed, t.rows_per_step)
+inputs, targets = windows.micro_batch(windows.rows_of(0)[:1])
+for name, ids in (("inputs ", inputs), ("targets", targets)):
+    print(name, [data.tokenizer().decode([i]) for i in ids[0, :12].tolist()])
+
+# %% [markdown]
+# ## The work
+# The loss should start near ln(vocabulary), which is guessing, and fall quickly. The bar shows loss, tokens per second
+# and time left; `log.csv` gets a row every few steps, with the validation loss at intervals.
+
+# %%
+final = train_recipe(recipe, model, folder, folder / model, changes)
+final
+
+# %% [markdown]
+# ## The curve
+# Left against tokens, right against time; points are validation, the faint line is training. Validation text is never
+# trained on, so a widening gap between the two is overfitting.
+
+# %%
+import pandas as pd
+
+from plotarmour.plots import training_curves
+
+log = pd.read_csv(folder / model / "log.csv")
+display(Image(training_curves({model: (model, log)}, folder / model / "figures" / "training.png")))
+
+# %%
+log[log["val_loss"].notna()][["step", "tokens_seen", "elapsed_s", "val_loss", "val_perplexity", "val_bits_per_byte"]]
+
+# %% [markdown]
+# ## What it writes
+# The best checkpoint by validation loss continues the beginning of a story. Same seed, same story.
+
+# %%
+from plotarmour.evaluation.sampling import generate
+from plotarmour.runs import load_run
+
+run = load_run(folder / model)
+prompt = run.tokenizer.encode("Once upon a time")
+new = generate(run.model, prompt, run.tokenizer.end_of_text_id, run.machine, max_new_tokens=160, top_p=0.95, seed=1)
+print(run.tokenizer.decode([*prompt, *new]))
+
+# %% [markdown]
+# ## Files written
+# The run folder is all one needs later: weights, tokenizer and settings travel together. On Kaggle, find it under
+# *Output*.
+#
+# **Next:** the other model, then `03_compare`.
+
+# %%
+print(list_files(folder / model))

@@ -1,0 +1,112 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 3 · Compare on held-out stories
+#
+# **What you get:** perplexity and bits per byte of both models on every test story, beside what one gets without a
+# neural network, as table, CSVs and figures.
+#
+# **Time:** under a minute for `tiny`, a few for `laptop` on two CPU cores. **Hardware:** as for training.
+# **Needs:** the results folder with a trained `bdh` and `gpt2`. **Leaves behind:** the folder `comparison`.
+
+# %% [markdown]
+# ## Set-up
+# Finds the package in the checkout, in a clone beside this notebook, or in an attached Kaggle dataset.
+
+# %%
+import sys
+from pathlib import Path
+
+here = Path.cwd().resolve()
+places = [here, *here.parents, *here.glob("*"), *Path("/kaggle/input").glob("*"), *Path("/kaggle/input").glob("*/*")]
+home = next((p for p in places if (p / "plotarmour" / "__init__.py").is_file()), None)
+assert home, "plotarmour not found: clone its repository here, or attach it as a Kaggle dataset"
+sys.path.insert(0, str(home))
+
+# %%
+from IPython.display import Image, display
+
+from plotarmour.machine import report
+
+print(report())
+
+# %% [markdown]
+# ## Parameters
+# The same recipe and results folder as before.
+
+# %% tags=["parameters"]
+recipe = "tiny"  # name of a file in plotarmour/recipes, without .toml
+results = ""  # the results folder of notebooks 1 and 2; empty: results/RECIPE
+
+# %% [markdown]
+# ## One real example
+# The first test story, and how well each model foresaw every token of it: the less probable a token was, the more it
+# costs. One nat is a factor of 2.7.
+
+# %%
+from plotarmour.evaluation.scoring import score_stories
+from plotarmour.runs import load_run
+from plotarmour.suite.steps import compare_runs, find_prepared, for_people, list_files, results_folder
+from plotarmour.text.tokenfile import TokenFile
+
+folder = results_folder(recipe, results)
+paths, runs = find_prepared(folder), [folder / "bdh", folder / "gpt2"]
+test = TokenFile.open(paths["test"])
+
+# %%
+import pandas as pd
+
+pieces = [test.tokenizer().decode([i]) for i in test.story(0)] + ["<|endoftext|>"]
+example = {"token": pieces}
+for run in map(load_run, runs):
+    [score] = score_stories(run.model, test, run.context_length, run.machine, stories=1, name=run.name)
+    example[f"nats ({run.name})"] = score.token_nats.round(2)
+pd.DataFrame(example).head(40).T
+
+# %% [markdown]
+# ## The work
+# Every test story is scored by both models on exactly the same tokens, given only its own story so far. Nats are added,
+# tokens counted, divided once. The floors are counted from the training tokens: uniform, single tokens, and pairs.
+
+# %%
+table = compare_runs(runs, paths["test"], folder / "comparison", paths["train"], paths.get("facts"),
+                     title=f"Test stories of recipe {recipe}")
+for_people(table)
+
+# %%
+display(Image(folder / "comparison" / "perplexity.png"))
+
+# %%
+display(Image(folder / "comparison" / "training_curves.png"))
+
+# %% [markdown]
+# ## A second text
+# Only if notebook 1 was given an `extra_text`: its stories that also stand in the training text were left out.
+
+# %%
+if "extra" in paths:
+    extra = compare_runs(runs, paths["extra"], folder / "comparison_extra", paths["train"],
+                         title=f"Second text, recipe {recipe}")
+    display(for_people(extra), Image(folder / "comparison_extra" / "perplexity.png"))
+
+# %% [markdown]
+# ## What it means
+# Lower is better, and only models below the bigram floor have learned anything about stories. On the built-in corpus
+# the first line is the corpus itself, which no honest model can beat: anything below it is a leak. `loss on facts`
+# counts only words that the story so far determines (who, where, which object), `loss elsewhere` the free choices.
+
+# %%
+print((folder / "comparison" / "summary.txt").read_text())
+
+# %% [markdown]
+# ## Files written
+# `stories_*.csv` holds a row per story (tokens, bytes, nats), so every number above can be recomputed.
+
+# %%
+print(list_files(folder / "comparison"))

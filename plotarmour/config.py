@@ -1,0 +1,205 @@
+"""Recipes (TOML) to frozen dataclasses, checked: all complaints at once.
+
+A recipe is one file in `plotarmour/recipes/`:
+
+    [data]             what text, how tokenized
+    [training]         shared by both models
+    [bdh], [gpt2]      the two architectures
+    [bdh.training]     what this architecture sets for itself, such as its learning rate
+
+`--set key=value` overrides a key of `[data]`, `[training]` or the architecture; key names are unique across them.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from plotarmour.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+MODELS = ("bdh", "gpt2")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where stories come from and how they become tokens."""
+
+    tokenizer: str  # gpt2, bpe:N or bytes
+    stories: str = "endoftext"  # what makes a story: endoftext, line or file
+    split: str = "90:5:5"  # shares of train, val and test
+    corpus_stories: int = 0  # stories of the built-in corpus; 0: the user brings a text
+    corpus_seed: int = 0
+    corpus_min_events: int = 2  # about 14 tokens each on top of 68
+    corpus_max_events: int = 4
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Everything the training loop decides by. Lengths in tokens, intervals in steps (optimizer updates)."""
+
+    context_length: int
+    micro_batch_size: int  # rows per forward pass
+    grad_accum_steps: int  # forward passes per step
+    max_steps: int
+    learning_rate: float
+    windows: str = "stream"  # how the token file is cut into rows: stream or stories
+    seed: int = 0
+    schedule: str = "cosine"  # after warm-up: cosine, or constant with a linear decay over the last decay_fraction
+    warmup_steps: int = 100
+    final_learning_rate_fraction: float = 0.1  # of learning_rate, at the end of the schedule
+    decay_fraction: float = 0.35  # of max_steps, for schedule = "linear_tail"
+    weight_decay: float = 0.1  # on matrices only
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0  # largest gradient norm; 0 turns clipping off
+    log_interval: int = 10
+    eval_interval: int = 100
+    eval_tokens: int = 20_000  # of the validation file, always the same ones
+    patience: int = 0  # evaluations without improvement before early stopping; 0: never stop early
+    checkpoint_interval: int = 200
+    keep_every: int = 0  # also keep every n-th step's checkpoint; 0: only latest, the one before, and best
+    max_minutes: float = 0.0  # stop with a checkpoint after this long; 0: no limit
+    dtype: str = "auto"  # auto, float32, bfloat16 or float16
+    device: str = "auto"  # auto, cpu, cuda
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.micro_batch_size * self.grad_accum_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        """At most; windows = "stories" pads some rows."""
+        return self.rows_per_step * self.context_length
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One model's share of a recipe, resolved."""
+
+    name: str
+    model: str
+    data: DataConfig
+    training: TrainingConfig
+    architecture: dict[str, Any] = field(default_factory=dict)  # fields of BDHConfig or GPT2Config
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def load_recipe(name: str, model: str, overrides: list[str] = ()) -> Recipe:
+    """Read a recipe for one model.
+
+    Args:
+        name: of a file in `plotarmour/recipes/`, without .toml, or the path of a TOML file.
+        model: "bdh" or "gpt2".
+        overrides: "key=value" each.
+
+    Raises:
+        UserError: unknown recipe, model or key, a value of the wrong type, settings that contradict each other.
+    """
+    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    if not path.is_file():
+        raise UserError(f"unknown recipe {name!r}{_closest(name, recipe_names())}; expected one of "
+                        f"{', '.join(recipe_names())}, or the path of a .toml file.")
+    if model not in MODELS:
+        raise UserError(f"unknown model {model!r}{_closest(model, MODELS)}; expected one of {', '.join(MODELS)}.")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not TOML: {error}.") from None
+    missing = [section for section in ("data", "training", model) if section not in table]
+    if missing:
+        raise UserError(f"{path} lacks the section{'s' * (len(missing) > 1)} {', '.join(missing)}.")
+    architecture = dict(table[model])
+    own = architecture.pop("training", {})
+    sections = {"data": dict(table["data"]), "training": table["training"] | own, "architecture": architecture}
+    known = {"data": _types(DataConfig), "training": _types(TrainingConfig),
+             "architecture": {key: type(value) for key, value in architecture.items()}}
+    complaints = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        section = next((s for s in known if key in known[s]), None)
+        if not equals or section is None:
+            keys = [k for s in known.values() for k in s]
+            complaints.append(f"--set {override}: " + (f"unknown key {key!r}{_closest(key, keys)}" if equals else
+                                                       "expected key=value") + f"; keys are {', '.join(sorted(keys))}")
+            continue
+        sections[section][key] = _parse(value, known[section][key])
+    for section, values in sections.items():
+        for key, value in values.items():
+            if key not in known[section]:
+                complaints.append(f"unknown key {key!r} in [{section}]{_closest(key, known[section])}")
+            elif not _fits(value, known[section][key]):
+                complaints.append(f"{key} = {value!r} is not {_TYPE_NAMES[known[section][key]]}")
+    for kind, section in ((DataConfig, "data"), (TrainingConfig, "training")):
+        needed = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+        complaints += [f"{key} is missing in [{section}]" for key in sorted(needed - set(sections[section]))]
+    if not complaints:
+        sections["training"] = {key: float(value) if known["training"][key] is float else value
+                                for key, value in sections["training"].items()}
+        recipe = Recipe(path.stem, model, DataConfig(**sections["data"]), TrainingConfig(**sections["training"]),
+                        architecture | sections["architecture"])
+        complaints = _complaints(recipe)
+    if complaints:
+        raise UserError(f"recipe {path.stem} ({model}): " + "; ".join(complaints) + ".")
+    return recipe
+
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "text"}
+
+
+def _types(kind: type) -> dict[str, type]:
+    return {f.name: f.type for f in dataclasses.fields(kind)}
+
+
+def _closest(word: str, known) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _parse(value: str, kind: type) -> Any:
+    for convert in ((int,) if kind is int else (float,) if kind is float else ()):
+        try:
+            return convert(value)
+        except ValueError:
+            pass
+    return value
+
+
+def _fits(value: Any, kind: type) -> bool:
+    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+
+
+def _complaints(recipe: Recipe) -> list[str]:
+    d, t, wrong = recipe.data, recipe.training, []
+
+    def need(fine: bool, rule: str) -> None:
+        if not fine:
+            wrong.append(rule)
+
+    for key in ("context_length", "micro_batch_size", "grad_accum_steps", "max_steps", "log_interval",
+                "eval_interval", "eval_tokens", "checkpoint_interval"):
+        need(getattr(t, key) >= 1, f"{key} = {getattr(t, key)} must be at least 1")
+    for key in ("seed", "warmup_steps", "patience", "keep_every", "max_minutes", "weight_decay", "grad_clip"):
+        need(getattr(t, key) >= 0, f"{key} = {getattr(t, key)} must not be negative")
+    for key in ("beta1", "beta2"):
+        need(0 <= getattr(t, key) < 1, f"{key} = {getattr(t, key)} must be in [0, 1)")
+    for key in ("final_learning_rate_fraction", "decay_fraction"):
+        need(0 <= getattr(t, key) <= 1, f"{key} = {getattr(t, key)} must be in [0, 1]")
+    need(t.learning_rate > 0, f"learning_rate = {t.learning_rate} must be positive")
+    need(t.warmup_steps < t.max_steps or t.max_steps < 1,
+         f"warmup_steps = {t.warmup_steps} must be less than max_steps = {t.max_steps}")
+    for key, allowed in (("windows", ("stream", "stories")), ("schedule", ("cosine", "linear_tail")),
+                         ("dtype", ("auto", "float32", "bfloat16", "float16"))):
+        need(getattr(t, key) in allowed, f"{key} = {getattr(t, key)!r} must be one of {', '.join(allowed)}")
+    need(d.corpus_stories >= 0, f"corpus_stories = {d.corpus_stories} must not be negative")
+    need(0 <= d.corpus_min_events <= d.corpus_max_events,
+         f"corpus_min_events = {d.corpus_min_events} must be between 0 and corpus_max_events = {d.corpus_max_events}")
+    return wrong

@@ -1,0 +1,32 @@
+"""The user's mistakes: one clear line (found, expected, what to do) and exit code 2."""
+
+import errno
+import sys
+from collections.abc import Callable
+
+# What an operating system says about a path that the user gave; anything else is our own failure.
+USER_OS_ERRORS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENOSPC,
+                  errno.ENAMETOOLONG, errno.EEXIST, errno.ELOOP, errno.EDQUOT}
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. The message says what was found, what was expected and what to do."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command line's `main` and end the process: 0 on success, 2 on the user's mistake, 1 on our failure."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_complain(str(error)))
+    except OSError as error:
+        if error.errno not in USER_OS_ERRORS or error.filename is None:
+            raise
+        sys.exit(_complain(f"{error.filename}: {error.strerror}. Check the path, its permissions and the disk."))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _complain(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2

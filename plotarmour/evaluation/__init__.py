@@ -1,0 +1,1 @@
+"""Scoring held-out stories, floors, comparison, sampling."""

@@ -1,0 +1,129 @@
+"""What this machine is: device, dtype, host, versions; each with its reason, as a report to print."""
+
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import plotarmour
+from plotarmour.errors import UserError
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where to compute, in which dtype, and why."""
+
+    device: torch.device
+    dtype: torch.dtype
+    reason: str  # for the dtype
+    hardware: str
+
+    @property
+    def autocast(self) -> torch.autocast:
+        """Context for forward passes: does nothing in float32."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+
+def find_machine(device: str = "auto", dtype: str = "auto") -> Machine:
+    """Choose device and dtype.
+
+    The dtype goes by compute capability: bfloat16 from sm_80, where it is done in hardware (a T4 also answers True
+    to `torch.cuda.is_bf16_supported`, and emulates it slowly); float16 from sm_60; float32 below and on the CPU.
+
+    Raises:
+        UserError: a device that is not there, or whose GPU this torch has no kernels for.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device {device!r} is unknown; expected auto, cpu or cuda.")
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise UserError("device cuda was asked for, but torch sees no GPU; use device=cpu, or turn the GPU on.")
+    if device == "cpu" or not cuda:
+        chosen, reason = torch.float32, "the CPU computes float32 fastest"
+        found, hardware = torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads ({_processor()})"
+    else:
+        found, name = torch.device("cuda"), torch.cuda.get_device_name()
+        major, minor = torch.cuda.get_device_capability()
+        built = torch.cuda.get_arch_list()
+        if built and major < min(int(arch.split("_")[1].rstrip("af")) // 10 for arch in built):
+            raise UserError(f"{name} is sm_{major}{minor}, but this torch was built for {', '.join(built)}: its first "
+                            "kernel would fail. Install a torch with that architecture (for sm_60: a cu126 wheel).")
+        chosen, reason = dtype_for(major, minor)
+        hardware = f"{name}, {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB"
+    if dtype != "auto":
+        chosen, reason = getattr(torch, dtype), "asked for"
+        if found.type == "cpu" and chosen == torch.float16:
+            raise UserError("dtype float16 needs a GPU; use float32 on the CPU.")
+    return Machine(found, chosen, reason, hardware)
+
+
+def dtype_for(major: int, minor: int) -> tuple[torch.dtype, str]:
+    """Return dtype and reason for a CUDA compute capability."""
+    sm = f"sm_{major}{minor}"
+    if major >= 8:
+        return torch.bfloat16, f"{sm} computes bfloat16 in hardware"
+    if major >= 6:
+        return torch.float16, f"{sm} has float16 but no bfloat16 in hardware"
+    return torch.float32, f"{sm} has no fast float16"
+
+
+def host() -> str:
+    """Return "kaggle", "colab" or "own machine"."""
+    if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") or Path("/kaggle/working").is_dir():
+        return "kaggle"
+    return "colab" if "COLAB_RELEASE_TAG" in os.environ or "google.colab" in sys.modules else "own machine"
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Peak memory so far in MiB: allocated on the GPU, or resident on the CPU; None where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def versions() -> dict[str, str | None]:
+    """Versions that a result depends on, and the git commit of the checkout if there is one."""
+    import numpy
+    import tokenizers
+    import transformers
+
+    return {"plotarmour": plotarmour.__version__, "python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "tokenizers": tokenizers.__version__,
+            "numpy": numpy.__version__, "git_commit": _git_commit()}
+
+
+def report() -> str:
+    """Describe the machine in a few lines, for people."""
+    machine = find_machine()
+    rows = {"host": f"{host()}, {platform.system()} {platform.machine()}", "hardware": machine.hardware,
+            "dtype": f"{str(machine.dtype).removeprefix('torch.')}: {machine.reason}",
+            "versions": ", ".join(f"{k} {v}" for k, v in versions().items() if v)}
+    return "\n".join(f"{key:<9} {value}" for key, value in rows.items())
+
+
+def _git_commit() -> str | None:
+    folder = Path(__file__).resolve().parents[1]
+    if not (folder / ".git").exists():
+        return None
+    try:
+        run = subprocess.run(["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
+                             capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() or None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

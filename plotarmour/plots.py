@@ -1,0 +1,111 @@
+"""CSVs to figures (PNG). Colours are Okabe and Ito's, safe for the colour-blind; no global matplotlib state."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, GRAY, SKY = "#0072B2", "#D55E00", "#009E73", "#8A8A8A", "#56B4E9"
+MODEL_COLORS = {"bdh": BLUE, "gpt2": ORANGE}
+DASHES = ("-", "--", ":", "-.")  # tell runs of one model apart
+MODEL_NAMES = {"bdh": "BDH", "gpt2": "GPT-2"}
+
+
+def training_curves(runs: dict[str, tuple[str, pd.DataFrame]], path: Path, floor: float | None = None) -> Path:
+    """Draw validation loss (and, faintly, training loss) against tokens and against time.
+
+    Args:
+        runs: by name, the kind of model and the rows of log.csv.
+        path: of the PNG.
+        floor: loss of the bigram floor, drawn as a line.
+    """
+    figure, (left, right) = _figure(10, 4.2, columns=2, sharey=True)
+    most_tokens, longest_s = (max(log[c].max() for _, log in runs.values()) for c in ("tokens_seen", "elapsed_s"))
+    tokens, tokens_unit = (1e6, "million") if most_tokens >= 1e6 else (1e3, "thousand")
+    seconds, time_unit = (60, "minutes") if longest_s >= 180 else (1, "seconds")
+    kinds = [kind for kind, _ in runs.values()]
+    for i, (name, (kind, log)) in enumerate(runs.items()):
+        color, dash = MODEL_COLORS.get(kind, GRAY), DASHES[kinds[:i].count(kind) % len(DASHES)]
+        for axes, x in ((left, log["tokens_seen"] / tokens), (right, log["elapsed_s"] / seconds)):
+            axes.plot(x, log["train_loss"], color=color, alpha=0.25, linewidth=1)
+            measured = log["val_loss"].notna()
+            axes.plot(x[measured], log["val_loss"][measured], dash, color=color, linewidth=2, marker="o", markersize=3,
+                      label=f"{_label(name, kind)}: ends at {log['val_loss'][measured].iloc[-1]:.2f}")
+    for axes, label in ((left, f"training tokens ({tokens_unit})"), (right, f"time ({time_unit})")):
+        if floor:
+            axes.axhline(floor, color=GRAY, linewidth=1, linestyle="--")
+        axes.set_xlabel(label)
+        axes.set_xlim(left=0)
+    if floor:
+        left.annotate("bigram floor (test stories)", (0.99, floor), xycoords=("axes fraction", "data"), ha="right",
+                      va="bottom", color="#555555", fontsize=9)
+    best = min(log["val_loss"].min() for _, log in runs.values())
+    worst = max(log["val_loss"].max() for _, log in runs.values())
+    left.set_ylim(best - 0.06 * (worst - best), worst)
+    left.set_ylabel("loss (nats per token)")
+    left.set_title("Validation loss (faint: training) against tokens", loc="left", fontsize=11)
+    right.set_title("... and against time", loc="left", fontsize=11)
+    right.legend(frameon=False, loc="upper right")
+    return _save(figure, path)
+
+
+def perplexity_bars(table: pd.DataFrame, path: Path, title: str = "") -> Path:
+    """Draw perplexity of runs and floors as bars on a logarithmic axis, best on top.
+
+    Args:
+        table: with columns name, perplexity and, for runs, model.
+        path: of the PNG.
+        title: says on what text.
+    """
+    figure, axes = _figure(8, 0.9 + 0.5 * len(table))
+    kinds = table["model"] if "model" in table else pd.Series([None] * len(table))
+    colors = [MODEL_COLORS.get(kind, GREEN if "corpus" in name else "#C4C4C4")
+              for name, kind in zip(table["name"], kinds, strict=True)]
+    bars = axes.barh(range(len(table)), table["perplexity"], color=colors)
+    axes.bar_label(bars, [f"{v:,.1f}" if v >= 10 else f"{v:.3f}" for v in table["perplexity"]], padding=4)
+    axes.set_yticks(range(len(table)), [_label(name, kind) if isinstance(kind, str) else name
+                                        for name, kind in zip(table["name"], kinds, strict=True)])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlim(1, table["perplexity"].max() * 2.2)
+    axes.set_xlabel("perplexity on held-out stories (logarithmic; lower is better)")
+    axes.set_title(title or "Perplexity: models in colour, floors in gray", loc="left", fontsize=11)
+    return _save(figure, path)
+
+
+def story_lengths(tokens_per_story: Sequence[int], path: Path, context_length: int | None = None) -> Path:
+    """Draw a histogram of story lengths in tokens, with the context length as a line."""
+    figure, axes = _figure(8, 3.2)
+    axes.hist(tokens_per_story, bins=min(60, max(10, len(tokens_per_story) // 50)), color=BLUE)
+    if context_length:
+        axes.axvline(context_length, color=ORANGE, linewidth=2)
+        axes.annotate(f" context {context_length}", (context_length, 0.95), xycoords=("data", "axes fraction"),
+                      color=ORANGE, va="top")
+    axes.set_xlabel("tokens per story")
+    axes.set_ylabel("stories")
+    axes.set_title("How long the stories are", loc="left", fontsize=11)
+    return _save(figure, path)
+
+
+def _label(name: str, kind: str) -> str:
+    shown = MODEL_NAMES.get(kind, kind)
+    return shown if name in (kind, shown) else f"{name} ({shown})"
+
+
+def _figure(width: float, height: float, columns: int = 1, **options):
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns, **options)
+    for each in axes if columns > 1 else [axes]:
+        each.spines[["top", "right"]].set_visible(False)
+        each.grid(axis="both" if columns > 1 else "x", color="#E5E5E5", linewidth=0.8)
+        each.set_axisbelow(True)
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path

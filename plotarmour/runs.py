@@ -1,0 +1,227 @@
+"""The run folder: the one place that knows all kinds of models, and puts a run together from its folder.
+
+    run.json            resolved recipe, seed, versions, device, fingerprints, parameter counts, git commit
+    tokenizer.json      the tokenizer, so that the folder is all one needs
+    log.csv             see plotarmour.training.runlog
+    checkpoints/        see plotarmour.training.checkpoint
+    DONE.json or STOPPED.json
+"""
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from plotarmour.config import DataConfig, Recipe, TrainingConfig
+from plotarmour.errors import UserError
+from plotarmour.files import write_json
+from plotarmour.machine import Machine, find_machine, versions
+from plotarmour.models.bdh import BDH, BDHConfig
+from plotarmour.models.gpt2 import GPT2, GPT2Config
+from plotarmour.text.pretokenize import TokensInMemory
+from plotarmour.text.tokenfile import TokenFile, looks_like_token_file
+from plotarmour.text.tokenizers import Tokenizer, make_tokenizer
+from plotarmour.training.checkpoint import find_checkpoint, load_model, read_index
+from plotarmour.training.loop import train
+
+RUN_FORMAT = 1
+# Settings that change where or how long a run computes, not what it computes.
+NOT_IDENTITY = ("device", "max_minutes", "keep_every")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run: `load_run(folder)` gives one.
+
+    Attributes:
+        folder: of the run.
+        model: in evaluation mode, on `machine.device`.
+        tokenizer: that the model was trained with.
+        config: the resolved recipe.
+        info: run.json.
+        step: of the loaded checkpoint.
+        machine: where the model is.
+    """
+
+    folder: Path
+    model: nn.Module
+    tokenizer: Tokenizer
+    config: Recipe
+    info: dict
+    step: int
+    machine: Machine
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def context_length(self) -> int:
+        return self.config.training.context_length
+
+
+def build_model(recipe: Recipe, vocab_size: int) -> nn.Module:
+    """Build the untrained model of a recipe; its weights follow from the recipe's seed alone.
+
+    Raises:
+        UserError: an impossible shape.
+    """
+    torch.manual_seed(recipe.training.seed)
+    try:
+        if recipe.model == "bdh":
+            return BDH(BDHConfig(vocab_size=vocab_size, **recipe.architecture))
+        return GPT2(GPT2Config(vocab_size=vocab_size, context_length=recipe.training.context_length,
+                               **recipe.architecture))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"recipe {recipe.name} ({recipe.model}): {error}.") from None
+
+
+def open_data(path: Path, tokenizer: str | None = None, stories: str = "endoftext") -> TokenFile | TokensInMemory:
+    """Open a token file, or, slowly and with a warning, a text.
+
+    Args:
+        path: of either.
+        tokenizer: for a text: "gpt2", "bytes", a folder, or another token file's path.
+
+    Raises:
+        UserError: neither, or a text without a tokenizer.
+    """
+    if path.is_file() and not looks_like_token_file(path) and tokenizer:
+        made = (TokenFile.open(tokenizer).tokenizer() if tokenizer.endswith(".bin") else make_tokenizer(tokenizer))
+        return TokensInMemory(path, made, stories)
+    return TokenFile.open(path)
+
+
+def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resume: str = "auto",
+              from_step: int | None = None, tokenizer: str | None = None) -> dict:
+    """Start a run, or go on with one that stopped.
+
+    Args:
+        recipe: resolved.
+        train_path, val_path: token files of one tokenizer (or texts, with `tokenizer`).
+        out: the run folder.
+        resume: "auto" (go on if there is a checkpoint), "never" (refuse an existing run) or "must".
+        from_step: go back to a kept checkpoint of this step.
+        tokenizer: only for texts instead of token files.
+
+    Returns:
+        The content of DONE.json or STOPPED.json.
+
+    Raises:
+        UserError: data that do not fit each other or the recipe, or a run folder of another run.
+    """
+    train_data, val_data = (open_data(path, tokenizer, recipe.data.stories) for path in (train_path, val_path))
+    made = train_data.tokenizer()
+    check_same_tokenizer(val_data, made.sha256, str(train_path))
+    machine = find_machine(recipe.training.device, recipe.training.dtype)
+    model = build_model(recipe, made.vocab_size)
+    info = {
+        "format": RUN_FORMAT, "started": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "recipe": recipe.to_dict(),
+        "versions": versions(), "hardware": machine.hardware, "device": machine.device.type,
+        "dtype": str(machine.dtype).removeprefix("torch."), "dtype_reason": machine.reason,
+        "params": sum(p.numel() for p in model.parameters()),
+        "params_non_embedding": model.config.non_embedding_params,
+        "vocab_size": made.vocab_size, "tokenizer": {"kind": made.kind, "sha256": made.sha256},
+        "train": _fingerprint(train_path, train_data), "val": _fingerprint(val_path, val_data),
+    }
+    checkpoint = _checkpoint_to_resume(out, info, resume, from_step)
+    if checkpoint is None:
+        write_json(out / "run.json", info)
+        made.save(out / "tokenizer.json")
+    elif (out / "DONE.json").exists() and from_step is None:
+        print(f"{out} is done already: nothing to do.")
+        return json.loads((out / "DONE.json").read_text(encoding="utf-8"))
+    else:
+        print(f"continuing {out} from {checkpoint.name}")
+    return train(out, model.to(machine.device), train_data, val_data, made.token_bytes, recipe.training, machine,
+                 checkpoint)
+
+
+def load_run(folder: str | Path, which: str | int = "best", device: str = "auto") -> Run:
+    """Load a run with nothing but its folder at hand.
+
+    Args:
+        folder: of the run.
+        which: the checkpoint: "best" by validation loss, "latest", or a step.
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        UserError: no run folder, one of a newer version, or a damaged checkpoint.
+    """
+    folder = Path(folder)
+    info = read_info(folder)
+    stored = info["recipe"]
+    recipe = Recipe(stored["name"], stored["model"], DataConfig(**stored["data"]),
+                    TrainingConfig(**stored["training"]), stored["architecture"])
+    tokenizer_text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    tokenizer = Tokenizer(tokenizer_text, info["tokenizer"]["kind"])
+    if tokenizer.sha256 != info["tokenizer"]["sha256"]:
+        raise UserError(f"{folder / 'tokenizer.json'} is not the tokenizer that run.json names; restore it.")
+    checkpoint = find_checkpoint(folder, which)
+    machine = find_machine(device, recipe.training.dtype)
+    model = build_model(recipe, info["vocab_size"])
+    load_model(checkpoint, model)
+    step = int(checkpoint.name.removeprefix("step_"))
+    return Run(folder, model.to(machine.device).eval(), tokenizer, recipe, info, step, machine)
+
+
+def read_info(folder: Path) -> dict:
+    """Return run.json of a run folder.
+
+    Raises:
+        UserError: not a run folder, or one of a newer version.
+    """
+    path = folder / "run.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run folder: it has no run.json. Make one with tools/train.py.")
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}.") from None
+    if info.get("format") != RUN_FORMAT:
+        raise UserError(f"{folder} has run format {info.get('format')}; this program reads {RUN_FORMAT}.")
+    return info
+
+
+def check_same_tokenizer(data: TokenFile | TokensInMemory, sha256: str, owner: str) -> None:
+    """Raise `UserError` unless the tokens were made with the tokenizer of this hash."""
+    found = data.header["tokenizer"]
+    if found["sha256"] != sha256:
+        raise UserError(f"{data.path} was made with another tokenizer ({found['kind']}, {found['sha256'][:12]}) than "
+                        f"{owner} ({sha256[:12]}); make it again with --tokenizer {owner}.")
+
+
+def _fingerprint(path: Path, data: TokenFile | TokensInMemory) -> dict:
+    return {"file": path.name, "n_tokens": data.n_tokens, "n_stories": data.n_stories,
+            "payload_sha256": data.header["payload_sha256"]}
+
+
+def _identity(info: dict) -> dict[str, object]:
+    """What must not change when a run goes on, flat."""
+    recipe = info["recipe"]
+    flat = {"model": recipe["model"], "tokenizer": info["tokenizer"]["sha256"], "dtype": info["dtype"],
+            "train tokens": info["train"]["payload_sha256"], "val tokens": info["val"]["payload_sha256"]}
+    return flat | recipe["architecture"] | {k: v for k, v in recipe["training"].items() if k not in NOT_IDENTITY}
+
+
+def _checkpoint_to_resume(out: Path, info: dict, resume: str, from_step: int | None) -> Path | None:
+    if resume not in ("auto", "never", "must"):
+        raise UserError(f"--resume {resume!r} is unknown; expected auto, never or must.")
+    if not (out / "run.json").exists():
+        if resume == "must" or from_step is not None:
+            raise UserError(f"{out} holds no run to go on with; expected a run folder. Start it with --resume auto.")
+        if out.is_dir() and any(out.iterdir()):
+            raise UserError(f"{out} is not empty and not a run folder; expected a new or empty folder for --out.")
+        return None
+    if resume == "never":
+        raise UserError(f"{out} holds a run already; expected a new folder. Use another --out, or --resume auto.")
+    before, now = _identity(read_info(out)), _identity(info)
+    differing = [f"{key} was {before.get(key)}, now {now.get(key)}" for key in now if before.get(key) != now.get(key)]
+    if differing:
+        raise UserError(f"{out} is a different run: {'; '.join(differing)}. Use another --out.")
+    if from_step is None and not read_index(out):
+        return None
+    return find_checkpoint(out, "latest" if from_step is None else from_step)

@@ -1,0 +1,1 @@
+"""Papermill runs and notebook pairing: the only room that knows all the others."""

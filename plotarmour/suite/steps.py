@@ -1,0 +1,207 @@
+"""The three steps of the suite, as the notebooks and the command lines call them: prepare, train, compare."""
+
+import dataclasses
+from pathlib import Path
+
+import pandas as pd
+
+from plotarmour import plots
+from plotarmour.config import Recipe, load_recipe
+from plotarmour.errors import UserError
+from plotarmour.evaluation.comparison import (
+    budget_of,
+    comparison_table,
+    evaluate_floors,
+    evaluate_run,
+    read_facts,
+    write_facts,
+)
+from plotarmour.files import write_text
+from plotarmour.machine import host
+from plotarmour.runs import check_same_tokenizer, load_run, train_run
+from plotarmour.text.grammar import tell_stories
+from plotarmour.text.pretokenize import part_path, pre_tokenize
+from plotarmour.text.stories import PARTS, SEPARATOR
+from plotarmour.text.tokenfile import TokenFile
+
+
+def tell_corpus(path: Path, n_stories: int, seed: int, events: tuple[int, int]) -> tuple[Path, Path]:
+    """Write stories of the built-in corpus as text, and beside it what the corpus knows of each.
+
+    Returns:
+        The paths of the text and of the .facts.jsonl.
+    """
+    if n_stories < 1:
+        raise UserError(f"{n_stories} stories were asked for; expected at least 1.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = path.with_suffix(".facts.jsonl")
+    unfinished = facts.with_name(f".{facts.name}.unfinished")
+    separator = f"\n{SEPARATOR.decode()}\n"
+    try:
+        texts = write_facts(unfinished, tell_stories(n_stories, seed, events))
+        write_text(path, separator.join(texts) + "\n")
+        unfinished.replace(facts)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path, facts
+
+
+def require_text(recipe: Recipe, text: Path | None) -> None:
+    """Raise `UserError` where a recipe needs a text and none is given."""
+    if text is None and not recipe.data.corpus_stories:
+        raise UserError(
+            f"recipe {recipe.name} needs a text; expected --text FILE. TinyStories: download "
+            "TinyStoriesV2-GPT4-valid.txt (22 MB, enough for a laptop; TinyStoriesV2-GPT4-train.txt has 2.2 GB) from "
+            "https://huggingface.co/datasets/roneneldan/TinyStories. Without a text: --recipe tiny.")
+
+
+def prepare(recipe: Recipe, folder: Path, text: Path | None = None, extra_text: Path | None = None) -> dict[str, Path]:
+    """Make the token files of a recipe in `folder`.
+
+    Args:
+        recipe: its `data` part counts.
+        folder: for the token files.
+        text: what to learn from; None tells the built-in corpus.
+        extra_text: a second test set: only its stories that do not stand in `text` are kept.
+
+    Returns:
+        Paths by name: train, val, test; extra and facts where there are.
+    """
+    require_text(recipe, text)
+    paths = {}
+    if text is None:
+        text, paths["facts"] = tell_corpus(folder / "built-in.txt", recipe.data.corpus_stories, recipe.data.corpus_seed,
+                                           (recipe.data.corpus_min_events, recipe.data.corpus_max_events))
+    made = pre_tokenize([text], recipe.data.tokenizer, folder / "tokens.bin", recipe.data.split, recipe.data.stories,
+                        force=True)
+    if len(made) != len(PARTS):
+        raise UserError(f"split {recipe.data.split} leaves a part empty; the suite needs train, val and test.")
+    paths |= dict(zip(PARTS, made, strict=True))
+    if extra_text is not None:
+        [paths["extra"]] = pre_tokenize([extra_text], str(paths["train"]), folder / "tokens.extra.bin", None,
+                                        recipe.data.stories, exclude=[text], force=True)
+    return paths
+
+
+def find_prepared(folder: Path) -> dict[str, Path]:
+    """Return the paths that `prepare` made in a folder."""
+    paths = {part: part_path(folder / "tokens.bin", part) for part in PARTS}
+    missing = [str(path) for path in paths.values() if not path.exists()]
+    if missing:
+        raise UserError(f"{missing[0]} does not exist; run notebook 01_pretokenize first, with the same folder.")
+    optional = {"extra": folder / "tokens.extra.bin", "facts": folder / "built-in.facts.jsonl"}
+    return paths | {name: path for name, path in optional.items() if path.exists()}
+
+
+def train_recipe(name: str, model: str, data_folder: Path, out: Path, overrides: list[str] = (),
+                 resume: str = "auto") -> dict:
+    """Train one model of a recipe on prepared token files; see `plotarmour.runs.train_run`."""
+    paths = find_prepared(data_folder)
+    return train_run(load_recipe(name, model, overrides), paths["train"], paths["val"], out, resume)
+
+
+def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None = None, facts: Path | None = None,
+                 stride: int | None = None, title: str = "", which: str = "best") -> pd.DataFrame:
+    """Score every story of a token file under some runs and the floors, and write tables and figures.
+
+    Args:
+        folders: of the runs; their names must differ.
+        data: token file to score.
+        out: gets totals.csv, summary.txt, stories_NAME.csv for runs and floors, perplexity.png, training_curves.png.
+        train: training token file, for the floors; without it there are none.
+        facts: .facts.jsonl of the built-in corpus.
+        stride: of sliding windows, in tokens; half a context by default.
+        title: of the figure with bars.
+        which: checkpoint, "best" by validation loss or "latest".
+
+    Returns:
+        The table of totals.csv.
+
+    Raises:
+        UserError: one run twice, tokenizers that differ, other input that does not fit.
+    """
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        raise UserError(f"runs are told apart by folder name; found {', '.join(names)}. Name each run once.")
+    test, known = TokenFile.open(data), read_facts(facts) if facts else None
+    out.mkdir(parents=True, exist_ok=True)
+    scores, budgets, logs = {}, {}, {}
+    for folder, name in zip(folders, names, strict=True):
+        run = load_run(folder, which)
+        check_same_tokenizer(test, run.tokenizer.sha256, str(folder))
+        run = dataclasses.replace(run, folder=folder.resolve())
+        scores[name], budgets[name] = evaluate_run(run, test, known, stride), budget_of(run)
+        logs[name] = run.config.model, pd.read_csv(folder / "log.csv")
+    if train is not None:
+        train_data = TokenFile.open(train)
+        check_same_tokenizer(train_data, test.header["tokenizer"]["sha256"], str(data))
+        scores |= {f"{name} floor": frame for name, frame in evaluate_floors(train_data, test).items()}
+    table = comparison_table(scores, budgets)
+    for name, frame in scores.items():
+        write_csv(frame, out / f"stories_{name.replace(' ', '_')}.csv")
+    write_csv(table, out / "totals.csv")
+    floor = table.loc[table["name"] == "bigram floor", "loss"]
+    plots.perplexity_bars(table, out / "perplexity.png", title)
+    write_text(out / "summary.txt", summarise(table, title or f"{data}: every story, checkpoints: {which}"))
+    plots.training_curves(logs, out / "training_curves.png", None if floor.empty else float(floor.iloc[0]))
+    return table
+
+
+def write_csv(frame: pd.DataFrame, path: Path) -> None:
+    """Write a table atomically, numbers with nine significant digits."""
+    write_text(path, frame.to_csv(index=False, float_format="%.9g", lineterminator="\n"))
+
+
+def for_people(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the columns of a comparison that people compare, rounded."""
+    columns = {"name": "name", "params_non_embedding": "core params", "train_tokens": "trained on",
+               "train_s": "seconds", "loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits/byte",
+               "over_corpus": "over corpus",
+               "recall_loss": "loss on facts", "other_loss": "loss elsewhere"}
+    shown = table[[c for c in columns if c in table]].rename(columns=columns)
+    formats = {"core params": "{:,.0f}", "trained on": "{:,.0f} tokens", "seconds": "{:,.0f}", "loss": "{:.4f}",
+               "perplexity": "{:,.3f}", "bits/byte": "{:.4f}", "over corpus": "{:+.1%}", "loss on facts": "{:.3f}",
+               "loss elsewhere": "{:.3f}"}
+    for column, form in formats.items():
+        if column in shown:
+            shown[column] = ["" if pd.isna(v) else form.format(v) for v in shown[column]]
+    return shown
+
+
+def results_folder(recipe: str, given: str = "") -> Path:
+    """Return where a recipe's results go: as given, or results/RECIPE in the checkout (on Kaggle /kaggle/working)."""
+    if given:
+        return Path(given)
+    base = Path("/kaggle/working") if host() == "kaggle" else Path(__file__).resolve().parents[2]
+    return base / "results" / Path(recipe).stem
+
+
+def list_files(folder: Path) -> str:
+    """List the files below a folder with their sizes, one per line; hidden ones left out."""
+    lines = [f"{path.stat().st_size / 2**20:9.2f} MiB  {path.relative_to(folder)}" for path in sorted(folder.rglob("*"))
+             if path.is_file() and not path.name.startswith(".")]
+    return f"{folder}\n" + "\n".join(lines)
+
+
+def summarise(table: pd.DataFrame, what: str) -> str:
+    """Put a comparison into words: the table, then one sentence with the denominators and the limits."""
+    runs = table[table["model"].notna()] if "model" in table else table.iloc[:0]
+    lines = [what, "", for_people(table).to_string(index=False), ""]
+    row = table.iloc[0]
+    lines.append(f"Loss is nats per token over {row['tokens']:,} tokens of {row['stories']:,} stories (each story's "
+                 f"closing end-of-text included), bits per byte over {row['bytes']:,} bytes of their text.")
+    if len(runs) > 1:
+        best, second = runs.iloc[0], runs.iloc[1]
+        lines.append(f"{best['name']} is ahead of {second['name']} by {second['loss'] - best['loss']:.4f} nats per "
+                     f"token ({best['perplexity']:.3f} against {second['perplexity']:.3f}). One seed each: this speaks "
+                     "of these checkpoints, not of the architectures.")
+    if "over_corpus" in table and len(runs):
+        worst = runs["over_corpus"].max()
+        lines.append(f"The corpus knows its own exact nats: the models need up to {worst:.1%} more, and none may need "
+                     "less.")
+    floor = table.loc[table["name"] == "bigram floor", "loss"]
+    if len(floor) and len(runs):
+        above = [name for name, loss in zip(runs["name"], runs["loss"], strict=True) if loss >= float(floor.iloc[0])]
+        lines.append(f"{' and '.join(above)} did not beat the bigram floor: trained too briefly." if above else
+                     "Every run is below the bigram floor.")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,1 @@
+"""Corpus to tokens to batches. Knows nothing of models."""
