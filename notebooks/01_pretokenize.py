@@ -47,7 +47,7 @@ recipe = "tiny"  # name of a file in plotarmour/recipes, without .toml
 text = ""  # path of a UTF-8 text; empty: the built-in corpus
 extra_text = ""  # path of a second text to test on; its stories that also stand in `text` are left out
 results = ""  # folder for everything made; empty: results/RECIPE
-overrides = ""  # settings to override, key=value;key=value
+overrides = ""  # settings of the recipe to override, separated by ; (see tools/train.py, --set)
 
 # %%
 from plotarmour.config import load_recipe

@@ -46,7 +46,7 @@ print(report())
 model = "bdh"  # bdh or gpt2
 recipe = "tiny"  # name of a file in plotarmour/recipes, without .toml
 results = ""  # the results folder of notebook 1; empty: results/RECIPE
-overrides = ""  # settings to override, key=value;key=value
+overrides = ""  # settings of the recipe to override, separated by ; (see tools/train.py, --set)
 
 # %%
 from plotarmour.config import load_recipe

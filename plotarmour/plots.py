@@ -41,9 +41,11 @@ def training_curves(runs: dict[str, tuple[str, pd.DataFrame]], path: Path, floor
     if floor:
         left.annotate("bigram floor (test stories)", (0.99, floor), xycoords=("axes fraction", "data"), ha="right",
                       va="bottom", color="#555555", fontsize=9)
-    best = min(log["val_loss"].min() for _, log in runs.values())
-    worst = max(log["val_loss"].max() for _, log in runs.values())
-    left.set_ylim(best - 0.06 * (worst - best), worst)
+    measured = [log["val_loss"].dropna() for _, log in runs.values()]
+    # The untrained start, near ln(vocabulary), would flatten all the rest: the axis begins below it.
+    shown = [v for values in measured for v in values.iloc[min(1, len(values) - 1):]] + ([floor] if floor else [])
+    margin = 0.1 * (max(shown) - min(shown)) + 0.01
+    left.set_ylim(min(shown) - margin, max(shown) + margin)
     left.set_ylabel("loss (nats per token)")
     left.set_title("Validation loss (faint: training) against tokens", loc="left", fontsize=11)
     right.set_title("... and against time", loc="left", fontsize=11)

@@ -21,6 +21,7 @@ from plotarmour.files import write_json
 from plotarmour.machine import Machine, find_machine, versions
 from plotarmour.models.bdh import BDH, BDHConfig
 from plotarmour.models.gpt2 import GPT2, GPT2Config
+from plotarmour.text.batches import Windows
 from plotarmour.text.pretokenize import TokensInMemory
 from plotarmour.text.tokenfile import TokenFile, looks_like_token_file
 from plotarmour.text.tokenizers import Tokenizer, make_tokenizer
@@ -116,7 +117,10 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
     train_data, val_data = (open_data(path, tokenizer, recipe.data.stories) for path in (train_path, val_path))
     made = train_data.tokenizer()
     check_same_tokenizer(val_data, made.sha256, str(train_path))
-    machine = find_machine(recipe.training.device, recipe.training.dtype)
+    t = recipe.training
+    windows = Windows(train_data, t.context_length, t.windows, t.seed, t.rows_per_step)
+    val_windows = Windows(val_data, t.context_length, t.windows, t.seed, t.rows_per_step)
+    machine = find_machine(t.device, t.dtype)
     model = build_model(recipe, made.vocab_size)
     info = {
         "format": RUN_FORMAT, "started": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "recipe": recipe.to_dict(),
@@ -136,8 +140,7 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
         return json.loads((out / "DONE.json").read_text(encoding="utf-8"))
     else:
         print(f"continuing {out} from {checkpoint.name}")
-    return train(out, model.to(machine.device), train_data, val_data, made.token_bytes, recipe.training, machine,
-                 checkpoint)
+    return train(out, model.to(machine.device), windows, val_windows, made.token_bytes, t, machine, checkpoint)
 
 
 def load_run(folder: str | Path, which: str | int = "best", device: str = "auto") -> Run:

@@ -1,6 +1,7 @@
 """The suite as a batch: the notebooks through papermill, headless, into one results folder."""
 
-import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -47,14 +48,16 @@ def run_suite(recipe: str, out: Path, text: Path | None = None, extra_text: Path
     print(f"suite {recipe} done in {time.perf_counter() - start:.0f} s: {out}")
 
 
-def _execute(source: Path, executed: Path, parameters: dict) -> None:
-    # Debuggers' frozen-module note would otherwise stand at the top of every log.
-    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
-    import papermill
-
-    try:
-        papermill.execute_notebook(source, executed, parameters=parameters, kernel_name="python3", cwd=ROOT,
-                                   progress_bar=False, log_output=False)
-    except papermill.PapermillExecutionError as error:
-        first_line = (error.evalue or "").partition("\n")[0]
-        raise UserError(f"{executed.name} failed: {error.ename}: {first_line} See {executed}.") from None
+def _execute(source: Path, executed: Path, parameters: dict[str, str]) -> None:
+    """Run one notebook in a papermill process of its own; its noise goes to a log beside the executed notebook."""
+    command = [sys.executable, "-m", "papermill", str(source), str(executed), "--cwd", str(ROOT), "--kernel", "python3",
+               "--no-progress-bar"]
+    for name, value in parameters.items():
+        command += ["-r", name, value]
+    log = executed.with_suffix(".log")
+    with log.open("w", encoding="utf-8") as file:
+        ended = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+    if ended.returncode:
+        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        raise UserError(f"{executed.name} failed: {lines[-1] if lines else 'no output'}. See {executed} and {log}; the "
+                        "same command goes on from there.")

@@ -94,7 +94,7 @@ def _pieces(file: BinaryIO, source: Source, policy: str,
             progress: Callable[[int], object] | None) -> Iterator[tuple[int, bytes]]:
     """Yield (byte offset, raw bytes) of what stands between separators. The last piece may be empty: not a story."""
     separator = {"endoftext": SEPARATOR, "line": b"\n", "file": None}[policy]
-    start, waiting = 0, []  # blocks without a separator wait, so that one long story is joined once
+    start, waiting, edge = 0, [], b""  # blocks without a separator wait, so that one long story is joined once
     while block := file.read(BLOCK):
         source.update(block)
         if progress:
@@ -102,15 +102,16 @@ def _pieces(file: BinaryIO, source: Source, policy: str,
         if separator is None:
             waiting.append(block)
             continue
-        keep = waiting[-1][-len(separator) + 1:] if waiting and len(separator) > 1 else b""
-        if separator not in keep + block:  # a separator can stand across two blocks
+        seen = edge + block  # a separator can stand across the edges of blocks
+        if separator not in seen:
             waiting.append(block)
+            edge = seen[max(0, len(seen) - len(separator) + 1):]
             continue
         *pieces, rest = (b"".join(waiting) + block).split(separator)
         for piece in pieces:
             yield start, piece
             start += len(piece) + len(separator)
-        waiting = [rest]
+        waiting, edge = [rest], rest[max(0, len(rest) - len(separator) + 1):]
     last = b"".join(waiting)
     if last.strip(BLANK):
         yield start, last

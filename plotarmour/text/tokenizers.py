@@ -168,6 +168,6 @@ def _train_bpe(size: int, stories: Iterable[str] | None) -> Tokenizer:
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     backend.train_from_iterator(stories, trainer)
     if backend.get_vocab_size() < size:
-        warnings.warn(f"the text yields only {backend.get_vocab_size()} of bpe:{size} entries; every word that occurs "
-                      "twice is already one token.", stacklevel=3)
+        warnings.warn(f"the text yields only {backend.get_vocab_size()} of bpe:{size} entries: each of its words "
+                      "is one token already.", stacklevel=3)
     return Tokenizer(backend.to_str(), f"bpe:{size}")

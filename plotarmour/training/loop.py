@@ -90,14 +90,15 @@ def evaluate_windows(model: nn.Module, windows: Windows, rows: list[tuple[int, i
     return nats, n_tokens, n_bytes
 
 
-def train(run: Path, model: nn.Module, train_data, val_data, token_bytes: np.ndarray, config: TrainingConfig,
-          machine: Machine, resume_from: Path | None = None) -> dict:
+def train(run: Path, model: nn.Module, windows: Windows, val_windows: Windows, token_bytes: np.ndarray,
+          config: TrainingConfig, machine: Machine, resume_from: Path | None = None) -> dict:
     """Train until the schedule ends, early stopping fires, or something stops the run.
 
     Args:
         run: folder for log.csv, checkpoints, DONE.json or STOPPED.json.
         model: on the machine's device, float32.
-        train_data, val_data: `TokenFile`s (or `TokensInMemory`) of one tokenizer.
+        windows: of the training tokens.
+        val_windows: of the validation tokens; the first `eval_tokens` of them, in order, are evaluated.
         token_bytes: int32 (vocab_size,), bytes that each id stands for.
         config: the training part of a recipe.
         machine: device and dtype.
@@ -120,8 +121,6 @@ def train(run: Path, model: nn.Module, train_data, val_data, token_bytes: np.nda
     if step > config.max_steps:
         raise UserError(f"{run} has reached step {step}, beyond max_steps = {config.max_steps}; set max_steps to at "
                         f"least {step}.")
-    windows = Windows(train_data, config.context_length, config.windows, config.seed, config.rows_per_step)
-    val_windows = Windows(val_data, config.context_length, config.windows, 0, 1)
     val_rows = val_windows.first_rows(config.eval_tokens)
     for name in ("DONE.json", "STOPPED.json"):
         (run / name).unlink(missing_ok=True)

@@ -1,0 +1,63 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the package works without being installed
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real texts and reference numbers; tests that need them skip where they are not at hand."""
+    folder = Path(os.environ.get("PLOTARMOUR_TEST_DATA", ROOT.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip("no reference data: set PLOTARMOUR_TEST_DATA to their folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def token_files(tmp_path_factory) -> dict[str, Path]:
+    """Token files of 300 built-in stories (bytes, so that nothing is learned), with their text and facts."""
+    from plotarmour.suite.steps import tell_corpus
+    from plotarmour.text.pretokenize import pre_tokenize
+
+    folder = tmp_path_factory.mktemp("tokens")
+    text, facts = tell_corpus(folder / "built-in.txt", 300, 0, (0, 1))
+    parts = pre_tokenize([text], "bpe:400", folder / "tokens.bin", "80:10:10")
+    return {"text": text, "facts": facts} | dict(zip(("train", "val", "test"), parts, strict=True))
+
+
+TINY = {"bdh": {"n_layer": 2, "n_embd": 16, "n_head": 2, "mlp_internal_dim_multiplier": 4, "dropout": 0.1},
+        "gpt2": {"n_layer": 2, "n_embd": 16, "n_head": 2, "dropout": 0.1}}
+
+
+@pytest.fixture(params=["bdh", "gpt2"])
+def small_recipe(request):
+    """A recipe of each model that trains in a second."""
+    from plotarmour.config import DataConfig, Recipe, TrainingConfig
+
+    training = TrainingConfig(context_length=24, micro_batch_size=2, grad_accum_steps=2, max_steps=6,
+                              learning_rate=3e-3, warmup_steps=2, log_interval=1, eval_interval=2, eval_tokens=200,
+                              checkpoint_interval=3, keep_every=3)
+    return Recipe("small", request.param, DataConfig("bpe:400"), training, TINY[request.param])
+
+
+@pytest.fixture(params=["bdh", "gpt2"])
+def small_model(request):
+    """An untrained model of each kind with 50 tokens, without dropout."""
+    import torch
+
+    from plotarmour.models.bdh import BDH, BDHConfig
+    from plotarmour.models.gpt2 import GPT2, GPT2Config
+
+    torch.manual_seed(0)
+    if request.param == "bdh":
+        return BDH(BDHConfig(2, 16, 2, 8, vocab_size=50, dropout=0.0))
+    return GPT2(GPT2Config(2, 16, 2, vocab_size=50, context_length=64, dropout=0.0))

@@ -1,0 +1,56 @@
+import ast
+
+import jupytext
+import nbformat
+import pytest
+from papermill.inspection import inspect_notebook
+
+from plotarmour.suite.notebooks import ROOT, generate_notebook, notebook_scripts, out_of_step
+
+SCRIPTS = notebook_scripts()
+
+
+def test_every_notebook_is_what_its_script_gives():
+    """Guards: an .ipynb edited by hand, or forgotten after its .py changed."""
+    assert [p.stem for p in SCRIPTS] == ["01_pretokenize", "02_train", "03_compare"]
+    assert out_of_step() == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_notebooks_are_bare(script):
+    """Guards: outputs, tool versions and random cell ids in the repository."""
+    text = generate_notebook(script)
+    assert text == generate_notebook(script)
+    notebook = nbformat.reads(text, as_version=4)
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert all(not c.get("outputs") and c.get("execution_count") is None for c in notebook.cells)
+    assert len({c.id for c in notebook.cells}) == len(notebook.cells)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_papermill_understands_every_parameter(script, tmp_path):
+    """Guards: a second = on a parameter's line, after which papermill silently loses the parameter."""
+    notebook = jupytext.read(script)
+    [cell] = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    names = {node.targets[0].id for node in ast.parse(cell.source).body}
+    found = inspect_notebook(str(script.with_suffix(".ipynb")))
+    assert set(found) == names and all(p["help"] for p in found.values())
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_notebooks_tell_and_show_without_logic(script):
+    """Guards: logic that hides in notebooks, where no test reaches it."""
+    cells = [c for c in jupytext.read(script).cells]
+    code = [c.source for c in cells if c.cell_type == "code"]
+    nodes = [n for source in code for n in ast.walk(ast.parse(source))]
+    assert not any(isinstance(n, ast.ClassDef | ast.FunctionDef | ast.While) for n in nodes)
+    assert sorted(len(source.splitlines()) for source in code)[len(code) // 2] <= 6
+    words = sum(len(c.source.split()) for c in cells if c.cell_type == "markdown")
+    assert words >= 3 * sum(len(source.splitlines()) for source in code)
+
+
+def test_badges_appear_once_the_repository_is_named(tmp_path):
+    """Guards: links that lead nowhere."""
+    (tmp_path / "pyproject.toml").write_text('[tool.plotarmour]\nrepository = "someone/plot-armour"\n')
+    assert "someone/plot-armour/blob/main/notebooks/02_train.ipynb" in generate_notebook(SCRIPTS[1], tmp_path)
+    assert "badge" not in generate_notebook(SCRIPTS[1], ROOT)

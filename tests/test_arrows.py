@@ -1,0 +1,61 @@
+"""Rooms and the arrows between them, as the README's map draws them."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+BASIC = {"errors", "files"}
+MAY_KNOW = {
+    "errors": set(), "files": set(), "config": {"errors"}, "machine": {"errors"}, "loss": set(), "plots": set(),
+    "text": BASIC, "models": set(),
+    "training": BASIC | {"config", "machine", "loss", "text"},
+    "evaluation": BASIC | {"config", "machine", "loss", "text"},
+    "runs": BASIC | {"config", "machine", "text", "models", "training"},
+    "suite": BASIC | {"config", "machine", "loss", "plots", "text", "models", "training", "evaluation", "runs"},
+}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from ([f"{node.module}.{alias.name}" for alias in node.names] if node.module == "plotarmour"
+                        else [node.module])
+
+
+def wrong_arrows(root):
+    for path in sorted((root / "plotarmour").rglob("*.py")):
+        room = path.relative_to(root / "plotarmour").parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] in ("tools", "notebooks"):
+                yield f"{path.name} imports {name}"
+            if parts[0] == "plotarmour" and len(parts) > 1 and parts[1] not in MAY_KNOW[room] | {room}:
+                yield f"{room} must not know {parts[1]} ({path.name})"
+
+
+def test_arrows_point_one_way(root):
+    """Guards: rooms that grow together until nothing can be tested alone."""
+    assert list(wrong_arrows(root)) == []
+
+
+def test_a_wrong_arrow_is_noticed(tmp_path):
+    """Guards: the test above passing because it looks at nothing."""
+    room = tmp_path / "plotarmour" / "models"
+    room.mkdir(parents=True)
+    (room / "bdh.py").write_text("def f():\n    from plotarmour.text.batches import Windows\n    import tools.train\n")
+    assert len(list(wrong_arrows(tmp_path))) == 2
+
+
+@pytest.mark.parametrize("module", ["plotarmour.config", "plotarmour.text.pretokenize", "plotarmour.suite.steps"])
+def test_importing_a_module_does_nothing(module, root, tmp_path):
+    """Guards: device probing, folders and output at import."""
+    code = f"import sys; sys.path.insert(0, {str(root)!r}); import {module}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == done.stderr == "" and list(tmp_path.iterdir()) == []

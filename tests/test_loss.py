@@ -1,0 +1,57 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import plotarmour.loss
+from plotarmour.loss import IGNORE, summed_nats, token_nats
+
+
+@pytest.fixture
+def case():
+    torch.manual_seed(0)
+    features = torch.randn(3, 7, 5, dtype=torch.float64, requires_grad=True)
+    unembedding = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 11, (3, 7))
+    targets[0, 4:] = IGNORE
+    return features, unembedding, targets
+
+
+@pytest.mark.parametrize("chunk", [1, 4 * 11, 2**25])
+def test_value_and_gradients_equal_cross_entropy_in_any_chunking(case, chunk, monkeypatch):
+    """Guards: padding that costs nats, a gradient that forgets a chunk."""
+    monkeypatch.setattr(plotarmour.loss, "CHUNK_LOGITS", chunk)
+    features, unembedding, targets = case
+    expected = F.cross_entropy((features @ unembedding.T).flatten(0, 1), targets.flatten(), ignore_index=IGNORE,
+                               reduction="sum")
+    wanted = torch.autograd.grad(expected * 0.3, (features, unembedding))
+    found = summed_nats(features, unembedding, targets)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found * 0.3, (features, unembedding)), wanted)
+    torch.testing.assert_close(token_nats(features, unembedding, targets).sum(), expected.detach())
+
+
+def test_gradcheck_passes(case):
+    """Guards: a hand-written backward pass that is wrong where nobody looks."""
+    features, unembedding, targets = case
+    assert torch.autograd.gradcheck(lambda f, u: summed_nats(f, u, targets), (features, unembedding))
+
+
+def test_equal_logits_cost_ln_of_the_vocabulary_each():
+    """Guards: base 2 taken for base e."""
+    nats = summed_nats(torch.zeros(1, 3, 4), torch.ones(8, 4), torch.tensor([[1, 2, IGNORE]]))
+    assert float(nats) == pytest.approx(2 * math.log(8))
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    """Guards: broadcasting (B, T) against (B·T)."""
+    with pytest.raises(ValueError, match="do not fit"):
+        summed_nats(torch.zeros(1, 3, 4), torch.ones(8, 4), torch.zeros(3, dtype=torch.int64))
+
+
+def test_the_padding_mark_is_the_same_in_batches_and_loss():
+    """Guards: two rooms that do not know each other drifting apart."""
+    from plotarmour.text import batches
+
+    assert batches.IGNORE == IGNORE

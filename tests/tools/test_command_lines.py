@@ -1,0 +1,149 @@
+"""Every tool as a user meets it: help, the way through, and one clear line for each kind of bad input."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+TOOLS = ("pre_tokenize", "tell_stories", "train", "evaluate", "compare", "generate", "run_suite", "sync_notebooks",
+         "doctor")
+
+
+def call(root, tool, *args, cwd=None):
+    command = [sys.executable, "-W", "ignore", str(root / "tools" / f"{tool}.py"), *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.fixture
+def run_main(root, monkeypatch, capsys):
+    """Call a tool's main in this process (a fresh one costs seconds of imports): returns exit code, stdout, stderr."""
+    from plotarmour.errors import run_command
+
+    def run(tool, *args):
+        spec = importlib.util.spec_from_file_location(f"tool_{tool}", root / "tools" / f"{tool}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [tool, *map(str, args)])
+        code = 0
+        try:
+            run_command(module.main)
+        except SystemExit as ended:
+            code = ended.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_help_works_from_any_folder(root, tool, tmp_path):
+    """Guards: a tool that needs the package installed or the right working folder."""
+    done = call(root, tool, "--help", cwd=tmp_path)
+    assert done.returncode == 0 and "usage:" in done.stdout and done.stderr == ""
+
+
+def test_from_text_to_comparison(run_main, tmp_path):
+    """Guards: a tool whose output the next one cannot read."""
+    text, x, runs = tmp_path / "t.txt", tmp_path / "x.bin", [tmp_path / "b", tmp_path / "g"]
+    assert run_main("tell_stories", "--out", text, "--count", 200, "--events", "0:1")[0] == 0
+    assert run_main("pre_tokenize", text, "--tokenizer", "bpe:400", "--out", x, "--split", "80:10:10")[0] == 0
+    assert "first story: Once upon" in run_main("pre_tokenize", "--info", tmp_path / "x.val.bin")[1]
+    assert "whole" in run_main("pre_tokenize", "--verify", tmp_path / "x.val.bin")[1]
+    train, val, test = (tmp_path / f"x.{part}.bin" for part in ("train", "val", "test"))
+    for model, run in zip(("bdh", "gpt2"), runs, strict=True):
+        options = [o for s in ("max_steps=4", "warmup_steps=1", "n_embd=16", "eval_tokens=100") for o in ("--set", s)]
+        code, out, _ = run_main("train", "--recipe", "tiny", "--model", model, "--train", train, "--val", val, "--out",
+                                run, *options)
+        assert code == 0 and "max_steps at step 4" in out
+    code, out, _ = run_main("compare", *runs, "--data", test, "--train", train, "--facts", tmp_path / "t.facts.jsonl",
+                            "--out", tmp_path / "c")
+    assert code == 0 and "bigram floor" in out and "over corpus" in out
+    assert {"totals.csv", "summary.txt", "stories_b.csv", "perplexity.png", "training_curves.png"} <= {
+        p.name for p in (tmp_path / "c").iterdir()}
+    assert run_main("evaluate", runs[0], "--data", test, "--out", tmp_path / "e")[0] == 0
+    first, second = (run_main("generate", runs[0], "--seed", 3, "--max-new-tokens", 20)[1] for _ in range(2))
+    assert first == second and first.startswith("Once upon a time")
+
+
+BAD_TEXTS = {
+    "missing": (None, "does not exist"), "folder": ("folder", "is a folder"), "empty": (b"", "is empty"),
+    "blank": (b" \n<|endoftext|>\n ", "holds no story"),
+    "latin1": (b"good\nb\xe9d\n", "not UTF-8: byte 0xe9 at offset 6, line 2"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TEXTS)
+def test_bad_texts_give_one_line_and_leave_nothing(run_main, tmp_path, case):
+    """Guards: tracebacks, and half-written token files."""
+    content, message = BAD_TEXTS[case]
+    text, out = tmp_path / "t.txt", tmp_path / "out" / "x.bin"
+    if content == "folder":
+        text.mkdir()
+    elif content is not None:
+        text.write_bytes(content)
+    code, _, err = run_main("pre_tokenize", text, "--tokenizer", "bytes", "--out", out)
+    assert code == 2 and message in err and "Traceback" not in err
+    assert [line for line in err.splitlines() if line.startswith("error: ")] == [err.splitlines()[-1]]
+    assert not out.parent.exists() or list(out.parent.iterdir()) == []
+
+
+@pytest.fixture
+def files(token_files, tmp_path):
+    return {**token_files, "out": tmp_path / "run", "tmp": tmp_path}
+
+
+BAD_CALLS = {
+    "unknown recipe": ("did you mean 'tiny'", ["--recipe", "tinny"]),
+    "unknown model": ("did you mean 'gpt2'", ["--model", "gpt-2"]),
+    "unknown key": ("did you mean 'max_steps'", ["--set", "maxsteps=3"]),
+    "wrong type": ("is not a whole number", ["--set", "max_steps=many"]),
+    "context too long": ("fewer than one context of 99,999",
+                         ["--set", "context_length=99999", "--set", "windows=stream"]),
+    "not a token file": ("is not a token file", ["--train", "TEXT"]),
+    "truncated token file": ("is truncated", ["--train", "SHORT"]),
+    "another tokenizer": ("made with another tokenizer", ["--val", "OTHER"]),
+    "unwritable": ("Not a directory", ["--out", "UNDER_A_FILE"]),
+    "nothing to resume": ("holds no run to go on with", ["--resume", "must"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_training_calls_give_one_line_and_leave_nothing(run_main, files, case):
+    """Guards: hours lost to a typing mistake; leftovers in the run folder."""
+    from plotarmour.text.pretokenize import pre_tokenize
+
+    message, changes = BAD_CALLS[case]
+    short, under = files["tmp"] / "short.bin", files["tmp"] / "file" / "run"
+    short.write_bytes(files["train"].read_bytes()[:-1])
+    under.parent.write_text("a file, no folder")
+    [other] = pre_tokenize([files["text"]], "bytes", files["tmp"] / "other.bin")
+    named = {"TEXT": files["text"], "SHORT": short, "OTHER": other, "UNDER_A_FILE": under}
+    args = {"--recipe": "tiny", "--model": "bdh", "--train": files["train"], "--val": files["val"],
+            "--out": files["out"]}
+    extra = []
+    for option, value in zip(changes[::2], changes[1::2], strict=True):
+        if option in args:
+            args[option] = named.get(value, value)
+        else:
+            extra += [option, value]
+    before = sorted(files["tmp"].rglob("*"))
+    code, _, err = run_main("train", *[part for pair in args.items() for part in pair], *extra)
+    assert code == 2 and message in err.replace("\n", " ") and "Traceback" not in err, err
+    assert sorted(files["tmp"].rglob("*")) == before
+
+
+@pytest.mark.parametrize(("tool", "args", "message"), [
+    ("run_suite", ["--recipe", "laptop", "--out", "OUT"], "needs a text; expected --text FILE"),
+    ("run_suite", ["--recipe", "laptop", "--text", "nowhere.txt", "--out", "OUT"], "does not exist"),
+    ("evaluate", ["nowhere", "--data", "x.bin", "--out", "OUT"], "x.bin does not exist"),
+    ("generate", ["nowhere"], "is not a run folder"),
+    ("pre_tokenize", ["t.txt", "--tokenizer", "bpe:10", "--out", "x.bin"], "does not exist"),
+    ("tell_stories", ["--out", "OUT/t.txt", "--events", "4:2"], "expected least:most"),
+])
+def test_other_bad_calls_give_one_line(run_main, tmp_path, monkeypatch, tool, args, message):
+    """Guards: tracebacks for the user's mistakes."""
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run_main(tool, *[a.replace("OUT", str(tmp_path / "out")) for a in args])
+    assert code == 2 and message in err and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

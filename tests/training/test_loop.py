@@ -1,0 +1,213 @@
+import csv
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+
+from plotarmour.config import TrainingConfig
+from plotarmour.errors import UserError
+from plotarmour.loss import IGNORE
+from plotarmour.machine import find_machine
+from plotarmour.runs import load_run, train_run
+from plotarmour.training import loop
+from plotarmour.training.checkpoint import find_checkpoint, model_tensors, read_index
+from plotarmour.training.loop import accumulate, make_optimizer
+from plotarmour.training.runlog import COLUMNS
+from plotarmour.training.schedule import learning_rate
+
+TIMING = ("utc", "elapsed_s", "tokens_per_s", "peak_memory_mib")
+CPU = find_machine("cpu")
+
+
+def scaler():
+    return torch.amp.GradScaler("cpu", enabled=False)
+
+
+def rows(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{k: v for k, v in row.items() if k not in TIMING} for row in csv.DictReader(file)]
+
+
+def run(recipe, files, out, **changes):
+    import dataclasses
+
+    changed = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **changes))
+    return train_run(changed, files["train"], files["val"], out)
+
+
+def test_accumulated_gradients_equal_the_whole_batchs(small_model):
+    """Guards: a mean of micro-batch means, which weights padded rows too heavily."""
+    torch.manual_seed(1)
+    inputs, targets = torch.randint(0, 50, (4, 12)), torch.randint(0, 50, (4, 12))
+    targets[0, 3:] = IGNORE
+    small_model.eval()
+    whole = accumulate(small_model, [(inputs, targets)], CPU, scaler())
+    expected = [p.grad.clone() for p in small_model.parameters()]
+    small_model.zero_grad()
+    parts = accumulate(small_model, [(inputs[i:i + 1], targets[i:i + 1]) for i in range(4)], CPU, scaler())
+    assert parts == pytest.approx(whole, rel=1e-6)
+    for parameter, gradient in zip(small_model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_one_steps_numbers_are_pinned(small_model):
+    """Guards: any unnoticed change to initialisation, loss, optimizer or decay."""
+    config = TrainingConfig(12, 1, 1, 10, learning_rate=1e-2)
+    optimizer = make_optimizer(small_model, config)
+    inputs = torch.arange(24).view(2, 12) % 50
+    losses = []
+    for _ in range(2):
+        losses.append(accumulate(small_model, [(inputs, inputs + 1)], CPU, scaler()))
+        optimizer.step()
+        optimizer.zero_grad()
+    name = type(small_model).__name__
+    assert losses == pytest.approx(PINNED[name], rel=1e-5)
+
+
+PINNED = {"BDH": [3.905440012613932, 3.6481653849283853], "GPT2": [3.9156058629353843, 3.7569847106933594]}
+
+
+def test_decay_is_on_matrices_only(small_model):
+    """Guards: weight decay on biases and layer norms."""
+    for group in make_optimizer(small_model, TrainingConfig(8, 1, 1, 10, 1e-3)).param_groups:
+        assert {p.dim() >= 2 for p in group["params"]} == {group["weight_decay"] > 0}
+
+
+def test_a_stopped_and_resumed_run_has_the_bits_of_an_uninterrupted_one(small_recipe, token_files, tmp_path,
+                                                                         monkeypatch):
+    """Guards: data order, dropout, optimizer state or log that differ after a resume. Dropout 0.1, accumulation 2."""
+    run(small_recipe, token_files, tmp_path / "whole")
+
+    class StopsAfterTwo(loop._StopRequest):
+        looks = 0
+
+        @property
+        def asked(self):
+            StopsAfterTwo.looks += 1
+            return "SIGTERM" if StopsAfterTwo.looks >= 2 else None
+
+        @asked.setter
+        def asked(self, value):
+            pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_StopRequest", StopsAfterTwo)
+        final = run(small_recipe, token_files, tmp_path / "cut")
+    assert final["reason"] == "signal SIGTERM" and (tmp_path / "cut" / "STOPPED.json").exists()
+    assert final["step"] < 6 and final["last_checkpoint"] == final["step"]
+    final = run(small_recipe, token_files, tmp_path / "cut")
+    assert final["step"] == 6 and not (tmp_path / "cut" / "STOPPED.json").exists()
+
+    whole, cut = (load_run(tmp_path / name, "latest") for name in ("whole", "cut"))
+    for (name, a), b in zip(model_tensors(whole.model).items(), model_tensors(cut.model).values(), strict=True):
+        assert torch.equal(a, b), name
+    optimizers = [(tmp_path / n / "checkpoints" / "step_00000006" / "optimizer.safetensors").read_bytes()
+                  for n in ("whole", "cut")]
+    assert optimizers[0] == optimizers[1]
+    assert rows(tmp_path / "whole" / "log.csv") == rows(tmp_path / "cut" / "log.csv")
+
+
+def test_training_learns_and_leaves_what_the_design_lists(small_recipe, token_files, tmp_path):
+    """Guards: weights-only checkpoints, a log with other columns, a DONE.json without numbers."""
+    final = run(small_recipe, token_files, tmp_path / "run", max_steps=40, eval_interval=20)
+    table = rows(tmp_path / "run" / "log.csv")
+    assert float(table[0]["val_loss"]) == pytest.approx(math.log(400), rel=0.05)  # an untrained model guesses
+    assert final["val_loss"] < float(table[0]["val_loss"]) - 0.3
+    with (tmp_path / "run" / "log.csv").open() as file:
+        assert tuple(next(csv.reader(file))) == COLUMNS
+    assert {"run.json", "log.csv", "tokenizer.json", "checkpoints", "DONE.json"} == {
+        p.name for p in (tmp_path / "run").iterdir()}
+    folder = tmp_path / "run" / "checkpoints" / read_index(tmp_path / "run")["latest"]
+    assert {p.name for p in folder.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json",
+                                                  "MANIFEST.json"}
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert info["params_non_embedding"] > 0 and info["dtype_reason"] and info["train"]["payload_sha256"]
+    assert run(small_recipe, token_files, tmp_path / "run", max_steps=40, eval_interval=20) == final  # done stays done
+
+
+def test_two_models_with_one_seed_read_the_same_tokens(token_files):
+    """Guards: an order that depends on the model, which makes the comparison unfair."""
+    from plotarmour.text.batches import Windows
+    from plotarmour.text.tokenfile import TokenFile
+
+    data = TokenFile.open(token_files["train"])
+    wide, narrow = (Windows(data, 24, "stream", 0, rows) for rows in (4, 4))  # micro-batches cut the same rows
+    assert [wide.rows_of(i) for i in range(9)] == [narrow.rows_of(i) for i in range(9)]
+
+
+def test_the_model_is_in_training_mode_after_an_evaluation(small_recipe, token_files, tmp_path, monkeypatch):
+    """Guards: a model left in eval mode after the first evaluation, so that dropout is never on again."""
+    modes = []
+    original = loop.accumulate
+    monkeypatch.setattr(loop, "accumulate", lambda model, *rest: modes.append(model.training) or original(model, *rest))
+    run(small_recipe, token_files, tmp_path / "run")
+    assert modes == [True] * 6
+
+
+def test_early_stopping_keeps_the_best(small_recipe, token_files, tmp_path):
+    """Guards: the last weights reported instead of the best ones. A huge learning rate makes it worse at once."""
+    final = run(small_recipe, token_files, tmp_path / "run", learning_rate=30.0, warmup_steps=0, max_steps=50,
+                eval_interval=1, patience=2, grad_clip=0.0)
+    assert final["reason"] == "early stopping" and final["step"] < 50
+    assert load_run(tmp_path / "run").step == final["best_step"] < final["step"]
+
+
+def test_a_non_finite_gradient_never_reaches_the_optimizer(small_recipe, token_files, tmp_path, monkeypatch):
+    """Guards: NaN weights. Ten bad steps in a row stop the run; the checkpoint stays good."""
+    original = loop.accumulate
+
+    def poisoned(model, *rest):
+        loss = original(model, *rest)
+        next(model.parameters()).grad.fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr(loop, "accumulate", poisoned)
+    final = run(small_recipe, token_files, tmp_path / "run", max_steps=50)
+    assert (final["reason"], final["step"], final["skipped_steps"]) == ("non-finite", 10, 10)
+    assert all(torch.isfinite(t).all() for t in model_tensors(load_run(tmp_path / "run", "latest").model).values())
+
+
+def test_a_signal_finishes_the_step_and_saves(small_recipe, token_files, tmp_path, monkeypatch):
+    """Guards: a session cut by SIGTERM that loses its work. A real signal to this process."""
+    original = loop.accumulate
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(loop, "accumulate", signalled)
+    final = run(small_recipe, token_files, tmp_path / "run")
+    assert (final["reason"], final["step"], final["last_checkpoint"]) == ("signal SIGTERM", 1, 1)
+
+
+def test_a_damaged_checkpoint_is_noticed_before_use(small_recipe, token_files, tmp_path):
+    """Guards: weights loaded from half-written or rotten files."""
+    run(small_recipe, token_files, tmp_path / "run")
+    folder = find_checkpoint(tmp_path / "run", "latest")
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        raw = bytearray((folder / name).read_bytes())
+        raw[len(raw) // 2] ^= 4
+        (folder / name).write_bytes(raw)
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            find_checkpoint(tmp_path / "run", "latest")
+        raw[len(raw) // 2] ^= 4
+        (folder / name).write_bytes(raw)
+
+
+def test_another_run_in_the_same_folder_is_refused_with_the_differences(small_recipe, token_files, tmp_path):
+    """Guards: a log that silently mixes two runs."""
+    run(small_recipe, token_files, tmp_path / "run")
+    with pytest.raises(UserError, match="learning_rate was 0.003, now 0.5; .*|seed was 0, now 9"):
+        run(small_recipe, token_files, tmp_path / "run", learning_rate=0.5, seed=9)
+
+
+def test_the_schedule_by_hand():
+    """Guards: a schedule that is off by one step."""
+    cosine = TrainingConfig(8, 1, 1, 10, 1.0, warmup_steps=2, final_learning_rate_fraction=0.0)
+    assert [learning_rate(s, cosine) for s in (0, 1, 2, 6)] == pytest.approx([0.5, 1.0, 1.0, 0.5])
+    tail = TrainingConfig(8, 1, 1, 10, 1.0, warmup_steps=2, schedule="linear_tail", decay_fraction=0.5,
+                          final_learning_rate_fraction=0.0)
+    assert [learning_rate(s, tail) for s in (0, 1, 4, 5, 6, 9)] == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.8, 0.2])
