@@ -14,7 +14,7 @@ def summed_nats(features: Tensor, unembedding: Tensor, targets: Tensor) -> Tenso
     """Sum the negative log-probabilities of the targets.
 
     Args:
-        features: (B, T, C), float; float16 and bfloat16 keep their products in that dtype, sums are float32.
+        features: (B, T, C), float; under autocast products are made in its dtype, sums always in float32 or wider.
         unembedding: (V, C), float.
         targets: int64 (B, T); `IGNORE` marks positions that cost nothing.
 
@@ -31,8 +31,9 @@ def summed_nats(features: Tensor, unembedding: Tensor, targets: Tensor) -> Tenso
     if features.shape[:2] != targets.shape or features.shape[2] != unembedding.shape[1]:
         raise ValueError(f"features {tuple(features.shape)}, unembedding {tuple(unembedding.shape)} and targets "
                          f"{tuple(targets.shape)} do not fit: expected (B, T, C), (V, C) and (B, T)")
-    if unembedding.dtype != features.dtype:  # under autocast features are half and weights float32
-        unembedding = unembedding.to(features.dtype)
+    if torch.is_autocast_enabled(features.device.type):
+        features = features.to(torch.get_autocast_dtype(features.device.type))
+    unembedding = unembedding.to(features.dtype)
     return _SummedNats.apply(features.flatten(0, 1), unembedding, targets.flatten(), torch.is_grad_enabled())
 
 

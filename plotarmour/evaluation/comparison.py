@@ -59,7 +59,11 @@ def evaluate_run(run, data, facts: dict[int, CorpusFacts] | None = None, stride:
     for score in score_stories(run.model, data, run.context_length, run.machine, stride, name=run.name):
         row = [score.story, score.tokens, score.bytes, score.nats]
         if facts:
-            row += _recall_columns(score, data, sizes, facts[story_hash(run.tokenizer.decode(data.story(score.story)))])
+            known = facts.get(story_hash(run.tokenizer.decode(data.story(score.story))))
+            if known is None:
+                raise UserError(f"story {score.story} of {data.path} is not in the facts file; expected the "
+                                ".facts.jsonl that was written with this text.")
+            row += _recall_columns(score, data, sizes, known)
         rows.append(row)
     columns = STORY_COLUMNS + (["recall_tokens", "recall_nats", "corpus_nats"] if facts else [])
     return pd.DataFrame(rows, columns=columns).sort_values("story", ignore_index=True)

@@ -24,6 +24,8 @@ from plotarmour.text.pretokenize import part_path, pre_tokenize
 from plotarmour.text.stories import PARTS, SEPARATOR
 from plotarmour.text.tokenfile import TokenFile
 
+OPTIONAL = {"extra": "tokens.extra.bin", "facts": "built-in.facts.jsonl"}  # not every recipe has them
+
 
 def tell_corpus(path: Path, n_stories: int, seed: int, events: tuple[int, int]) -> tuple[Path, Path]:
     """Write stories of the built-in corpus as text, and beside it what the corpus knows of each.
@@ -68,6 +70,8 @@ def prepare(recipe: Recipe, folder: Path, text: Path | None = None, extra_text: 
         Paths by name: train, val, test; extra and facts where there are.
     """
     require_text(recipe, text)
+    for name in OPTIONAL.values():
+        (folder / name).unlink(missing_ok=True)  # of an earlier start with other settings
     paths = {}
     if text is None:
         text, paths["facts"] = tell_corpus(folder / "built-in.txt", recipe.data.corpus_stories, recipe.data.corpus_seed,
@@ -78,7 +82,7 @@ def prepare(recipe: Recipe, folder: Path, text: Path | None = None, extra_text: 
         raise UserError(f"split {recipe.data.split} leaves a part empty; the suite needs train, val and test.")
     paths |= dict(zip(PARTS, made, strict=True))
     if extra_text is not None:
-        [paths["extra"]] = pre_tokenize([extra_text], str(paths["train"]), folder / "tokens.extra.bin", None,
+        [paths["extra"]] = pre_tokenize([extra_text], str(paths["train"]), folder / OPTIONAL["extra"], None,
                                         recipe.data.stories, exclude=[text], force=True)
     return paths
 
@@ -89,8 +93,7 @@ def find_prepared(folder: Path) -> dict[str, Path]:
     missing = [str(path) for path in paths.values() if not path.exists()]
     if missing:
         raise UserError(f"{missing[0]} does not exist; run notebook 01_pretokenize first, with the same folder.")
-    optional = {"extra": folder / "tokens.extra.bin", "facts": folder / "built-in.facts.jsonl"}
-    return paths | {name: path for name, path in optional.items() if path.exists()}
+    return paths | {name: folder / file for name, file in OPTIONAL.items() if (folder / file).exists()}
 
 
 def train_recipe(name: str, model: str, data_folder: Path, out: Path, overrides: list[str] = (),
@@ -124,7 +127,6 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
     if len(set(names)) < len(names):
         raise UserError(f"runs are told apart by folder name; found {', '.join(names)}. Name each run once.")
     test, known = TokenFile.open(data), read_facts(facts) if facts else None
-    out.mkdir(parents=True, exist_ok=True)
     scores, budgets, logs = {}, {}, {}
     for folder, name in zip(folders, names, strict=True):
         run = load_run(folder, which)

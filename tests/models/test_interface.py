@@ -1,6 +1,9 @@
 """What both models owe: causality, a state that continues, dropout that can be turned off."""
 
+import pytest
 import torch
+
+from plotarmour.loss import summed_nats
 
 
 def test_no_feature_depends_on_a_later_token_by_gradient(small_model):
@@ -44,3 +47,18 @@ def test_non_embedding_parameters_are_what_the_config_says(small_model):
     outside = ("embed", "lm_head", "wte", "wpe")
     counted = sum(p.numel() for name, p in small_model.named_parameters() if not any(o in name for o in outside))
     assert counted == small_model.config.non_embedding_params
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_close_to_float32(small_model, dtype):
+    """Guards: scores that overflow float16 (a large encoder makes large ones), a loss that is summed in half."""
+    if hasattr(small_model, "encoder"):
+        small_model.encoder.data.mul_(1500.0)
+    inputs = torch.randint(0, 50, (2, 60))
+    exact = summed_nats(small_model.features(inputs[:, :-1])[0], small_model.unembedding, inputs[:, 1:])
+    with torch.autocast("cpu", dtype=dtype):
+        half = summed_nats(small_model.features(inputs[:, :-1])[0], small_model.unembedding, inputs[:, 1:])
+    assert half.dtype == torch.float32
+    assert float(half.detach()) == pytest.approx(float(exact.detach()), rel=0.03)
+    half.backward()
+    assert all(torch.isfinite(p.grad).all() for p in small_model.parameters())

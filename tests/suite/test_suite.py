@@ -1,0 +1,59 @@
+"""The suite as a whole, as its first user runs it."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+
+@pytest.fixture(scope="module")
+def suite(root, tmp_path_factory):
+    out = tmp_path_factory.mktemp("suite") / "tiny"
+    done = subprocess.run([sys.executable, str(root / "tools" / "run_suite.py"), "--out", str(out)], check=False,
+                          capture_output=True, text=True, cwd=out.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def totals(suite):
+    with (suite / "comparison" / "totals.csv").open(encoding="utf-8", newline="") as file:
+        return {row["name"]: row for row in csv.DictReader(file)}
+
+
+@pytest.mark.slow
+def test_both_tiny_models_lie_within_40_percent_above_the_corpus_and_none_below(suite):
+    """Guards: a leak (fewer nats than the source has), a model that does not learn, a comparison on other tokens."""
+    rows = totals(suite)
+    for name in ("bdh", "gpt2"):
+        assert 0.0 <= float(rows[name]["over_corpus"]) <= 0.40
+        assert float(rows[name]["loss"]) < float(rows["bigram floor"]["loss"])
+        assert float(rows[name]["perplexity"]) < 3  # earlier pipelines ended at 22,000
+    assert len({(row["tokens"], row["bytes"], row["stories"]) for row in rows.values()}) == 1
+    assert rows["bdh"]["train_tokens"] == rows["gpt2"]["train_tokens"]
+
+
+@pytest.mark.slow
+def test_the_suite_leaves_executed_notebooks_tables_and_figures(suite):
+    """Guards: a batch whose results nobody can find."""
+    for name in ("01_pretokenize", "02_train_bdh", "02_train_gpt2", "03_compare"):
+        notebook = nbformat.read(suite / "notebooks" / f"{name}.ipynb", as_version=4)
+        outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
+        assert outputs and not any(o.output_type == "error" for o in outputs)
+    assert {"totals.csv", "summary.txt", "stories_bdh.csv", "stories_gpt2.csv", "stories_bigram_floor.csv",
+            "perplexity.png", "training_curves.png"} <= {p.name for p in (suite / "comparison").iterdir()}
+    assert all(json.loads((suite / m / "DONE.json").read_text())["reason"] == "max_steps" for m in ("bdh", "gpt2"))
+    assert not [p for p in suite.rglob("*") if "unfinished" in p.name]
+
+
+@pytest.mark.slow
+def test_every_total_follows_from_the_stories(suite):
+    """Guards: totals that cannot be recomputed from the per-story rows."""
+    for name, row in totals(suite).items():
+        path = suite / "comparison" / f"stories_{name.replace(' ', '_')}.csv"
+        if path.exists():
+            with path.open(encoding="utf-8", newline="") as file:
+                nats, tokens = zip(*((float(r["nats"]), int(r["tokens"])) for r in csv.DictReader(file)), strict=True)
+            assert sum(nats) / sum(tokens) == pytest.approx(float(row["loss"]), rel=1e-7)

@@ -1,0 +1,61 @@
+"""The README shows commands and numbers; both are checked."""
+
+import csv
+import importlib.util
+import re
+import shlex
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def readme(root):
+    return (root / "README.md").read_text(encoding="utf-8")
+
+
+def commands(readme):
+    """Every `python tools/...` in a code block, continuation lines joined."""
+    for block in re.findall(r"```(?:sh|bash)\n(.*?)```", readme, re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in line.split("&&"):
+                if part.strip().startswith("python tools/"):
+                    yield shlex.split(part.strip(), comments=True)[1:]
+
+
+def test_every_command_is_one_that_the_tools_accept(readme, root):
+    """Guards: a README that shows options which no longer exist."""
+    found = list(commands(readme))
+    assert len(found) >= 6
+    for tool, *args in found:
+        spec = importlib.util.spec_from_file_location("tool", root / tool)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.build_parser().parse_args(args)  # ends the test with SystemExit where it does not parse
+    assert {tool for tool, *_ in found} >= {f"tools/{t.name}" for t in (root / "tools").glob("*.py")}
+
+
+def test_ci_runs_the_readmes_own_test_command(readme, root):
+    """Guards: an install step that only CI, or only the README, knows."""
+    assert len(re.findall("requirements-dev.txt -c constraints.txt && python -m pytest", readme)) == 1
+    assert "grep -m 1 'requirements-dev.txt -c constraints.txt' README.md" in (root / ".ci" / "run").read_text()
+
+
+def test_every_link_leads_somewhere(readme, root):
+    """Guards: figures and files that were moved."""
+    paths = [p for p in re.findall(r"\]\(([^)#]+)\)", readme) if "://" not in p]
+    assert paths and [p for p in paths if not (root / p).exists()] == []
+
+
+def test_the_tables_show_the_committed_numbers(readme, root):
+    """Guards: a table that was not updated with its CSV."""
+    for folder in ("laptop", "laptop_extra", "tiny"):
+        with (root / "results" / "reference" / folder / "totals.csv").open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                loss, perplexity, bits = (float(row[c]) for c in ("loss", "perplexity", "bits_per_byte"))
+                shown = f"{loss:.3f} | {perplexity:,.2f} | {bits:.3f}"
+                assert shown in readme, (folder, row["name"], shown)
+
+
+def test_the_diagrams_are_there(readme):
+    """Guards: the way of a story and one BDH pass lost in an edit."""
+    assert readme.count("```mermaid") == 2
