@@ -25,3 +25,8 @@ def test_more_tokens_than_positions_are_refused():
     model = GPT2(GPT2Config(1, 8, 1, vocab_size=10, context_length=4))
     with pytest.raises(ValueError, match="5 tokens, but this GPT-2 has 4 positions"):
         model.features(torch.zeros(1, 5, dtype=torch.int64))
+
+
+def test_attention_goes_through_sdpa():
+    """Guards: the slow path that holds (B, heads, T, T) in memory."""
+    assert GPT2(GPT2Config(1, 8, 1, vocab_size=10, context_length=4)).hf.config._attn_implementation == "sdpa"

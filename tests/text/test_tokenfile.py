@@ -7,7 +7,7 @@ import pytest
 
 from plotarmour.errors import UserError
 from plotarmour.text.pretokenize import TokensInMemory, pre_tokenize
-from plotarmour.text.stories import Source, normalise, read_stories
+from plotarmour.text.stories import Source, normalise, part_of, read_stories
 from plotarmour.text.tokenfile import HEADER_BYTES, TokenFile, TokenFileWriter
 from plotarmour.text.tokenizers import make_tokenizer
 
@@ -110,3 +110,16 @@ def test_the_slow_fallback_gives_the_same_tokens_and_warns(token_files):
     texts = {tokenizer.decode(slow.story(i)) for i in range(slow.n_stories)}
     assert slow.n_stories == 300
     assert all(tokenizer.decode(fast.story(i)) in texts for i in range(fast.n_stories))
+
+
+def test_a_bpe_learns_from_the_train_part_only(tmp_path):
+    """Guards: a vocabulary that has seen the held-out stories. Only those here contain a certain word, many times."""
+    stories = [f"Story number {i} of Tom." for i in range(400)]
+    held_out = [f"{s} zyzzyva zyzzyva zyzzyva" for s in stories]
+    told = [h if part_of(h, (80, 10, 10)) != "train" else s for h, s in zip(held_out, stories, strict=True)]
+    text = tmp_path / "t.txt"
+    text.write_text("\n".join(told))
+    paths = pre_tokenize([text], "bpe:290", tmp_path / "x.bin", "80:10:10", "line")
+    assert "zyzzyva" in text.read_text()
+    vocabulary = TokenFile.open(paths[0]).tokenizer().backend.get_vocab()
+    assert [token for token in vocabulary if "zy" in token] == []
