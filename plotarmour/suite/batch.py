@@ -1,5 +1,6 @@
 """The suite as a batch: the notebooks through papermill, headless, into one results folder."""
 
+import csv
 import subprocess
 import sys
 import time
@@ -41,23 +42,49 @@ def run_suite(recipe: str, out: Path, text: Path | None = None, extra_text: Path
     plan += [("03_compare", "03_compare", {"recipe": shared["recipe"], "results": shared["results"]})]
     start = time.perf_counter()
     for i, (name, executed, parameters) in enumerate(plan, 1):
-        before = time.perf_counter()
-        print(f"[{i}/{len(plan)}] {executed} ...", flush=True)
-        _execute(ROOT / "notebooks" / f"{name}.ipynb", notebooks / f"{executed}.ipynb", parameters)
-        print(f"[{i}/{len(plan)}] {executed} done in {time.perf_counter() - before:.0f} s", flush=True)
+        before, label = time.perf_counter(), f"[{i}/{len(plan)}] {executed}"
+        print(f"{label} ...", flush=True)
+        log = out / parameters["model"] / "log.csv" if "model" in parameters else None
+        _execute(ROOT / "notebooks" / f"{name}.ipynb", notebooks / f"{executed}.ipynb", parameters, log)
+        print(f"{label} done in {time.perf_counter() - before:.0f} s", flush=True)
     print(f"suite {recipe} done in {time.perf_counter() - start:.0f} s: {out}")
 
 
-def _execute(source: Path, executed: Path, parameters: dict[str, str]) -> None:
-    """Run one notebook in a papermill process of its own; its noise goes to a log beside the executed notebook."""
+def _execute(source: Path, executed: Path, parameters: dict[str, str], run_log: Path | None) -> None:
+    """Run one notebook in a papermill process of its own; its noise goes to a log beside the executed notebook.
+
+    On a terminal, the last row of `run_log` is shown while the notebook trains.
+    """
     command = [sys.executable, "-m", "papermill", str(source), str(executed), "--cwd", str(ROOT), "--kernel", "python3",
                "--no-progress-bar"]
     for name, value in parameters.items():
         command += ["-r", name, value]
     log = executed.with_suffix(".log")
     with log.open("w", encoding="utf-8") as file:
-        ended = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
-    if ended.returncode:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            try:
+                process.wait(timeout=2.0)
+            except subprocess.TimeoutExpired:
+                if run_log and sys.stdout.isatty():
+                    print(f"\r{_progress(run_log):<79}", end="", flush=True)
+        if run_log and sys.stdout.isatty():
+            print("\r" + " " * 79, end="\r")
+    if process.returncode:
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         raise UserError(f"{executed.name} failed: {lines[-1] if lines else 'no output'}. See {executed} and {log}; the "
                         "same command goes on from there.")
+
+
+def _progress(run_log: Path) -> str:
+    """Say how far a run is, from its log."""
+    if not run_log.exists():
+        return ""
+    with run_log.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not rows[-1]["tokens_per_s"]:
+        return ""
+    last, seen = rows[-1], [row["val_loss"] for row in rows if row["val_loss"]]
+    return (f"    step {int(last['step']):,}, {float(last['elapsed_s']):,.0f} s, training loss "
+            f"{float(last['train_loss'] or 'nan'):.3f}, validation {float(seen[-1]):.3f}, "
+            f"{float(last['tokens_per_s']):,.0f} tokens/s")
