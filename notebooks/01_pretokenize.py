@@ -59,9 +59,9 @@ print(settings.data)
 
 # %% [markdown]
 # ## The work
-# One pass over the text. Every story goes to train, val or test by a hash of its words (lower-cased, without
-# punctuation), so a near-copy of a training story can never stand in the test part. A `bpe:N` tokenizer learns from the
-# train part only.
+# Every story goes to train, val or test by a hash of its words (lower-cased, without punctuation), so a copy that
+# differs only in case, punctuation or spacing stands on the same side. A `bpe:N` tokenizer learns from the train part
+# only.
 
 # %%
 paths = prepare(settings, folder, Path(text) if text else None, Path(extra_text) if extra_text else None)

@@ -13,8 +13,8 @@
 #
 # **Time:** the recipe's first lines say: a minute or two for `tiny`, up to 20 for `laptop` on two CPU cores.
 # **Hardware:** CPU, or one GPU with 16 GB for the `kaggle_` recipes. **Needs:** the results folder of notebook 1.
-# **Leaves behind:** a run folder named after the model. Interrupt it whenever you like: run the cells again, and it
-# goes on from its last checkpoint.
+# **Leaves behind:** a run folder named after the model. Interrupt it whenever you like: as long as that folder is
+# there, running the cells again goes on from its last checkpoint.
 
 # %% [markdown]
 # ## Set-up
@@ -40,12 +40,14 @@ print(report())
 # %% [markdown]
 # ## Parameters
 # Run this notebook once per model. Both runs read the same tokens in the same order, because that order follows from
-# the recipe's seed alone.
+# the recipe's seed alone. On Kaggle each notebook has its own disk: attach the output of notebook 1 and name its folder
+# in `tokens`.
 
 # %% tags=["parameters"]
 model = "bdh"  # bdh or gpt2
 recipe = "tiny"  # name of a file in plotarmour/recipes, without .toml
-results = ""  # the results folder of notebook 1; empty: results/RECIPE
+results = ""  # folder for the run; empty: results/RECIPE
+tokens = ""  # folder that notebook 1 wrote, such as its output attached on Kaggle; empty: the results folder
 overrides = ""  # settings of the recipe to override, separated by ; (see tools/train.py, --set)
 
 # %%
@@ -53,9 +55,11 @@ from plotarmour.config import load_recipe
 from plotarmour.suite.steps import list_files, results_folder, train_recipe
 
 folder, changes = results_folder(recipe, results), [o for o in overrides.split(";") if o]
+data_folder = Path(tokens) if tokens else folder
 settings = load_recipe(recipe, model, changes)
 print(settings.architecture)
 print(settings.training)
+print(f"at most {settings.training.tokens_per_step:,} tokens per step")
 
 # %% [markdown]
 # ## One real example
@@ -67,7 +71,7 @@ from plotarmour.suite.steps import find_prepared
 from plotarmour.text.batches import Windows
 from plotarmour.text.tokenfile import TokenFile
 
-data, t = TokenFile.open(find_prepared(folder)["train"]), settings.training
+data, t = TokenFile.open(find_prepared(data_folder)["train"]), settings.training
 windows = Windows(data, t.context_length, t.windows, t.seed, t.rows_per_step)
 inputs, targets = windows.micro_batch(windows.rows_of(0)[:1])
 for name, ids in (("inputs ", inputs), ("targets", targets)):
@@ -79,7 +83,7 @@ for name, ids in (("inputs ", inputs), ("targets", targets)):
 # and time left; `log.csv` gets a row every few steps, with the validation loss at intervals.
 
 # %%
-final = train_recipe(recipe, model, folder, folder / model, changes)
+final = train_recipe(recipe, model, data_folder, folder / model, changes)
 final
 
 # %% [markdown]

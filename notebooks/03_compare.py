@@ -38,11 +38,15 @@ print(report())
 
 # %% [markdown]
 # ## Parameters
-# The same recipe and results folder as before.
+# The same recipe and results folder as before. On Kaggle, attach the outputs of the other notebooks and name their
+# folders.
 
 # %% tags=["parameters"]
 recipe = "tiny"  # name of a file in plotarmour/recipes, without .toml
-results = ""  # the results folder of notebooks 1 and 2; empty: results/RECIPE
+results = ""  # folder for the comparison; empty: results/RECIPE
+tokens = ""  # folder that notebook 1 wrote; empty: the results folder
+bdh_run = ""  # run folder of the BDH; empty: bdh in the results folder
+gpt2_run = ""  # run folder of the GPT-2; empty: gpt2 in the results folder
 
 # %% [markdown]
 # ## One real example
@@ -56,7 +60,8 @@ from plotarmour.suite.steps import compare_runs, find_prepared, for_people, list
 from plotarmour.text.tokenfile import TokenFile
 
 folder = results_folder(recipe, results)
-paths, runs = find_prepared(folder), [folder / "bdh", folder / "gpt2"]
+paths = find_prepared(Path(tokens) if tokens else folder)
+runs = [Path(bdh_run or folder / "bdh"), Path(gpt2_run or folder / "gpt2")]
 test = TokenFile.open(paths["test"])
 
 # %%
@@ -98,7 +103,7 @@ if "extra" in paths:
 # %% [markdown]
 # ## What it means
 # Lower is better, and only models below the bigram floor have learned anything about stories. On the built-in corpus
-# the first line is the corpus itself, which no honest model can beat: anything below it is a leak. `loss on facts`
+# the corpus itself stands first: no honest model can beat it, so a model listed above it has a leak. `loss on facts`
 # counts only words that the story so far determines (who, where, which object), `loss elsewhere` the free choices.
 
 # %%

@@ -32,7 +32,7 @@ class DataConfig:
     split: str = "90:5:5"  # shares of train, val and test
     corpus_stories: int = 0  # stories of the built-in corpus; 0: the user brings a text
     corpus_seed: int = 0
-    corpus_min_events: int = 2  # about 14 tokens each on top of 68
+    corpus_min_events: int = 2  # about 14 tokens each on top of 62
     corpus_max_events: int = 4
 
 
@@ -187,7 +187,9 @@ def _complaints(recipe: Recipe) -> list[str]:
     for key in ("context_length", "micro_batch_size", "grad_accum_steps", "max_steps", "log_interval",
                 "eval_interval", "eval_tokens", "checkpoint_interval"):
         need(getattr(t, key) >= 1, f"{key} = {getattr(t, key)} must be at least 1")
-    for key in ("seed", "warmup_steps", "patience", "keep_every", "max_minutes", "weight_decay", "grad_clip"):
+    for key, value in (("seed", t.seed), ("corpus_seed", d.corpus_seed)):
+        need(0 <= value < 2**32, f"{key} = {value} must be in [0, 2**32)")
+    for key in ("warmup_steps", "patience", "keep_every", "max_minutes", "weight_decay", "grad_clip"):
         need(getattr(t, key) >= 0, f"{key} = {getattr(t, key)} must not be negative")
     for key in ("beta1", "beta2"):
         need(0 <= getattr(t, key) < 1, f"{key} = {getattr(t, key)} must be in [0, 1)")

@@ -20,9 +20,11 @@ def run_command(main: Callable[[], None]) -> None:
     except UserError as error:
         sys.exit(_complain(str(error)))
     except OSError as error:
-        if error.errno not in USER_OS_ERRORS or error.filename is None:
+        disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # a write that fails does not know its file's name
+        if error.errno not in USER_OS_ERRORS or (error.filename is None and not disk_full):
             raise
-        sys.exit(_complain(f"{error.filename}: {error.strerror}. Check the path, its permissions and the disk."))
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(_complain(f"{where}{error.strerror}. Check the path, its permissions and the disk."))
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -49,7 +49,8 @@ def find_machine(device: str = "auto", dtype: str = "auto") -> Machine:
         found, name = torch.device("cuda"), torch.cuda.get_device_name()
         major, minor = torch.cuda.get_device_capability()
         built = torch.cuda.get_arch_list()
-        if built and major < min(int(arch.split("_")[1].rstrip("af")) // 10 for arch in built):
+        numbers = [int(n) for arch in built if (n := arch.removeprefix("sm_").removeprefix("compute_")).isdigit()]
+        if numbers and 10 * major + minor < min(numbers):
             raise UserError(f"{name} is sm_{major}{minor}, but this torch was built for {', '.join(built)}: its first "
                             "kernel would fail. Install a torch with that architecture (for sm_60: a cu126 wheel).")
         chosen, reason = dtype_for(major, minor)
@@ -79,7 +80,10 @@ def host() -> str:
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
-    """Peak memory so far in MiB: allocated on the GPU, or resident on the CPU; None where it cannot be told."""
+    """Peak memory in MiB: allocated on the GPU since its last reset, or resident in this process's whole life.
+
+    None where it cannot be told.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
@@ -102,9 +106,12 @@ def versions() -> dict[str, str | None]:
 
 def report() -> str:
     """Describe the machine in a few lines, for people."""
-    machine = find_machine()
-    rows = {"host": f"{host()}, {platform.system()} {platform.machine()}", "hardware": machine.hardware,
-            "dtype": f"{str(machine.dtype).removeprefix('torch.')}: {machine.reason}",
+    try:
+        machine = find_machine()
+        hardware, dtype = machine.hardware, f"{str(machine.dtype).removeprefix('torch.')}: {machine.reason}"
+    except UserError as error:
+        hardware, dtype = str(error), "float32 on the CPU, with device=cpu"
+    rows = {"host": f"{host()}, {platform.system()} {platform.machine()}", "hardware": hardware, "dtype": dtype,
             "versions": ", ".join(f"{k} {v}" for k, v in versions().items() if v)}
     return "\n".join(f"{key:<9} {value}" for key, value in rows.items())
 

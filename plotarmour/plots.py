@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, GRAY, SKY = "#0072B2", "#D55E00", "#009E73", "#8A8A8A", "#56B4E9"
+BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#8A8A8A"
 MODEL_COLORS = {"bdh": BLUE, "gpt2": ORANGE}
 DASHES = ("-", "--", ":", "-.")  # tell runs of one model apart
 MODEL_NAMES = {"bdh": "BDH", "gpt2": "GPT-2"}

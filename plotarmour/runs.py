@@ -25,7 +25,7 @@ from plotarmour.text.batches import Windows
 from plotarmour.text.pretokenize import TokensInMemory
 from plotarmour.text.tokenfile import TokenFile, looks_like_token_file
 from plotarmour.text.tokenizers import Tokenizer, make_tokenizer
-from plotarmour.training.checkpoint import find_checkpoint, load_model, read_index
+from plotarmour.training.checkpoint import find_checkpoint, load_model, read_index, rewind
 from plotarmour.training.loop import train
 
 RUN_FORMAT = 1
@@ -139,6 +139,8 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
         print(f"{out} is done already: nothing to do.")
         return json.loads((out / "DONE.json").read_text(encoding="utf-8"))
     else:
+        if from_step is not None:
+            rewind(out, from_step)
         print(f"continuing {out} from {checkpoint.name}")
     return train(out, model.to(machine.device), windows, val_windows, made.token_bytes, t, machine, checkpoint)
 
@@ -164,7 +166,9 @@ def load_run(folder: str | Path, which: str | int = "best", device: str = "auto"
     if tokenizer.sha256 != info["tokenizer"]["sha256"]:
         raise UserError(f"{folder / 'tokenizer.json'} is not the tokenizer that run.json names; restore it.")
     checkpoint = find_checkpoint(folder, which)
-    machine = find_machine(device, recipe.training.dtype)
+    machine = find_machine(device)
+    if machine.device.type == "cuda":  # a CPU scores any run in float32
+        machine = find_machine(device, recipe.training.dtype)
     model = build_model(recipe, info["vocab_size"])
     load_model(checkpoint, model)
     step = int(checkpoint.name.removeprefix("step_"))
@@ -205,9 +209,10 @@ def _fingerprint(path: Path, data: TokenFile | TokensInMemory) -> dict:
 def _identity(info: dict) -> dict[str, object]:
     """What must not change when a run goes on, flat."""
     recipe = info["recipe"]
-    flat = {"model": recipe["model"], "tokenizer": info["tokenizer"]["sha256"], "dtype": info["dtype"],
+    flat = {"model": recipe["model"], "tokenizer": info["tokenizer"]["sha256"],
             "train tokens": info["train"]["payload_sha256"], "val tokens": info["val"]["payload_sha256"]}
-    return flat | recipe["architecture"] | {k: v for k, v in recipe["training"].items() if k not in NOT_IDENTITY}
+    settings = {k: v for k, v in recipe["training"].items() if k not in NOT_IDENTITY}
+    return flat | recipe["architecture"] | settings | {"dtype": info["dtype"]}  # as computed, not "auto"
 
 
 def _checkpoint_to_resume(out: Path, info: dict, resume: str, from_step: int | None) -> Path | None:
@@ -226,5 +231,7 @@ def _checkpoint_to_resume(out: Path, info: dict, resume: str, from_step: int | N
     if differing:
         raise UserError(f"{out} is a different run: {'; '.join(differing)}. Use another --out.")
     if from_step is None and not read_index(out):
+        if resume == "must":
+            raise UserError(f"{out} has no checkpoint to go on with; expected one. Start it with --resume auto.")
         return None
     return find_checkpoint(out, "latest" if from_step is None else from_step)

@@ -21,12 +21,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stride", type=int, help="tokens scored per sliding window in stories longer than the "
                         "context (default: half a context)")
     parser.add_argument("--title", default="", help="of the figure")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     return parser
 
 
 def main() -> None:
     args = build_parser().parse_args()
-    table = compare_runs(args.runs, args.data, args.out, args.train, args.facts, args.stride, args.title)
+    table = compare_runs(args.runs, args.data, args.out, args.train, args.facts, args.stride, args.title,
+                         device=args.device)
     print(for_people(table).to_string(index=False))
     print(f"totals.csv, per-story rows and figures in {args.out}")
 

@@ -21,12 +21,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stride", type=int, help="tokens scored per sliding window in stories longer than the "
                         "context (default: half a context)")
     parser.add_argument("--checkpoint", default="best", choices=("best", "latest"), help="by validation loss, or last")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     return parser
 
 
 def main() -> None:
     args = build_parser().parse_args()
-    table = compare_runs([args.run], args.data, args.out, args.train, args.facts, args.stride, which=args.checkpoint)
+    table = compare_runs([args.run], args.data, args.out, args.train, args.facts, args.stride, which=args.checkpoint,
+                         device=args.device)
     print(for_people(table).to_string(index=False))
     print(f"per-story rows and totals.csv in {args.out}")
 

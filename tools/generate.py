@@ -20,6 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from the most probable tokens that together "
                         "reach this probability; 1: from all")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same story")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     return parser
 
 
@@ -28,7 +29,7 @@ def main() -> None:
     from plotarmour.evaluation.sampling import generate
     from plotarmour.runs import load_run
 
-    run = load_run(args.run)
+    run = load_run(args.run, device=args.device)
     prompt = run.tokenizer.encode(args.prompt)
     new = generate(run.model, prompt, run.tokenizer.end_of_text_id, run.machine, args.max_new_tokens, args.temperature,
                    args.top_k, args.top_p, args.seed)

@@ -10,8 +10,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from plotarmour.config import recipe_names
 from plotarmour.errors import run_command
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -28,8 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = build_parser().parse_args()
     from plotarmour.suite.batch import run_suite
+    from plotarmour.suite.steps import results_folder
 
-    out = args.out or ROOT / "results" / Path(args.recipe).stem
+    out = args.out or results_folder(args.recipe)
     run_suite(args.recipe, out, args.text, args.extra_text, args.overrides)
     print((out / "comparison" / "summary.txt").read_text(encoding="utf-8"))
 

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plotarmour.errors import UserError, run_command
 from plotarmour.suite.steps import tell_corpus
+from plotarmour.text.grammar import TOKENS_PER_STORY, events_for_tokens
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -16,8 +17,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="text file; X.txt gets X.facts.jsonl beside it")
     parser.add_argument("--count", type=int, default=20_000, help="how many stories")
     parser.add_argument("--seed", type=int, default=0, help="of the corpus: same seed, same stories")
-    parser.add_argument("--events", default="2:4", help="least:most events per story; a story has about 62 + 14 x "
-                        "events tokens (BPE-1,024), so 0:0 tells short ones and 700:720 some of 10,000 tokens")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--events", default="2:4", help="least:most events per story; a story has about "
+                        f"{TOKENS_PER_STORY} + 14 x events tokens (BPE-1,024)")
+    length.add_argument("--tokens", type=int, help="instead of --events: about so many tokens per story, 60 to 10,000")
     return parser
 
 
@@ -29,6 +32,12 @@ def main() -> None:
             raise ValueError
     except ValueError:
         raise UserError(f"--events {args.events!r} is not a range; expected least:most, e.g. 2:4.") from None
+    if args.tokens is not None:
+        if args.tokens < 60:
+            raise UserError(f"--tokens {args.tokens} is too short for a story; expected at least 60.")
+        low = high = events_for_tokens(args.tokens)
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed {args.seed} must be in [0, 2**32).")
     text, facts = tell_corpus(args.out, args.count, args.seed, (low, high))
     print(f"{text}: {args.count:,} stories ({text.stat().st_size / 2**20:.1f} MiB); facts in {facts}")
 

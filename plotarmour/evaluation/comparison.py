@@ -114,21 +114,39 @@ def comparison_table(scores: dict[str, pd.DataFrame], budgets: dict[str, dict]) 
                      "recall_tokens": recalls, "recall_loss": 0.0,
                      "other_loss": sums["nats"] / (sums["tokens"] - recalls)})
     table = pd.DataFrame(rows).sort_values("loss", ignore_index=True)
-    for column in ("params", "params_non_embedding", "train_tokens", "recall_tokens"):
+    for column in ("params", "params_non_embedding", "train_tokens", "steps", "checkpoint_step", "recall_tokens"):
         if column in table:
             table[column] = table[column].astype("Int64")  # floors have none: empty, not 0
     return table
 
 
 def budget_of(run) -> dict:
-    """Return what a run cost, from its folder: parameters, training tokens, seconds, memory, hardware."""
+    """Return what a run cost, from its folder: parameters, training tokens, seconds, memory, hardware.
+
+    Tokens, steps and seconds are those of the whole run; `checkpoint_step` is the step that was scored.
+    """
     final = next((json.loads((run.folder / name).read_text(encoding="utf-8"))
                   for name in ("DONE.json", "STOPPED.json") if (run.folder / name).exists()), {})
     return {"model": run.config.model, "params": run.info["params"],
             "params_non_embedding": run.info["params_non_embedding"], "train_tokens": final.get("tokens_seen"),
-            "steps": final.get("step"), "train_s": final.get("elapsed_s"),
+            "steps": final.get("step"), "checkpoint_step": run.step, "train_s": final.get("elapsed_s"),
             "peak_memory_mib": final.get("peak_memory_mib"), "hardware": run.info["hardware"],
-            "ended": final.get("reason", "running")}
+            "ended": final.get("reason", "unfinished")}
+
+
+def differences(runs: list) -> list[str]:
+    """Say what makes a comparison of these runs unequal, one line each; empty where nothing does."""
+    looked_at = {"training text": lambda run: run.info["train"]["payload_sha256"][:12],
+                 "seed": lambda run: run.config.training.seed, "context": lambda run: run.context_length,
+                 "rows per step": lambda run: run.config.training.rows_per_step,
+                 "windows": lambda run: run.config.training.windows,
+                 "tokens": lambda run: budget_of(run)["train_tokens"], "end": lambda run: budget_of(run)["ended"]}
+    found = []
+    for what, value in looked_at.items():
+        values = {run.name: value(run) for run in runs}
+        if len(set(values.values())) > 1:
+            found.append(f"{what}: " + ", ".join(f"{name} {v}" for name, v in values.items()))
+    return found
 
 
 def write_facts(path: Path, stories: Iterable[Story]) -> Iterable[str]:

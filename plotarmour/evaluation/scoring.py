@@ -58,7 +58,7 @@ def score_stories(model: nn.Module, data, context_length: int, machine: Machine,
     Raises:
         UserError: a stride outside 1..context_length.
     """
-    stride = stride or max(1, context_length // 2)
+    stride = max(1, context_length // 2) if stride is None else stride
     if not 1 <= stride <= context_length:
         raise UserError(f"stride {stride} must be between 1 and the context length {context_length}.")
     n = data.n_stories if stories is None else min(stories, data.n_stories)

@@ -17,7 +17,7 @@ One set of weights, used at every one of `n_layer` passes over v, (B, T, D):
     LN       layer norm over D without weights, eps 1e-5
 
 Differences from the official code (pathwaycom/bdh), none of which changes the function: phases are multiplied and
-reduced in float64 and their tables made once; a state can be carried from token to token (`initial_state`): by
+reduced in float64, their tables kept; a state can be carried from token to token (`initial_state`): by
 linearity the past enters `a` as rope(x) · S with S = Σ rope(x_s)ᵀ v_s, of shape (H, N, D) per pass, at any length.
 Weights keep the official names, so official checkpoints load unchanged.
 """
@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROPE_THETA = 2.0**16
+TABLE_ROWS = 256  # rotation tables hold a multiple of so many positions
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class BDH(nn.Module):
         self.encoder_v = nn.Parameter(torch.empty(heads, width, neurons).normal_(std=0.02))
         self.lm_head = nn.Parameter(torch.empty(width, config.vocab_size).normal_(std=0.02))
         self.dropout = nn.Dropout(config.dropout)
-        self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[torch.device, tuple[int, Tensor, Tensor]] = {}  # first position, cosines, sines
         # Official checkpoints carry the frequencies as a buffer; they follow from N and are not loaded.
         self.register_load_state_dict_pre_hook(lambda m, state, prefix, *_: state.pop(prefix + "attn.freqs", None))
 
@@ -138,19 +139,18 @@ class BDH(nn.Module):
         return v.squeeze(1), BDHState(after, start + T) if state else None
 
     def _rotation(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (length, N / 2) of positions start, start + 1, ...; made once per length and device."""
-        key = (start if length == 1 else 0, start + length, device)
-        if key not in self._tables:
+        """Cosines and sines (length, N / 2) of positions start, start + 1, ..., from a table of some hundred."""
+        first, cos, sin = self._tables.get(device, (0, None, None))
+        if cos is None or not first <= start <= start + length <= first + len(cos):
             N = self.config.neurons_per_head
             pair = torch.arange(0, N, 2, dtype=torch.float32)
             cycles = 1.0 / (ROPE_THETA ** (pair / N)) / (2 * math.pi)  # float32, as published; one per pair
-            position = torch.arange(key[0], start + length, dtype=torch.float64)
+            position = torch.arange(start, start + -(-length // TABLE_ROWS) * TABLE_ROWS, dtype=torch.float64)
             angle = (position[:, None] * cycles.double() % 1.0) * (2 * math.pi)  # exact to 10^6 positions
-            if len(self._tables) > 16:
-                self._tables.clear()
-            self._tables[key] = tuple(f(angle).float().to(device) for f in (torch.cos, torch.sin))
-        cos, sin = self._tables[key]
-        return cos[-length:], sin[-length:]
+            cos, sin = (f(angle).float().to(device) for f in (torch.cos, torch.sin))
+            first = start
+            self._tables[device] = first, cos, sin
+        return cos[start - first:start - first + length], sin[start - first:start - first + length]
 
 
 def _layer_norm(v: Tensor) -> Tensor:

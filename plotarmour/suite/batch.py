@@ -72,8 +72,11 @@ def _execute(source: Path, executed: Path, parameters: dict[str, str], run_log: 
             print("\r" + " " * 79, end="\r")
     if process.returncode:
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        raise UserError(f"{executed.name} failed: {lines[-1] if lines else 'no output'}. See {executed} and {log}; the "
-                        "same command goes on from there.")
+        last = lines[-1] if lines else "no output"
+        message = f"{executed.name} failed: {last} See {executed} and {log}; the same command goes on from there."
+        if "UserError: " in last:
+            raise UserError(message)
+        raise SystemExit(f"error: {message}")  # not the user's mistake: exit code 1
 
 
 def _progress(run_log: Path) -> str:

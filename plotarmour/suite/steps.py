@@ -1,6 +1,5 @@
 """The three steps of the suite, as the notebooks and the command lines call them: prepare, train, compare."""
 
-import dataclasses
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +10,7 @@ from plotarmour.errors import UserError
 from plotarmour.evaluation.comparison import (
     budget_of,
     comparison_table,
+    differences,
     evaluate_floors,
     evaluate_run,
     read_facts,
@@ -21,7 +21,7 @@ from plotarmour.machine import host
 from plotarmour.runs import check_same_tokenizer, load_run, train_run
 from plotarmour.text.grammar import tell_stories
 from plotarmour.text.pretokenize import part_path, pre_tokenize
-from plotarmour.text.stories import PARTS, SEPARATOR
+from plotarmour.text.stories import PARTS, SEPARATOR, parse_split
 from plotarmour.text.tokenfile import TokenFile
 
 OPTIONAL = {"extra": "tokens.extra.bin", "facts": "built-in.facts.jsonl"}  # not every recipe has them
@@ -70,6 +70,8 @@ def prepare(recipe: Recipe, folder: Path, text: Path | None = None, extra_text: 
         Paths by name: train, val, test; extra and facts where there are.
     """
     require_text(recipe, text)
+    if 0 in parse_split(recipe.data.split):
+        raise UserError(f"split {recipe.data.split} leaves a part empty; the suite needs train, val and test.")
     for name in OPTIONAL.values():
         (folder / name).unlink(missing_ok=True)  # of an earlier start with other settings
     paths = {}
@@ -78,8 +80,6 @@ def prepare(recipe: Recipe, folder: Path, text: Path | None = None, extra_text: 
                                            (recipe.data.corpus_min_events, recipe.data.corpus_max_events))
     made = pre_tokenize([text], recipe.data.tokenizer, folder / "tokens.bin", recipe.data.split, recipe.data.stories,
                         force=True)
-    if len(made) != len(PARTS):
-        raise UserError(f"split {recipe.data.split} leaves a part empty; the suite needs train, val and test.")
     paths |= dict(zip(PARTS, made, strict=True))
     if extra_text is not None:
         [paths["extra"]] = pre_tokenize([extra_text], str(paths["train"]), folder / OPTIONAL["extra"], None,
@@ -104,7 +104,8 @@ def train_recipe(name: str, model: str, data_folder: Path, out: Path, overrides:
 
 
 def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None = None, facts: Path | None = None,
-                 stride: int | None = None, title: str = "", which: str = "best") -> pd.DataFrame:
+                 stride: int | None = None, title: str = "", which: str = "best",
+                 device: str = "auto") -> pd.DataFrame:
     """Score every story of a token file under some runs and the floors, and write tables and figures.
 
     Args:
@@ -116,27 +117,32 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
         stride: of sliding windows, in tokens; half a context by default.
         title: of the figure with bars.
         which: checkpoint, "best" by validation loss or "latest".
+        device: "auto", "cpu" or "cuda".
 
     Returns:
         The table of totals.csv.
 
     Raises:
-        UserError: one run twice, tokenizers that differ, other input that does not fit.
+        UserError: one run twice, tokenizers that differ, stories that a run was trained on, floors of another text.
     """
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         raise UserError(f"runs are told apart by folder name; found {', '.join(names)}. Name each run once.")
     test, known = TokenFile.open(data), read_facts(facts) if facts else None
-    scores, budgets, logs = {}, {}, {}
-    for folder, name in zip(folders, names, strict=True):
-        run = load_run(folder, which)
-        check_same_tokenizer(test, run.tokenizer.sha256, str(folder))
-        run = dataclasses.replace(run, folder=folder.resolve())
-        scores[name], budgets[name] = evaluate_run(run, test, known, stride), budget_of(run)
-        logs[name] = run.config.model, pd.read_csv(folder / "log.csv")
-    if train is not None:
-        train_data = TokenFile.open(train)
-        check_same_tokenizer(train_data, test.header["tokenizer"]["sha256"], str(data))
+    runs = [load_run(folder.resolve(), which, device) for folder in folders]
+    train_data = TokenFile.open(train) if train is not None else None
+    for run in runs:
+        check_same_tokenizer(test, run.tokenizer.sha256, str(run.folder))
+        learned = run.info["train"]["payload_sha256"]
+        if test.header["payload_sha256"] == learned:
+            raise UserError(f"{run.name} was trained on {data}; expected stories it has not seen: the test part.")
+        if train_data is not None and train_data.header["payload_sha256"] != learned:
+            raise UserError(f"{train} is not what {run.name} was trained on ({run.info['train']['file']}); floors must "
+                            "learn from the same tokens.")
+    scores = {run.name: evaluate_run(run, test, known, stride) for run in runs}
+    budgets = {run.name: budget_of(run) for run in runs}
+    logs = {run.name: (run.config.model, pd.read_csv(run.folder / "log.csv")) for run in runs}
+    if train_data is not None:
         scores |= {f"{name} floor": frame for name, frame in evaluate_floors(train_data, test).items()}
     table = comparison_table(scores, budgets)
     for name, frame in scores.items():
@@ -144,7 +150,8 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
     write_csv(table, out / "totals.csv")
     floor = table.loc[table["name"] == "bigram floor", "loss"]
     plots.perplexity_bars(table, out / "perplexity.png", title)
-    write_text(out / "summary.txt", summarise(table, title or f"{data}: every story, checkpoints: {which}"))
+    what = title or f"{data}: every story, {which} checkpoints"
+    write_text(out / "summary.txt", summarise(table, what, differences(runs)))
     plots.training_curves(logs, out / "training_curves.png", None if floor.empty else float(floor.iloc[0]))
     return table
 
@@ -185,8 +192,8 @@ def list_files(folder: Path) -> str:
     return f"{folder}\n" + "\n".join(lines)
 
 
-def summarise(table: pd.DataFrame, what: str) -> str:
-    """Put a comparison into words: the table, then one sentence with the denominators and the limits."""
+def summarise(table: pd.DataFrame, what: str, unequal: list[str]) -> str:
+    """Put a comparison into words: the table, then its denominators, verdict and limits."""
     runs = table[table["model"].notna()] if "model" in table else table.iloc[:0]
     lines = [what, "", for_people(table).to_string(index=False), ""]
     row = table.iloc[0]
@@ -198,12 +205,13 @@ def summarise(table: pd.DataFrame, what: str) -> str:
                      f"token ({best['perplexity']:.3f} against {second['perplexity']:.3f}). One seed each: this speaks "
                      "of these checkpoints, not of the architectures.")
     if "over_corpus" in table and len(runs):
-        worst = runs["over_corpus"].max()
-        lines.append(f"The corpus knows its own exact nats: the models need up to {worst:.1%} more, and none may need "
-                     "less.")
+        low, high = runs["over_corpus"].min(), runs["over_corpus"].max()
+        lines.append(f"The corpus knows its own exact nats: the models need {low:.1%} to {high:.1%} more."
+                     + (" A model below the corpus sees what it must predict: this is a LEAK." if low < 0 else ""))
     floor = table.loc[table["name"] == "bigram floor", "loss"]
     if len(floor) and len(runs):
         above = [name for name, loss in zip(runs["name"], runs["loss"], strict=True) if loss >= float(floor.iloc[0])]
         lines.append(f"{' and '.join(above)} did not beat the bigram floor: trained too briefly." if above else
                      "Every run is below the bigram floor.")
+    lines += [f"Not equal between the runs: {difference}." for difference in unequal]
     return "\n".join(lines) + "\n"

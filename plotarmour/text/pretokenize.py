@@ -1,5 +1,6 @@
 """Text files to token files: one streaming pass, split by story, published only when all parts are whole."""
 
+import hashlib
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from plotarmour.errors import UserError
 from plotarmour.text.stories import POLICIES, Source, check_text, parse_split, part_of, read_stories, story_hash
 from plotarmour.text.tokenfile import TokenFile, TokenFileWriter
-from plotarmour.text.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
+from plotarmour.text.tokenizers import Tokenizer, make_tokenizer
 
 STORIES_PER_BATCH = 1000
 
@@ -77,10 +78,21 @@ def pre_tokenize(texts: list[Path], tokenizer: str, out: Path, split: str | None
                 where = f"the {part} part of {found} stories" if shares else f"{', '.join(map(str, texts))}"
                 raise UserError(f"{where} holds no story; expected at least one. Use more text"
                                 + (", or another --split." if shares else ", or another --stories policy."))
-        described, empty = [s.describe() for s in sources], sum(s.n_empty for s in sources)
+        described, empty = _describe(sources), sum(s.n_empty for s in sources)
         for writer in writers.values():
             writer.publish(described, empty, n_excluded)
     return list(targets.values())
+
+
+def _describe(sources: list[Source]) -> list[dict]:
+    """One entry per file, or one for all where so many would not fit into the header."""
+    each = [s.describe() for s in sources]
+    if len(each) <= 6:
+        return each
+    joined = hashlib.sha256("".join(d["sha256"] for d in each).encode()).hexdigest()
+    return [{"name": f"{each[0]['name'][:100]} and {len(each) - 1} more files", "bytes": sum(d["bytes"] for d in each),
+             "sha256": joined, "sha256_first_mib": each[0]["sha256_first_mib"],
+             "sha256_last_mib": each[-1]["sha256_last_mib"]}]
 
 
 def part_path(out: Path, part: str) -> Path:
@@ -99,11 +111,8 @@ def _batches(items: Iterator[str], size: int) -> Iterator[list[str]]:
 
 def _tokenizer(spec: str, texts: list[Path], stories: str, shares: tuple[int, int, int] | None,
                excluded: set[int]) -> Tokenizer:
-    path = Path(spec)
-    if path.is_file() and path.suffix == ".bin":
-        return TokenFile.open(path).tokenizer()
-    if path.is_dir():
-        return load_tokenizer(path)
+    if spec.endswith(".bin"):
+        return TokenFile.open(spec).tokenizer()
     learned = (s for text in texts for s in read_stories(Source(text), stories)
                if (shares is None or part_of(s, shares) == "train") and story_hash(s) not in excluded)
     return make_tokenizer(spec, learned)

@@ -18,6 +18,7 @@ import numpy as np
 from plotarmour.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+GPT2_VOCAB_SIZE = 50257
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -40,7 +41,7 @@ class Tokenizer:
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"the {kind} tokenizer cannot be read ({error}); expected a Hugging Face "
                             "tokenizer.json.") from None
-        self.json, self.kind = json_text, kind
+        self.json = json_text
         self.sha256 = hashlib.sha256(json_text.encode()).hexdigest()
         self.vocab_size = self.backend.get_vocab_size()
         end = self.backend.token_to_id(END_OF_TEXT)
@@ -48,6 +49,8 @@ class Tokenizer:
             raise UserError(f"the {kind} tokenizer has no {END_OF_TEXT} entry; expected one, it ends every story. "
                             "Add it as a special token.")
         self.end_of_text_id = end
+        is_gpt2 = kind == "file" and (self.vocab_size, end) == (GPT2_VOCAB_SIZE, GPT2_VOCAB_SIZE - 1)
+        self.kind = "gpt2" if is_gpt2 else kind
         self.backend.encode_special_tokens = True  # a literal <|endoftext|> in a story stays text
         self.backend.no_padding()
         self.backend.no_truncation()
@@ -106,21 +109,24 @@ def make_tokenizer(spec: str, train_stories: Iterable[str] | None = None) -> Tok
 def load_tokenizer(path: Path) -> Tokenizer:
     """Load a tokenizer.json, or a folder that holds one, or one with vocab.json and merges.txt."""
     file = path / "tokenizer.json" if path.is_dir() else path
-    kind_file = "gpt2" if path.name == "gpt2" else "file"
     if file.is_file():
-        return Tokenizer(file.read_text(encoding="utf-8"), kind_file)
+        return Tokenizer(file.read_text(encoding="utf-8"), "file")
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
         vocab = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
         lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-        return Tokenizer(_byte_level(vocab, merges), kind_file)
+        return Tokenizer(_byte_level(vocab, merges), "file")
     raise UserError(f"{path} holds no tokenizer; expected tokenizer.json, or vocab.json and merges.txt.")
 
 
 def _gpt2() -> Tokenizer:
-    for folder in (Path("gpt2"), ROOT / "data" / "gpt2"):
+    for folder in (Path("data") / "gpt2", ROOT / "data" / "gpt2"):
         if folder.is_dir():
-            return load_tokenizer(folder)
+            found = load_tokenizer(folder)
+            if found.vocab_size != GPT2_VOCAB_SIZE:
+                raise UserError(f"{folder} holds a tokenizer of {found.vocab_size:,} entries; GPT-2's has "
+                                f"{GPT2_VOCAB_SIZE:,}. Put GPT-2's there, or name the folder: --tokenizer {folder}.")
+            return found
     if os.environ.get("HF_HUB_OFFLINE") != "1":
         try:
             from huggingface_hub import hf_hub_download

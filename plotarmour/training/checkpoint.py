@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -34,23 +35,26 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.opt
         The folder of the checkpoint.
     """
     folder = run / "checkpoints" / f"step_{step:08d}"
-    if not folder.exists():
-        temporary = unfinished(folder)
-        try:
-            temporary.mkdir()
-            save_file(model_tensors(model), temporary / "model.safetensors")
-            save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
-            write_json(temporary / "state.json", state | {"step": step})
-            manifest = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
-            write_json(temporary / "MANIFEST.json", manifest)
-            for file in temporary.iterdir():
-                with file.open("rb+") as handle:
-                    os.fsync(handle.fileno())
-            sync_folder(temporary)
-            publish(temporary, folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    temporary = unfinished(folder)
+    try:
+        temporary.mkdir()
+        save_file(model_tensors(model), temporary / "model.safetensors")
+        save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+        write_json(temporary / "state.json", state | {"step": step})
+        manifest = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+        write_json(temporary / "MANIFEST.json", manifest)
+        for file in temporary.iterdir():
+            with file.open("rb+") as handle:
+                os.fsync(handle.fileno())
+        sync_folder(temporary)
+        if folder.exists():  # published, but the run was killed before the index named it
+            shutil.rmtree(folder)
+        publish(temporary, folder)
+    except SafetensorError as error:
+        raise UserError(f"{folder} cannot be written: {error}. Free some disk space; earlier checkpoints are "
+                        "intact.") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     index = read_index(run)
     if index.get("latest") != folder.name:
         index["previous"], index["latest"] = index.get("latest"), folder.name
@@ -62,6 +66,17 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.opt
         if other.name not in index.values() and not kept:
             shutil.rmtree(other)
     return folder
+
+
+def rewind(run: Path, step: int) -> None:
+    """Go back to a kept step: the index names it, later checkpoints go. `best` stays if it is not later."""
+    best = read_index(run).get("best")
+    chosen = f"step_{step:08d}"
+    kept = best if best and best <= chosen else chosen
+    write_json(run / "checkpoints" / "index.json", {"previous": None, "latest": chosen, "best": kept})
+    for folder in (run / "checkpoints").glob("step_*"):
+        if folder.name > chosen:
+            shutil.rmtree(folder)
 
 
 def read_index(run: Path) -> dict[str, str | None]:

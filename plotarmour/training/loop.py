@@ -124,7 +124,10 @@ def train(run: Path, model: nn.Module, windows: Windows, val_windows: Windows, t
     val_rows = val_windows.first_rows(config.eval_tokens)
     for name in ("DONE.json", "STOPPED.json"):
         (run / name).unlink(missing_ok=True)
-    log, clock, stop = RunLog(run / "log.csv", step), _Clock(state["elapsed_s"]), _StopRequest()
+    if machine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(machine.device)
+    log = RunLog(run / "log.csv", -1 if resume_from is None else step)
+    clock, stop = _Clock(state["elapsed_s"]), _StopRequest()
     non_finite, reason, saved = 0, None, step if resume_from else None
 
     def evaluate() -> dict:
@@ -157,7 +160,7 @@ def train(run: Path, model: nn.Module, windows: Windows, val_windows: Windows, t
 
     with stop, tqdm(total=config.max_steps, initial=step, desc=run.name, unit="step", mininterval=1.0,
                     smoothing=0.05) as bar:
-        if step == 0:
+        if resume_from is None:
             write_row(None, None, evaluate())
             save(best=True)
         model.train()
@@ -171,12 +174,14 @@ def train(run: Path, model: nn.Module, windows: Windows, val_windows: Windows, t
             loss = accumulate(model, batches, machine, scaler, (config.seed, step))
             scaler.unscale_(optimizer)
             norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
-            scale = scaler.get_scale() if scaler.is_enabled() else None
+            scale, overflowed = scaler.get_scale(), False
             finite = math.isfinite(norm) and math.isfinite(loss)
-            if finite or scale is not None:  # the scaler itself skips an overflowed update
+            if finite or (scaler.is_enabled() and math.isfinite(loss)):  # the scaler skips an overflowed update
                 scaler.step(optimizer)
                 scaler.update()
-            overflowed = scale is not None and scaler.get_scale() < scale
+                overflowed = scaler.get_scale() < scale
+            elif scaler.is_enabled():
+                scaler.update(scale)  # the loss is not scaled: what is wrong with it is not the scale's doing
             optimizer.zero_grad(set_to_none=True)
             step += 1
             n_tokens = sum(end - begin for begin, end in rows)
@@ -204,7 +209,7 @@ def train(run: Path, model: nn.Module, windows: Windows, val_windows: Windows, t
                 reason = "early stopping"
             elif stop.asked:
                 reason = f"signal {stop.asked}"
-            elif config.max_minutes and clock.elapsed_s > 60 * config.max_minutes:
+            elif config.max_minutes and clock.session_s > 60 * config.max_minutes:
                 reason = "time budget"
             if reason != "non-finite" and (reason or best or step % config.checkpoint_interval == 0):
                 save(best)
@@ -222,12 +227,16 @@ class _Clock:
     """Elapsed seconds, over all sessions of a run, and tokens per second over the last 50 steps."""
 
     def __init__(self, before_s: float):
-        self.start = time.perf_counter() - before_s
-        self.recent: deque[tuple[float, int]] = deque([(time.perf_counter(), 0)], maxlen=50)
+        self.before_s, self.start = before_s, time.perf_counter()
+        self.recent: deque[tuple[float, int]] = deque([(self.start, 0)], maxlen=50)
+
+    @property
+    def session_s(self) -> float:
+        return time.perf_counter() - self.start
 
     @property
     def elapsed_s(self) -> float:
-        return time.perf_counter() - self.start
+        return self.before_s + self.session_s
 
     def count(self, n_tokens: int) -> None:
         self.recent.append((time.perf_counter(), n_tokens))

@@ -147,3 +147,42 @@ def test_other_bad_calls_give_one_line(run_main, tmp_path, monkeypatch, tool, ar
     code, _, err = run_main(tool, *[a.replace("OUT", str(tmp_path / "out")) for a in args])
     assert code == 2 and message in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def two_runs(token_files, tmp_path_factory):
+    """A BDH and a GPT-2 of one step."""
+    from plotarmour.config import load_recipe
+    from plotarmour.runs import train_run
+
+    folder = tmp_path_factory.mktemp("runs")
+    for model in ("bdh", "gpt2"):
+        recipe = load_recipe("tiny", model, ["max_steps=1", "warmup_steps=0", "n_embd=16", "eval_tokens=100"])
+        train_run(recipe, token_files["train"], token_files["val"], folder / model)
+    return [folder / "bdh", folder / "gpt2"]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"data": "train"}, "was trained on"), ({"train": "val"}, "floors must learn from the same tokens"),
+    ({"runs": [0, 0]}, "Name each run once"), ({"stride": 0}, "stride 0 must be between 1"),
+])
+def test_dishonest_comparisons_are_refused(run_main, two_runs, token_files, tmp_path, changes, message):
+    """Guards: training stories scored as held out; floors of another text; a stride that is ignored."""
+    runs = [two_runs[i] for i in changes.get("runs", [0, 1])]
+    stride = ["--stride", changes["stride"]] if "stride" in changes else []
+    code, _, err = run_main("compare", *runs, "--data", token_files[changes.get("data", "test")], "--train",
+                            token_files[changes.get("train", "train")], "--out", tmp_path / "out", *stride)
+    assert code == 2 and message in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_unequal_runs_are_named_in_the_summary(run_main, two_runs, token_files, tmp_path):
+    """Guards: a verdict over runs of different length without a word."""
+    from plotarmour.config import load_recipe
+    from plotarmour.runs import train_run
+
+    longer = load_recipe("tiny", "gpt2", ["max_steps=2", "warmup_steps=0", "n_embd=16", "eval_tokens=100"])
+    train_run(longer, token_files["train"], token_files["val"], tmp_path / "longer")
+    code, _, _ = run_main("compare", two_runs[0], tmp_path / "longer", "--data", token_files["test"], "--out",
+                          tmp_path / "out")
+    assert code == 0 and "Not equal between the runs: tokens: bdh" in (tmp_path / "out" / "summary.txt").read_text()

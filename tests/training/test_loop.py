@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 
 import pytest
@@ -13,7 +14,7 @@ from plotarmour.loss import IGNORE
 from plotarmour.machine import find_machine
 from plotarmour.runs import load_run, train_run
 from plotarmour.training import loop
-from plotarmour.training.checkpoint import find_checkpoint, model_tensors, read_index
+from plotarmour.training.checkpoint import find_checkpoint, model_tensors, read_index, rewind
 from plotarmour.training.loop import accumulate, make_optimizer
 from plotarmour.training.runlog import COLUMNS
 from plotarmour.training.schedule import learning_rate
@@ -211,3 +212,46 @@ def test_the_schedule_by_hand():
     tail = TrainingConfig(8, 1, 1, 10, 1.0, warmup_steps=2, schedule="linear_tail", decay_fraction=0.5,
                           final_learning_rate_fraction=0.0)
     assert [learning_rate(s, tail) for s in (0, 1, 4, 5, 6, 9)] == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.8, 0.2])
+
+
+def test_a_time_budget_counts_this_session_only(small_recipe, token_files, tmp_path, monkeypatch):
+    """Guards: a resumed run that stops after one step, because its earlier sessions used the budget up."""
+    clock = iter(range(0, 10**6, 20))  # every look at the clock is 20 s later
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(clock)))
+    reached = []
+    for _ in range(2):
+        final = run(small_recipe, token_files, tmp_path / "run", max_steps=100, max_minutes=5.0)
+        assert final["reason"] == "time budget"
+        reached.append(final["step"])
+    assert reached[1] > reached[0] + 1
+
+
+def test_going_back_to_a_kept_step_forgets_what_came_after(small_recipe, token_files, tmp_path):
+    """Guards: a killed --from-step run that jumps back to the abandoned future."""
+    run(small_recipe, token_files, tmp_path / "run")
+    whole = [p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*")]
+    assert {"step_00000003", "step_00000006"} <= set(whole)
+    rewind(tmp_path / "run", 3)
+    assert read_index(tmp_path / "run")["latest"] == "step_00000003"
+    assert not [p for p in (tmp_path / "run" / "checkpoints").glob("step_*") if p.name > "step_00000003"]
+    before = rows(tmp_path / "run" / "log.csv")
+    final = train_run(small_recipe, token_files["train"], token_files["val"], tmp_path / "run", from_step=3)
+    assert final["step"] == 6 and rows(tmp_path / "run" / "log.csv") == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_with_a_fresh_log(small_recipe, token_files, tmp_path):
+    """Guards: the first row written twice."""
+    run(small_recipe, token_files, tmp_path / "run")
+    before = rows(tmp_path / "run" / "log.csv")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "DONE.json").unlink()
+    run(small_recipe, token_files, tmp_path / "run")
+    assert rows(tmp_path / "run" / "log.csv") == before
+
+
+def test_resume_must_needs_a_checkpoint(small_recipe, token_files, tmp_path):
+    """Guards: --resume must that silently starts anew."""
+    run(small_recipe, token_files, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(UserError, match="no checkpoint to go on with"):
+        train_run(small_recipe, token_files["train"], token_files["val"], tmp_path / "run", "must")
