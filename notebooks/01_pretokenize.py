@@ -91,7 +91,7 @@ import pandas as pd
 
 rows = {part: {"stories": f.n_stories, "tokens": f.n_tokens, "left_out": f.header["n_excluded"],
                "bytes_per_token": round(f.story_bytes.sum() / f.n_tokens, 3)} for part, f in files.items()}
-pd.DataFrame(rows).T
+pd.DataFrame.from_dict(rows, orient="index")
 
 # %%
 from plotarmour.plots import story_lengths

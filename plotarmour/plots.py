@@ -44,6 +44,7 @@ def training_curves(runs: dict[str, tuple[str, pd.DataFrame]], path: Path, floor
     measured = [log["val_loss"].dropna() for _, log in runs.values()]
     # The untrained start, near ln(vocabulary), would flatten all the rest: the axis begins below it.
     shown = [v for values in measured for v in values.iloc[min(1, len(values) - 1):]] + ([floor] if floor else [])
+    shown += [log["train_loss"].min() for _, log in runs.values() if log["train_loss"].notna().any()]
     margin = 0.1 * (max(shown) - min(shown)) + 0.01
     left.set_ylim(min(shown) - margin, max(shown) + margin)
     left.set_ylabel("loss (nats per token)")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from plotarmour.config import MODELS, load_recipe
 from plotarmour.errors import UserError
-from plotarmour.suite.notebooks import ROOT
+from plotarmour.suite.notebooks import ROOT, tidy_streams
 from plotarmour.suite.steps import require_text
 from plotarmour.text.stories import check_text
 
@@ -70,6 +70,8 @@ def _execute(source: Path, executed: Path, parameters: dict[str, str], run_log: 
                     print(f"\r{_progress(run_log):<79}", end="", flush=True)
         if run_log and sys.stdout.isatty():
             print("\r" + " " * 79, end="\r")
+    if executed.exists():
+        tidy_streams(executed)
     if process.returncode:
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         last = lines[-1] if lines else "no output"

@@ -7,6 +7,7 @@ run that stops and resumes needs no replay and ends with the same bits (float32 
 import contextlib
 import math
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -158,7 +159,8 @@ def train(run: Path, model: nn.Module, windows: Windows, val_windows: Windows, t
         save_checkpoint(run, step, model, optimizer, state | extra, best, config.keep_every)
         saved = step
 
-    with stop, tqdm(total=config.max_steps, initial=step, desc=run.name, unit="step", mininterval=1.0,
+    every_s = 1.0 if sys.stderr.isatty() else 5.0  # a notebook keeps every line
+    with stop, tqdm(total=config.max_steps, initial=step, desc=run.name, unit="step", mininterval=every_s,
                     smoothing=0.05) as bar:
         if resume_from is None:
             write_row(None, None, evaluate())
