@@ -2,6 +2,7 @@
 
 import errno
 import sys
+import warnings
 from collections.abc import Callable
 
 # What an operating system says about a path that the user gave; anything else is our own failure.
@@ -15,6 +16,7 @@ class UserError(ValueError):
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command line's `main` and end the process: 0 on success, 2 on the user's mistake, 1 on our failure."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # for people: without our line of code
     try:
         main()
     except UserError as error:

@@ -64,20 +64,25 @@ class Run:
         return self.config.training.context_length
 
 
-def build_model(recipe: Recipe, vocab_size: int) -> nn.Module:
-    """Build the untrained model of a recipe; its weights follow from the recipe's seed alone.
+def model_config(recipe: Recipe, vocab_size: int) -> BDHConfig | GPT2Config:
+    """Return the shape of a recipe's model.
 
     Raises:
         UserError: an impossible shape.
     """
-    torch.manual_seed(recipe.training.seed)
     try:
         if recipe.model == "bdh":
-            return BDH(BDHConfig(vocab_size=vocab_size, **recipe.architecture))
-        return GPT2(GPT2Config(vocab_size=vocab_size, context_length=recipe.training.context_length,
-                               **recipe.architecture))
+            return BDHConfig(vocab_size=vocab_size, **recipe.architecture)
+        return GPT2Config(vocab_size=vocab_size, context_length=recipe.training.context_length, **recipe.architecture)
     except (ValueError, TypeError) as error:
         raise UserError(f"recipe {recipe.name} ({recipe.model}): {error}.") from None
+
+
+def build_model(recipe: Recipe, vocab_size: int) -> nn.Module:
+    """Build the untrained model of a recipe; its weights follow from the recipe's seed alone."""
+    config = model_config(recipe, vocab_size)
+    torch.manual_seed(recipe.training.seed)
+    return BDH(config) if recipe.model == "bdh" else GPT2(config)
 
 
 def open_data(path: Path, tokenizer: str | None = None, stories: str = "endoftext") -> TokenFile | TokensInMemory:

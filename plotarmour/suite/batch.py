@@ -1,6 +1,7 @@
 """The suite as a batch: the notebooks through papermill, headless, into one results folder."""
 
 import csv
+import shutil
 import subprocess
 import sys
 import time
@@ -8,9 +9,11 @@ from pathlib import Path
 
 from plotarmour.config import MODELS, load_recipe
 from plotarmour.errors import UserError
+from plotarmour.runs import model_config
 from plotarmour.suite.notebooks import ROOT, tidy_streams
 from plotarmour.suite.steps import require_text
 from plotarmour.text.stories import check_text
+from plotarmour.text.tokenizers import make_tokenizer
 
 
 def run_suite(recipe: str, out: Path, text: Path | None = None, extra_text: Path | None = None,
@@ -28,11 +31,15 @@ def run_suite(recipe: str, out: Path, text: Path | None = None, extra_text: Path
         UserError: wrong input, before anything is started; a notebook that failed.
     """
     for model in MODELS:
-        require_text(load_recipe(recipe, model, overrides), text)
+        settings = load_recipe(recipe, model, overrides)
+        require_text(settings, text)
+        model_config(settings, vocab_size=300)
     for path in (text, extra_text):
         if path is not None:
             check_text(path)
-    notebooks = out / "notebooks"
+    if settings.data.tokenizer == "gpt2":
+        make_tokenizer("gpt2")  # its vocabulary may be nowhere to be had
+    notebooks, new = out / "notebooks", not out.exists()
     notebooks.mkdir(parents=True, exist_ok=True)
     shared = {"recipe": str(Path(recipe).resolve()) if recipe.endswith(".toml") else recipe,
               "results": str(out.resolve()), "overrides": ";".join(overrides)}
@@ -45,7 +52,12 @@ def run_suite(recipe: str, out: Path, text: Path | None = None, extra_text: Path
         before, label = time.perf_counter(), f"[{i}/{len(plan)}] {executed}"
         print(f"{label} ...", flush=True)
         log = out / parameters["model"] / "log.csv" if "model" in parameters else None
-        _execute(ROOT / "notebooks" / f"{name}.ipynb", notebooks / f"{executed}.ipynb", parameters, log)
+        try:
+            _execute(ROOT / "notebooks" / f"{name}.ipynb", notebooks / f"{executed}.ipynb", parameters, log)
+        except UserError:
+            if i == 1 and new:  # nothing was made yet: a mistake in the text leaves nothing behind
+                shutil.rmtree(out)
+            raise
         print(f"{label} done in {time.perf_counter() - before:.0f} s", flush=True)
     print(f"suite {recipe} done in {time.perf_counter() - start:.0f} s: {out}")
 
@@ -75,10 +87,11 @@ def _execute(source: Path, executed: Path, parameters: dict[str, str], run_log: 
     if process.returncode:
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         last = lines[-1] if lines else "no output"
-        message = f"{executed.name} failed: {last} See {executed} and {log}; the same command goes on from there."
         if "UserError: " in last:
-            raise UserError(message)
-        raise SystemExit(f"error: {message}")  # not the user's mistake: exit code 1
+            raise UserError(last.split("UserError: ", 1)[1])
+        # Not the user's mistake: exit code 1.
+        raise SystemExit(f"error: {executed.name} failed: {last}\nSee {executed} and {log}; the same command goes on "
+                         "from there.")
 
 
 def _progress(run_log: Path) -> str:

@@ -19,6 +19,7 @@ from plotarmour.evaluation.comparison import (
 from plotarmour.files import write_text
 from plotarmour.machine import host
 from plotarmour.runs import check_same_tokenizer, load_run, train_run
+from plotarmour.text.batches import Windows
 from plotarmour.text.grammar import tell_stories
 from plotarmour.text.pretokenize import part_path, pre_tokenize
 from plotarmour.text.stories import PARTS, SEPARATOR, parse_split
@@ -81,6 +82,14 @@ def prepare(recipe: Recipe, folder: Path, text: Path | None = None, extra_text: 
     made = pre_tokenize([text], recipe.data.tokenizer, folder / "tokens.bin", recipe.data.split, recipe.data.stories,
                         force=True)
     paths |= dict(zip(PARTS, made, strict=True))
+    t = recipe.training
+    try:
+        for part in ("train", "val"):  # a text too short for the recipe is noticed here, not after the set-up of a run
+            Windows(TokenFile.open(paths[part]), t.context_length, t.windows, t.seed, t.rows_per_step)
+    except UserError:
+        for path in made:
+            path.unlink()
+        raise
     if extra_text is not None:
         [paths["extra"]] = pre_tokenize([extra_text], str(paths["train"]), folder / OPTIONAL["extra"], None,
                                         recipe.data.stories, exclude=[text], force=True)

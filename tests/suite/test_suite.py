@@ -57,3 +57,24 @@ def test_every_total_follows_from_the_stories(suite):
             with path.open(encoding="utf-8", newline="") as file:
                 nats, tokens = zip(*((float(r["nats"]), int(r["tokens"])) for r in csv.DictReader(file)), strict=True)
             assert sum(nats) / sum(tokens) == pytest.approx(float(row["loss"]), rel=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("text", "options", "message"), [
+    (b"b\xe9d\n", [], "is not UTF-8: byte 0xe9 at offset 1, line 1"),
+    (b"Tom ran.\n<|endoftext|>\n" * 3, [], "holds no story"),
+    (b"\n<|endoftext|>\n".join(b"Tom saw bird %d." % i for i in range(300)), ["context_length=200", "windows=stream"],
+     "fewer than one context of 200"),
+    (b"Tom ran.", ["n_head=5"], "must be divisible by"),
+])
+def test_a_suite_on_a_bad_text_gives_one_line_and_leaves_nothing(root, tmp_path, text, options, message):
+    """Guards: a traceback of a notebook in a notebook; a results folder without results."""
+    path = tmp_path / "t.txt"
+    path.write_bytes(text)
+    sets = [part for o in ["tokenizer=bytes", *options] for part in ("--set", o)]
+    command = [sys.executable, str(root / "tools" / "run_suite.py"), "--text", str(path), "--out",
+               str(tmp_path / "out"), *sets]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["t.txt"]
