@@ -25,7 +25,8 @@ import sys
 from pathlib import Path
 
 here = Path.cwd().resolve()
-places = [here, *here.parents, *here.glob("*"), *Path("/kaggle/input").glob("*"), *Path("/kaggle/input").glob("*/*")]
+places = [here, *here.parents, *here.glob("*")]
+places += [p for depth in range(1, 5) for p in Path("/kaggle/input").glob("/".join("*" * depth))]
 home = next((p for p in places if (p / "plotarmour" / "__init__.py").is_file()), None)
 assert home, "plotarmour not found: clone its repository here, or attach it as a Kaggle dataset"
 sys.path.insert(0, str(home))
@@ -41,13 +42,14 @@ print(report())
 # ## Parameters
 # Run this notebook once per model. Both runs read the same tokens in the same order, because that order follows from
 # the recipe's seed alone. On Kaggle each notebook has its own disk: attach the output of notebook 1 and name its folder
-# in `tokens`.
+# in `tokens`; to go on with a session that was cut, attach its output and name its run folder in `continue_from`.
 
 # %% tags=["parameters"]
 model = "bdh"  # bdh or gpt2
 recipe = "tiny"  # name of a file in plotarmour/recipes, without .toml
 results = ""  # folder for the run; empty: results/RECIPE
 tokens = ""  # folder that notebook 1 wrote, such as its output attached on Kaggle; empty: the results folder
+continue_from = ""  # run folder of an earlier session to go on from, such as an attached output; empty: none
 overrides = ""  # settings of the recipe to override, separated by ; (see tools/train.py, --set)
 
 # %%
@@ -83,7 +85,8 @@ for name, ids in (("inputs ", inputs), ("targets", targets)):
 # and time left; `log.csv` gets a row every few steps, with the validation loss at intervals.
 
 # %%
-final = train_recipe(recipe, model, data_folder, folder / model, changes)
+final = train_recipe(recipe, model, data_folder, folder / model, changes,
+                     Path(continue_from) if continue_from else None)
 final
 
 # %% [markdown]

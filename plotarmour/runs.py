@@ -171,6 +171,8 @@ def load_run(folder: str | Path, which: str | int = "best", device: str = "auto"
     if tokenizer.sha256 != info["tokenizer"]["sha256"]:
         raise UserError(f"{folder / 'tokenizer.json'} is not the tokenizer that run.json names; restore it.")
     checkpoint = find_checkpoint(folder, which)
+    if device == "auto" and recipe.training.device == "cpu":
+        device = "cpu"  # as it was trained: there may be a GPU that this torch has no kernels for
     machine = find_machine(device)
     if machine.device.type == "cuda":  # a CPU scores any run in float32
         machine = find_machine(device, recipe.training.dtype)

@@ -2,6 +2,7 @@
 """Run the whole suite headless: pretokenize, train BDH and GPT-2, compare. Everything lands in one results folder."""
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def main() -> None:
     from plotarmour.suite.batch import run_suite
     from plotarmour.suite.steps import results_folder
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: the notebook that runs is ended too
     out = args.out or results_folder(args.recipe)
     run_suite(args.recipe, out, args.text, args.extra_text, args.overrides)
     print((out / "comparison" / "summary.txt").read_text(encoding="utf-8"))

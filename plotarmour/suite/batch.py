@@ -1,7 +1,9 @@
 """The suite as a batch: the notebooks through papermill, headless, into one results folder."""
 
+import contextlib
 import csv
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -74,17 +76,24 @@ def _execute(source: Path, executed: Path, parameters: dict[str, str], run_log: 
     log = executed.with_suffix(".log")
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        while process.poll() is None:
-            try:
-                process.wait(timeout=2.0)
-            except subprocess.TimeoutExpired:
-                if run_log and sys.stdout.isatty():
-                    print(f"\r{_progress(run_log):<79}", end="", flush=True)
+        try:
+            while process.poll() is None:
+                try:
+                    process.wait(timeout=2.0)
+                except subprocess.TimeoutExpired:
+                    if run_log and sys.stdout.isatty():
+                        print(f"\r{_progress(run_log):<79}", end="", flush=True)
+        except BaseException:  # interrupted: nobody must go on writing behind our back
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=60.0)
+            process.kill()
+            raise
         if run_log and sys.stdout.isatty():
             print("\r" + " " * 79, end="\r")
-    if executed.exists():
+    if not process.returncode:
         tidy_streams(executed)
-    if process.returncode:
+    else:
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         last = lines[-1] if lines else "no output"
         if "UserError: " in last:

@@ -1,5 +1,6 @@
 """The three steps of the suite, as the notebooks and the command lines call them: prepare, train, compare."""
 
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -16,9 +17,9 @@ from plotarmour.evaluation.comparison import (
     read_facts,
     write_facts,
 )
-from plotarmour.files import write_text
+from plotarmour.files import publish, unfinished, write_text
 from plotarmour.machine import host
-from plotarmour.runs import check_same_tokenizer, load_run, train_run
+from plotarmour.runs import check_same_tokenizer, load_run, read_info, train_run
 from plotarmour.text.batches import Windows
 from plotarmour.text.grammar import tell_stories
 from plotarmour.text.pretokenize import part_path, pre_tokenize
@@ -38,14 +39,14 @@ def tell_corpus(path: Path, n_stories: int, seed: int, events: tuple[int, int]) 
         raise UserError(f"{n_stories} stories were asked for; expected at least 1.")
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = path.with_suffix(".facts.jsonl")
-    unfinished = facts.with_name(f".{facts.name}.unfinished")
+    temporary = unfinished(facts)
     separator = f"\n{SEPARATOR.decode()}\n"
     try:
-        texts = write_facts(unfinished, tell_stories(n_stories, seed, events))
+        texts = write_facts(temporary, tell_stories(n_stories, seed, events))
         write_text(path, separator.join(texts) + "\n")
-        unfinished.replace(facts)
+        publish(temporary, facts)
     finally:
-        unfinished.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return path, facts
 
 
@@ -106,10 +107,25 @@ def find_prepared(folder: Path) -> dict[str, Path]:
 
 
 def train_recipe(name: str, model: str, data_folder: Path, out: Path, overrides: list[str] = (),
-                 resume: str = "auto") -> dict:
-    """Train one model of a recipe on prepared token files; see `plotarmour.runs.train_run`."""
+                 continue_from: Path | None = None) -> dict:
+    """Train one model of a recipe on prepared token files; see `plotarmour.runs.train_run`.
+
+    Args:
+        name, model, overrides: of the recipe.
+        data_folder: that `prepare` wrote.
+        out: the run folder.
+        continue_from: run folder of an earlier session, which may be read-only: copied to `out` unless that exists.
+    """
     paths = find_prepared(data_folder)
-    return train_run(load_recipe(name, model, overrides), paths["train"], paths["val"], out, resume)
+    if continue_from is not None and not out.exists():
+        read_info(continue_from)
+        temporary = unfinished(out)
+        try:
+            shutil.copytree(continue_from, temporary, copy_function=shutil.copyfile)
+            publish(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return train_run(load_recipe(name, model, overrides), paths["train"], paths["val"], out)
 
 
 def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None = None, facts: Path | None = None,
@@ -143,9 +159,9 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
     for run in runs:
         check_same_tokenizer(test, run.tokenizer.sha256, str(run.folder))
         learned = run.info["train"]["payload_sha256"]
-        if test.header["payload_sha256"] == learned:
+        if learned in _fingerprints(test):
             raise UserError(f"{run.name} was trained on {data}; expected stories it has not seen: the test part.")
-        if train_data is not None and train_data.header["payload_sha256"] != learned:
+        if train_data is not None and learned not in _fingerprints(train_data):
             raise UserError(f"{train} is not what {run.name} was trained on ({run.info['train']['file']}); floors must "
                             "learn from the same tokens.")
     scores = {run.name: evaluate_run(run, test, known, stride) for run in runs}
@@ -165,6 +181,11 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
     return table
 
 
+def _fingerprints(data: TokenFile) -> set[str]:
+    """Hashes by which a run may know these tokens: of the file, or of its text where a run was trained from text."""
+    return {data.header["payload_sha256"], *(source["sha256"] for source in data.header["source"])}
+
+
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
     """Write a table atomically, numbers with nine significant digits."""
     write_text(path, frame.to_csv(index=False, float_format="%.9g", lineterminator="\n"))
@@ -173,13 +194,13 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
 def for_people(table: pd.DataFrame) -> pd.DataFrame:
     """Return the columns of a comparison that people compare, rounded."""
     columns = {"name": "name", "params_non_embedding": "core params", "train_tokens": "trained on",
-               "train_s": "seconds", "loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits/byte",
-               "over_corpus": "over corpus",
-               "recall_loss": "loss on facts", "other_loss": "loss elsewhere"}
+               "checkpoint_step": "step scored", "train_s": "seconds", "loss": "loss", "perplexity": "perplexity",
+               "bits_per_byte": "bits/byte", "over_corpus": "over corpus", "recall_loss": "loss on facts",
+               "other_loss": "loss elsewhere"}
     shown = table[[c for c in columns if c in table]].rename(columns=columns)
-    formats = {"core params": "{:,.0f}", "trained on": "{:,.0f} tokens", "seconds": "{:,.0f}", "loss": "{:.4f}",
-               "perplexity": "{:,.3f}", "bits/byte": "{:.4f}", "over corpus": "{:+.1%}", "loss on facts": "{:.3f}",
-               "loss elsewhere": "{:.3f}"}
+    formats = {"core params": "{:,.0f}", "trained on": "{:,.0f} tokens", "step scored": "{:,.0f}", "seconds": "{:,.0f}",
+               "loss": "{:.4f}", "perplexity": "{:,.3f}", "bits/byte": "{:.4f}", "over corpus": "{:+.1%}",
+               "loss on facts": "{:.3f}", "loss elsewhere": "{:.3f}"}
     for column, form in formats.items():
         if column in shown:
             shown[column] = ["" if pd.isna(v) else form.format(v) for v in shown[column]]

@@ -69,7 +69,9 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.opt
 
 
 def rewind(run: Path, step: int) -> None:
-    """Go back to a kept step: the index names it, later checkpoints go. `best` stays if it is not later."""
+    """Go back to a kept step: the index names it, what came later goes. `best` stays if it is not later."""
+    for name in ("DONE.json", "STOPPED.json"):
+        (run / name).unlink(missing_ok=True)
     best = read_index(run).get("best")
     chosen = f"step_{step:08d}"
     kept = best if best and best <= chosen else chosen

@@ -117,6 +117,8 @@ def train(run: Path, model: nn.Module, windows: Windows, val_windows: Windows, t
     if resume_from is not None:
         state = load_training(resume_from, model, optimizer)
         step = state.pop("step")
+        if not (run / "checkpoints" / f"step_{state['best_step']:08d}").is_dir():  # after going back
+            state.update(best_step=step, best_val_loss=state["val_loss"])
         if scaler.is_enabled():
             scaler.load_state_dict(state["scaler"])
     if step > config.max_steps:

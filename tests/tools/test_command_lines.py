@@ -186,3 +186,38 @@ def test_unequal_runs_are_named_in_the_summary(run_main, two_runs, token_files, 
     code, _, _ = run_main("compare", two_runs[0], tmp_path / "longer", "--data", token_files["test"], "--out",
                           tmp_path / "out")
     assert code == 0 and "Not equal between the runs: tokens: bdh" in (tmp_path / "out" / "summary.txt").read_text()
+
+
+def test_a_run_goes_on_from_an_attached_read_only_output(token_files, two_runs, tmp_path):
+    """Guards: a Kaggle session that starts from step 0 although its earlier output is attached."""
+    from plotarmour.suite.steps import train_recipe
+
+    data = tmp_path / "tokens"
+    data.mkdir()
+    for part in ("train", "val", "test"):
+        (data / f"tokens.{part}.bin").write_bytes(token_files[part].read_bytes())
+    settings = ["max_steps=1", "warmup_steps=0", "n_embd=16", "eval_tokens=100"]
+    for path in [two_runs[0], *two_runs[0].rglob("*")]:
+        path.chmod(path.stat().st_mode & ~0o222)
+    final = train_recipe("tiny", "bdh", data, tmp_path / "bdh", settings, continue_from=two_runs[0])
+    assert final["step"] == 1 and (tmp_path / "bdh" / "log.csv").read_text() == (two_runs[0] / "log.csv").read_text()
+
+
+def test_a_run_trained_from_text_is_known_by_its_text(run_main, token_files, tmp_path):
+    """Guards: floors refused for a run of the slow fallback, and its training text scored as held out."""
+    from plotarmour.text.pretokenize import pre_tokenize
+
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    stories = token_files["text"].read_text().split("<|endoftext|>")
+    text.write_text("<|endoftext|>".join(stories[:200]))
+    other.write_text("<|endoftext|>".join(stories[200:]))
+    files = [pre_tokenize([t], str(token_files["train"]), tmp_path / f"{t.stem}.bin")[0] for t in (text, other)]
+    options = [o for s in ("max_steps=1", "warmup_steps=0", "n_embd=16", "eval_tokens=100") for o in ("--set", s)]
+    with pytest.warns(UserWarning, match="not a token file"):
+        code, _, err = run_main("train", "--recipe", "tiny", "--model", "bdh", "--train", text, "--val", other, "--out",
+                                tmp_path / "run", "--tokenizer", token_files["train"], *options)
+    assert code == 0, err
+    arguments = ("compare", tmp_path / "run", "--train", files[0], "--out", tmp_path / "out", "--data")
+    assert run_main(*arguments, files[1])[0] == 0
+    code, _, err = run_main(*arguments, files[0])
+    assert code == 2 and "was trained on" in err
