@@ -1,3 +1,10 @@
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -67,3 +74,41 @@ def test_gpt2_nowhere_to_be_had_names_the_ways(monkeypatch, tmp_path):
     monkeypatch.setattr("plotarmour.text.tokenizers.ROOT", tmp_path)
     with pytest.raises(UserError, match="data/gpt2.*--tokenizer FOLDER.*bpe:4096"):
         make_tokenizer("gpt2")
+
+
+def test_gpt2_comes_from_the_hub_where_no_folder_has_it(shared, root, tmp_path):
+    """Guards: a download that was never tried. A local server stands for the hub: metadata by HEAD, the file by GET."""
+    content, asked = (shared / "gpt2" / "tokenizer.json").read_bytes(), []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.answer()
+
+        def do_GET(self):
+            self.answer()
+            self.wfile.write(content)
+
+        def answer(self):
+            asked.append(f"{self.command} {self.path}")
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", '"' + hashlib.sha1(content).hexdigest() + '"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    if (root / "data" / "gpt2").exists():
+        pytest.skip("data/gpt2 is there: the hub would not be asked")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        code = ("from plotarmour.text.tokenizers import make_tokenizer; t = make_tokenizer('gpt2'); "
+                "print(t.kind, t.encode('Hello'))")
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+                              env=os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME":
+                                                str(tmp_path / "hf"), "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "0",
+                                                "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"})
+        server.shutdown()
+    assert done.stdout.strip() == "gpt2 [15496]", done.stderr
+    assert asked[-1] == "GET /openai-community/gpt2/resolve/main/tokenizer.json"
