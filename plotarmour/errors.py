@@ -1,5 +1,6 @@
 """The user's mistakes: one clear line (found, expected, what to do) and exit code 2."""
 
+import argparse
 import errno
 import sys
 import warnings
@@ -12,6 +13,13 @@ USER_OS_ERRORS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.E
 
 class UserError(ValueError):
     """A mistake that the user can mend. The message says what was found, what was expected and what to do."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds defaults to --help, where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
 def run_command(main: Callable[[], None]) -> None:

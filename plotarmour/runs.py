@@ -8,6 +8,7 @@
 """
 
 import json
+import warnings
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -95,7 +96,13 @@ def open_data(path: Path, tokenizer: str | None = None, stories: str = "endoftex
     Raises:
         UserError: neither, or a text without a tokenizer.
     """
-    if path.is_file() and not looks_like_token_file(path) and tokenizer:
+    is_text = path.is_file() and not looks_like_token_file(path)
+    if is_text and not tokenizer:
+        raise UserError(f"{path} is not a token file; make one with tools/pre_tokenize.py, or name a --tokenizer to "
+                        "train on the text as it is, slowly.")
+    if tokenizer and not is_text:
+        warnings.warn(f"--tokenizer {tokenizer} is ignored: {path} brings its own.", stacklevel=2)
+    if is_text:
         made = (TokenFile.open(tokenizer).tokenizer() if tokenizer.endswith(".bin") else make_tokenizer(tokenizer))
         return TokensInMemory(path, made, stories)
     return TokenFile.open(path)
@@ -122,6 +129,9 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
     train_data, val_data = (open_data(path, tokenizer, recipe.data.stories) for path in (train_path, val_path))
     made = train_data.tokenizer()
     check_same_tokenizer(val_data, made.sha256, str(train_path))
+    if val_data.header["payload_sha256"] == train_data.header["payload_sha256"]:
+        raise UserError(f"{val_path} is the training text itself; expected held-out stories, such as the val part of "
+                        "tools/pre_tokenize.py --split.")
     t = recipe.training
     windows = Windows(train_data, t.context_length, t.windows, t.seed, t.rows_per_step)
     val_windows = Windows(val_data, t.context_length, t.windows, t.seed, t.rows_per_step)
@@ -179,6 +189,9 @@ def load_run(folder: str | Path, which: str | int = "best", device: str = "auto"
     model = build_model(recipe, info["vocab_size"])
     load_model(checkpoint, model)
     step = int(checkpoint.name.removeprefix("step_"))
+    if not (folder / "DONE.json").exists():
+        warnings.warn(f"{folder} is not finished: this is its checkpoint of step {step:,}. Go on with the command that "
+                      "started it.", stacklevel=2)
     return Run(folder, model.to(machine.device).eval(), tokenizer, recipe, info, step, machine)
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.errors import run_command
+from plotarmour.errors import HelpFormatter, run_command
 from plotarmour.suite.steps import compare_runs, for_people
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--data", type=Path, required=True, help="token file made with the run's tokenizer")
     parser.add_argument("--out", type=Path, required=True, help="folder for the CSVs and figures")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.errors import run_command
+from plotarmour.errors import HelpFormatter, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--prompt", default="Once upon a time", help="how the story begins")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="at most so many tokens")

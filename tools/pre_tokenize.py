@@ -11,12 +11,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from plotarmour.errors import UserError, run_command
+from plotarmour.errors import HelpFormatter, UserError, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=__doc__, formatter_class=HelpFormatter,
         epilog="With --split X.train.bin, X.val.bin and X.test.bin are written; bpe:N learns from the train part only.")
     parser.add_argument("text", nargs="*", type=Path, help="UTF-8 text files")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bpe:N (N entries), bytes, a folder with a "

@@ -9,11 +9,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plotarmour.config import recipe_names
-from plotarmour.errors import run_command
+from plotarmour.errors import HelpFormatter, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--recipe", default="tiny", help=f"one of {', '.join(recipe_names())}, or a TOML file")
     parser.add_argument("--text", type=Path, help="UTF-8 text to learn from (recipe tiny brings its own)")
     parser.add_argument("--extra-text", type=Path, help="a second test set; stories that also stand in --text are "

@@ -7,13 +7,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.errors import UserError, run_command
+from plotarmour.errors import HelpFormatter, UserError, run_command
 from plotarmour.suite.steps import tell_corpus
 from plotarmour.text.grammar import TOKENS_PER_STORY, events_for_tokens
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="text file; X.txt gets X.facts.jsonl beside it")
     parser.add_argument("--count", type=int, default=20_000, help="how many stories")
     parser.add_argument("--seed", type=int, default=0, help="of the corpus: same seed, same stories")
@@ -21,6 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     length.add_argument("--events", default="2:4", help="least:most events per story; a story has about "
                         f"{TOKENS_PER_STORY} + 14 x events tokens (BPE-1,024)")
     length.add_argument("--tokens", type=int, help="instead of --events: about so many tokens per story, 60 to 10,000")
+    parser.add_argument("--force", action="store_true", help="replace an existing text")
     return parser
 
 
@@ -38,6 +39,8 @@ def main() -> None:
         low = high = events_for_tokens(args.tokens)
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed {args.seed} must be in [0, 2**32).")
+    if args.out.exists() and not args.force:
+        raise UserError(f"{args.out} exists already; expected a new name. Use another --out, or --force.")
     text, facts = tell_corpus(args.out, args.count, args.seed, (low, high))
     print(f"{text}: {args.count:,} stories ({text.stat().st_size / 2**20:.1f} MiB); facts in {facts}")
 

@@ -8,11 +8,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plotarmour.config import MODELS, load_recipe, recipe_names
-from plotarmour.errors import run_command
+from plotarmour.errors import HelpFormatter, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--recipe", required=True, help=f"one of {', '.join(recipe_names())}, or a TOML file")
     parser.add_argument("--model", required=True, help=f"one of {', '.join(MODELS)}")
     parser.add_argument("--train", type=Path, required=True, help="token file to learn from (or a text, slowly)")
@@ -34,8 +34,12 @@ def main() -> None:
 
     final = train_run(recipe, args.train, args.val, args.out, args.resume, args.from_step, args.tokenizer)
     print(f"{args.out}: {final['reason']} at step {final['step']:,} after {final['tokens_seen']:,} tokens and "
-          f"{final['elapsed_s']:,.0f} s; validation loss {final['val_loss']:.4f}, best {final['best_val_loss']:.4f} at "
-          f"step {final['best_step']:,}")
+          f"{final['elapsed_s']:,.0f} s; best validation loss {final['best_val_loss']:.4f} at step "
+          f"{final['best_step']:,}")
+    if not (args.out / "DONE.json").exists():
+        print("not finished: the same command goes on from here")
+        if final["reason"].startswith("signal"):
+            sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The three steps of the suite, as the notebooks and the command lines call them: prepare, train, compare."""
 
 import shutil
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -153,6 +154,8 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         raise UserError(f"runs are told apart by folder name; found {', '.join(names)}. Name each run once.")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; expected a folder for --out.")
     test, known = TokenFile.open(data), read_facts(facts) if facts else None
     runs = [load_run(folder.resolve(), which, device) for folder in folders]
     train_data = TokenFile.open(train) if train is not None else None
@@ -161,6 +164,9 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
         learned = run.info["train"]["payload_sha256"]
         if learned in _fingerprints(test):
             raise UserError(f"{run.name} was trained on {data}; expected stories it has not seen: the test part.")
+        if run.info["val"]["payload_sha256"] in _fingerprints(test):
+            warnings.warn(f"{data} is what {run.name}'s checkpoint was chosen on; a verdict needs the test part.",
+                          stacklevel=2)
         if train_data is not None and learned not in _fingerprints(train_data):
             raise UserError(f"{train} is not what {run.name} was trained on ({run.info['train']['file']}); floors must "
                             "learn from the same tokens.")
@@ -170,6 +176,8 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
     if train_data is not None:
         scores |= {f"{name} floor": frame for name, frame in evaluate_floors(train_data, test).items()}
     table = comparison_table(scores, budgets)
+    for stale in out.glob("stories_*.csv"):  # of an earlier comparison in this folder
+        stale.unlink()
     for name, frame in scores.items():
         write_csv(frame, out / f"stories_{name.replace(' ', '_')}.csv")
     write_csv(table, out / "totals.csv")

@@ -53,8 +53,11 @@ def check_text(path: Path) -> None:
         raise UserError(f"{path} does not exist; expected a UTF-8 text file. Check the path.")
     try:
         with path.open("rb") as file:
-            if not file.read(1):
+            start = file.read(7)
+            if not start:
                 raise UserError(f"{path} is empty (0 bytes); expected stories as UTF-8 text.")
+            if start == b"PLOTARM":
+                raise UserError(f"{path} is a token file; expected the text it was made from.")
     except PermissionError:
         raise UserError(f"{path} cannot be read: permission denied. Allow reading it, or copy it.") from None
 

@@ -140,11 +140,14 @@ def test_bad_training_calls_give_one_line_and_leave_nothing(run_main, files, cas
     ("generate", ["nowhere"], "is not a run folder"),
     ("pre_tokenize", ["t.txt", "--tokenizer", "bpe:10", "--out", "x.bin"], "does not exist"),
     ("tell_stories", ["--out", "OUT/t.txt", "--events", "4:2"], "expected least:most"),
+    ("tell_stories", ["--out", "README"], "exists already"),
+    ("pre_tokenize", ["TRAIN", "--tokenizer", "bytes", "--out", "x.bin"], "is a token file"),
 ])
-def test_other_bad_calls_give_one_line(run_main, tmp_path, monkeypatch, tool, args, message):
+def test_other_bad_calls_give_one_line(run_main, tmp_path, monkeypatch, root, token_files, tool, args, message):
     """Guards: tracebacks for the user's mistakes."""
     monkeypatch.chdir(tmp_path)
-    code, _, err = run_main(tool, *[a.replace("OUT", str(tmp_path / "out")) for a in args])
+    named = {"README": root / "README.md", "TRAIN": token_files["train"]}
+    code, _, err = run_main(tool, *[named.get(a, a.replace("OUT", str(tmp_path / "out"))) for a in args])
     assert code == 2 and message in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -218,6 +221,16 @@ def test_a_run_trained_from_text_is_known_by_its_text(run_main, token_files, tmp
                                 tmp_path / "run", "--tokenizer", token_files["train"], *options)
     assert code == 0, err
     arguments = ("compare", tmp_path / "run", "--train", files[0], "--out", tmp_path / "out", "--data")
-    assert run_main(*arguments, files[1])[0] == 0
+    with pytest.warns(UserWarning, match="chosen on"):
+        assert run_main(*arguments, files[1])[0] == 0
     code, _, err = run_main(*arguments, files[0])
     assert code == 2 and "was trained on" in err
+
+
+def test_choosing_on_the_scored_stories_is_said_and_old_rows_go(run_main, two_runs, token_files, tmp_path):
+    """Guards: validation stories reported as held out; rows of an earlier comparison beside new totals."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "stories_old.csv").write_text("story,tokens,bytes,nats\n")
+    with pytest.warns(UserWarning, match="chosen on; a verdict needs the test part"):
+        code, _, _ = run_main("evaluate", two_runs[0], "--data", token_files["val"], "--out", tmp_path / "out")
+    assert code == 0 and [p.name for p in (tmp_path / "out").glob("stories_*.csv")] == ["stories_bdh.csv"]

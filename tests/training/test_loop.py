@@ -168,7 +168,9 @@ def test_a_non_finite_gradient_never_reaches_the_optimizer(small_recipe, token_f
     monkeypatch.setattr(loop, "accumulate", poisoned)
     final = run(small_recipe, token_files, tmp_path / "run", max_steps=50)
     assert (final["reason"], final["step"], final["skipped_steps"]) == ("non-finite", 10, 10)
-    assert all(torch.isfinite(t).all() for t in model_tensors(load_run(tmp_path / "run", "latest").model).values())
+    with pytest.warns(UserWarning, match="not finished: this is its checkpoint of step 9"):
+        loaded = load_run(tmp_path / "run", "latest")
+    assert all(torch.isfinite(t).all() for t in model_tensors(loaded.model).values())
 
 
 def test_a_signal_finishes_the_step_and_saves(small_recipe, token_files, tmp_path, monkeypatch):
@@ -255,3 +257,10 @@ def test_resume_must_needs_a_checkpoint(small_recipe, token_files, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(UserError, match="no checkpoint to go on with"):
         train_run(small_recipe, token_files["train"], token_files["val"], tmp_path / "run", "must")
+
+
+def test_validating_on_the_training_text_is_refused(small_recipe, token_files, tmp_path):
+    """Guards: a best checkpoint chosen on what was learned by heart."""
+    with pytest.raises(UserError, match="is the training text itself"):
+        train_run(small_recipe, token_files["train"], token_files["train"], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
