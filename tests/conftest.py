@@ -24,7 +24,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def token_files(tmp_path_factory) -> dict[str, Path]:
-    """Token files of 300 built-in stories (bytes, so that nothing is learned), with their text and facts."""
+    """Token files of 300 short built-in stories in BPE-400, with their text and facts."""
     from plotarmour.suite.steps import tell_corpus
     from plotarmour.text.pretokenize import pre_tokenize
 

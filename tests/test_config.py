@@ -3,20 +3,14 @@ import pytest
 from plotarmour.config import load_recipe, recipe_names
 from plotarmour.errors import UserError
 from plotarmour.machine import dtype_for
-from plotarmour.runs import build_model
+from plotarmour.runs import build_model, model_config
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_both_models_of_a_recipe_match_and_see_the_same_tokens(name):
     """Guards: a comparison of unequal sizes, batches or steps. Core parameters within 5 %, equal rows per step."""
     bdh, gpt2 = (load_recipe(name, model) for model in ("bdh", "gpt2"))
-    sizes = []
-    for recipe in (bdh, gpt2):
-        from plotarmour.models.bdh import BDHConfig
-        from plotarmour.models.gpt2 import GPT2Config
-
-        kind = BDHConfig if recipe.model == "bdh" else GPT2Config
-        sizes.append(kind(vocab_size=100, **recipe.architecture).non_embedding_params)
+    sizes = [model_config(recipe, vocab_size=100).non_embedding_params for recipe in (bdh, gpt2)]
     assert abs(sizes[0] / sizes[1] - 1) < 0.05
     for key in ("context_length", "rows_per_step", "max_steps", "seed", "windows", "eval_tokens"):
         assert getattr(bdh.training, key) == getattr(gpt2.training, key), key

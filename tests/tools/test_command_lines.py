@@ -234,3 +234,9 @@ def test_choosing_on_the_scored_stories_is_said_and_old_rows_go(run_main, two_ru
     with pytest.warns(UserWarning, match="chosen on; a verdict needs the test part"):
         code, _, _ = run_main("evaluate", two_runs[0], "--data", token_files["val"], "--out", tmp_path / "out")
     assert code == 0 and [p.name for p in (tmp_path / "out").glob("stories_*.csv")] == ["stories_bdh.csv"]
+
+
+def test_help_names_defaults_and_no_none(root):
+    """Guards: "(default: None)" on required options, and a default of 0 that is hidden."""
+    text = " ".join(call(root, "generate", "--help").stdout.split())
+    assert "same seed, same story (default: 0)" in text and "None" not in text

@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 
-from plotarmour.config import TrainingConfig
+from plotarmour.config import TrainingConfig, load_recipe
 from plotarmour.errors import UserError
 from plotarmour.loss import IGNORE
 from plotarmour.machine import find_machine
@@ -134,9 +134,15 @@ def test_two_models_with_one_seed_read_the_same_tokens(token_files):
     from plotarmour.text.batches import Windows
     from plotarmour.text.tokenfile import TokenFile
 
-    data = TokenFile.open(token_files["train"])
-    wide, narrow = (Windows(data, 24, "stream", 0, rows) for rows in (4, 4))  # micro-batches cut the same rows
-    assert [wide.rows_of(i) for i in range(9)] == [narrow.rows_of(i) for i in range(9)]
+    data, read = TokenFile.open(token_files["train"]), []
+    for model in ("bdh", "gpt2"):
+        t = load_recipe("kaggle_t4", model).training  # micro-batches of 2 and 16 rows
+        windows = Windows(data, t.context_length, t.windows, t.seed, t.rows_per_step)
+        rows = [row for step in range(3) for row in windows.rows_of(step)]
+        read.append([windows.micro_batch(rows[i:i + t.micro_batch_size])[1]
+                     for i in range(0, len(rows), t.micro_batch_size)])
+    assert [len(batches[0]) for batches in read] == [2, 16]
+    assert torch.equal(torch.cat(read[0]), torch.cat(read[1]))
 
 
 def test_the_model_is_in_training_mode_after_an_evaluation(small_recipe, token_files, tmp_path, monkeypatch):
