@@ -36,7 +36,7 @@ class Executor:
         kind: "local", "slurm" or "ray".
         tasks: among how many tasks the files are shared out (never more than files).
         workers: how many tasks at once; -1: all.
-        logging_dir: for datatrove's logs and statistics; None: none are kept (local only).
+        logging_dir: for datatrove's logs and statistics. None: none are kept (local), NAME.logs beside the text.
         partition: Slurm's.
         time: Slurm's limit for a task, hours:minutes:seconds.
     """
@@ -158,30 +158,32 @@ def filter_by(executor: Executor, crawl: Crawl) -> None:
     Raises:
         UserError: what the filters raise; a package that is missing.
     """
-    tasks, quiet = min(executor.tasks, len(crawl.wets)), executor.logging_dir is None
-    pipeline = [ReadWets(crawl, quiet), DropPages(crawl), WriteShards(crawl)]
-    where = str(executor.logging_dir or crawl.work / "logs")
+    crawl, quiet = _absolute(crawl), executor.kind == "local" and not executor.logging_dir
+    where = crawl.work / "logs" if quiet else _logs(executor, crawl) / "filter"
     # shards say themselves what is done; datatrove's own marks could be of other rules
-    options = {"tasks": tasks, "workers": executor.workers, "logging_dir": where, "skip_completed": False}
-    if quiet:
-        logger.disable("datatrove")
+    options = {"tasks": min(executor.tasks, len(crawl.wets)), "workers": executor.workers, "logging_dir": str(where),
+               "skip_completed": False}
+    pipeline = [ReadWets(crawl, quiet), DropPages(crawl), WriteShards(crawl)]
     if executor.kind == "ray":
         require("ray")
         import ray
         from datatrove.executor.ray import RayPipelineExecutor
 
-        if not ray.is_initialized():
-            ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}, log_to_driver=not quiet)
-        RayPipelineExecutor(pipeline, **options).run()
-        ray.shutdown()
+        with ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}, log_to_driver=False):
+            RayPipelineExecutor(pipeline, **options).run()
     else:
         from datatrove.executor.local import LocalPipelineExecutor
 
-        LocalPipelineExecutor(pipeline, **options).run()
+        if quiet:
+            logger.disable("datatrove")
+        try:
+            LocalPipelineExecutor(pipeline, **options).run()
+        finally:
+            logger.enable("datatrove")
     missing = [i for i in range(len(crawl.wets)) if not crawl.shard_counts(i).exists()]
     if missing:
         raise UserError(f"{len(missing)} of {len(crawl.wets)} files were not filtered, first "
-                        f"{crawl.wets[missing[0]].path.name}. See the logs in {where}; the same command goes on.")
+                        f"{crawl.wets[missing[0]].path.name}. See the logs in {where}.")
 
 
 def submit_to_slurm(executor: Executor, crawl: Crawl) -> None:
@@ -192,12 +194,10 @@ def submit_to_slurm(executor: Executor, crawl: Crawl) -> None:
     """
     from datatrove.executor.slurm import SlurmPipelineExecutor
 
-    crawl = replace(crawl, out=crawl.out.absolute(), wets=tuple(
-        replace(wet, path=wet.path.absolute()) for wet in crawl.wets))
+    crawl, logs = _absolute(crawl), _logs(executor, crawl)
     activate = Path(sys.prefix) / "bin" / "activate"
     environment = f"export PYTHONPATH={shlex.quote(str(ROOT))}:${{PYTHONPATH:-}}" + (
         f" && source {shlex.quote(str(activate))}" if activate.exists() else "")
-    logs = (executor.logging_dir or crawl.out.with_name(f"{crawl.out.stem}.logs")).absolute()
     options = {"time": executor.time, "partition": executor.partition, "env_command": environment, "qos": "",
                "skip_completed": False}
     filters = SlurmPipelineExecutor([ReadWets(crawl, False), DropPages(crawl), WriteShards(crawl)],
@@ -210,3 +210,13 @@ def submit_to_slurm(executor: Executor, crawl: Crawl) -> None:
     except subprocess.CalledProcessError as error:
         raise UserError(f"sbatch refused a job (exit code {error.returncode}, its reason is above). Check "
                         "--slurm-partition and --slurm-time.") from None
+
+
+def _absolute(crawl: Crawl) -> Crawl:
+    """Tasks start in folders of their own."""
+    return replace(crawl, out=crawl.out.absolute(), wets=tuple(
+        replace(wet, path=wet.path.absolute()) for wet in crawl.wets))
+
+
+def _logs(executor: Executor, crawl: Crawl) -> Path:
+    return (executor.logging_dir or crawl.out.with_name(f"{crawl.out.stem}.logs")).absolute()
