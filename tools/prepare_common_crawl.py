@@ -36,8 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
     many.add_argument("--executor", choices=("local", "slurm", "ray"), help="where (default: in this process)")
     many.add_argument("--tasks", type=int, default=1, help="among how many tasks the WET files are shared out")
     many.add_argument("--workers", type=int, default=-1, help="tasks at once; -1: all")
-    many.add_argument("--logging-dir", type=Path, metavar="FOLDER", help="keep datatrove's logs and statistics here")
-    many.add_argument("--slurm-partition", default="", metavar="NAME", help="where Slurm is to run the tasks")
+    many.add_argument("--logging-dir", type=Path, metavar="FOLDER", help="keep datatrove's logs and "
+                      "statistics here (default: none for local, else X.logs beside --out)")
+    many.add_argument("--slurm-partition", metavar="NAME", help="where Slurm is to run the tasks")
     many.add_argument("--slurm-time", default="12:00:00", help="limit of a task, hours:minutes:seconds")
     return parser
 
@@ -57,7 +58,7 @@ def main() -> None:
     if args.executor:
         from plotarmour.text.crawlpipeline import Executor, filter_by, submit_to_slurm
 
-        executor = Executor(args.executor, args.tasks, args.workers, args.logging_dir, args.slurm_partition,
+        executor = Executor(args.executor, args.tasks, args.workers, args.logging_dir, args.slurm_partition or "",
                             args.slurm_time)
         run_filters = partial(filter_by, executor)
     wets = list_wets(args.wet, args.downloads or args.out.parent / "wet", args.base_url, args.limit)

@@ -45,7 +45,7 @@ def list_wets(inputs: list[str], downloads: Path, base_url: str = COMMON_CRAWL, 
         The files in order; nothing but listings has been fetched.
 
     Raises:
-        UserError: a missing file, a listing of something else, two files of one name, no file.
+        UserError: a missing listing, a listing of something else, two files of one name, no file.
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit} leaves no file; expected 1 or more.")
@@ -57,7 +57,6 @@ def list_wets(inputs: list[str], downloads: Path, base_url: str = COMMON_CRAWL, 
         elif "://" in name:
             wets.append(Wet(downloads / _checked(urlsplit(name).path, name).rsplit("/", 1)[-1], name))
         else:
-            check_text(Path(name))
             wets.append(Wet(Path(name)))
     wets = wets[:limit]
     paths = [wet.path.absolute() for wet in wets]

@@ -372,7 +372,8 @@ def test_slurm_gets_jobs_that_run_and_join_after_the_filters(wets, run_tool, tmp
 
 def test_pages_with_a_separator_never_split(tmp_path):
     """Guards: one page counted as two stories by the pretokenizer."""
-    path = write_wet(tmp_path / "a.wet", [MADE[9][0], MADE[0][0], MADE[1][0] + "\n<|endof"])
+    one, two, three, four = (MADE[i][0] for i in (0, 1, 2, 12))
+    path = write_wet(tmp_path / "a.wet", [one + "\n<|endoftext|>\n" + two, three, four + "\n<|endof"])
     prepare_common_crawl(Crawl((Wet(path),), tmp_path / "o.txt"))
-    assert stories(tmp_path / "o.txt") == [MADE[0][0], MADE[1][0] + "\n<|endof"]
+    assert stories(tmp_path / "o.txt") == [three, four + "\n<|endof"]
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 TOOLS = ("pre_tokenize", "tell_stories", "train", "evaluate", "compare", "generate", "run_suite", "sync_notebooks",
-         "doctor")
+         "doctor", "download_tinystories", "prepare_common_crawl")
 
 
 def call(root, tool, *args, cwd=None):
