@@ -52,12 +52,12 @@ def serving(site):
             for name, value in ({"ETag": etag} if etag else {}).items() | site.headers.items():
                 self.send_header(name, value)
             self.end_headers()
-            body = content[start:]
             drop = site.drops.pop(0) if site.drops else None
+            body = content[start:][:drop]
             try:
-                for at in range(0, len(body[:drop]), 2**14):
-                    self.wfile.write(body[:drop][at:at + 2**14])
-                    site.sent += len(body[:drop][at:at + 2**14])
+                for at in range(0, len(body), 2**14):
+                    self.wfile.write(body[at:at + 2**14])
+                    site.sent += len(body[at:at + 2**14])
                     time.sleep(site.pause_s)
             except OSError:
                 pass  # whoever asked has gone
