@@ -23,7 +23,7 @@ from plotarmour.machine import Machine, find_machine, versions
 from plotarmour.models.bdh import BDH, BDHConfig
 from plotarmour.models.gpt2 import GPT2, GPT2Config
 from plotarmour.text.batches import Windows
-from plotarmour.text.pretokenize import TokensInMemory
+from plotarmour.text.memory import TokensInMemory
 from plotarmour.text.tokenfile import TokenFile, looks_like_token_file
 from plotarmour.text.tokenizers import Tokenizer, make_tokenizer
 from plotarmour.training.checkpoint import find_checkpoint, load_model, read_index, rewind
