@@ -8,6 +8,7 @@ Equal ids give equal keys. Equal keys are compared id by id, so that the answer 
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -80,7 +81,6 @@ def story_keys(data: object) -> np.ndarray:
         uint64 (n_stories,). Equal for equal ids; for different ones in 2**-64 of cases.
     """
     table = mix(np.arange(1, data.header["vocab_size"] + 1, dtype=np.uint64))
-    powers, inverses = _powers(BASE), _powers(pow(BASE, -1, WORD))
     offsets, n_tokens = np.asarray(data.offsets).astype(np.int64), data.n_tokens
     keys = np.zeros(len(offsets), dtype=np.uint64)
     for begin in range(0, n_tokens, BLOCK):
@@ -88,8 +88,7 @@ def story_keys(data: object) -> np.ndarray:
         first = int(np.searchsorted(offsets, begin, "right")) - 1  # its tokens may have begun in an earlier block
         end = int(np.searchsorted(offsets, begin + len(tokens), "left"))
         starts = np.maximum(offsets[first:end] - begin, 0)
-        # Powers count from the block's begin; the inverse moves each story's first token to BASE**0.
-        sums = np.add.reduceat(table[tokens] * powers[:len(tokens)], starts) * inverses[starts]
+        sums = span_sums(table[tokens], starts)
         sums[:1] *= np.uint64(pow(BASE, int(begin + starts[0] - offsets[first]), WORD))
         keys[first:end] += sums
     return mix(keys)
@@ -105,8 +104,24 @@ def mix(words: np.ndarray) -> np.ndarray:
     return words ^ (words >> np.uint64(33))
 
 
-def _powers(base: int) -> np.ndarray:
-    """uint64 (BLOCK,): base**i modulo 2**64."""
-    factors = np.full(BLOCK, base, dtype=np.uint64)
-    factors[0] = 1
+def span_sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Sum value · BASE**place over each span of an array, modulo 2**64; places count from a span's begin.
+
+    Args:
+        values: uint64 (n,).
+        starts: int (m,), ascending: where spans begin; each ends where the next begins.
+
+    Returns:
+        uint64 (m,).
+    """
+    # Powers count from the array's begin; the inverse moves each span's first value to BASE**0.
+    sums = np.add.reduceat(values * _powers(BASE, len(values)), starts)
+    return sums * _powers(pow(BASE, -1, WORD), len(values))[starts]
+
+
+@lru_cache(maxsize=4)
+def _powers(base: int, n: int) -> np.ndarray:
+    """uint64 (n,): base**i modulo 2**64."""
+    factors = np.full(n, base, dtype=np.uint64)
+    factors[:1] = 1
     return np.multiply.accumulate(factors)
