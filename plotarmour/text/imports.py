@@ -5,7 +5,8 @@
              magic 20240520, version 1: uint16 ids of GPT-2;  magic 20240801, version 7: uint32 ids of Llama 3
 
 Either way end-of-text separates documents; what stands between two of them is a story, and empty ones are dropped and
-counted. A file without any is one story, as text without separators is.
+counted. A file without any is one story, as text without separators is, up to `LONGEST_STORY`; or it is cut into
+stories of a given number of ids, which begin anywhere.
 
 Source: data/shakespeare/prepare.py and data/openwebtext/prepare.py of github.com/karpathy/nanoGPT;
 dev/data/data_common.py of github.com/karpathy/llm.c.
@@ -28,6 +29,7 @@ DTYPES = ("uint16", "uint32", "int32", "int64")
 LLM_C_HEADER_BYTES = 1024
 LLM_C = {20240520: (1, "uint16"), 20240801: (7, "uint32")}  # magic: version, dtype of the ids
 BLOCK_TOKENS = 2**20
+LONGEST_STORY = 2**24  # ids; about 64 MB of text. A story is held in memory whole
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def import_bin(path: Path, tokenizer: str, out: Path, dtype: str | None = None, 
     """Write the token file of some ids that another program made.
 
     Args:
-        path: of the ids. Read in blocks of 2**20 ids; of any size.
+        path: of the ids. Of any size: it is read in blocks.
         tokenizer: that made them: "gpt2", a folder, or a token file or run folder whose tokenizer to use.
         out: the token file to write.
         dtype: of the ids: "uint16", "uint32", "int32" or "int64"; for llm.c its header says it.
@@ -206,6 +208,10 @@ class Documents:
                 *whole, rest = self._cut(np.concatenate(waiting)) or [ids[:0]]
                 yield from whole
                 waiting = [rest]
+            elif sum(map(len, waiting)) > LONGEST_STORY:
+                raise UserError(f"{self.path} holds more than {LONGEST_STORY:,} ids without end-of-text "
+                                f"{self.separator}; expected shorter stories. Cut it, e.g. with --story-tokens 1024, "
+                                "or name the id that separates its documents: --end-of-text ID.")
         if any(map(len, waiting)):
             yield from self._cut(np.concatenate(waiting))
 
