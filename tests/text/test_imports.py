@@ -117,8 +117,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_files_are_refused_in_one_line_and_leave_nothing(write, tmp_path, case):
+def test_wrong_files_are_refused_in_one_line_and_leave_nothing(write, tmp_path, monkeypatch, case):
     """Guards: ids that wrap silently, a model trained on noise, half a token file."""
+    monkeypatch.setattr(imports, "BLOCK_TOKENS", 2)
     file, options, message = WRONG[case]
     path = write(**file)
     with pytest.raises(UserError, match=message) as refused:

@@ -77,7 +77,7 @@ def test_texts_of_one_bucket_are_paired_once():
     """Guards: pairs that are missed, named twice, or cross two buckets."""
     assert all_pairs([5, 9, 5, 5]) == [(0, 2), (0, 3), (2, 3)]
     assert all_pairs([]) == all_pairs([1]) == all_pairs([1, 2, 3]) == []
-    keys = np.random.default_rng(0).integers(0, 60, 200)
+    keys = np.random.default_rng(0).integers(0, 20, 200)
     keys = [k for i, k in enumerate(keys) if list(keys[:i]).count(k) < 8]  # buckets of at most eight
     found = all_pairs(keys)
     expected = {(a, b) for b in range(len(keys)) for a in range(b) if keys[a] == keys[b]}
@@ -87,4 +87,4 @@ def test_texts_of_one_bucket_are_paired_once():
 def test_a_bucket_of_a_hundred_thousand_is_not_paired_with_itself():
     """Guards: quadratic time for a template that fills a corpus."""
     counts = [len(left) for left, _ in candidate_pairs(np.zeros(100_000, dtype=np.uint64))]
-    assert counts[0] == 99_999 and sum(counts) < 8 * 100_000
+    assert counts[0] == 99_999 and sum(counts) < 7 * 100_000
