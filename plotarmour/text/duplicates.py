@@ -100,10 +100,12 @@ def find_duplicates(files: dict[str, TokenFile], out: Path | None = None, thresh
         examples: at most so many per kind and two parts.
 
     Raises:
-        UserError: another threshold, or tokenizers that differ.
+        UserError: another threshold, a negative number of examples, or tokenizers that differ.
     """
     if not 0.7 <= threshold <= 1:
         raise UserError(f"--threshold {threshold} is too low or too high; expected 0.7 to 1.")
+    if examples < 0:
+        raise UserError(f"--examples {examples} is negative; expected 0 or more.")
     corpus = Corpus(files)
     if near and not can_sign():
         warnings.warn(f"near copies are not looked for: their library is missing. Install it with: {HOW_TO_INSTALL}",

@@ -98,8 +98,8 @@ def import_bin(path: Path, tokenizer: str, out: Path, dtype: str | None = None, 
         _write(out, made, {"stories": "imported", "split": None, "newlines": "kept", "part": "all"},
                documents.stories(blocks), source, documents)
     data = TokenFile.open(out)
-    return Imported(out, data.n_stories, data.n_tokens, data.header["n_empty_dropped"], layout.format, layout.dtype.name,
-                    made.decode(data.story(0)[:200]))
+    return Imported(out, data.n_stories, data.n_tokens, data.header["n_empty_dropped"], layout.format,
+                    layout.dtype.name, made.decode(data.story(0)[:200]))
 
 
 def find_layout(path: Path, dtype: str | None, format: str = "auto") -> Layout:

@@ -14,7 +14,6 @@ Datasets, chapter 3; word 5-grams and 0.8 as in Lee et al. (2022), Deduplicating
 better, arXiv 2107.06499.
 """
 
-import importlib.util
 from collections.abc import Iterator
 
 import numpy as np
@@ -29,8 +28,12 @@ HOW_TO_INSTALL = "pip install 'rensa>=0.5,<0.6'"
 
 
 def can_sign() -> bool:
-    """Whether the optional library that computes signatures is installed."""
-    return importlib.util.find_spec("rensa") is not None
+    """Whether the optional library that computes signatures is installed, and works on this machine."""
+    try:
+        import rensa  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def banding(threshold: float) -> tuple[int, int]:
