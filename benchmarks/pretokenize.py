@@ -56,10 +56,9 @@ elif library == "tokie":
 elif library == "tiktoken":
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks as ranks
-    folder = Path(vocabulary).parent
-    backend = tiktoken.Encoding("gpt2", pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+",
-        mergeable_ranks=ranks(str(folder / "merges.txt"), str(folder / "vocab.json")),
-        special_tokens={"<|endoftext|>": 50256})
+    folder, pattern = Path(vocabulary).parent, r"'(?:[sdmt]|ll|ve|re)| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
+    backend = tiktoken.Encoding("gpt2", pat_str=pattern, special_tokens={"<|endoftext|>": 50256},
+                                mergeable_ranks=ranks(str(folder / "merges.txt"), str(folder / "vocab.json")))
     encode = backend.encode_ordinary_batch
 else:
     from tokenizers import Tokenizer
