@@ -6,6 +6,7 @@ process of its own, in turn; MB are 10^6 bytes of text.
 """
 
 import argparse
+import csv
 import json
 import os
 import statistics
@@ -56,7 +57,8 @@ elif library == "tokie":
 elif library == "tiktoken":
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks as ranks
-    folder, pattern = Path(vocabulary).parent, r"'(?:[sdmt]|ll|ve|re)| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
+    folder, letters = Path(vocabulary).parent, r"'(?:[sdmt]|ll|ve|re)| ?\\p{L}+| ?\\p{N}+"
+    pattern = letters + r"| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
     backend = tiktoken.Encoding("gpt2", pat_str=pattern, special_tokens={"<|endoftext|>": 50256},
                                 mergeable_ranks=ranks(str(folder / "merges.txt"), str(folder / "vocab.json")))
     encode = backend.encode_ordinary_batch
@@ -73,6 +75,15 @@ with HashingReader(source) as reader:
         if library in ("tokenizers", "tiktoken") and done > 30e6:
             break
 print(json.dumps({"mb_per_s": done / 1e6 / spent}))
+"""
+
+SAME = """
+import sys
+root, ours, plain = sys.argv[1:]
+sys.path.insert(0, root)
+import numpy as np
+from plotarmour.text.tokenfile import TokenFile
+print(np.array_equal(TokenFile.open(ours).tokens, np.memmap(plain, np.uint16, "r")))
 """
 
 OPEN = """
@@ -107,7 +118,7 @@ def run(command: list) -> tuple[float, float, str]:
 
 def repeat(texts: list[Path], to: Path, n_bytes: float) -> int:
     """Write the texts again and again until there are `n_bytes`."""
-    joined = b"".join(text.read_bytes().rstrip() + b"\n<|endoftext|>\n" for text in texts)
+    joined = b"".join(text.read_bytes().rstrip() + b"\n<|endoftext|>\n" for text in texts)  # a few MB
     written = 0
     with to.open("wb") as file:
         while written < n_bytes:
@@ -159,11 +170,8 @@ def main() -> None:
                     seconds, rss, _ = run(["-c", PLAIN, text, args.vocabulary, plain_out])
                     note("plain script", size / 1e6, size / 1e6 / seconds, rss)
                     speeds["plain"] = [rows[-1]["mb_per_s"]]
-                    import numpy as np
-
-                    from plotarmour.text.tokenfile import TokenFile
-                    same = np.array_equal(TokenFile.open(out).tokens, np.memmap(plain_out, np.uint16, "r"))
-                    print(f"the plain script's tokens are ours: {same}", flush=True)
+                    _, _, said = run(["-c", SAME, ROOT, out, plain_out])
+                    print(f"the plain script's tokens are ours: {said.strip()}", flush=True)
                     plain_out.unlink()
             seconds, rss, _ = run([*ours, "--split", "90:5:5"])
             note("ours with --split", size / 1e6, size / 1e6 / seconds, rss)
@@ -174,15 +182,17 @@ def main() -> None:
         run([ROOT / "tools" / "pre_tokenize.py", text, "--tokenizer", "bytes", "--out", out, "--force"])
         _, _, said = run(["-c", OPEN, ROOT, out])
         note("open", out.stat().st_size / 1e6, **json.loads(said))
-    import pandas as pd
-
     middle = {name: statistics.median(found) for name, found in speeds.items()}
     for mb in args.mb:
         print(f"{mb:g} MB: ours {middle[f'ours {mb:g}']:.0f} MB/s, "
               f"{middle[f'ours {mb:g}'] / middle['plain']:.1f} times the plain script, "
               f"{middle[f'ours {mb:g}'] / middle[f'fastokens {mb:g}']:.2f} of fastokens alone (medians)")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_csv(args.out, index=False, float_format="%.2f", lineterminator="\n")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with args.out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([{k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()} for row in rows])
     print(f"wrote {args.out}")
 
 

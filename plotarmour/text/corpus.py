@@ -55,3 +55,11 @@ class Corpus:
         """Cut story numbers into batches of about `BATCH_TOKENS` tokens."""
         lengths = np.concatenate([np.diff(bounds) for bounds in self.bounds])[stories]
         yield from np.split(stories, np.flatnonzero(np.diff(np.cumsum(lengths) // BATCH_TOKENS)) + 1)
+
+
+def token_counts(data: TokenFile) -> np.ndarray:
+    """Count how often each id stands in a token file: int64 (vocab_size,). Reads the tokens once, in blocks."""
+    counts = np.zeros(data.header["vocab_size"], dtype=np.int64)
+    for begin in range(0, data.n_tokens, BATCH_TOKENS):
+        counts += np.bincount(data.tokens[begin:begin + BATCH_TOKENS], minlength=len(counts))
+    return counts

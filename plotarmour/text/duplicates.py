@@ -10,7 +10,7 @@ Three kinds, each wider than the one before; a kind's groups hold those of the k
 
 Two tables come of it. Counts are complete, one row per kind, part and other part:
 
-    kind, part, other_part   where other_part is part: copies within it. "all": over all parts together
+    kind, part, other_part   where other_part is part: copies within it. "all parts": over all together
     stories                  of the part
     copies                   within a part: stories too many (stories minus groups);
                              across: stories of `part` that have a copy in `other_part`
@@ -58,6 +58,7 @@ from plotarmour.text.tokenfile import TokenFile
 
 KINDS = ("exact", "normalised", "near")
 BATCH_PAIRS = 256  # stories of a batch of pairs are in memory at once, also where they are books
+ALL = ("all parts", "all parts")
 SHOWN = 100  # characters of an example
 
 
@@ -76,9 +77,13 @@ class Duplicates:
     near: bool
 
     def table(self) -> str:
-        """Return the counts for people."""
-        lines = [f"{'kind':<12}{'stories':>12}{'copies':>12}{'share':>9}  "]
+        """Return the counts for people: where there are copies, and always what stands in the first part (train)."""
+        lines = [f"{'kind':<12}{'stories':>12}{'copies':>12}{'share':>9}  where"]
+        parts = list(dict.fromkeys(row["part"] for row in self.counts if (row["part"], row["other_part"]) != ALL))
         for row in self.counts:
+            in_train = row["other_part"] == parts[0] and (row["part"] != parts[0] or len(parts) == 1)
+            if not row["copies"] and not in_train:
+                continue
             where = (f"surplus in {row['part']}" if row["part"] == row["other_part"] else
                      f"{row['part']} also in {row['other_part']}")
             lines.append(f"{row['kind']:<12}{row['stories']:>12,}{row['copies']:>12,}{row['share']:>9.2%}  {where}")
@@ -242,7 +247,7 @@ def _counts(corpus: Corpus, groups: dict[str, np.ndarray]) -> list[dict]:
         present = np.zeros((len(corpus.parts), corpus.n), dtype=bool)  # which groups have a story in a part
         present[corpus.part_of, labels] = True
         if len(corpus.parts) > 1:
-            row(kind, "all", "all", corpus.n, corpus.n - present.any(axis=0).sum())
+            row(kind, *ALL, corpus.n, corpus.n - present.any(axis=0).sum())
         for p, part in enumerate(corpus.parts):
             row(kind, part, part, corpus.sizes[p], corpus.sizes[p] - present[p].sum())
             for q, other in enumerate(corpus.parts):

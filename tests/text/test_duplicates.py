@@ -50,7 +50,7 @@ def test_planted_copies_are_counted_by_kind_within_and_across(planted, tmp_path)
     """Guards: copies missed or counted twice; short stories and such without a word taken for copies."""
     pytest.importorskip("rensa")
     found = find_duplicates(planted, tmp_path / "out" / "d.csv")
-    every = [("all", "all"), ("train", "train"), ("train", "test"), ("test", "test"), ("test", "train")]
+    every = [("all parts", "all parts"), ("train", "train"), ("train", "test"), ("test", "test"), ("test", "train")]
     assert copies(found, "exact") == dict(zip(every, (3, 2, 1, 0, 1), strict=True))
     assert copies(found, "normalised") == dict(zip(every, (6, 3, 3, 0, 3), strict=True))
     assert copies(found, "near") == dict(zip(every, (8, 4, 4, 0, 4), strict=True))
@@ -132,7 +132,7 @@ def test_the_known_copies_of_real_texts_are_found(shared, tmp_path):
     files = {name: TokenFile.open(*pre_tokenize([folder / f"stories_{name}.txt"], "bytes", tmp_path / f"{name}.bin"))
              for name in "ab"}
     found = find_duplicates(files, near=False)
-    assert copies(found, "normalised") == {("all", "all"): 8, ("a", "a"): 0, ("a", "b"): 8, ("b", "b"): 0,
+    assert copies(found, "normalised") == {("all parts", "all parts"): 8, ("a", "a"): 0, ("a", "b"): 8, ("b", "b"): 0,
                                            ("b", "a"): 8}
     assert sum(row["part_a"] == "a" and row["part_b"] == "b" for row in found.examples) == 8
 
