@@ -11,9 +11,11 @@
 #
 # **What you get:** three token files (train, val, test) that both models will read, and a look at what is in them.
 #
-# **Time:** seconds for the built-in corpus, a minute for 20 MB of text on two CPU cores. **Hardware:** any; no GPU.
-# **Needs:** nothing, or a UTF-8 text with `<|endoftext|>` between stories (TinyStories has it).
-# **Leaves behind:** `tokens.train.bin`, `tokens.val.bin`, `tokens.test.bin` in the results folder.
+# **Time:** seconds for the built-in corpus, minutes for the two gigabytes of TinyStories on two CPU cores; files that
+# are there already are taken as they are, and a cut session goes on where it was. **Hardware:** any; no GPU.
+# **Needs:** nothing, or a UTF-8 text with `<|endoftext|>` between stories (TinyStories has it), also gzipped, .jsonl or
+# .parquet. **Leaves behind:** `tokens.train.bin`, `tokens.val.bin`, `tokens.test.bin` and `duplicates.csv` in the
+# results folder.
 
 # %% [markdown]
 # ## Set-up
@@ -70,7 +72,7 @@ print(list_files(folder))
 
 # %% [markdown]
 # ## One real story
-# First as text, then as the model will see it: one piece per token, separated by `|`. Words that are common in the
+# First as text, then as the model will see it: one tint per token. Words that are common in the
 # training part are one piece; rare ones are spelled.
 
 # %%
@@ -79,8 +81,13 @@ from plotarmour.text.tokenfile import TokenFile
 files = {part: TokenFile.open(path) for part, path in paths.items() if path.suffix == ".bin"}
 tokenizer, story = files["test"].tokenizer(), files["test"].story(0)
 print(tokenizer.decode(story))
-print()
-print("|".join(tokenizer.decode([i]) for i in story))
+
+# %%
+from IPython.display import HTML
+
+from plotarmour.plots import coloured_tokens
+
+HTML(coloured_tokens([tokenizer.decode([i]) for i in story]))
 
 # %% [markdown]
 # ## How much there is
@@ -95,12 +102,40 @@ rows = {part: {"stories": f.n_stories, "tokens": f.n_tokens, "left_out": f.heade
 pd.DataFrame.from_dict(rows, orient="index")
 
 # %%
+import numpy as np
+
 from plotarmour.plots import story_lengths
 
-ends = [*files["train"].offsets[1:].tolist(), files["train"].n_tokens]
-lengths = [end - begin for begin, end in zip(files["train"].offsets.tolist(), ends, strict=True)]
+lengths = np.diff(np.append(files["train"].offsets, files["train"].n_tokens))
 figure = story_lengths(lengths, folder / "figures" / "story_lengths.png", settings.training.context_length)
 display(Image(figure))
+
+# %% [markdown]
+# ## The most frequent tokens
+# A few tokens make up much of every text. A model that knows no more than these shares is the unigram floor of
+# `03_compare`.
+
+# %%
+from plotarmour.text.corpus import token_counts
+
+counts = token_counts(files["train"])
+top = np.argsort(-counts, kind="stable")[:15]
+pd.DataFrame({"token": [repr(tokenizer.decode([i])) for i in top], "times": counts[top],
+              "share": [f"{share:.1%}" for share in counts[top] / counts.sum()]})
+
+# %% [markdown]
+# ## Copies
+# A test story that also stands in the training part measures memory, not skill. *Exact* copies have the same text,
+# *normalised* ones differ in case, punctuation or spacing; both always land in one part. *Near* copies share at
+# least 80 % of their sequences of five words (MinHash proposes pairs, and each is compared exactly); the split cannot
+# know of them, so this is where a leak would show. `duplicates.csv` has examples. Two million stories take about three
+# minutes.
+
+# %%
+from plotarmour.text.duplicates import find_duplicates
+
+copies = find_duplicates(files, folder / "duplicates.csv")
+print(copies.table())
 
 # %% [markdown]
 # ## What it means

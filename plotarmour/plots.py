@@ -1,5 +1,6 @@
 """CSVs to figures (PNG). Colours are Okabe and Ito's, safe for the colour-blind; no global matplotlib state."""
 
+import html
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#8A8A8A"
 MODEL_COLORS = {"bdh": BLUE, "gpt2": ORANGE}
+TINTS = ("#CFE3F1", "#FBE3C8", "#CFEDE3", "#F0D9E8")  # of tokens: light, so that black text stays readable
 DASHES = ("-", "--", ":", "-.")  # tell runs of one model apart
 MODEL_NAMES = {"bdh": "BDH", "gpt2": "GPT-2"}
 
@@ -90,6 +92,20 @@ def story_lengths(tokens_per_story: Sequence[int], path: Path, context_length: i
     axes.set_ylabel("stories")
     axes.set_title("How long the stories are", loc="left", fontsize=11)
     return _save(figure, path)
+
+
+def coloured_tokens(pieces: Sequence[str]) -> str:
+    """Return HTML that shows a text's tokens: neighbours in different tints, line breaks as ⏎.
+
+    Args:
+        pieces: the text of each token, in order. A character that is spelled by several tokens shows as �.
+    """
+    spans = []
+    for i, piece in enumerate(pieces):
+        shown = html.escape(piece).replace("\n", "⏎<br>").replace(" ", "&nbsp;")
+        spans.append(f'<span style="background:{TINTS[i % len(TINTS)]};color:#000;border-radius:3px;'
+                     f'border-right:1px solid #fff">{shown}</span><wbr>')
+    return f'<div style="font-family:monospace;line-height:1.7;max-width:60em">{"".join(spans)}</div>'
 
 
 def _label(name: str, kind: str) -> str:

@@ -23,7 +23,8 @@ from plotarmour.machine import Machine, find_machine, versions
 from plotarmour.models.bdh import BDH, BDHConfig
 from plotarmour.models.gpt2 import GPT2, GPT2Config
 from plotarmour.text.batches import Windows
-from plotarmour.text.pretokenize import TokensInMemory
+from plotarmour.text.memory import TokensInMemory
+from plotarmour.text.overlap import disjoint_by_construction, overlapping_stories
 from plotarmour.text.tokenfile import TokenFile, looks_like_token_file
 from plotarmour.text.tokenizers import Tokenizer, make_tokenizer
 from plotarmour.training.checkpoint import find_checkpoint, load_model, read_index, rewind
@@ -124,7 +125,8 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
         The content of DONE.json or STOPPED.json.
 
     Raises:
-        UserError: data that do not fit each other or the recipe, or a run folder of another run.
+        UserError: data that do not fit each other or the recipe, validation stories that stand in the training text,
+            or a run folder of another run.
     """
     train_data, val_data = (open_data(path, tokenizer, recipe.data.stories) for path in (train_path, val_path))
     made = train_data.tokenizer()
@@ -132,6 +134,7 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
     if val_data.header["payload_sha256"] == train_data.header["payload_sha256"]:
         raise UserError(f"{val_path} is the training text itself; expected held-out stories, such as the val part of "
                         "tools/pre_tokenize.py --split.")
+    _check_held_out(train_data, val_data)
     t = recipe.training
     windows = Windows(train_data, t.context_length, t.windows, t.seed, t.rows_per_step)
     val_windows = Windows(val_data, t.context_length, t.windows, t.seed, t.rows_per_step)
@@ -219,6 +222,18 @@ def check_same_tokenizer(data: TokenFile | TokensInMemory, sha256: str, owner: s
     if found["sha256"] != sha256:
         raise UserError(f"{data.path} was made with another tokenizer ({found['kind']}, {found['sha256'][:12]}) than "
                         f"{owner} ({sha256[:12]}); make it again with --tokenizer {owner}.")
+
+
+def _check_held_out(train_data: TokenFile | TokensInMemory, val_data: TokenFile | TokensInMemory) -> None:
+    """Raise `UserError` where a story stands in both: every choice rests on the validation loss."""
+    if disjoint_by_construction(train_data.header, val_data.header):
+        return
+    found = overlapping_stories(train_data, val_data)
+    if found.n_stories:
+        raise UserError(f"{found.n_stories:,} of {val_data.n_stories:,} stories of {val_data.path} also stand in "
+                        f"{train_data.path} (first: story {found.first:,}, there story {found.first_in_other:,}); "
+                        "expected none. Make the validation file again with --exclude TRAIN_TEXT, or both files from "
+                        "one text with --split.")
 
 
 def _fingerprint(path: Path, data: TokenFile | TokensInMemory) -> dict:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Turn text into token files, or look at one."""
+"""Turn text into token files, or look at one. Stopped at any moment, the same command goes on where it was."""
 
 import argparse
 import json
@@ -12,54 +12,84 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from plotarmour.errors import HelpFormatter, UserError, run_command
+from plotarmour.text.encoders import BACKENDS
+from plotarmour.text.pretokenize import BPE_BYTES, pre_tokenize
+from plotarmour.text.tokenfile import TokenFile
+
+BARS = 40  # characters
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=HelpFormatter,
-        epilog="With --split X.train.bin, X.val.bin and X.test.bin are written; bpe:N learns from the train part only.")
-    parser.add_argument("text", nargs="*", type=Path, help="UTF-8 text files")
+        epilog="With --split X.train.bin, X.val.bin and X.test.bin are written; bpe:N learns from the train part only. "
+               "Existing files made from the same text with the same settings are taken as they are.")
+    parser.add_argument("text", nargs="*", type=Path, help="UTF-8 texts or patterns, in this order: plain text or "
+                        ".jsonl, each also .gz; .parquet; - for standard input")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bpe:N (N entries), bytes, a folder with a "
                         "tokenizer.json, a run folder, or a token file whose tokenizer to use")
     parser.add_argument("--out", type=Path, help="token file to write, X.bin")
     parser.add_argument("--split", help="shares of train:val:test by story, e.g. 90:5:5 (default: no split)")
-    parser.add_argument("--stories", default="endoftext", help="what makes a story: endoftext, line or file")
+    parser.add_argument("--stories", default="endoftext", help="what makes a story in plain text: endoftext, line or "
+                        "file; a row of .jsonl or .parquet always is one")
+    parser.add_argument("--text-column", default="text", help="of .jsonl and .parquet")
     parser.add_argument("--exclude", nargs="+", type=Path, default=[], metavar="TEXT",
                         help="leave out stories that also stand in these texts (near-copies count)")
-    parser.add_argument("--workers", type=int, default=0, help="threads for tokenizing; 0: one per core")
-    parser.add_argument("--force", action="store_true", help="replace existing files")
-    parser.add_argument("--info", type=Path, metavar="X.bin", help="print the header and the first story")
-    parser.add_argument("--verify", type=Path, metavar="X.bin", help="read the whole file and compare its hash")
+    parser.add_argument("--errors", default="strict", help="what is not UTF-8: strict refuses the text, replace puts "
+                        "U+FFFD and counts")
+    parser.add_argument("--bpe-bytes", type=int, default=BPE_BYTES, metavar="BYTES",
+                        help="text that bpe:N learns from, at most: a sample spread over the train part")
+    parser.add_argument("--backend", default="auto", help=f"what encodes: {', '.join(BACKENDS)}; the ids are the same")
+    parser.add_argument("--workers", type=int, default=0, help="threads that encode; 0: one per core")
+    parser.add_argument("--force", action="store_true", help="make existing files anew")
+    parser.add_argument("--info", type=Path, metavar="X.bin", help="print header, sizes, first story and lengths")
+    parser.add_argument("--verify", nargs="?", const=True, metavar="X.bin",
+                        help="read the whole file and compare its hashes; without a name, with texts: before existing "
+                        "files are taken as they are, read them and the texts whole")
     return parser
 
 
 def main() -> None:
     args = build_parser().parse_args()
     if args.workers:
-        os.environ["RAYON_NUM_THREADS"] = str(args.workers)  # before the tokenizer library starts its threads
-    from plotarmour.text.pretokenize import pre_tokenize
-    from plotarmour.text.tokenfile import TokenFile
-
-    if args.info or args.verify:
-        data = TokenFile.open(args.info or args.verify)
-        if args.verify:
-            data.verify()
-            print(f"{args.verify}: whole ({data.n_tokens:,} tokens, {data.n_stories:,} stories)")
-            return
-        print(json.dumps(data.header, indent=2, ensure_ascii=False))
-        lengths = np.diff(np.append(data.offsets, data.n_tokens).astype(np.int64))
-        print("tokens per story: " + ", ".join(f"{name} {value:,.0f}" for name, value in zip(
-            ("shortest", "median", "longest"), np.percentile(lengths, (0, 50, 100)), strict=True)))
-        print(f"first story: {data.tokenizer().decode(data.story(0)[:200])}")
+        for variable in ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS"):  # before a library starts its threads
+            os.environ[variable] = str(args.workers)
+    if args.info or isinstance(args.verify, str):
+        show(TokenFile.open(args.info or args.verify), isinstance(args.verify, str))
         return
     if not args.text or not args.out:
         raise UserError("expected text files and --out X.bin (or --info X.bin, --verify X.bin); see --help.")
-    for path in pre_tokenize(args.text, args.tokenizer, args.out, args.split, args.stories, args.exclude, args.force):
+    for path in pre_tokenize(args.text, args.tokenizer, args.out, args.split, args.stories, args.exclude, args.force,
+                             verify=bool(args.verify), errors=args.errors, text_column=args.text_column,
+                             bpe_bytes=args.bpe_bytes, backend=args.backend):
         data = TokenFile.open(path)
         extra = "".join(f", {data.header[key]:,} {word}" for key, word in (
-            ("n_empty_dropped", "empty dropped"), ("n_excluded", "excluded")) if data.header[key])
+            ("n_empty_dropped", "empty dropped"), ("n_excluded", "excluded"),
+            ("n_replaced", "characters replaced")) if data.header.get(key))
         print(f"{path}: {data.n_tokens:,} tokens, {data.n_stories:,} stories ({path.stat().st_size / 2**20:.1f} MiB)"
               f"{extra}")
+
+
+def show(data: TokenFile, verify: bool) -> None:
+    """Print what --info or --verify says of a token file."""
+    if verify:
+        data.verify()
+        print(f"{data.path}: whole ({data.n_tokens:,} tokens, {data.n_stories:,} stories)")
+        return
+    print(json.dumps(data.header, indent=2, ensure_ascii=False))
+    size, text = data.path.stat().st_size, int(data.story_bytes.sum(dtype=np.int64))
+    print(f"\n{data.path}: {size:,} bytes; {data.n_stories:,} stories of {text:,} UTF-8 bytes, "
+          f"{text / data.n_tokens:.2f} bytes per token")
+    print(f"\nfirst story: {data.tokenizer().decode(data.story(0)[:200])}")
+    lengths = np.diff(np.append(data.offsets, np.uint64(data.n_tokens)).astype(np.int64)) - 1
+    marks = np.percentile(lengths, (0, 5, 25, 50, 75, 95, 100))
+    print("\ntokens per story: " + ", ".join(f"{name} {value:,.0f}" for name, value in zip(
+        ("shortest", "5 %", "25 %", "median", "75 %", "95 %", "longest"), marks, strict=True)))
+    edges = 2 ** np.arange(0, int(lengths.max()).bit_length() + 1)
+    counts, _ = np.histogram(lengths, [0, *edges.tolist()])
+    for low, high, n in zip([0, *edges.tolist()], edges.tolist(), counts, strict=False):
+        if n:
+            print(f"{low:>9,} to {high - 1:>9,} {'#' * max(1, round(BARS * n / counts.max())):<{BARS}} {n:,}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from plotarmour.errors import UserError
 from plotarmour.runs import model_config
 from plotarmour.suite.notebooks import ROOT, tidy_streams
 from plotarmour.suite.steps import require_text
-from plotarmour.text.stories import check_text
+from plotarmour.text.sources import check_text
 from plotarmour.text.tokenizers import make_tokenizer
 
 

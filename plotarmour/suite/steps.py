@@ -82,7 +82,7 @@ def prepare(recipe: Recipe, folder: Path, text: Path | None = None, extra_text: 
         text, paths["facts"] = tell_corpus(folder / "built-in.txt", recipe.data.corpus_stories, recipe.data.corpus_seed,
                                            (recipe.data.corpus_min_events, recipe.data.corpus_max_events))
     made = pre_tokenize([text], recipe.data.tokenizer, folder / "tokens.bin", recipe.data.split, recipe.data.stories,
-                        force=True)
+                        replace=True)
     paths |= dict(zip(PARTS, made, strict=True))
     t = recipe.training
     try:
@@ -94,7 +94,7 @@ def prepare(recipe: Recipe, folder: Path, text: Path | None = None, extra_text: 
         raise
     if extra_text is not None:
         [paths["extra"]] = pre_tokenize([extra_text], str(paths["train"]), folder / OPTIONAL["extra"], None,
-                                        recipe.data.stories, exclude=[text], force=True)
+                                        recipe.data.stories, exclude=[text], replace=True)
     return paths
 
 

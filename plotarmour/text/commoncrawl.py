@@ -18,12 +18,14 @@ from tqdm import tqdm
 
 from plotarmour.errors import UserError
 from plotarmour.files import publish, unfinished, write_json, write_text
+from plotarmour.text.chunks import read_stories
 from plotarmour.text.downloads import download
 from plotarmour.text.pages import REASONS, PageRules, check_language, require, why_dropped
 from plotarmour.text.partfile import say
-from plotarmour.text.stories import SEPARATOR, Source, check_text, read_stories, story_hash
+from plotarmour.text.sources import Source
+from plotarmour.text.stories import SEPARATOR, story_hash
 from plotarmour.text.wet import read_wet
-from plotarmour.text.wetlist import Wet
+from plotarmour.text.wetlist import Wet, check_file
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def start_crawl(crawl: Crawl, force: bool = False) -> None:
                         "it.")
     for wet in crawl.wets:
         if not wet.url:
-            check_text(wet.path)
+            check_file(wet.path)
     settings = {"version": 1, "rules": asdict(crawl.rules), "wets": [wet.describe() for wet in crawl.wets]}
     about = crawl.work / "settings.json"
     if crawl.work.exists():
@@ -181,7 +183,7 @@ def join_shards(crawl: Crawl) -> Counter:
             counts.update(json.loads(crawl.shard_counts(index).read_text(encoding="utf-8")))
             if not crawl.shard(index).stat().st_size:
                 continue
-            for story in read_stories(Source(crawl.shard(index))):
+            for story in read_stories(Source(crawl.shard(index), crawl.shard(index).name)):
                 key = story_hash(story)
                 counts["duplicate" if key in seen else "kept"] += 1
                 if key not in seen:

@@ -13,132 +13,28 @@ Little-endian throughout. `sections` in the header gives offset and bytes of eac
 after the first 4,096 bytes.
 """
 
-import array
 import hashlib
 import json
-import os
 import struct
-import sys
 import zlib
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-import plotarmour
 from plotarmour.errors import UserError
-from plotarmour.files import publish, unfinished
 from plotarmour.text.tokenizers import Tokenizer
 
 MAGIC = b"PLOTARM\x01"
 FORMAT_VERSION = 1
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 HEADER_BYTES = 4096
 CRC_BLOCK = 4 * 2**20
 _FIXED = struct.Struct("<8sII")
 
 
-class TokenFileWriter:
-    """Write a token file story by story; it appears under its name only when `publish` succeeds.
-
-    Args:
-        path: of the file to make.
-        tokenizer: that makes the ids.
-        policies: `stories` and `split` policy and the like, for the header.
-
-    Use as a context manager: leaving it without `publish` removes what was written.
-    """
-
-    def __init__(self, path: Path, tokenizer: Tokenizer, policies: dict):
-        self.path, self.tokenizer, self.policies = path, tokenizer, policies
-        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-        self.offsets, self.lengths = array.array("Q"), array.array("I")
-        self.n_tokens = 0
-        self.temporary = unfinished(path)
-        self.file = self.temporary.open("w+b")
-        self.file.write(bytes(HEADER_BYTES))
-        self.checks = _BlockChecks()
-        self.sha256 = hashlib.sha256()
-
-    def __enter__(self) -> "TokenFileWriter":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if not self.file.closed:
-            self.file.close()
-            self.temporary.unlink(missing_ok=True)
-
-    def add(self, ids: list[int], n_bytes: int) -> None:
-        """Append one story: its ids without end-of-text, and its length in UTF-8 bytes.
-
-        Raises:
-            UserError: an id outside the vocabulary.
-        """
-        row = np.array([*ids, self.tokenizer.end_of_text_id], dtype=np.int64)
-        if row.min() < 0 or row.max() >= self.tokenizer.vocab_size:  # astype would wrap silently
-            raise UserError(f"story {len(self.offsets)}: id {row.max()} is outside the vocabulary of "
-                            f"{self.tokenizer.vocab_size} entries; the tokenizer is inconsistent.")
-        self.offsets.append(self.n_tokens)
-        self.lengths.append(n_bytes)
-        self.n_tokens += len(row)
-        self._write(row.astype(self.dtype).tobytes())
-
-    def publish(self, sources: list[dict], n_empty_dropped: int, n_excluded: int = 0) -> None:
-        """Complete the file and put it under its name, atomically. The caller checks that there is a story."""
-        self.checks.cut()
-        token_bytes = self.n_tokens * self.dtype.itemsize
-        sections = {"tokens": [HEADER_BYTES, token_bytes]}
-        self._write(bytes(-token_bytes % 8), checked=False)  # offsets begin at a multiple of 8
-        for name, values in (("offsets", self.offsets), ("lengths", self.lengths)):
-            if sys.byteorder == "big":
-                values.byteswap()
-            sections[name] = [self.file.tell(), len(values) * values.itemsize]
-            self._write(values.tobytes())
-        self.checks.cut()
-        checks = struct.pack(f"<{len(self.checks.done)}I", *self.checks.done)
-        for name, data in (("checks", checks), ("tokenizer", self.tokenizer.json.encode())):
-            sections[name] = [self.file.tell(), len(data)]
-            self._write(data, checked=False)
-        header = {
-            "dtype": "uint16" if self.dtype.itemsize == 2 else "uint32", "n_tokens": self.n_tokens,
-            "n_stories": len(self.offsets), "n_empty_dropped": n_empty_dropped, "n_excluded": n_excluded,
-            "vocab_size": self.tokenizer.vocab_size, "end_of_text_id": self.tokenizer.end_of_text_id,
-            "tokenizer": {"kind": self.tokenizer.kind, "sha256": self.tokenizer.sha256}, "source": sources,
-            **self.policies, "payload_sha256": self.sha256.hexdigest(), "checks_crc32": zlib.crc32(checks),
-            "sections": sections, "program": f"plotarmour {plotarmour.__version__}",
-        }
-        self.file.seek(0)
-        self.file.write(_header_block(header))
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        publish(self.temporary, self.path)
-
-    def _write(self, data: bytes, checked: bool = True) -> None:
-        self.file.write(data)
-        self.sha256.update(data)
-        if checked:
-            self.checks.update(data)
-
-
-class _BlockChecks:
-    """CRC-32 of every `CRC_BLOCK` bytes of a stream."""
-
-    def __init__(self):
-        self.done, self.crc, self.filled = [], 0, 0
-
-    def update(self, data: bytes) -> None:
-        while data:
-            piece, data = data[:CRC_BLOCK - self.filled], data[CRC_BLOCK - self.filled:]
-            self.crc, self.filled = zlib.crc32(piece, self.crc), self.filled + len(piece)
-            if self.filled == CRC_BLOCK:
-                self.cut()
-
-    def cut(self) -> None:
-        if self.filled:
-            self.done.append(self.crc)
-        self.crc, self.filled = 0, 0
-
-
-def _header_block(header: dict) -> bytes:
+def header_block(header: dict) -> bytes:
+    """Return the first 4,096 bytes of a token file."""
     text = json.dumps(header, ensure_ascii=False).encode()
     room = HEADER_BYTES - _FIXED.size - 4
     if len(text) > room:
@@ -160,10 +56,7 @@ class TokenFile:
 
     def __init__(self, path: Path, header: dict):
         self.path, self.header = path, header
-        dtype = np.dtype("<u2" if header["dtype"] == "uint16" else "<u4")
-        self.tokens = self._map("tokens", dtype)
-        self.offsets = self._map("offsets", np.dtype("<u8"))
-        self.story_bytes = self._map("lengths", np.dtype("<u4"))
+        self.tokens = self._map("tokens", DTYPES[header["dtype"]])
 
     @classmethod
     def open(cls, path: str | Path) -> "TokenFile":
@@ -180,6 +73,16 @@ class TokenFile:
             raise UserError(f"{path} is {'truncated' if size < end else 'too long'}: {size:,} bytes, its header says "
                             f"{end:,}. Make it again with tools/pre_tokenize.py.")
         return cls(path, header)
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        self._check_index()
+        return self._map("offsets", np.dtype("<u8"))
+
+    @cached_property
+    def story_bytes(self) -> np.ndarray:
+        self._check_index()
+        return self._map("lengths", np.dtype("<u4"))
 
     @property
     def n_tokens(self) -> int:
@@ -218,18 +121,39 @@ class TokenFile:
                 digest.update(block)
         if digest.hexdigest() == self.header["payload_sha256"]:
             return
-        stored = bytes(self._map("checks", np.dtype("u1")))
-        if zlib.crc32(stored) == self.header["checks_crc32"]:
-            for i, crc in enumerate(struct.unpack(f"<{len(stored) // 4}I", stored)):
-                if i * CRC_BLOCK < self.tokens.nbytes and zlib.crc32(
-                        self.tokens.view("u1")[i * CRC_BLOCK:(i + 1) * CRC_BLOCK]) != crc:
-                    raise UserError(f"{self.path} is damaged: tokens in block {i} (4 MiB each) do not match their "
-                                    "CRC-32. Make it again with tools/pre_tokenize.py.")
+        crcs = self._checks()
+        for i in range(-(-self.tokens.nbytes // CRC_BLOCK)):
+            if zlib.crc32(self.tokens.view("u1")[i * CRC_BLOCK:(i + 1) * CRC_BLOCK]) != crcs[i]:
+                raise UserError(f"{self.path} is damaged: tokens in block {i} (4 MiB each) do not match their CRC-32. "
+                                "Make it again with tools/pre_tokenize.py.")
         raise UserError(f"{self.path} is damaged: its content does not have the SHA-256 that the header states. "
                         "Make it again with tools/pre_tokenize.py.")
 
+    def _checks(self) -> np.ndarray:
+        """CRC-32 of each block: first of the tokens, then of the index."""
+        stored = self._map("checks", np.dtype("<u4"))
+        if zlib.crc32(stored) != self.header["checks_crc32"]:
+            raise UserError(f"{self.path} is damaged: its checks do not match their own CRC-32. Make it again with "
+                            "tools/pre_tokenize.py.")
+        return stored
+
+    def _check_index(self) -> None:
+        """Compare the index with its CRC-32s before anything is read by it; 12 bytes a story, once."""
+        if "_index_checked" in self.__dict__:
+            return
+        crcs = self._checks()[-(-self.tokens.nbytes // CRC_BLOCK):]
+        start, size = self.header["sections"]["offsets"][0], 12 * self.n_stories
+        index = np.memmap(self.path, mode="r", dtype="u1", offset=start, shape=(size,))
+        for i, crc in enumerate(crcs):
+            if zlib.crc32(index[i * CRC_BLOCK:(i + 1) * CRC_BLOCK]) != crc:
+                raise UserError(f"{self.path} is damaged: its index of stories does not match its CRC-32. Make it "
+                                "again with tools/pre_tokenize.py.")
+        self._index_checked = True
+
     def _map(self, section: str, dtype: np.dtype) -> np.ndarray:
         offset, length = self.header["sections"][section]
+        if not length:  # nothing to map: a file is never published so, but a reader must not crash
+            return np.zeros(0, dtype)
         return np.memmap(self.path, mode="r", dtype=dtype, offset=offset, shape=(length // dtype.itemsize,))
 
 
@@ -252,10 +176,16 @@ def read_header(path: Path) -> dict:
     if zlib.crc32(block[:-4]) != struct.unpack("<I", block[-4:])[0]:
         raise UserError(f"{path}: the header is damaged (its CRC-32 does not match). Make the file again.")
     _, version, length = _FIXED.unpack(block[:_FIXED.size])
+    if version == int.from_bytes(FORMAT_VERSION.to_bytes(4, "little"), "big"):
+        raise UserError(f"{path} is big-endian; this program reads little-endian token files. Make the file again.")
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format {version}; this program reads {FORMAT_VERSION}. Update plotarmour, or "
                         "make the file again.")
-    return json.loads(block[_FIXED.size:_FIXED.size + length])
+    header = json.loads(block[_FIXED.size:_FIXED.size + length])
+    if header.get("dtype") not in DTYPES:
+        raise UserError(f"{path} holds {header.get('dtype')}; this program reads {' or '.join(DTYPES)}. Make the file "
+                        "again.")
+    return header
 
 
 def looks_like_token_file(path: Path) -> bool:

@@ -68,6 +68,21 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     @cached_property
+    def takes_pieces(self) -> bool:
+        """Whether a text cut before a space, behind a character that is not blank, gives the ids of the whole.
+
+        True for byte-level BPE: its regular expression never spans such a place. Other kinds may normalise across it,
+        mark a text's beginning, or hold entries with blank space inside.
+        """
+        made = json.loads(self.json)
+        split, model = made.get("pre_tokenizer") or {}, made["model"]
+        byte_level = (split.get("type") == "ByteLevel" and split.get("use_regex", True)
+                      and not split.get("add_prefix_space", True))
+        bpe = model.get("type", "BPE") == "BPE" and "merges" in model and not model.get("dropout")
+        return (bpe and byte_level and made.get("normalizer") is None
+                and all(token["special"] for token in made.get("added_tokens", [])))
+
+    @cached_property
     def token_bytes(self) -> np.ndarray:
         """int32 (vocab_size,): UTF-8 bytes that each id stands for; 0 for end-of-text.
 

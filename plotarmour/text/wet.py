@@ -7,7 +7,7 @@ from pathlib import Path
 
 from plotarmour.errors import UserError
 from plotarmour.text.pages import require
-from plotarmour.text.stories import check_text
+from plotarmour.text.wetlist import check_file
 
 GZIP = b"\x1f\x8b"
 
@@ -42,7 +42,7 @@ def read_wet(path: Path, progress: Callable[[int], object] | None = None) -> Ite
     Source:
         The WARC format, ISO 28500:2017; in WET files pages are records of type "conversion".
     """
-    check_text(path)
+    check_file(path)
     require("warcio")
     from warcio.archiveiterator import ArchiveIterator
     from warcio.exceptions import ArchiveLoadFailed

@@ -8,7 +8,6 @@ from urllib.parse import urlsplit
 
 from plotarmour.errors import UserError
 from plotarmour.text.downloads import download
-from plotarmour.text.stories import check_text
 
 COMMON_CRAWL = "https://data.commoncrawl.org/"
 
@@ -29,6 +28,16 @@ class Wet:
         """What tells it from another: the address, or name, size and time of change."""
         stat = None if self.url else self.path.stat()
         return [self.url] if self.url else [str(self.path.absolute()), stat.st_size, stat.st_mtime_ns]
+
+
+def check_file(path: Path) -> None:
+    """Raise `UserError` unless `path` is a file with something in it."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; expected a file. Name the file, or its files one by one.")
+    if not path.exists():
+        raise UserError(f"{path} does not exist. Check the path.")
+    if not path.stat().st_size:
+        raise UserError(f"{path} is empty (0 bytes). Fetch it again.")
 
 
 def list_wets(inputs: list[str], downloads: Path, base_url: str = COMMON_CRAWL, limit: int | None = None
@@ -71,7 +80,7 @@ def _read_listing(name: str, downloads: Path) -> list[str]:
     if "://" in name:
         crawl = urlsplit(name).path.strip("/").split("/")[-2:]
         name = str(download(name, downloads / ".".join(crawl)).path)
-    check_text(Path(name))
+    check_file(Path(name))
     content = Path(name).read_bytes()
     try:
         lines = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode().split()

@@ -13,9 +13,11 @@ from web import Site, serving
 
 from plotarmour.errors import UserError, run_command
 from plotarmour.text import commoncrawl
+from plotarmour.text.chunks import read_stories
 from plotarmour.text.commoncrawl import Crawl, prepare_common_crawl
 from plotarmour.text.pages import PageRules, check_language, ngram_fractions, repeated_lines, why_dropped
-from plotarmour.text.stories import Source, normalise, read_stories
+from plotarmour.text.sources import Source
+from plotarmour.text.stories import normalise
 from plotarmour.text.wet import read_wet
 from plotarmour.text.wetlist import Wet, list_wets
 
@@ -73,7 +75,7 @@ def refused(run_tool):
 
 
 def stories(path):
-    return list(read_stories(Source(path)))
+    return list(read_stories(Source(path, path.name)))
 
 
 @pytest.mark.parametrize("kind", sorted({kind for _, kind in MADE} - {"duplicate", "kept"}))

@@ -1,46 +1,31 @@
+import re
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from plotarmour.errors import UserError
-from plotarmour.text import stories
-from plotarmour.text.stories import Source, normalise, parse_split, part_of, read_stories
-
-TEXT = b"\xef\xbb\xbf \nOne  day,\r\n\tTom ran.\n<|endoftext|>\n\n<|endoftext|>Two: \xc3\xa9t\xc3\xa9\n<|endoftext|>\n"
+from plotarmour.text.stories import StoryHasher, normalise, parse_split, part_of, story_hash
 
 
-def read(path, policy="endoftext"):
-    source = Source(path)
-    return list(read_stories(source, policy)), source
+@given(st.text(st.characters(max_codepoint=127)))
+def test_the_quick_way_for_ascii_is_the_rule_itself(story):
+    """Guards: two normalisations, by which an ASCII story and its copy with one accent could part."""
+    assert normalise(story) == " ".join(re.sub(r"[^\w\s]|_", "", story.lower()).split())
 
 
-def test_blank_space_around_separators_goes_and_inside_stays(tmp_path):
-    """Guards: stories that begin with the line break after a separator; empty ones counted as stories."""
-    path = tmp_path / "a.txt"
-    path.write_bytes(TEXT)
-    found, source = read(path)
-    assert found == ["One  day,\r\n\tTom ran.", "Two: été"]
-    assert (source.n_empty, source.n_bytes) == (1, len(TEXT))
-    assert read(path, "line")[0] == ["One  day,", "Tom ran.", "<|endoftext|>", "<|endoftext|>Two: été", "<|endoftext|>"]
-    assert len(read(path, "file")[0]) == 1
+@given(st.lists(st.text(min_size=1), min_size=1))
+def test_the_hash_of_pieces_is_the_hash_of_the_whole(words):
+    """Guards: a long story whose part depends on where it was cut."""
+    pieces = [word if i == 0 else " " + word for i, word in enumerate(words)]
+    hasher = StoryHasher()
+    for piece in pieces:
+        hasher.update(piece)
+    assert hasher.value() == story_hash("".join(pieces))
 
 
-@pytest.mark.parametrize("block", [1, 2, 3, 5, 13, 14, 1000])
-def test_stories_do_not_depend_on_the_size_of_blocks_read(tmp_path, monkeypatch, block):
-    """Guards: a separator or a character cut by the edge of a block."""
-    path = tmp_path / "a.txt"
-    path.write_bytes(TEXT * 3)
-    expected, source = read(path)
-    monkeypatch.setattr(stories, "BLOCK", block)
-    found, again = read(path)
-    assert found == expected and again.sha256.hexdigest() == source.sha256.hexdigest()
-    assert again.n_empty == source.n_empty
-
-
-def test_text_that_is_not_utf8_is_refused_with_offset_and_line(tmp_path):
-    """Guards: replacement characters that slip into training."""
-    path = tmp_path / "latin.txt"
-    path.write_bytes(b"one\n<|endoftext|>\ntwo\nthr\xe9e\n")
-    with pytest.raises(UserError, match="byte 0xe9 at offset 25, line 4"):
-        read(path)
+def side(story, shares):
+    return part_of(story_hash(story), shares)
 
 
 def test_near_copies_land_on_the_same_side():
@@ -48,13 +33,13 @@ def test_near_copies_land_on_the_same_side():
     shares = parse_split("80:10:10")
     assert normalise('"Hello,"  said\nTom.') == "hello said tom"
     names = [f"Story {i}, of Tom!" for i in range(3000)]
-    assert all(part_of(s, shares) == part_of(s.lower().replace(",", ""), shares) for s in names)
-    assert sum(part_of(s, shares) == "train" for s in names) / 3000 == pytest.approx(0.8, abs=0.03)
+    assert all(side(s, shares) == side(s.lower().replace(",", ""), shares) for s in names)
+    assert sum(side(s, shares) == "train" for s in names) / 3000 == pytest.approx(0.8, abs=0.03)
 
 
 def test_the_part_of_a_story_is_pinned():
     """Guards: a changed hash, which would put test stories of published results into train."""
-    assert [part_of(f"Story {i}", (80, 10, 10)) for i in range(8)] == PINNED
+    assert [side(f"Story {i}", (80, 10, 10)) for i in range(8)] == PINNED
 
 
 PINNED = ["val", "train", "train", "train", "train", "train", "val", "train"]

@@ -1,15 +1,20 @@
 import json
 import random
 import struct
+import zlib
 
 import numpy as np
 import pytest
 
 from plotarmour.errors import UserError
-from plotarmour.text.pretokenize import TokensInMemory, pre_tokenize
-from plotarmour.text.stories import Source, normalise, part_of, read_stories
-from plotarmour.text.tokenfile import HEADER_BYTES, TokenFile, TokenFileWriter
+from plotarmour.text.chunks import read_stories
+from plotarmour.text.memory import TokensInMemory
+from plotarmour.text.pretokenize import pre_tokenize
+from plotarmour.text.sources import Source
+from plotarmour.text.stories import normalise, part_of, story_hash
+from plotarmour.text.tokenfile import HEADER_BYTES, TokenFile, header_block
 from plotarmour.text.tokenizers import make_tokenizer
+from plotarmour.text.tokenwriter import TokenFileWriter
 
 
 @pytest.fixture
@@ -57,7 +62,7 @@ def test_parts_hold_every_story_once_and_share_none(shared, tmp_path):
         data = TokenFile.open(path)
         tokenizer = data.tokenizer()
         parts.append({normalise(tokenizer.decode(data.story(i))) for i in range(data.n_stories)})
-    whole = {normalise(s) for s in read_stories(Source(text))}
+    whole = {normalise(s) for s in read_stories(Source(text, text.name))}
     assert parts[0] | parts[1] | parts[2] == whole
     assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
 
@@ -73,31 +78,57 @@ def test_stories_that_stand_in_another_text_are_excluded_and_counted(shared, tmp
 def test_a_damaged_header_or_length_is_refused(small, tmp_path):
     """Guards: SIGBUS on a truncated map; a header that is believed although it is damaged."""
     raw, copy = small.read_bytes(), tmp_path / "copy.bin"
-    for position in range(HEADER_BYTES):
-        copy.write_bytes(raw[:position] + bytes([raw[position] ^ 0x20]) + raw[position + 1:])
+    bits = [(position, 1 << bit) for position in range(256) for bit in range(8)]
+    for position, bit in [*bits, *((position, 0x20) for position in range(256, HEADER_BYTES))]:
+        copy.write_bytes(raw[:position] + bytes([raw[position] ^ bit]) + raw[position + 1:])
         with pytest.raises(UserError):
             TokenFile.open(copy)
-    for length in (0, 5, HEADER_BYTES - 1, HEADER_BYTES, len(raw) - 1):
+    for length in {0, 5, HEADER_BYTES - 1, HEADER_BYTES, *range(len(raw) - 1, 0, -len(raw) // 200)}:
         copy.write_bytes(raw[:length])
         with pytest.raises(UserError):
             TokenFile.open(copy)
 
 
 def test_a_flipped_bit_in_the_payload_is_found_by_verify(small, tmp_path):
-    """Guards: silent corruption. 200 random bits."""
+    """Guards: silent corruption. 1,000 random bits."""
     raw, copy, draw = small.read_bytes(), tmp_path / "copy.bin", random.Random(0)
-    for _ in range(200):
+    for _ in range(1000):
         position = draw.randrange(HEADER_BYTES, len(raw))
         copy.write_bytes(raw[:position] + bytes([raw[position] ^ (1 << draw.randrange(8))]) + raw[position + 1:])
         with pytest.raises(UserError, match="damaged"):
             TokenFile.open(copy).verify()
 
 
+def test_a_damaged_index_is_found_when_it_is_first_read(small, tmp_path):
+    """Guards: stories cut at wrong places by an index that nobody looked at; `open` must stay quick and not read it."""
+    raw, copy = bytearray(small.read_bytes()), tmp_path / "copy.bin"
+    raw[TokenFile.open(small).header["sections"]["offsets"][0] + 8] ^= 1
+    copy.write_bytes(raw)
+    data = TokenFile.open(copy)
+    with pytest.raises(UserError, match="index of stories"):
+        data.story(0)
+
+
+@pytest.mark.parametrize("change, found", [({"dtype": "int8"}, "holds int8"), (b"\x00\x00\x00\x01", "big-endian"),
+                                           (b"\x09\x00\x00\x00", "format 9")])
+def test_a_file_of_another_version_dtype_or_byte_order_is_refused(small, tmp_path, change, found):
+    """Guards: tokens read in the wrong width or order, which look like tokens."""
+    raw, copy = small.read_bytes(), tmp_path / "copy.bin"
+    if isinstance(change, dict):
+        block = header_block({**TokenFile.open(small).header, **change})
+    else:
+        block = raw[:8] + change + raw[12:HEADER_BYTES - 4]
+        block += struct.pack("<I", zlib.crc32(block))
+    copy.write_bytes(block + raw[HEADER_BYTES:])
+    with pytest.raises(UserError, match=found):
+        TokenFile.open(copy)
+
+
 def test_an_id_outside_the_vocabulary_is_refused_and_leaves_nothing(tmp_path):
     """Guards: `astype` that wraps 70,000 to 4,464."""
     with pytest.raises(UserError, match="70000 is outside"):
         with TokenFileWriter(tmp_path / "x.bin", make_tokenizer("bytes"), {}) as writer:
-            writer.add([1, 70000], 2)
+            writer.add(np.array([1, 70000, 256], np.uint32), np.array([3]), np.array([2]))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -116,7 +147,7 @@ def test_a_bpe_learns_from_the_train_part_only(tmp_path):
     """Guards: a vocabulary that has seen the held-out stories. Only those here contain a certain word, many times."""
     stories = [f"Story number {i} of Tom." for i in range(400)]
     held_out = [f"{s} zyzzyva zyzzyva zyzzyva" for s in stories]
-    told = [h if part_of(h, (80, 10, 10)) != "train" else s for h, s in zip(held_out, stories, strict=True)]
+    told = [h if part_of(story_hash(h), (80, 10, 10)) != "train" else s for h, s in zip(held_out, stories, strict=True)]
     text = tmp_path / "t.txt"
     text.write_text("\n".join(told))
     paths = pre_tokenize([text], "bpe:290", tmp_path / "x.bin", "80:10:10", "line")

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 TOOLS = ("pre_tokenize", "tell_stories", "train", "evaluate", "compare", "generate", "run_suite", "sync_notebooks",
-         "doctor", "download_tinystories", "prepare_common_crawl")
+         "doctor", "find_duplicates", "import_bin", "download_tinystories", "prepare_common_crawl")
 
 
 def call(root, tool, *args, cwd=None):
@@ -142,6 +142,13 @@ def test_bad_training_calls_give_one_line_and_leave_nothing(run_main, files, cas
     ("tell_stories", ["--out", "OUT/t.txt", "--events", "4:2"], "expected least:most"),
     ("tell_stories", ["--out", "README"], "exists already"),
     ("pre_tokenize", ["TRAIN", "--tokenizer", "bytes", "--out", "x.bin"], "is a token file"),
+    ("find_duplicates", ["nowhere.bin"], "does not exist"),
+    ("find_duplicates", ["TRAIN", "TRAIN"], "is named twice"),
+    ("find_duplicates", ["TRAIN", "--out", "OUT/d.txt"], "does not end in .csv"),
+    ("find_duplicates", ["TRAIN", "--threshold", "0.2", "--out", "OUT/d.csv"], "expected 0.7 to 1"),
+    ("import_bin", ["nowhere.bin", "--tokenizer", "bytes", "--out", "x.bin"], "does not exist"),
+    ("import_bin", ["TRAIN", "--tokenizer", "bytes", "--out", "x.bin"], "is a token file of this program"),
+    ("import_bin", ["README", "--tokenizer", "bytes", "--out", "x.bin"], "expected --dtype"),
 ])
 def test_other_bad_calls_give_one_line(run_main, tmp_path, monkeypatch, root, token_files, tool, args, message):
     """Guards: tracebacks for the user's mistakes."""
@@ -240,3 +247,26 @@ def test_help_names_defaults_and_no_none(root):
     """Guards: "(default: None)" on required options, and a default of 0 that is hidden."""
     text = " ".join(call(root, "generate", "--help").stdout.split())
     assert "same seed, same story (default: 0)" in text and "None" not in text
+
+
+def test_parts_are_searched_for_copies(run_main, token_files, tmp_path):
+    """Guards: a leak between the parts of a split; tables that replace others without a word."""
+    out, files = tmp_path / "d.csv", [token_files[part] for part in ("train", "val", "test")]
+    code, printed, _ = run_main("find_duplicates", *files, "--out", out, "--no-near")
+    assert code == 0 and "val also in train" in printed and "d.counts.csv" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.counts.csv", "d.csv"]
+    assert "normalised,val,train,31,0,0.0" in (tmp_path / "d.counts.csv").read_text()
+    code, _, err = run_main("find_duplicates", *files, "--out", out)
+    assert code == 2 and "exists already" in err
+    assert run_main("find_duplicates", *files, "--out", out, "--no-near", "--force")[0] == 0
+
+
+def test_bare_ids_become_a_token_file_that_tools_read(run_main, token_files, tmp_path):
+    """Guards: an import that shows nothing of what it read, or that the next tool cannot read."""
+    from plotarmour.text.tokenfile import TokenFile
+
+    raw, out = tmp_path / "train.bin", tmp_path / "x.bin"
+    raw.write_bytes(TokenFile.open(token_files["val"]).tokens.tobytes())
+    code, printed, _ = run_main("import_bin", raw, "--tokenizer", token_files["val"], "--dtype", "uint16", "--out", out)
+    assert code == 0 and "from raw uint16 ids" in printed and "first story: Once upon a time" in printed
+    assert "first story: Once upon" in run_main("pre_tokenize", "--info", out)[1]

@@ -1,0 +1,68 @@
+"""What bpe:N learns from: at most so many bytes, spread over the train part, the same however the text is read."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from plotarmour.text.chunks import Reading, read_chunks
+from plotarmour.text.sources import HashingReader, Source
+from plotarmour.text.stories import part_of, story_hash
+
+
+class Sample:
+    """Texts whose hash lies under a threshold, which is halved whenever they get too many.
+
+    So the sample is spread evenly, and depends on the set of texts alone, not on their order.
+    """
+
+    def __init__(self, n_bytes: int):
+        self.n_bytes, self.threshold, self.size, self.kept = n_bytes, 2**64, 0, []
+
+    def add(self, hashed: int, text: str, size: int) -> None:
+        mixed = hashed * 0x9E3779B97F4A7C15 % 2**64  # the part hangs on the hash itself
+        if mixed >= self.threshold:
+            return
+        self.kept.append((mixed, text, size))
+        self.size += size
+        while self.size > self.n_bytes and len(self.kept) > 1:
+            self.threshold //= 2
+            self.kept = [k for k in self.kept if k[0] < self.threshold] or [min(self.kept)]
+            self.size = sum(k[2] for k in self.kept)
+
+
+def sample_stories(sources: list[Source], reading: Reading, shares: tuple[int, int, int] | None,
+                   excluded: np.ndarray | None, n_bytes: int) -> Iterator[str]:
+    """Return stories of the train part (of all, without a split), at most `n_bytes` of them; long ones in pieces.
+
+    Args:
+        sources: the texts.
+        reading: how they are read.
+        shares: of the split, or None.
+        excluded: sorted uint64 hashes of stories to leave out, or None.
+        n_bytes: UTF-8 bytes.
+    """
+    sample = Sample(n_bytes)
+    wanted = Reading(reading.stories, reading.errors, True, True, reading.block)
+
+    def learned(hashed: int) -> bool:
+        if shares is not None and part_of(hashed, shares) != "train":
+            return False
+        if excluded is None or not len(excluded):
+            return True
+        return int(excluded[min(np.searchsorted(excluded, np.uint64(hashed)), len(excluded) - 1)]) != hashed
+
+    for source in sources:
+        pending = Sample(n_bytes)  # of a long story, whose part is known only at its end
+        with HashingReader(source) as reader:
+            for chunk in read_chunks(source, reader, wanted):
+                if not chunk.piece:
+                    for hashed, text, size in zip(chunk.hashes, chunk.texts, chunk.sizes, strict=True):
+                        if learned(hashed):
+                            sample.add(hashed, text, size)
+                    continue
+                pending.add(story_hash(chunk.texts[0]), chunk.texts[0], chunk.sizes[0])
+                if chunk.piece == "last":
+                    for _, text, size in pending.kept if learned(chunk.hashes[0]) else []:
+                        sample.add(story_hash(text), text, size)
+                    pending = Sample(n_bytes)
+    return iter([text for _, text, _ in sample.kept])

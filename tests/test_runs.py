@@ -1,0 +1,51 @@
+import pytest
+
+from plotarmour import runs
+from plotarmour.errors import UserError
+from plotarmour.runs import train_run
+from plotarmour.text.pretokenize import pre_tokenize
+from plotarmour.text.tokenfile import TokenFile
+
+SEPARATOR = "\n<|endoftext|>\n"
+
+
+@pytest.fixture
+def overlapping(token_files, tmp_path):
+    """A validation text of which one story of five stands in the training text, and its token file."""
+    data = TokenFile.open(token_files["train"])
+    made = data.tokenizer()
+    text = tmp_path / "val.txt"
+    text.write_text(SEPARATOR.join(["A new tale."] * 3 + [made.decode(data.story(7)), "And the last one."]))
+    return text, *pre_tokenize([text], str(token_files["train"]), tmp_path / "val.bin")
+
+
+def test_a_validation_set_that_stands_in_the_training_set_is_refused(token_files, overlapping, small_recipe, tmp_path):
+    """Guards: choices that rest on memorised stories."""
+    _, val = overlapping
+    with pytest.raises(UserError) as refused:
+        train_run(small_recipe, token_files["train"], val, tmp_path / "run")
+    message = str(refused.value)
+    assert "1 of 5 stories" in message and "first: story 3, there story 7" in message and "--exclude" in message
+    assert "\n" not in message and not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*is not a token file")
+def test_texts_are_looked_through_too(token_files, overlapping, small_recipe, tmp_path):
+    """Guards: the slow fallback as a way around the check."""
+    text, _ = overlapping
+    with pytest.raises(UserError, match="1 of 5 stories"):
+        train_run(small_recipe, token_files["text"], text, tmp_path / "run", tokenizer=str(token_files["train"]))
+    with pytest.raises(UserError, match="is the training text itself"):
+        train_run(small_recipe, text, text, tmp_path / "run", tokenizer=str(token_files["train"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_parts_of_one_split_are_not_looked_through(token_files, small_recipe, tmp_path, monkeypatch):
+    """Guards: seconds at every start for what cannot be. Other files are looked through."""
+    looked = []
+    monkeypatch.setattr(runs, "overlapping_stories", lambda *files: looked.append(files) or 1 / 0)
+    train_run(small_recipe, token_files["train"], token_files["val"], tmp_path / "run")
+    assert looked == []
+    [other] = pre_tokenize([token_files["text"]], str(token_files["train"]), tmp_path / "whole.bin")
+    with pytest.raises(ZeroDivisionError):
+        train_run(small_recipe, other, token_files["val"], tmp_path / "other")

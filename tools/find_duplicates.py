@@ -1,0 +1,54 @@
+#!/usr/bin/env python3
+"""Find copies of stories within token files and across them: exact, normalised and near."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from plotarmour.errors import HelpFormatter, UserError, run_command
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=HelpFormatter,
+        epilog="exact: the same ids. normalised: the same but for case, punctuation and spacing. near: word 5-grams "
+               "with a Jaccard similarity of at least the threshold; groups hold copies of copies.")
+    parser.add_argument("files", nargs="+", type=Path, metavar="X.bin",
+                        help="token files of one tokenizer, train first")
+    parser.add_argument("--out", type=Path, metavar="X.csv",
+                        help="gets pairs as examples; X.counts.csv beside it gets the counts (default: only print)")
+    parser.add_argument("--threshold", type=float, default=0.8, help="least similarity of near copies, 0.7 to 1")
+    parser.add_argument("--no-near", action="store_true", help="look only for exact and normalised copies")
+    parser.add_argument("--examples", type=int, default=20, metavar="N", help="most pairs per kind and two files")
+    parser.add_argument("--force", action="store_true", help="replace existing CSVs")
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    if args.out and args.out.suffix != ".csv":
+        raise UserError(f"--out {args.out} does not end in .csv; expected a table's name, such as duplicates.csv.")
+    if args.out and args.out.exists() and not args.force:
+        raise UserError(f"{args.out} exists already; expected a new name. Use another --out, or --force to replace it.")
+    from plotarmour.text.duplicates import find_duplicates
+    from plotarmour.text.tokenfile import TokenFile
+
+    if len({path.resolve() for path in args.files}) < len(args.files):
+        raise UserError("a token file is named twice; all of its stories would be copies. Name each once.")
+    files = {path: TokenFile.open(path) for path in args.files}
+    parts = [data.header.get("part", "all") for data in files.values()]
+    if "all" in parts or len(set(parts)) < len(parts):  # not the parts of one split: told apart by their names
+        parts = [path.name.removesuffix(".bin") for path in files]
+    if len(set(parts)) < len(parts):
+        parts = [str(path) for path in files]
+    found = find_duplicates(dict(zip(parts, files.values(), strict=True)), args.out, args.threshold, not args.no_near,
+                            args.examples)
+    print(found.table())
+    if args.out:
+        print(f"{args.out}: {len(found.examples):,} examples; counts in {args.out.with_suffix('.counts.csv')}")
+
+
+if __name__ == "__main__":
+    run_command(main)

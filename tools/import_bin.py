@@ -1,0 +1,43 @@
+#!/usr/bin/env python3
+"""Turn token ids of other programs (nanoGPT's and llm.c's .bin files) into a token file."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from plotarmour.errors import HelpFormatter, run_command
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=HelpFormatter,
+        epilog="End-of-text separates stories, as in nanoGPT's and llm.c's files; a file without any is one story.")
+    parser.add_argument("ids", type=Path, help="file of token ids, little-endian")
+    parser.add_argument("--tokenizer", required=True, help="that made the ids: gpt2, a folder with a tokenizer.json, a "
+                        "run folder, or a token file whose tokenizer to use")
+    parser.add_argument("--out", type=Path, required=True, help="token file to write, X.bin")
+    parser.add_argument("--dtype", help="of bare ids: uint16 (nanoGPT), uint32, int32 or int64; llm.c's header says it")
+    parser.add_argument("--format", default="auto", help="raw (bare ids), llm.c, or auto: llm.c where its magic stands")
+    parser.add_argument("--end-of-text", type=int, metavar="ID", help="id between documents (default: the tokenizer's)")
+    parser.add_argument("--story-tokens", type=int, metavar="N", help="cut longer documents into stories of N ids, "
+                        "such as a file without end-of-text (default: leave them whole)")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    from plotarmour.text.imports import import_bin
+
+    made = import_bin(args.ids, args.tokenizer, args.out, args.dtype, args.format, args.end_of_text, args.story_tokens,
+                      args.force)
+    empty = f", {made.n_empty_dropped:,} empty dropped" if made.n_empty_dropped else ""
+    print(f"{made.path}: {made.n_tokens:,} tokens, {made.n_stories:,} stories ({made.path.stat().st_size / 2**20:.1f} "
+          f"MiB) from {made.format} {made.dtype} ids{empty}")
+    print(f"first story: {made.first_story}")
+
+
+if __name__ == "__main__":
+    run_command(main)
