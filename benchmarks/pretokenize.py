@@ -87,18 +87,20 @@ print(np.array_equal(TokenFile.open(ours).tokens, np.memmap(plain, np.uint16, "r
 """
 
 OPEN = """
-import json, resource, sys, time
+import json, sys, time
 root, path = sys.argv[1:]
 sys.path.insert(0, root)
 from plotarmour.text.tokenfile import TokenFile
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def rss():  # MiB, Linux
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) / 1024
+before = rss()
 start = time.perf_counter()
 data = TokenFile.open(path)
 opened = time.perf_counter()
 data.story(data.n_stories // 2)
 first = time.perf_counter()
 print(json.dumps({"open_ms": 1000 * (opened - start), "first_story_ms": 1000 * (first - opened),
-                  "added_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}))
+                  "added_mib": rss() - before}))
 """
 
 
