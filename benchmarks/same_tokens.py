@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pretokenize import ROOT
 
-from plotarmour.text import pretokenize
+from plotarmour.text import pipeline, pretokenize
 from plotarmour.text.pretokenize import pre_tokenize
 from plotarmour.text.tokenfile import TokenFile
 from plotarmour.text.tokenizers import load_tokenizer
@@ -39,8 +39,8 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=Path, default=shared / "gpt2")
     parser.add_argument("--drawn", type=int, default=500, help="texts drawn")
     args = parser.parse_args()
-    for name in ("make_tokenizer", "make_encoder"):  # loading one takes longer than encoding a drawn text
-        setattr(pretokenize, name, lru_cache(getattr(pretokenize, name)))
+    for module, name in ((pretokenize, "make_tokenizer"), (pipeline, "make_encoder")):
+        setattr(module, name, lru_cache(getattr(module, name)))  # loading takes longer than encoding a drawn text
     tokenizer, other = load_tokenizer(args.vocabulary), tiktoken_gpt2(args.vocabulary)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

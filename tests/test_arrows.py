@@ -10,6 +10,7 @@ BASIC = {"errors", "files"}
 MAY_KNOW = {
     "errors": set(), "files": set(), "config": {"errors"}, "machine": {"errors"}, "loss": set(), "plots": set(),
     "text": BASIC, "models": set(),
+    "crawl": BASIC | {"text"},
     "training": BASIC | {"config", "machine", "loss", "text"},
     "evaluation": BASIC | {"config", "machine", "loss", "text"},
     "runs": BASIC | {"config", "machine", "text", "models", "training"},

@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    from plotarmour.text.downloads import download
+    from plotarmour.crawl.downloads import download
 
     parts = ("train", "valid") if args.part == "both" else (args.part,)
     texts = []

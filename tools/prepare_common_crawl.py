@@ -45,9 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    from plotarmour.text.commoncrawl import Crawl, describe_dropped, prepare_common_crawl, start_crawl
-    from plotarmour.text.pages import PageRules, check_language, require
-    from plotarmour.text.wetlist import list_wets
+    from plotarmour.crawl.commoncrawl import Crawl, describe_dropped, prepare_common_crawl, start_crawl
+    from plotarmour.crawl.pages import PageRules, check_language, require
+    from plotarmour.crawl.wetlist import list_wets
 
     require("warcio", "py3langid", *["datatrove"] * bool(args.executor), *["ray"] * (args.executor == "ray"))
     rules = PageRules(args.language, args.min_probability, args.min_words)
@@ -56,7 +56,7 @@ def main() -> None:
         raise UserError("--tasks and --workers need an --executor; expected local, slurm or ray.")
     run_filters = None
     if args.executor:
-        from plotarmour.text.crawlpipeline import Executor, filter_by, submit_to_slurm
+        from plotarmour.crawl.pipeline import Executor, filter_by, submit_to_slurm
 
         executor = Executor(args.executor, args.tasks, args.workers, args.logging_dir, args.slurm_partition or "",
                             args.slurm_time)

@@ -1,18 +1,24 @@
-"""Around the making of token files: one process at a time, and whether what is there is what is wanted."""
+"""The hidden folder of unfinished work beside an output: one process at a time, and a journal to go on from."""
 
-import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tqdm import tqdm
+
 from plotarmour.errors import UserError
-from plotarmour.text.sources import Source
-from plotarmour.text.tokenfile import TokenFile, read_header
-from plotarmour.text.tokenizers import make_tokenizer
+
+KEPT = ("stream_", "lock", "owner")  # what `empty` leaves: copies of what can be read only once, and the lock
+
+
+def unfinished_folder(out: Path) -> Path:
+    """Return the folder of an output's unfinished work."""
+    return out.with_name(f".{out.name}.unfinished")
 
 
 @contextmanager
@@ -53,49 +59,48 @@ def locked(work: Path, out: Path) -> Iterator[None]:
             shutil.rmtree(work, ignore_errors=True)  # Windows cannot remove a file that is open
 
 
-def describe(name: str) -> str:
-    """A text's name for a header: what does not fit is cut."""
-    return name if len(name) <= 100 else name[:97] + "..."
-
-
-def differences(path: Path, sources: list[dict], policies: dict, tokenizer: str, whole: list[Source]) -> list[str]:
-    """Return in what an existing token file differs from what is wanted; empty where it can be taken as it is.
-
-    Args:
-        path: of the file.
-        sources: of the wanted one, without `sha256`.
-        policies: of the wanted one.
-        tokenizer: as the user names it.
-        whole: texts to be compared whole, and the file with its hashes; empty for a look at the header alone.
-    """
+def all_but_named(work: Path, wanted: dict) -> bool:
+    """Whether an earlier start was killed while it gave complete files their names."""
     try:
-        header = read_header(path)
-        data = TokenFile.open(path)
-    except UserError as error:
-        return [str(error)]
-    found = []
-    old = [{key: value for key, value in s.items() if key != "sha256"} for s in header["source"]]
-    if old != sources:
-        found.append(f"text {', '.join(s['name'] for s in old)} of {sum(s['bytes'] for s in old):,} bytes"
-                     + (", since changed" if [s["name"] for s in old] == [s["name"] for s in sources] else ""))
-    defaults = {"errors": "strict"}
-    for key, value in policies.items():
-        if header.get(key, defaults.get(key)) != value:
-            found.append(f"{key} {header.get(key)}, now {value}")
-    kind, sha256 = header["tokenizer"]["kind"], header["tokenizer"]["sha256"]
-    named = tokenizer in ("gpt2", "bytes") or tokenizer.startswith("bpe:")
-    if (kind != tokenizer) if named else (_sha256_of(tokenizer) != sha256):
-        found.append(f"tokenizer {kind}, now {tokenizer}")
-    if whole and not found:
-        data.verify()
-        hashes = [source.sha256() for source in whole]
-        kept = [s["sha256"] for s in header["source"]]
-        if hashes != kept and hashlib.sha256("".join(hashes).encode()).hexdigest() not in kept:
-            found.append("another text of the same size, beginning and end")
-    return found
+        journal = json.loads((work / "journal.json").read_text(encoding="utf-8"))
+        return "complete" in journal and journal["wanted"] == wanted
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
-def _sha256_of(tokenizer: str) -> str:
-    if tokenizer.endswith(".bin"):
-        return read_header(Path(tokenizer))["tokenizer"]["sha256"]
-    return make_tokenizer(tokenizer).sha256
+def read_journal(work: Path, wanted: dict, force: bool) -> dict:
+    """What an earlier start noted, if it can be continued; otherwise nothing, and an empty `work`."""
+    path = work / "journal.json"
+    try:
+        journal = json.loads(path.read_text(encoding="utf-8"))
+        if not force and journal["wanted"] == wanted:
+            return journal
+        reason = "--force" if force else "the text or the settings are others now"
+    except FileNotFoundError:
+        if not (work / "tokenizer.json").exists():
+            return {}
+        reason = "nothing was noted yet"
+    except (ValueError, KeyError, TypeError):
+        reason = "its journal is damaged"
+    say(f"an earlier start was stopped and cannot be continued ({reason}): starting over")
+    empty(work)
+    return {}
+
+
+def write_journal(work: Path, journal: dict) -> None:
+    """Not synced: after a loss of power the hashes in it tell whether it and the files agree."""
+    temporary = work / "journal.part"
+    temporary.write_text(json.dumps(journal), encoding="utf-8")
+    os.replace(temporary, work / "journal.json")
+
+
+def empty(work: Path) -> None:
+    """Remove what a job left in its folder, but for copies of streams and the lock."""
+    for path in work.iterdir():
+        if not path.name.startswith(KEPT):
+            path.unlink()
+
+
+def say(message: str) -> None:
+    """Tell the user on stderr, without tearing a progress bar."""
+    tqdm.write(message, file=sys.stderr)

@@ -45,8 +45,6 @@ def test_both_give_the_same_file_of_real_text(shared, tmp_path, name):
 
 def test_a_difference_is_noticed_said_and_mended(shared, tmp_path, monkeypatch):
     """Guards: wrong ids taken on trust. Here the fast backend goes wrong in the middle of a text only."""
-    from plotarmour.text import pretokenize
-
     class Wrong(FastEncoder):
         def encode(self, texts):
             backend = self.backend
@@ -64,7 +62,6 @@ def test_a_difference_is_noticed_said_and_mended(shared, tmp_path, monkeypatch):
     text = shared / "data" / "tinystories" / "stories_b.txt"
     with pytest.warns(UserWarning, match="other ids than tokenizers .* starting over"):
         [path] = pre_tokenize([text], str(shared / "gpt2"), tmp_path / "x.bin", block=2**16)
-    assert isinstance(pretokenize.make_encoder(load_tokenizer(shared / "gpt2"), "auto", 2**30), Wrong)
     [expected] = pre_tokenize([text], str(shared / "gpt2"), tmp_path / "y.bin", backend="tokenizers")
     assert path.read_bytes() == expected.read_bytes()
 

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from plotarmour.errors import UserError
-from plotarmour.text import chunks, pretokenize
+from plotarmour.text import chunks, pipeline, pretokenize
 from plotarmour.text.pretokenize import pre_tokenize
 from plotarmour.text.stories import part_of, story_hash
 from plotarmour.text.tokenfile import TokenFile
@@ -36,7 +36,7 @@ def test_a_start_stopped_at_any_chunk_goes_on_to_the_same_bytes(text, tmp_path, 
     other.write_text("STORY 7!\n<|endoftext|>\nstory 1899")
     made = pre_tokenize([text, other], spec, tmp_path / "a.bin", "80:10:10", exclude=[other], block=9000)
     expected = digest(made)
-    note = pretokenize._Sink._note
+    note = pipeline._Sink._note
 
     class Killed(BaseException):
         pass
@@ -50,7 +50,7 @@ def test_a_start_stopped_at_any_chunk_goes_on_to_the_same_bytes(text, tmp_path, 
             if not left[0]:
                 raise Killed
 
-        monkeypatch.setattr(pretokenize._Sink, "_note", interrupt)
+        monkeypatch.setattr(pipeline._Sink, "_note", interrupt)
         for _ in range(30):  # and the next start is stopped as soon as it has done something
             try:
                 again = pre_tokenize([text, other], spec, tmp_path / "b.bin", "80:10:10", exclude=[other], block=9000)
@@ -72,7 +72,7 @@ def test_leftovers_that_do_not_fit_are_not_continued(text, tmp_path, monkeypatch
     class Killed(BaseException):
         pass
 
-    note, seen = pretokenize._Sink._note, []
+    note, seen = pipeline._Sink._note, []
 
     def interrupt(sink, *args):
         note(sink, *args)
@@ -80,7 +80,7 @@ def test_leftovers_that_do_not_fit_are_not_continued(text, tmp_path, monkeypatch
         if len(seen) == 5:
             raise Killed
 
-    monkeypatch.setattr(pretokenize._Sink, "_note", interrupt)
+    monkeypatch.setattr(pipeline._Sink, "_note", interrupt)
     with pytest.raises(Killed):
         pre_tokenize([text], "bytes", tmp_path / "x.bin", block=9000)
     monkeypatch.undo()
@@ -105,6 +105,28 @@ def test_leftovers_that_do_not_fit_are_not_continued(text, tmp_path, monkeypatch
     assert "starting over" in capsys.readouterr().err
     [expected] = pre_tokenize([text], "bytes", tmp_path / "y.bin", stories=stories)
     assert path.read_bytes() == expected.read_bytes() and not work.exists()
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_start_killed_while_files_get_their_names_gives_the_others_theirs(text, tmp_path, monkeypatch, removed):
+    """Guards: a train part without its val part, refused for ever; files reported that somebody has removed."""
+    expected = digest(pre_tokenize([text], "bytes", tmp_path / "x.bin", "80:10:10"))
+    named, publish = [], pretokenize.publish
+
+    def once(source, target):
+        if named:
+            raise KeyboardInterrupt
+        named.append(target)
+        publish(source, target)
+
+    monkeypatch.setattr(pretokenize, "publish", once)
+    with pytest.raises(KeyboardInterrupt):
+        pre_tokenize([text], "bytes", tmp_path / "x.bin", "80:10:10", force=True)
+    monkeypatch.undo()
+    if removed:
+        named[0].unlink()
+    assert digest(pre_tokenize([text], "bytes", tmp_path / "x.bin", "80:10:10")) == expected
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 KILLED = """
@@ -209,7 +231,7 @@ def test_a_long_story_is_one_story_whatever_the_split(tmp_path, monkeypatch, spl
 
 def test_two_processes_do_not_write_one_file(text, tmp_path, monkeypatch):
     """Guards: two starts of one command that tear each other's file."""
-    note, complaints = pretokenize._Sink._note, []
+    note, complaints = pipeline._Sink._note, []
 
     def second(sink, *args):
         note(sink, *args)
@@ -218,7 +240,7 @@ def test_two_processes_do_not_write_one_file(text, tmp_path, monkeypatch):
                 pre_tokenize([text], "bytes", tmp_path / "x.bin", block=9000)
             complaints.append(caught)
 
-    monkeypatch.setattr(pretokenize._Sink, "_note", second)
+    monkeypatch.setattr(pipeline._Sink, "_note", second)
     pre_tokenize([text], "bytes", tmp_path / "x.bin", block=9000)
     assert complaints and sorted(p.name for p in tmp_path.iterdir()) == ["stories.txt", "x.bin"]
 

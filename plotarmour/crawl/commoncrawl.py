@@ -1,7 +1,7 @@
 """Common Crawl to stories: every WET file becomes a shard of kept pages; the shards are joined without duplicates.
 
 Shards wait in `.NAME.work` beside the output: an interrupted run neither fetches nor filters again what is done. They
-are joined in the order of the files, whoever made them: one process, or many machines (`crawlpipeline`).
+are joined in the order of the files, whoever made them: one process, or many machines (`pipeline`).
 """
 
 import csv
@@ -16,16 +16,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from plotarmour.crawl.downloads import download
+from plotarmour.crawl.pages import REASONS, PageRules, check_language, require, why_dropped
+from plotarmour.crawl.partfile import say
+from plotarmour.crawl.wet import read_wet
+from plotarmour.crawl.wetlist import Wet, check_file
 from plotarmour.errors import UserError
 from plotarmour.files import publish, unfinished, write_json, write_text
 from plotarmour.text.chunks import read_stories
-from plotarmour.text.downloads import download
-from plotarmour.text.pages import REASONS, PageRules, check_language, require, why_dropped
-from plotarmour.text.partfile import say
 from plotarmour.text.sources import Source
 from plotarmour.text.stories import SEPARATOR, story_hash
-from plotarmour.text.wet import read_wet
-from plotarmour.text.wetlist import Wet, check_file
 
 
 @dataclass(frozen=True)

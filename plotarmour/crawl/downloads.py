@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from plotarmour.crawl.partfile import BLOCK, Download, PartFile, say
 from plotarmour.errors import UserError
-from plotarmour.text.partfile import BLOCK, Download, PartFile, say
 
 if TYPE_CHECKING:
     import requests

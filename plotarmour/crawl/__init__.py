@@ -1,0 +1,1 @@
+"""Text from elsewhere: resumable downloads, and Common Crawl's pages to stories."""

@@ -1,0 +1,207 @@
+"""Text to tokens: a thread reads, hashes and cuts, the tokenizer's own threads encode, a thread writes and hashes."""
+
+import shutil
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from plotarmour.errors import UserError
+from plotarmour.text.chunks import Chunk, Reading, read_chunks
+from plotarmour.text.encoders import Encoder, make_encoder
+from plotarmour.text.job import Job, described
+from plotarmour.text.sources import HashingReader, Source
+from plotarmour.text.tokenizers import Tokenizer
+from plotarmour.text.tokenwriter import TokenFileWriter, Unusable
+from plotarmour.text.unfinished import say, write_journal
+
+DEPTH = 2  # chunks that wait between the threads
+
+
+def encode_all(job: Job, work: Path, made: Tokenizer, backend: str, excluded: np.ndarray | None,
+               journal: dict) -> None:
+    """Encode the texts of a job into complete token files in `work`.
+
+    Args:
+        job: what is wanted.
+        work: the folder of unfinished work, with what an earlier start left.
+        made: the tokenizer.
+        backend: see `encoders.make_encoder`.
+        excluded: sorted uint64 hashes of stories to leave out, or None.
+        journal: of the earlier start, or {}.
+
+    Raises:
+        Differs: ids of the fast backend differ from the reference's.
+        Unusable: what the earlier start left is not what its journal says.
+    """
+    wanted = job.wanted()
+    total = sum(s.path.stat().st_size for s in job.sources)
+    encoder = make_encoder(made, backend, total)
+    reading = Reading(job.reading.stories, job.reading.errors, made.takes_pieces, job.reading.hashed, job.reading.block)
+    with ExitStack() as stack:
+        writers = {}
+        for part, path in job.targets.items():
+            state = journal["writers"][part] if journal else None
+            writers[part] = TokenFileWriter(path, made, {**job.policies, "part": part}, work, state)
+            stack.enter_context(writers[part])
+        sink = _Sink(job, work, writers, excluded, wanted, journal, total)
+        first, position = journal.get("source", 0), journal.get("position", 0)
+        if journal:
+            say(f"going on where an earlier start was stopped: {position:,} bytes or rows into "
+                 f"{job.sources[first].name}")
+        bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, mininterval=0.5, smoothing=0.05,
+                                       desc=f"pretokenize ({made.kind}, {encoder.name})"))
+        bar.update(sum(s.path.stat().st_size for s in job.sources[:first]))
+        for i, source in enumerate(job.sources[first:], first):
+            expected = tuple(journal["read"]) if journal and i == first else None
+            with HashingReader(source, bar.update, expected) as reader:
+                _encode_one(source, reader, reading, encoder, sink, position if i == first else 0)
+                sink.end_source(reader.finish())
+                if reader.matches is False:
+                    raise Unusable(f"{source.name} has changed")
+        for part, writer in writers.items():
+            if not writer.n_stories:
+                found = sum(w.n_stories for w in writers.values())
+                where = f"the {part} part of {found} stories" if job.shares else ", ".join(s.name for s in job.sources)
+                raise UserError(f"{where} holds no story; expected at least one. Use more text"
+                                + (", or another --split." if job.shares else ", or another --stories policy."))
+        sources = described([{**s, "sha256": sha} for s, sha in zip(wanted["sources"], sink.done, strict=True)])
+        for writer in writers.values():
+            writer.complete(sources, sink.n_empty, sink.n_excluded, sink.n_replaced)
+        write_journal(work, {"wanted": wanted, "complete": True})
+
+
+@contextmanager
+def _quick_switches() -> Iterator[None]:
+    """Let threads take turns every 0.1 ms: at Python's 5 ms a finished encoder waits for the reader, a fifth slower."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+def _encode_one(source: Source, reader: HashingReader, reading: Reading, encoder: Encoder, sink: "_Sink",
+                position: int) -> None:
+    """Read, encode and write one text, each in its own thread."""
+    with _quick_switches(), ThreadPoolExecutor(1) as pool:
+        writing: deque = deque()
+        for chunk in _ahead(read_chunks(source, reader, reading, position)):
+            if reader.matches is False:
+                raise Unusable(f"{source.name} has changed")
+            ids, counts = encoder.encode(chunk.texts)
+            writing.append(pool.submit(sink.write, chunk, ids, counts))
+            if len(writing) > DEPTH:
+                writing.popleft().result()
+        for job in writing:
+            job.result()
+
+
+def _ahead(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """Make chunks in a thread, `DEPTH` ahead of their use."""
+    with ThreadPoolExecutor(1) as pool:
+        made = deque(pool.submit(next, chunks, None) for _ in range(DEPTH))
+        while (chunk := made.popleft().result()) is not None:
+            made.append(pool.submit(next, chunks, None))
+            yield chunk
+
+
+class _Sink:
+    """Where encoded chunks go: to the writer of their part, then into the journal."""
+
+    def __init__(self, job: Job, work: Path, writers: dict[str, TokenFileWriter], excluded: np.ndarray | None,
+                 wanted: dict, journal: dict, total: int):
+        self.job, self.work, self.writers, self.excluded = job, work, writers, excluded
+        self.wanted, self.total, self.checked_room = wanted, total, False
+        self.n_empty, self.n_excluded, self.n_replaced = journal.get("dropped", (0, 0, 0))
+        self.done = list(journal.get("done", []))  # SHA-256 of the texts that are through
+        self.long_bytes = 0  # of the long story that is coming in
+        self.long_file = None
+
+    def write(self, chunk: Chunk, ids: np.ndarray, counts: np.ndarray) -> None:
+        self.n_empty += chunk.n_empty
+        self.n_replaced += chunk.n_replaced
+        if chunk.piece:
+            self._write_piece(chunk, ids)
+        else:
+            self._write_whole(chunk, ids, counts)
+        if chunk.piece != "more":
+            self._note(chunk.position, chunk.read)
+        if not self.checked_room and chunk.read[0]:
+            self._check_room(chunk.read[0])
+
+    def end_source(self, sha256: str) -> None:
+        self.done.append(sha256)
+        if len(self.done) < len(self.job.sources):
+            self._note(0, (0, ""))
+
+    def _write_whole(self, chunk: Chunk, ids: np.ndarray, counts: np.ndarray) -> None:
+        sizes = np.array(chunk.sizes)
+        if chunk.hashes is None:
+            [writer] = self.writers.values()
+            writer.add(ids, counts, sizes)
+            return
+        parts = self._parts_of(np.array(chunk.hashes, np.uint64))
+        self.n_excluded += int((parts < 0).sum())
+        for number, writer in enumerate(self.writers.values()):
+            mine = parts == number
+            if mine.any():
+                writer.add(ids[np.repeat(mine, counts)], counts[mine], sizes[mine])
+
+    def _parts_of(self, hashes: np.ndarray) -> np.ndarray:
+        """Index of each story's writer, -1 for one that is left out; as `stories.part_of`, for many at once."""
+        parts = np.zeros(len(hashes), np.int64)
+        if self.job.shares:
+            place = hashes % np.uint64(sum(self.job.shares))
+            ends = np.cumsum([share for share in self.job.shares if share]).astype(np.uint64)
+            parts = np.searchsorted(ends, place, side="right")
+        if self.excluded is not None and len(self.excluded):
+            near = np.minimum(np.searchsorted(self.excluded, hashes), len(self.excluded) - 1)
+            parts[self.excluded[near] == hashes] = -1
+        return parts
+
+    def _write_piece(self, chunk: Chunk, ids: np.ndarray) -> None:
+        """A long story's part is known only at its end: until then its ids wait in a file."""
+        ids = ids if chunk.piece == "last" else ids[:-1]  # only the last piece ends with end-of-text
+        self.long_bytes += chunk.sizes[0]
+        if not self.job.reading.hashed:
+            [writer] = self.writers.values()
+            writer.add_piece(ids)
+        else:
+            self.long_file = self.long_file or (self.work / "long_story.ids").open("w+b")
+            self.long_file.write(ids.astype("<u4").tobytes())
+        if chunk.piece != "last":
+            return
+        if self.job.reading.hashed:
+            [part] = self._parts_of(np.array(chunk.hashes, np.uint64))
+            writer = list(self.writers.values())[part] if part >= 0 else None
+            self.n_excluded += writer is None
+            self.long_file.seek(0)
+            while writer and (block := self.long_file.read(2**20)):
+                writer.add_piece(np.frombuffer(block, "<u4"))
+            self.long_file.close()
+            self.long_file = None
+        if writer:
+            writer.end_story(self.long_bytes)
+        self.long_bytes = 0
+
+    def _note(self, position: int, read: tuple[int, str]) -> None:
+        write_journal(self.work, {
+            "wanted": self.wanted, "source": len(self.done), "position": position, "read": read, "done": self.done,
+            "dropped": (self.n_empty, self.n_excluded, self.n_replaced),
+            "writers": {part: writer.state() for part, writer in self.writers.items()}})
+
+    def _check_room(self, n_read: int) -> None:
+        """Notice a disk that will not hold the result when the first chunk shows how large it gets."""
+        self.checked_room = True
+        written = sum(w.n_tokens * w.dtype.itemsize + 12 * w.n_stories for w in self.writers.values())
+        needed, free = written / n_read * self.total, shutil.disk_usage(self.work).free + written
+        if needed > free:
+            raise UserError(f"{self.work.parent.resolve()} has {free / 1e6:,.0f} MB free; the token files need about "
+                            f"{needed / 1e6:,.0f} MB. Make room, or write to another disk with --out.")
