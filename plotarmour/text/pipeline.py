@@ -203,5 +203,5 @@ class _Sink:
         written = sum(w.n_tokens * w.dtype.itemsize + 12 * w.n_stories for w in self.writers.values())
         needed, free = written / n_read * self.total, shutil.disk_usage(self.work).free + written
         if needed > free:
-            raise UserError(f"{self.work.parent.resolve()} has {free / 1e6:,.0f} MB free; the token files need about "
-                            f"{needed / 1e6:,.0f} MB. Make room, or write to another disk with --out.")
+            raise UserError(f"{self.work.parent.resolve()} has {free / 1e6:,.1f} MB free; the token files need about "
+                            f"{needed / 1e6:,.1f} MB. Make room, or write to another disk with --out.")

@@ -180,9 +180,10 @@ def _tokenizer(job: Job, work: Path, excluded: np.ndarray | None) -> Tokenizer:
 
 
 def _room(job: Job, work: Path) -> str:
-    needed = sum(s.path.stat().st_size for s in job.sources) / 4 * 2 * 1.1  # English: four bytes a token of two
-    return (f"Needed are about {needed / 1e6:,.0f} MB for GPT-2's vocabulary, free are "
-            f"{shutil.disk_usage(work).free / 1e6:,.0f} MB. Make room, or write to another disk with --out.")
+    each = 2 if job.tokenizer == "bytes" else 0.55  # bytes a byte of text: a token has two, and stands for four
+    needed = each * sum(s.path.stat().st_size for s in job.sources)
+    return (f"Needed are about {needed / 1e6:,.1f} MB, free are {shutil.disk_usage(work).free / 1e6:,.1f} MB. Make "
+            "room, or write to another disk with --out.")
 
 
 def part_path(out: Path, part: str) -> Path:

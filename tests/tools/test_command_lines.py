@@ -66,6 +66,20 @@ def test_from_text_to_comparison(run_main, tmp_path):
     assert first == second and first.startswith("Once upon a time")
 
 
+def test_standard_input_and_info(root, run_main, tmp_path):
+    """Guards: a text that can be read only once, read twice for bpe:N; --info without the lengths."""
+    told = "\n<|endoftext|>\n".join(f"Story {i}. " + "The dog ran. " * i for i in range(60))
+    command = [sys.executable, root / "tools" / "pre_tokenize.py", "-", "--tokenizer", "bpe:280", "--out", "x.bin"]
+    done = subprocess.run([*command, "--split", "60:20:20"], input=told.encode(), cwd=tmp_path, capture_output=True,
+                          check=True)
+    assert done.stdout.count(b" stories (") == 3
+    code, out, _ = run_main("pre_tokenize", "--info", tmp_path / "x.train.bin")
+    assert code == 0 and "bytes per token" in out and "median" in out and "########" in out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.test.bin", "x.train.bin", "x.val.bin"]
+    done = subprocess.run(command, input=b"", cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 2 and b"standard input is empty" in done.stderr
+
+
 BAD_TEXTS = {
     "missing": (None, "does not exist"), "folder": ("folder", "is a folder"), "empty": (b"", "is empty"),
     "blank": (b" \n<|endoftext|>\n ", "holds no story"),
