@@ -28,7 +28,7 @@ from plotarmour.text.stories import PARTS, POLICIES, parse_split
 from plotarmour.text.tokenfile import TokenFile
 from plotarmour.text.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 from plotarmour.text.tokenwriter import Unusable
-from plotarmour.text.unfinished import all_but_named, empty, locked, read_journal, say, unfinished_folder
+from plotarmour.text.unfinished import all_but_named, empty, locked, read_journal, say, tidy, unfinished_folder
 
 BPE_BYTES = 64 * 10**6
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -91,6 +91,8 @@ def pre_tokenize(texts: list[Path], tokenizer: str, out: Path, split: str | None
         job = Job(sources, tokenizer, targets, shares, Reading(stories, errors, True, bool(shares or excluded), block),
                   policies, excluded)
         if not force and not all_but_named(work, job.wanted()) and reusable(job, replace, verify):
+            if not streams:
+                tidy(work, out)
             return list(targets.values())
         if not streams:
             stack.enter_context(locked(work, out))

@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -99,6 +99,13 @@ def empty(work: Path) -> None:
     for path in work.iterdir():
         if not path.name.startswith(KEPT):
             path.unlink()
+
+
+def tidy(work: Path, out: Path) -> None:
+    """Remove what a start left that was killed while it cleared up; unless another process is at it."""
+    if work.exists():
+        with suppress(UserError), locked(work, out):
+            empty(work)
 
 
 def say(message: str) -> None:

@@ -127,6 +127,10 @@ def test_a_start_killed_while_files_get_their_names_gives_the_others_theirs(text
         named[0].unlink()
     assert digest(pre_tokenize([text], "bytes", tmp_path / "x.bin", "80:10:10")) == expected
     assert len(list(tmp_path.iterdir())) == 4
+    (tmp_path / ".x.bin.unfinished").mkdir()  # and one killed while it cleared up afterwards
+    (tmp_path / ".x.bin.unfinished" / "x.train.bin.lengths").touch()
+    assert digest(pre_tokenize([text], "bytes", tmp_path / "x.bin", "80:10:10")) == expected
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 KILLED = """
