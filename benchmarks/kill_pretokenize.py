@@ -19,6 +19,14 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("x*.bin"))}
 
 
+def noted(journal: Path) -> bool:
+    """Whether a first chunk is through."""
+    try:
+        return '"writers"' in journal.read_text()
+    except FileNotFoundError:
+        return False
+
+
 def main() -> None:
     shared = Path(os.environ.get("PLOTARMOUR_TEST_DATA", ROOT.parent / "shared"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -46,7 +54,7 @@ def main() -> None:
             path.unlink()
         while kills < args.kills:
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            while process.poll() is None and not journal.exists():
+            while process.poll() is None and not noted(journal):
                 time.sleep(0.001)
             time.sleep(draw.random() * whole)
             process.send_signal(signal.SIGKILL)

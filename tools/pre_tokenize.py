@@ -51,11 +51,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
+    if args.workers < 0:
+        raise UserError(f"--workers {args.workers} is negative; expected 1 or more, or 0 for one per core.")
     if args.workers:
         for variable in ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS"):  # before a library starts its threads
             os.environ[variable] = str(args.workers)
     if args.info or isinstance(args.verify, str):
-        show(TokenFile.open(args.info or args.verify), isinstance(args.verify, str))
+        if isinstance(args.verify, str):
+            verify(TokenFile.open(args.verify))
+        if args.info:
+            show(TokenFile.open(args.info))
         return
     if not args.text or not args.out:
         raise UserError("expected text files and --out X.bin (or --info X.bin, --verify X.bin); see --help.")
@@ -70,12 +75,14 @@ def main() -> None:
               f"{extra}")
 
 
-def show(data: TokenFile, verify: bool) -> None:
-    """Print what --info or --verify says of a token file."""
-    if verify:
-        data.verify()
-        print(f"{data.path}: whole ({data.n_tokens:,} tokens, {data.n_stories:,} stories)")
-        return
+def verify(data: TokenFile) -> None:
+    """Read a token file whole, and say so."""
+    data.verify()
+    print(f"{data.path}: whole ({data.n_tokens:,} tokens, {data.n_stories:,} stories)")
+
+
+def show(data: TokenFile) -> None:
+    """Print header, sizes, first story and lengths of a token file."""
     print(json.dumps(data.header, indent=2, ensure_ascii=False))
     size, text = data.path.stat().st_size, int(data.story_bytes.sum(dtype=np.int64))
     print(f"\n{data.path}: {size:,} bytes; {data.n_stories:,} stories of {text:,} UTF-8 bytes, "

@@ -15,6 +15,7 @@ from plotarmour.text.stories import BLANK, SEPARATOR, StoryHasher, story_hash
 
 BLOCK = 2**20  # bytes read, cut, encoded and written at once; twice as many take 1.4 times as long (caches)
 PIECE = 2**20
+PARQUET_ROWS = 100  # at a time
 LONGEST_WHOLE = 64 * 2**20  # bytes of a story that its tokenizer cannot take in pieces
 BLANK_BYTES = BLANK.encode()
 BOM = b"\xef\xbb\xbf"
@@ -148,7 +149,7 @@ class _Cutter:
             self.offset += cut
             yield self._piece(piece, "more")
         if len(carry) > 2 * LONGEST_WHOLE:  # only blank space can have gathered here
-            raise UserError(f"{self.source.name}: more than {LONGEST_WHOLE // 2**20} MiB of blank space after byte "
+            raise UserError(f"{self.source.name}: more than {2 * LONGEST_WHOLE // 2**20} MiB of blank space after byte "
                             f"{self.offset:,}; expected text. Take it out.")
         return carry
 
@@ -158,8 +159,9 @@ class _Cutter:
         start = self.offset
         self.offset += sum(map(len, parts)) + len(separator) * len(parts)
         if self.source.kind == "jsonl":
-            found = [t for i, part in enumerate(parts) if (t := self._record(part, start, parts, i)) is not None]
-            texts, replaced = [stripped for t in found if (stripped := t.strip(BLANK))], 0
+            lines, replaced = self._decode(parts, parts, separator, start)
+            found = [t for i, line in enumerate(lines) if (t := self._record(line, start, parts, i)) is not None]
+            texts = [stripped for t in found if (stripped := t.strip(BLANK))]
             n_empty = len(found) - len(texts)
         else:
             stripped = [s for part in parts if (s := part.strip(BLANK_BYTES))]
@@ -188,6 +190,9 @@ class _Cutter:
 
     def _cut(self, buffer: bytes) -> int:
         """Where to cut the first piece: before a space that follows a character that is not blank."""
+        if self.source.kind == "jsonl":
+            raise UserError(f"{self.source.name}: the line at byte {self.offset:,} has more than "
+                            f"{LONGEST_WHOLE // 2**20} MiB; expected one record a line. Cut it into several.")
         if self.limit > PIECE:
             raise UserError(f"{self.source.name}: the story at byte {self.offset:,} has more than "
                             f"{LONGEST_WHOLE // 2**20} MiB; expected shorter ones with this tokenizer, which cannot "
@@ -217,20 +222,21 @@ class _Cutter:
                 raise UserError(_not_utf8(self.source, start + error.start, raw[error.start])) from None
             raise
 
-    def _record(self, line: bytes, start: int, parts: list[bytes], i: int) -> str | None:
+    def _record(self, line: str, start: int, parts: list[bytes], i: int) -> str | None:
         """The text of one JSON line, or None for a blank line."""
         if not line.strip():
             return None
         column = self.source.text_column
-        offset = start + sum(map(len, parts[:i])) + i
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
+            offset = start + sum(map(len, parts[:i])) + i
             raise UserError(f"{self.source.name}: no JSON at byte {offset:,} ({error}); expected one object a "
                             "line.") from None
         found = record.get(column) if isinstance(record, dict) else None
         if not isinstance(found, str):
-            keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            offset = start + sum(map(len, parts[:i])) + i
+            keys = " ".join(", ".join(record).split())[:200] if isinstance(record, dict) else type(record).__name__
             raise UserError(f"{self.source.name}: the line at byte {offset:,} has no text in {column!r} (it has: {keys}"
                             "). Name the column with --text-column.")
         return found
@@ -269,22 +275,35 @@ def _parquet_chunks(source: Source, reader: HashingReader, reading: Reading, pos
             if source.text_column not in names:
                 raise UserError(f"{source.name} has no column {source.text_column!r} (it has: {', '.join(names)}). "
                                 "Name the column with --text-column.")
-            done = 0
-            for batch in file.iter_batches(batch_size=2000, columns=[source.text_column]):
+            done, found, size = 0, [], 0
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[source.text_column]):
                 done += len(batch)
                 if done <= position:
                     continue
-                found = batch.column(0).to_pylist()
-                if any(t is not None and not isinstance(t, str) for t in found):
-                    raise UserError(f"{source.name}: column {source.text_column!r} holds {batch.column(0).type}; "
-                                    "expected text. Name another with --text-column.")
-                texts = [s for t in found if t and (s := t.strip(BLANK))]
-                sizes = [len(t) if t.isascii() else _size(t, source) for t in texts]
-                hashes = list(map(story_hash, texts)) if reading.hashed else None
-                yield Chunk(texts, sizes, done, hashes, "", len(found) - len(texts), 0, (0, ""))
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{source.name} cannot be read as Parquet ({str(error).splitlines()[0]}); expected a whole "
-                        ".parquet file. Get it again.") from None
+                found += batch.column(0).to_pylist()
+                size += batch.nbytes
+                if size >= reading.block:
+                    yield _rows(source, found, done, reading)
+                    found, size = [], 0
+            if found:
+                yield _rows(source, found, done, reading)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{source.name} cannot be read as Parquet ({str(error).partition(chr(10))[0]}); expected a "
+                        "whole .parquet file with UTF-8 text. Get it again.") from None
+
+
+def _rows(source: Source, found: list, done: int, reading: Reading) -> Chunk:
+    """The chunk of some rows of a Parquet file, up to row `done`."""
+    if wrong := next((t for t in found if t is not None and not isinstance(t, str)), None):
+        raise UserError(f"{source.name}: column {source.text_column!r} holds {type(wrong).__name__}; expected text. "
+                        "Name another with --text-column.")
+    texts = [s for t in found if t and (s := t.strip(BLANK))]
+    sizes = [len(t) if t.isascii() else _size(t, source) for t in texts]
+    if max(sizes, default=0) > LONGEST_WHOLE:
+        raise UserError(f"{source.name}: a row before row {done:,} has more than {LONGEST_WHOLE // 2**20} MiB; "
+                        "expected shorter ones. Cut it into several.")
+    hashes = list(map(story_hash, texts)) if reading.hashed else None
+    return Chunk(texts, sizes, done, hashes, "", len(found) - len(texts))
 
 
 def read_stories(source: Source, reading: Reading | None = None) -> Iterator[str]:

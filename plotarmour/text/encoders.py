@@ -19,7 +19,7 @@ from plotarmour.text.tokenizers import END_OF_TEXT, Tokenizer
 BACKENDS = ("auto", "fastokens", "tokenizers")
 CHECKED_SHARE = 0.005  # of the bytes, at most
 WORTHWHILE = 2**20  # bytes of text: below, the reference alone is done before a second library has loaded
-PREFIX = 4096  # characters of a long text that are compared
+SAMPLED = 2048  # characters at each end of a long text that are compared
 
 
 class Differs(Exception):
@@ -59,7 +59,8 @@ class FastEncoder:
 
     def __init__(self, tokenizer: Tokenizer):
         # One core is left for reading and writing, which go on meanwhile; on two cores that is 1.3 times as fast.
-        os.environ.setdefault("FASTOKENS_BPE_THREADS", str(max(1, (os.cpu_count() or 2) - 1)))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+        os.environ.setdefault("FASTOKENS_BPE_THREADS", str(max(1, cores - 1)))
         import fastokens
 
         closing = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}]
@@ -67,7 +68,8 @@ class FastEncoder:
             END_OF_TEXT: {"id": END_OF_TEXT, "ids": [tokenizer.end_of_text_id], "tokens": [END_OF_TEXT]}}}
         try:
             self.backend = fastokens.Tokenizer.from_json_str(
-                json.dumps({**json.loads(tokenizer.json), "post_processor": template}))
+                json.dumps({**json.loads(tokenizer.json), "post_processor": template, "truncation": None,
+                            "padding": None}))
         except Exception as error:  # whatever it says, the reference can read it
             raise ValueError(str(error)) from None
         self.tokenizer = tokenizer
@@ -85,28 +87,41 @@ class FastEncoder:
         return ids, np.diff(offsets)
 
     def _check(self, texts: list[str], ids: np.ndarray, offsets: np.ndarray) -> None:
+        end = self.tokenizer.end_of_text_id
+        if len(offsets) != len(texts) + 1 or (ids[offsets[1:] - 1] != end).any() or (ids == end).sum() != len(texts):
+            raise Differs("fastokens does not close every text by one end-of-text, as tokenizers does")
         self.n_seen += sum(map(len, texts))  # characters: no more than bytes, so the share holds
         self.n_calls += 1
         i = 0 if self.n_calls == 1 else self.n_calls * 7919 % max(1, len(texts))  # from the beginning, then anywhere
-        end = len(texts) if self.n_calls == 1 else min(i + 1, len(texts))
-        for i in range(i, end):
-            sample = texts[i]
-            if len(sample) > PREFIX:
-                cut = sample.rfind(" ", 1, PREFIX)
-                while cut > 0 and sample[cut - 1].isspace():
-                    cut = sample.rfind(" ", 1, cut)
-                if cut <= 0 or not self.tokenizer.takes_pieces:
-                    continue
-                sample = sample[:cut]
-            size = len(sample.encode())
-            if self.n_checked + size > CHECKED_SHARE * self.n_seen:
-                return
-            self.n_checked += size
-            found, expected = ids[offsets[i]:offsets[i + 1]].tolist(), self.tokenizer.encode(sample)
-            if sample is texts[i]:
-                expected = [*expected, self.tokenizer.end_of_text_id]
-            if found[:len(expected)] != expected or (sample is texts[i] and len(found) != len(expected)):
-                raise Differs(f"fastokens gives other ids than tokenizers for {sample[:60]!r}")
+        for i in range(i, len(texts) if self.n_calls == 1 else min(i + 1, len(texts))):
+            found = ids[offsets[i]:offsets[i + 1] - 1].tolist()
+            for sample, at_end in self._samples(texts[i]):
+                size = len(sample.encode())
+                if self.n_checked + size > CHECKED_SHARE * self.n_seen:
+                    return
+                self.n_checked += size
+                expected = self.tokenizer.encode(sample)
+                same = found == expected if sample is texts[i] else (
+                    found[len(found) - len(expected):] if at_end else found[:len(expected)]) == expected
+                if not same:
+                    raise Differs(f"fastokens gives other ids than tokenizers for {sample[:60]!r}")
+
+    def _samples(self, text: str) -> list[tuple[str, bool]]:
+        """A text, or beginning and end of a long one; with each, whether it is the end."""
+        if len(text) <= SAMPLED:
+            return [(text, False)]
+        if not self.tokenizer.takes_pieces:
+            return []
+        cuts = [cut for cut in (_cut(text, 1, SAMPLED), _cut(text, len(text) - SAMPLED, len(text))) if cut]
+        return [(text[:cuts[0]], False), (text[cuts[-1]:], True)] if cuts else []
+
+
+def _cut(text: str, start: int, end: int) -> int:
+    """The last place between `start` and `end` where a space follows a character that is not blank; 0: none."""
+    while (end := text.rfind(" ", start, end)) > 0:
+        if not text[end - 1].isspace():
+            return end
+    return 0
 
 
 Encoder = ReferenceEncoder | FastEncoder

@@ -5,10 +5,13 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import plotarmour
 from plotarmour.text.chunks import Reading
 from plotarmour.text.sources import Source
 
 NAMED_SOURCES = 6  # more would not fit into the header
+NAME_BYTES = 100  # of a text's name, in a header
+JOURNAL_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Job:
         shares: of train, val and test, or None.
         reading: how texts are read.
         policies: for the header.
+        fingerprints: of the texts, in order.
+        wanted: what an earlier start must have been asked, for this one to go on from it: `identity` of all this.
         exclude: texts whose stories are left out.
     """
 
@@ -31,13 +36,15 @@ class Job:
     shares: tuple[int, int, int] | None
     reading: Reading
     policies: dict
+    fingerprints: list[dict]
+    wanted: str
     exclude: list[Source] = field(default_factory=list)
 
-    def wanted(self) -> dict:
-        """Return what an earlier start must have been asked, for this one to go on from it; as JSON gives it back."""
-        wanted = {"sources": fingerprints(self.sources), "tokenizer": self.tokenizer, "policies": self.policies,
-                  "parts": list(self.targets)}
-        return json.loads(json.dumps(wanted))
+
+def identity(*parts: object) -> str:
+    """Return a hash of what makes a job, this program's version and the form of its journal included."""
+    text = json.dumps([JOURNAL_VERSION, plotarmour.__version__, *parts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def fingerprints(sources: list[Source]) -> list[dict]:
@@ -64,4 +71,5 @@ def digest_of(hashes: object) -> str:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 100 else name[:97] + "..."
+    raw = name.encode()
+    return name if len(raw) <= NAME_BYTES else raw[:NAME_BYTES - 3].decode(errors="ignore") + "..."

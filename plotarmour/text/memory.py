@@ -27,8 +27,8 @@ class TokensInMemory:
                       f"Make a token file once with: python tools/pre_tokenize.py {path} --tokenizer "
                       f"{tokenizer.kind} --out {path.stem}.bin", stacklevel=2)
         check_text(path)
-        source, rows, sizes = Source(path, path.name), [], []
-        told = read_stories(source, Reading(stories))
+        source, rows, sizes = Source.of(path), [], []
+        told = read_stories(source, Reading(stories, in_pieces=tokenizer.takes_pieces))
         while batch := list(islice(told, BATCH)):
             for story, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
                 rows.append(np.array([*ids, tokenizer.end_of_text_id], dtype=np.uint32))

@@ -21,6 +21,8 @@ from plotarmour.text.tokenwriter import TokenFileWriter, Unusable
 from plotarmour.text.unfinished import say, write_journal
 
 DEPTH = 2  # chunks that wait between the threads
+NOTED_SHARE = 0.25  # of a block must have been written since the last note: thousands of tiny texts need not be noted
+ENOUGH = 2**20  # bytes of text that tell how large its tokens get
 
 
 def encode_all(job: Job, work: Path, made: Tokenizer, backend: str, excluded: np.ndarray | None,
@@ -39,21 +41,23 @@ def encode_all(job: Job, work: Path, made: Tokenizer, backend: str, excluded: np
         Differs: ids of the fast backend differ from the reference's.
         Unusable: what the earlier start left is not what its journal says.
     """
-    wanted = job.wanted()
     total = sum(s.path.stat().st_size for s in job.sources)
     encoder = make_encoder(made, backend, total)
     reading = Reading(job.reading.stories, job.reading.errors, made.takes_pieces, job.reading.hashed, job.reading.block)
+    if journal and journal["tokenizer"] != made.sha256:
+        raise Unusable("the tokenizer has changed")
     with ExitStack() as stack:
         writers = {}
         for part, path in job.targets.items():
             state = journal["writers"][part] if journal else None
             writers[part] = TokenFileWriter(path, made, {**job.policies, "part": part}, work, state)
             stack.enter_context(writers[part])
-        sink = _Sink(job, work, writers, excluded, wanted, journal, total)
+        sink = _Sink(job, work, writers, excluded, made.sha256, journal)
+        stack.callback(sink.close)
         first, position = journal.get("source", 0), journal.get("position", 0)
         if journal:
             say(f"going on where an earlier start was stopped: {position:,} bytes or rows into "
-                 f"{job.sources[first].name}")
+                f"{job.sources[first].name}")
         bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, mininterval=0.5, smoothing=0.05,
                                        desc=f"pretokenize ({made.kind}, {encoder.name})"))
         bar.update(sum(s.path.stat().st_size for s in job.sources[:first]))
@@ -70,10 +74,10 @@ def encode_all(job: Job, work: Path, made: Tokenizer, backend: str, excluded: np
                 where = f"the {part} part of {found} stories" if job.shares else ", ".join(s.name for s in job.sources)
                 raise UserError(f"{where} holds no story; expected at least one. Use more text"
                                 + (", or another --split." if job.shares else ", or another --stories policy."))
-        sources = described([{**s, "sha256": sha} for s, sha in zip(wanted["sources"], sink.done, strict=True)])
+        sources = described([{**s, "sha256": sha} for s, sha in zip(job.fingerprints, sink.done, strict=True)])
         for writer in writers.values():
             writer.complete(sources, sink.n_empty, sink.n_excluded, sink.n_replaced)
-        write_journal(work, {"wanted": wanted, "complete": True})
+        write_journal(work, {"wanted": job.wanted, "complete": True})
 
 
 @contextmanager
@@ -116,30 +120,56 @@ class _Sink:
     """Where encoded chunks go: to the writer of their part, then into the journal."""
 
     def __init__(self, job: Job, work: Path, writers: dict[str, TokenFileWriter], excluded: np.ndarray | None,
-                 wanted: dict, journal: dict, total: int):
+                 tokenizer_sha256: str, journal: dict):
         self.job, self.work, self.writers, self.excluded = job, work, writers, excluded
-        self.wanted, self.total, self.checked_room = wanted, total, False
+        self.tokenizer_sha256 = tokenizer_sha256
         self.n_empty, self.n_excluded, self.n_replaced = journal.get("dropped", (0, 0, 0))
-        self.done = list(journal.get("done", []))  # SHA-256 of the texts that are through
+        self.done = self._read_done(journal.get("source", 0))  # SHA-256 of the texts that are through
+        self.done_bytes = sum(s["bytes"] for s in job.fingerprints[:len(self.done)])
+        self.unnoted = 0  # bytes of stories since the last note
+        self.checked_room = self.failed = False
         self.long_bytes = 0  # of the long story that is coming in
         self.long_file = None
 
+    def _read_done(self, n: int) -> list[str]:
+        """SHA-256 of the first n texts, a line each: not in the journal, which is written anew at every chunk."""
+        path = self.work / "done.txt"
+        lines = path.read_text(encoding="utf-8").splitlines()[:n] if n and path.exists() else []
+        if len(lines) < n:
+            raise Unusable("done.txt is too short")
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return lines
+
+    def close(self) -> None:
+        if self.long_file:
+            self.long_file.close()
+
     def write(self, chunk: Chunk, ids: np.ndarray, counts: np.ndarray) -> None:
+        if self.failed:  # chunks that waited behind one that could not be written must not be noted
+            return
+        try:
+            self._write(chunk, ids, counts)
+        except BaseException:
+            self.failed = True
+            raise
+
+    def _write(self, chunk: Chunk, ids: np.ndarray, counts: np.ndarray) -> None:
         self.n_empty += chunk.n_empty
         self.n_replaced += chunk.n_replaced
         if chunk.piece:
             self._write_piece(chunk, ids)
         else:
             self._write_whole(chunk, ids, counts)
-        if chunk.piece != "more":
+        self.unnoted += sum(chunk.sizes)
+        if chunk.piece != "more" and self.unnoted >= NOTED_SHARE * self.job.reading.block:
             self._note(chunk.position, chunk.read)
-        if not self.checked_room and chunk.read[0]:
-            self._check_room(chunk.read[0])
+        self._check_room(chunk.read[0])
 
     def end_source(self, sha256: str) -> None:
         self.done.append(sha256)
-        if len(self.done) < len(self.job.sources):
-            self._note(0, (0, ""))
+        self.done_bytes += self.job.fingerprints[len(self.done) - 1]["bytes"]
+        with (self.work / "done.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{sha256}\n")
 
     def _write_whole(self, chunk: Chunk, ids: np.ndarray, counts: np.ndarray) -> None:
         sizes = np.array(chunk.sizes)
@@ -192,16 +222,21 @@ class _Sink:
         self.long_bytes = 0
 
     def _note(self, position: int, read: tuple[int, str]) -> None:
+        self.unnoted = 0
         write_journal(self.work, {
-            "wanted": self.wanted, "source": len(self.done), "position": position, "read": read, "done": self.done,
-            "dropped": (self.n_empty, self.n_excluded, self.n_replaced),
+            "wanted": self.job.wanted, "tokenizer": self.tokenizer_sha256, "source": len(self.done),
+            "position": position, "read": read, "dropped": (self.n_empty, self.n_excluded, self.n_replaced),
             "writers": {part: writer.state() for part, writer in self.writers.items()}})
 
     def _check_room(self, n_read: int) -> None:
-        """Notice a disk that will not hold the result when the first chunk shows how large it gets."""
-        self.checked_room = True
+        """Notice once a disk that will not hold the result, as soon as enough is read to tell how large it gets."""
+        total = sum(s["bytes"] for s in self.job.fingerprints)
         written = sum(w.n_tokens * w.dtype.itemsize + 12 * w.n_stories for w in self.writers.values())
-        needed, free = written / n_read * self.total, shutil.disk_usage(self.work).free + written
+        through = self.done_bytes + n_read
+        if self.checked_room or not written or not n_read or through < min(total, ENOUGH):
+            return
+        self.checked_room = True
+        needed, free = written / through * total, shutil.disk_usage(self.work).free + written
         if needed > free:
             raise UserError(f"{self.work.parent.resolve()} has {free / 1e6:,.1f} MB free; the token files need about "
                             f"{needed / 1e6:,.1f} MB. Make room, or write to another disk with --out.")

@@ -6,7 +6,6 @@ are whole; those that are there already are taken as they are where they are wha
 """
 
 import errno
-import json
 import os
 import shutil
 import warnings
@@ -19,16 +18,25 @@ from plotarmour.errors import UserError
 from plotarmour.files import publish
 from plotarmour.text.chunks import BLOCK, Reading, read_chunks
 from plotarmour.text.encoders import Differs
-from plotarmour.text.job import Job, digest_of, fingerprints
+from plotarmour.text.job import Job, fingerprints, identity
 from plotarmour.text.pipeline import encode_all
 from plotarmour.text.reuse import reusable
 from plotarmour.text.sample import sample_stories
-from plotarmour.text.sources import HashingReader, Source, check_text, find_texts, is_stream, spool
+from plotarmour.text.sources import STDIN, HashingReader, Source, check_text, find_texts, is_stream, spool
 from plotarmour.text.stories import PARTS, POLICIES, parse_split
 from plotarmour.text.tokenfile import TokenFile
 from plotarmour.text.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 from plotarmour.text.tokenwriter import Unusable
-from plotarmour.text.unfinished import all_but_named, empty, locked, read_journal, say, tidy, unfinished_folder
+from plotarmour.text.unfinished import (
+    all_but_named,
+    empty,
+    locked,
+    read_journal,
+    say,
+    tidy,
+    unfinished_folder,
+    write_journal,
+)
 
 BPE_BYTES = 64 * 10**6
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -71,10 +79,12 @@ def pre_tokenize(texts: list[Path], tokenizer: str, out: Path, split: str | None
         if value not in known:
             raise UserError(f"{name} {value!r} is unknown; expected one of {', '.join(known)}.")
     shares = parse_split(split) if split else None
+    if not out.name:
+        raise UserError(f"--out {out} is no name for a file; expected one, such as tokens.bin.")
     targets = {part: part_path(out, part) for part in _parts(shares)} if shares else {"all": out}
-    for path in targets.values():
-        _check_target(path)
     texts, exclude = find_texts(texts), find_texts(exclude)
+    for path in targets.values():
+        _check_target(path, [*texts, *exclude, Path(tokenizer)])
     for path in [*texts, *exclude]:
         check_text(path)
     work = unfinished_folder(out)
@@ -83,25 +93,25 @@ def pre_tokenize(texts: list[Path], tokenizer: str, out: Path, split: str | None
         if streams:
             stack.enter_context(locked(work, out))
         kept = {path: _spooled(path, work, i) for i, path in enumerate(streams)}
-        sources, excluded = ([Source(kept.get(path, path), "-" if path in kept else path.name, text_column)
+        sources, excluded = ([Source.of(kept.get(path, path), "-" if path == STDIN else path.name, text_column)
                               for path in paths] for paths in (texts, exclude))
         policies = {"stories": stories, "split": split, "newlines": "kept", "errors": errors,
-                    "excluded": digest_of(map(json.dumps, fingerprints(excluded))) if excluded else None,
-                    "bpe_bytes": bpe_bytes if tokenizer.startswith("bpe:") else None}
-        job = Job(sources, tokenizer, targets, shares, Reading(stories, errors, True, bool(shares or excluded), block),
-                  policies, excluded)
-        if not force and not all_but_named(work, job.wanted()) and reusable(job, replace, verify):
+                    "excluded": identity(fingerprints(excluded)) if excluded else None,
+                    "bpe_bytes": bpe_bytes if tokenizer.startswith("bpe:") else None,
+                    "text_column": text_column if any(s.kind != "text" for s in [*sources, *excluded]) else None}
+        found, reading = fingerprints(sources), Reading(stories, errors, True, bool(shares or excluded), block)
+        wanted = identity(found, tokenizer, policies, list(targets))
+        job = Job(sources, tokenizer, targets, shares, reading, policies, found, wanted, excluded)
+        if _is_there(job, work, force, replace, verify):
             if not streams:
                 tidy(work, out)
             return list(targets.values())
         if not streams:
             stack.enter_context(locked(work, out))
+            if _is_there(job, work, force, replace, verify):  # another start has made it meanwhile
+                return list(targets.values())
         try:
             _make(job, work, backend, force)
-        except Differs as difference:
-            warnings.warn(f"{difference}: starting over with tokenizers, which is slower.", stacklevel=2)
-            empty(work)
-            _make(job, work, "tokenizers", force)
         except UserError:
             empty(work)
             raise
@@ -114,42 +124,62 @@ def pre_tokenize(texts: list[Path], tokenizer: str, out: Path, split: str | None
     return list(targets.values())
 
 
+def _is_there(job: Job, work: Path, force: bool, replace: bool, verify: bool) -> bool:
+    return not force and not all_but_named(work, job.wanted) and reusable(job, replace, verify)
+
+
 def _make(job: Job, work: Path, backend: str, force: bool) -> None:
     """Make all files of a job in `work`, going on from what lies there, and put them under their names."""
-    journal = read_journal(work, job.wanted(), force)
+    journal = read_journal(work, job.wanted, force)
     if "complete" in journal and not all(p.exists() or (work / p.name).exists() for p in job.targets.values()):
         empty(work)  # all had their names, and somebody has removed one since
         journal = {}
-    if "complete" not in journal:
-        excluded = _excluded(job)
-        made = _tokenizer(job, work, excluded)
+    while "complete" not in journal:
+        if not journal:
+            write_journal(work, {"wanted": job.wanted})  # so that a tokenizer learned for this job is known as such
         try:
-            encode_all(job, work, made, backend, excluded, journal)
+            excluded = _excluded(job)
+            made = _tokenizer(job, work, excluded)
+            encode_all(job, work, made, backend, excluded, journal if "writers" in journal else {})
+            break
         except Unusable as reason:
             say(f"what an earlier start left cannot be used ({reason}): starting over")
-            empty(work)
-            encode_all(job, work, _tokenizer(job, work, excluded), backend, excluded, {})
+        except Differs as difference:
+            warnings.warn(f"{difference}: starting over with tokenizers, which is slower.", stacklevel=3)
+            backend = "tokenizers"
+        empty(work)
+        journal = {}
     for path in job.targets.values():
         if (work / path.name).exists():  # a start that was killed here may have moved some already
             publish(work / path.name, path)
 
 
-def _check_target(path: Path) -> None:
+def _check_target(path: Path, inputs: list[Path]) -> None:
     if path.is_symlink():
         raise UserError(f"{path} is a symbolic link to {os.readlink(path)}; expected a name for a plain file. Name the "
                         "file itself with --out.")
     if path.is_dir():
         raise UserError(f"{path} is a folder; expected a name for a token file, such as {path / 'tokens.bin'}.")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is a device or socket; expected a name for a plain file.")
+    if path.exists() and any(other.exists() and other.samefile(path) for other in inputs):
+        raise UserError(f"{path} is both read and written; expected another name for the token file with --out.")
 
 
 def _spooled(path: Path, work: Path, i: int) -> Path:
-    copy = work / f"stream_{i}"
+    copy, name = work / f"stream_{i}", "standard input" if path == STDIN else path.name
     try:
         spool(path, copy)
-        check_text(copy, "standard input" if str(path) == "-" else str(path))
+        check_text(copy, name)
     except UserError:
-        empty(work)
+        copy.unlink(missing_ok=True)
         raise
+    except OSError as error:
+        copy.unlink(missing_ok=True)
+        if error.errno not in FULL:
+            raise
+        raise UserError(f"{work.parent.resolve()}: {error.strerror}, while {name} was copied there; free are "
+                        f"{shutil.disk_usage(work).free / 1e6:,.1f} MB. Make room, or name a file instead.") from None
     return copy
 
 
@@ -157,16 +187,17 @@ def _excluded(job: Job) -> np.ndarray | None:
     """Sorted uint64 hashes of the stories to leave out: 8 bytes a story."""
     if not job.exclude:
         return None
-    reading = Reading(job.reading.stories, job.reading.errors, True, True)
     hashes = []
     for source in job.exclude:
+        reading = Reading(job.reading.stories, job.reading.errors, True, True, job.reading.block)
         with HashingReader(source) as reader:
             hashes += [np.array(c.hashes, np.uint64) for c in read_chunks(source, reader, reading) if c.hashes]
+            reader.finish()
     return np.unique(np.concatenate(hashes)) if hashes else np.zeros(0, np.uint64)
 
 
 def _tokenizer(job: Job, work: Path, excluded: np.ndarray | None) -> Tokenizer:
-    """The tokenizer of a job; a learned one is kept in `work`, so that a later start need not learn it again."""
+    """The tokenizer of a job; a learned one is kept in `work` for a later start."""
     if job.tokenizer.endswith(".bin"):
         return TokenFile.open(job.tokenizer).tokenizer()
     if not job.tokenizer.startswith("bpe:"):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from plotarmour.errors import UserError
-from plotarmour.text.job import Job, described, digest_of, fingerprints
+from plotarmour.text.job import Job, described, digest_of
 from plotarmour.text.sources import Source
 from plotarmour.text.tokenfile import TokenFile, read_header
 from plotarmour.text.tokenizers import make_tokenizer
@@ -25,10 +25,14 @@ def reusable(job: Job, replace: bool, verify: bool) -> bool:
     if not existing:
         return False
     if len(existing) < len(job.targets):
-        found = [f"{path.name} is missing" for path in job.targets.values() if not path.exists()]
+        missing = [path.name for path in job.targets.values() if not path.exists()]
+        if not replace:
+            raise UserError(f"{existing[0]} exists, {', '.join(missing)} does not; expected all parts or none. Use "
+                            "another --out, or --force to make all anew.")
+        return False
     else:
         found = []
-        sources = described(fingerprints(job.sources))
+        sources = described(job.fingerprints)
         for part, path in job.targets.items():
             found = found or _differences(path, sources, {**job.policies, "part": part}, job.tokenizer,
                                          job.sources if verify else [])

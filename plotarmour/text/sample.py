@@ -1,6 +1,7 @@
 """What bpe:N learns from: at most so many bytes, spread over the train part, the same however the text is read."""
 
 from collections.abc import Iterator
+from itertools import repeat
 
 import numpy as np
 
@@ -8,26 +9,38 @@ from plotarmour.text.chunks import Reading, read_chunks
 from plotarmour.text.sources import HashingReader, Source
 from plotarmour.text.stories import part_of, story_hash
 
+OVERHEAD = 200  # bytes of memory for each text held, whatever its length
+
 
 class Sample:
     """Texts whose hash lies under a threshold, which is halved whenever they get too many.
 
-    So the sample is spread evenly, and depends on the set of texts alone, not on their order.
+    So the sample is spread evenly, and depends on the set of texts alone, not on their order. Copies are counted, not
+    held.
     """
 
     def __init__(self, n_bytes: int):
-        self.n_bytes, self.threshold, self.size, self.kept = n_bytes, 2**64, 0, []
+        self.n_bytes, self.threshold, self.size = n_bytes, 2**64, 0
+        self.kept: dict[str, list[int]] = {}  # text: mixed hash, bytes, copies
 
-    def add(self, hashed: int, text: str, size: int) -> None:
+    def add(self, hashed: int, text: str, size: int, copies: int = 1) -> None:
         mixed = hashed * 0x9E3779B97F4A7C15 % 2**64  # the part hangs on the hash itself
         if mixed >= self.threshold:
             return
-        self.kept.append((mixed, text, size))
-        self.size += size
+        if text in self.kept:
+            self.kept[text][2] += copies
+            return
+        self.kept[text] = [mixed, size, copies]
+        self.size += size + OVERHEAD
         while self.size > self.n_bytes and len(self.kept) > 1:
             self.threshold //= 2
-            self.kept = [k for k in self.kept if k[0] < self.threshold] or [min(self.kept)]
-            self.size = sum(k[2] for k in self.kept)
+            under = {text: row for text, row in self.kept.items() if row[0] < self.threshold}
+            self.kept = under or dict([min(self.kept.items(), key=lambda item: item[1][0])])
+            self.size = sum(row[1] + OVERHEAD for row in self.kept.values())
+
+    def texts(self) -> Iterator[str]:
+        for text, (_, _, copies) in self.kept.items():
+            yield from repeat(text, copies)
 
 
 def sample_stories(sources: list[Source], reading: Reading, shares: tuple[int, int, int] | None,
@@ -62,7 +75,8 @@ def sample_stories(sources: list[Source], reading: Reading, shares: tuple[int, i
                     continue
                 pending.add(story_hash(chunk.texts[0]), chunk.texts[0], chunk.sizes[0])
                 if chunk.piece == "last":
-                    for _, text, size in pending.kept if learned(chunk.hashes[0]) else []:
-                        sample.add(story_hash(text), text, size)
+                    for text, (_, size, copies) in pending.kept.items() if learned(chunk.hashes[0]) else ():
+                        sample.add(story_hash(text), text, size, copies)
                     pending = Sample(n_bytes)
-    return iter([text for _, text, _ in sample.kept])
+            reader.finish()
+    return sample.texts()

@@ -3,6 +3,7 @@
 Every file is hashed as it lies on the disk while it is read, so that a token file can say what it was made from.
 """
 
+import codecs
 import glob
 import gzip
 import hashlib
@@ -40,11 +41,19 @@ class Source:
         path: of the file that is read.
         name: in headers and messages; "-" for standard input, which is copied to a file first.
         text_column: of JSON lines and Parquet.
+        state: of the file when it was first looked at; reading notices when it is another. None: when it is opened.
     """
 
     path: Path
     name: str
     text_column: str = "text"
+    state: tuple[int, int, int] | None = None
+
+    @classmethod
+    def of(cls, path: Path, name: str | None = None, text_column: str = "text") -> "Source":
+        """A text as it lies there now."""
+        shown = (name or path.name).encode("utf-8", "replace").decode()  # a name need not be UTF-8, a header must
+        return cls(path, shown, text_column, file_state(path))
 
     @property
     def kind(self) -> str:
@@ -71,6 +80,12 @@ class Source:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_state(path: Path) -> tuple[int, int, int]:
+    """Return inode, size and time of change: by name, so that also a file put in another's place counts."""
+    found = os.stat(path)
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def find_texts(names: list[str | Path]) -> list[Path]:
     """Expand patterns such as data/*.txt, which a shell may have left alone; sorted by name.
 
@@ -82,7 +97,7 @@ def find_texts(names: list[str | Path]) -> list[Path]:
         if not glob.has_magic(name) or Path(name).exists():
             found.append(Path(name))
             continue
-        matches = sorted(Path(match) for match in glob.glob(name, recursive=True) if Path(match).is_file())
+        matches = sorted(filter(Path.is_file, map(Path, glob.glob(name, recursive=True))), key=Path.as_posix)
         if not matches:
             raise UserError(f"{name} matches no file; expected at least one text. Check the pattern.")
         found += matches
@@ -127,10 +142,13 @@ def _not_text(start: bytes) -> str | None:
     to_utf8 = "expected UTF-8 text. Convert it, e.g. with: iconv -f utf-16 -t utf-8"
     if not start:
         return "is empty (0 bytes when unpacked); expected stories as UTF-8 text."
+    if start[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
+        return f"is UTF-32 (it begins with its byte order mark); {to_utf8.replace('utf-16', 'utf-32')}."
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return f"is UTF-16 (it begins with its byte order mark); {to_utf8}."
     for signature, what in SIGNATURES.items():
-        if start.startswith(signature):
+        # "BZh" and "PAR1" may begin a story; data have bytes that no text has.
+        if start.startswith(signature) and (signature == b"PLOTARM" or not _is_plain(start)):
             return f"is {what}; expected UTF-8 text."
     zeros = (start[::2].count(0) / len(start[::2]), start[1::2].count(0) / max(1, len(start[1::2])))
     if len(start) >= 64 and max(zeros) > 0.4 and min(zeros) < 0.1:  # Latin letters: every other byte is 0
@@ -139,6 +157,13 @@ def _not_text(start: bytes) -> str | None:
     if len(start) >= 512 and control > 0.1 * len(start):
         return f"looks binary ({control / len(start):.0%} control bytes at its beginning); expected UTF-8 text."
     return None
+
+
+def _is_plain(start: bytes) -> bool:
+    try:
+        return "\0" not in codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return False
 
 
 class HashingReader:
@@ -153,7 +178,7 @@ class HashingReader:
         """Open the file. `expected`: what the first so many bytes must hash to; `matches` says whether they did."""
         self.source, self.progress, self.expected = source, progress, expected
         self.file: BinaryIO = source.path.open("rb", buffering=0)
-        self.before = self._state()
+        self.before = source.state or file_state(source.path)
         self.sha256, self.n_bytes, self.matches = hashlib.sha256(), 0, None
 
     def read(self, size: int = -1) -> bytes:
@@ -182,7 +207,7 @@ class HashingReader:
         """
         while self.read(MIB):
             pass
-        after = self._state()
+        after = file_state(self.source.path)
         self.close()
         if after != self.before or self.n_bytes != self.before[1]:
             raise UserError(f"{self.source.name} changed while it was read ({self.before[1]:,} bytes at first, "
@@ -197,10 +222,6 @@ class HashingReader:
 
     def __exit__(self, *exception) -> None:
         self.close()
-
-    def _state(self) -> tuple[int, int, int]:
-        found = os.stat(self.source.path)  # by name: also a file put in its place counts as a change
-        return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def blocks(source: Source, reader: HashingReader, size: int) -> Iterator[bytes]:

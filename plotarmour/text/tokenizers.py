@@ -19,6 +19,7 @@ from plotarmour.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50257
+GPT2_SHA256 = "0f8c9d6ae8900a28603a84f9c4be747822b43891146b9d76e7d3faf936c34c0b"  # see `_is_gpt2`
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -49,8 +50,7 @@ class Tokenizer:
             raise UserError(f"the {kind} tokenizer has no {END_OF_TEXT} entry; expected one, it ends every story. "
                             "Add it as a special token.")
         self.end_of_text_id = end
-        is_gpt2 = kind == "file" and (self.vocab_size, end) == (GPT2_VOCAB_SIZE, GPT2_VOCAB_SIZE - 1)
-        self.kind = "gpt2" if is_gpt2 else kind
+        self.kind = "gpt2" if kind == "file" and _is_gpt2(self) else kind
         self.backend.encode_special_tokens = True  # a literal <|endoftext|> in a story stays text
         self.backend.no_padding()
         self.backend.no_truncation()
@@ -97,6 +97,16 @@ class Tokenizer:
         path.write_text(self.json, encoding="utf-8")
 
 
+def _is_gpt2(tokenizer: Tokenizer) -> bool:
+    """Whether entries, merges and splitting are GPT-2's: a tokenizer of its size alone may be any other."""
+    if (tokenizer.vocab_size, tokenizer.end_of_text_id) != (GPT2_VOCAB_SIZE, GPT2_VOCAB_SIZE - 1):
+        return False
+    model = json.loads(tokenizer.json)["model"]
+    vocab, merges = model["vocab"], [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
+    known = "\n".join(sorted(vocab, key=vocab.get)) + "\0" + "\n".join(merges)
+    return hashlib.sha256(known.encode()).hexdigest() == GPT2_SHA256 and tokenizer.takes_pieces
+
+
 def make_tokenizer(spec: str, train_stories: Iterable[str] | None = None) -> Tokenizer:
     """Make the tokenizer that a command line or recipe names.
 
@@ -138,8 +148,8 @@ def _gpt2() -> Tokenizer:
     for folder in (Path("data") / "gpt2", ROOT / "data" / "gpt2"):
         if folder.is_dir():
             found = load_tokenizer(folder)
-            if found.vocab_size != GPT2_VOCAB_SIZE:
-                raise UserError(f"{folder} holds a tokenizer of {found.vocab_size:,} entries; GPT-2's has "
+            if found.kind != "gpt2":
+                raise UserError(f"{folder} holds another tokenizer, of {found.vocab_size:,} entries; expected GPT-2's "
                                 f"{GPT2_VOCAB_SIZE:,}. Put GPT-2's there, or name the folder: --tokenizer {folder}.")
             return found
     if os.environ.get("HF_HUB_OFFLINE") != "1":

@@ -39,6 +39,9 @@ def locked(work: Path, out: Path) -> Iterator[None]:
     lock, owner = FileLock(work / "lock"), work / "owner.json"
     try:
         lock.acquire(timeout=0)
+    except NotImplementedError:
+        raise UserError(f"{out.parent} is on a file system without locks; expected one that has them. Write to another "
+                        "disk with --out.") from None
     except Timeout:
         try:
             found = json.loads(owner.read_text(encoding="utf-8"))
@@ -52,14 +55,14 @@ def locked(work: Path, out: Path) -> Iterator[None]:
         owner.write_text(json.dumps({"pid": os.getpid(), "since": since}), encoding="utf-8")
         yield
     finally:
-        if not any((work / name).exists() for name in ("journal.json", "tokenizer.json")):  # nothing to go on from
+        if not (work / "journal.json").exists():  # nothing to go on from
             shutil.rmtree(work, ignore_errors=True)
         lock.release()
-        if work.exists() and {path.name for path in work.iterdir()} <= {"lock", "owner.json"}:
-            shutil.rmtree(work, ignore_errors=True)  # Windows cannot remove a file that is open
+        if os.name == "nt" and work.exists() and {path.name for path in work.iterdir()} <= {"lock", "owner.json"}:
+            shutil.rmtree(work, ignore_errors=True)  # a file that was open cannot be removed there
 
 
-def all_but_named(work: Path, wanted: dict) -> bool:
+def all_but_named(work: Path, wanted: str) -> bool:
     """Whether an earlier start was killed while it gave complete files their names."""
     try:
         journal = json.loads((work / "journal.json").read_text(encoding="utf-8"))
@@ -68,7 +71,7 @@ def all_but_named(work: Path, wanted: dict) -> bool:
         return False
 
 
-def read_journal(work: Path, wanted: dict, force: bool) -> dict:
+def read_journal(work: Path, wanted: str, force: bool) -> dict:
     """What an earlier start noted, if it can be continued; otherwise nothing, and an empty `work`."""
     path = work / "journal.json"
     try:
@@ -77,9 +80,8 @@ def read_journal(work: Path, wanted: dict, force: bool) -> dict:
             return journal
         reason = "--force" if force else "the text or the settings are others now"
     except FileNotFoundError:
-        if not (work / "tokenizer.json").exists():
-            return {}
-        reason = "nothing was noted yet"
+        empty(work)  # killed before anything was noted, or while it cleared up
+        return {}
     except (ValueError, KeyError, TypeError):
         reason = "its journal is damaged"
     say(f"an earlier start was stopped and cannot be continued ({reason}): starting over")
@@ -96,7 +98,7 @@ def write_journal(work: Path, journal: dict) -> None:
 
 def empty(work: Path) -> None:
     """Remove what a job left in its folder, but for copies of streams and the lock."""
-    for path in work.iterdir():
+    for path in sorted(work.iterdir(), key=lambda path: path.name == "journal.json"):  # the journal last
         if not path.name.startswith(KEPT):
             path.unlink()
 

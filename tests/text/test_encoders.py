@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -5,10 +7,10 @@ from hypothesis import strategies as st
 
 from plotarmour.errors import UserError
 from plotarmour.text import encoders
-from plotarmour.text.encoders import FastEncoder, ReferenceEncoder, make_encoder
+from plotarmour.text.encoders import Differs, FastEncoder, ReferenceEncoder, make_encoder
 from plotarmour.text.pretokenize import pre_tokenize
 from plotarmour.text.tokenfile import TokenFile
-from plotarmour.text.tokenizers import load_tokenizer, make_tokenizer
+from plotarmour.text.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 
 pytest.importorskip("fastokens")
 ODD = ["é", "e\u0301", "😀", "\r\n", "\x00", "<|endoftext|>", " ", "  ", "\u3000", "'s", "don't", "42", "\t", "ǅ", "。",
@@ -64,6 +66,34 @@ def test_a_difference_is_noticed_said_and_mended(shared, tmp_path, monkeypatch):
         [path] = pre_tokenize([text], str(shared / "gpt2"), tmp_path / "x.bin", block=2**16)
     [expected] = pre_tokenize([text], str(shared / "gpt2"), tmp_path / "y.bin", backend="tokenizers")
     assert path.read_bytes() == expected.read_bytes()
+
+
+def test_truncation_and_padding_of_a_tokenizer_json_do_not_count(tmp_path):
+    """Guards: long stories cut off without a word by one backend only; a check that looks at beginnings alone."""
+    made = json.loads(make_tokenizer("bytes").json)
+    made["truncation"] = {"direction": "Right", "max_length": 5000, "strategy": "LongestFirst", "stride": 0}
+    made["padding"] = {"strategy": {"Fixed": 20}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 1,
+                       "pad_type_id": 0, "pad_token": "a"}
+    tokenizer = Tokenizer(json.dumps(made), "file")
+    texts = ["a word " * 1000, "short"]
+    ids, counts = FastEncoder(tokenizer).encode(texts)
+    assert counts.tolist() == ReferenceEncoder(tokenizer).encode(texts)[1].tolist() == [7001, 6]
+    encoder = FastEncoder(tokenizer)
+    encoder.n_seen = 10**9
+    short = encoder.backend.encode_batch_flat(["a word " * 400], add_special_tokens=True, split_special_tokens=True)
+    encoder.backend = type("Cut", (), {"encode_batch_flat": lambda *args, **options: short})
+    with pytest.raises(Differs):
+        encoder.encode(["a word " * 399 + "another" + " word" * 10])
+
+
+def test_what_goes_wrong_after_a_difference_leaves_nothing_either(shared, tmp_path, monkeypatch):
+    """Guards: a work folder left behind by the second try."""
+    monkeypatch.setattr(FastEncoder, "_check", lambda *args: (_ for _ in ()).throw(Differs("other ids")))
+    text = tmp_path / "t.txt"
+    text.write_bytes((shared / "data" / "tinystories" / "stories_b.txt").read_bytes() + b"\xff")
+    with pytest.warns(UserWarning, match="starting over"), pytest.raises(UserError, match="not UTF-8"):
+        pre_tokenize([text], "bytes", tmp_path / "x.bin")
+    assert list(tmp_path.iterdir()) == [text]
 
 
 def test_at_most_half_a_percent_is_compared_from_the_beginning_on(shared):

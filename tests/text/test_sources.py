@@ -70,6 +70,8 @@ BAD = {
     "a.parquet": (b"PAR1 and nothing", "cannot be read as Parquet"),
     "a.jsonl": (b'{"text": "one"}\nnonsense\n', "no JSON at byte 16"),
     "b.jsonl": (b'{"story": "one"}\n', "no text in 'text' .it has: story.. Name the column with --text-column"),
+    "d.jsonl": (b"[" * 100_000, "no JSON at byte 0"),
+    "e.jsonl": (b'{"text": "caf\xe9"}\n', "not UTF-8: byte 0xe9 at offset 13"),
     "c.jsonl": (b'{"text": "\\ud800"}\n', "lone surrogate"),
 }
 
@@ -111,6 +113,13 @@ def test_a_fifo_is_read_and_one_that_nobody_writes_is_refused(tmp_path, monkeypa
     [made] = pre_tokenize([fifo], "bytes", tmp_path / "x.bin")
     writer.join()
     assert told(made) == ["one", "two"] and sorted(p.name for p in tmp_path.iterdir()) == ["fifo", "x.bin"]
+    packed = tmp_path / "rows.jsonl.gz"
+    os.mkfifo(packed)
+    writer = threading.Thread(target=lambda: packed.write_bytes(gzip.compress(b'{"text": "three"}')))
+    writer.start()
+    [made] = pre_tokenize([packed], "bytes", tmp_path / "y.bin")
+    writer.join()
+    assert told(made) == ["three"]  # a FIFO's name says what comes out of it
 
 
 def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):

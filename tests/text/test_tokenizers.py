@@ -1,4 +1,5 @@
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plotarmour.errors import UserError
-from plotarmour.text.tokenizers import END_OF_TEXT, load_tokenizer, make_tokenizer
+from plotarmour.text.tokenizers import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer
 
 BYTES = make_tokenizer("bytes")
 LEARNED = make_tokenizer("bpe:270", ["the cat sat on the mat. the cat ran. the mat"] * 3)
@@ -65,6 +66,14 @@ def test_wrong_tokenizers_are_refused(spec, message):
     """Guards: a tokenizer name that falls through to a default."""
     with pytest.raises(UserError, match=message):
         make_tokenizer(spec)
+
+
+def test_a_tokenizer_of_gpt2s_size_is_not_gpt2(shared):
+    """Guards: a token file of another vocabulary taken for GPT-2's, because both have 50,257 entries."""
+    made = json.loads(load_tokenizer(shared / "gpt2").json)
+    vocab = made["model"]["vocab"]
+    vocab["Ġthe"], vocab["Ġdog"] = vocab["Ġdog"], vocab["Ġthe"]
+    assert Tokenizer(json.dumps(made), "file").kind == "file"
 
 
 def test_gpt2_nowhere_to_be_had_names_the_ways(monkeypatch, tmp_path):

@@ -80,6 +80,18 @@ def test_standard_input_and_info(root, run_main, tmp_path):
     assert done.returncode == 2 and b"standard input is empty" in done.stderr
 
 
+def test_the_number_of_workers_does_not_show(root, shared, tmp_path):
+    """Guards: tokens that depend on threads."""
+    text, made = shared / "data" / "tinystories" / "stories_b.txt", set()
+    for workers in (1, 2, 5):
+        for backend in ("fastokens", "tokenizers"):
+            options = ["--tokenizer", shared / "gpt2", "--force", "--workers", workers, "--backend", backend]
+            done = call(root, "pre_tokenize", text, "--out", tmp_path / "x.bin", *options)
+            assert done.returncode == 0, done.stderr
+            made.add((tmp_path / "x.bin").read_bytes())
+    assert len(made) == 1
+
+
 BAD_TEXTS = {
     "missing": (None, "does not exist"), "folder": ("folder", "is a folder"), "empty": (b"", "is empty"),
     "blank": (b" \n<|endoftext|>\n ", "holds no story"),
