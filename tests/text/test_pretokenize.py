@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,13 @@ def test_a_small_first_text_does_not_fill_the_disk_in_thought(text, tmp_path, mo
     real, size = shutil.disk_usage, text.stat().st_size
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=4 * size))
     pre_tokenize([first, text], "bytes", tmp_path / "x.bin", block=9000)
+    monkeypatch.setattr(pipeline, "ENOUGH", 100)  # and a small last one, where a start goes on
+    for n in range(10, 20):
+        with monkeypatch.context() as patch:
+            stop_after(patch, n)
+            with suppress(Killed):
+                pre_tokenize([text, first], "bytes", tmp_path / f"{n}.bin", block=9000)
+        pre_tokenize([text, first], "bytes", tmp_path / f"{n}.bin", block=9000)
 
 
 def test_another_column_is_another_text(tmp_path, monkeypatch):
@@ -190,7 +198,7 @@ def test_what_is_read_is_not_written(text, tmp_path):
         pre_tokenize([text], "bytes", Path("."), "80:10:10")
 
 
-@pytest.mark.parametrize("damage", ["tokens", "index", "journal", "text", "settings", "missing"])
+@pytest.mark.parametrize("damage", ["none", "tokens", "index", "journal", "text", "settings", "missing"])
 def test_leftovers_that_do_not_fit_are_not_continued(text, tmp_path, monkeypatch, capsys, damage):
     """Guards: a file made of two texts, of two settings, or of tokens that were lost with the power."""
     stop_after(monkeypatch, 5)
@@ -199,7 +207,9 @@ def test_leftovers_that_do_not_fit_are_not_continued(text, tmp_path, monkeypatch
     monkeypatch.undo()
     work, stories = tmp_path / ".x.bin.unfinished", "endoftext"
     raw = bytearray((work / "x.bin").read_bytes())
-    if damage == "tokens":
+    if damage == "none":  # what was written behind the last note is cut off, and the rest goes on
+        (work / "x.bin").write_bytes(raw + b"behind")
+    elif damage == "tokens":
         raw[5000] ^= 1
         (work / "x.bin").write_bytes(raw)
     elif damage == "index":
@@ -215,7 +225,7 @@ def test_leftovers_that_do_not_fit_are_not_continued(text, tmp_path, monkeypatch
     else:
         (work / "x.bin.offsets").unlink()
     [path] = pre_tokenize([text], "bytes", tmp_path / "x.bin", stories=stories, block=9000)
-    assert "starting over" in capsys.readouterr().err
+    assert ("going on" if damage == "none" else "starting over") in capsys.readouterr().err
     [expected] = pre_tokenize([text], "bytes", tmp_path / "y.bin", stories=stories)
     assert path.read_bytes() == expected.read_bytes() and not work.exists()
 
@@ -244,6 +254,10 @@ def test_a_start_killed_while_files_get_their_names_gives_the_others_theirs(text
     (tmp_path / ".x.bin.unfinished" / "x.train.bin.lengths").touch()
     assert digest(pre_tokenize([text], "bytes", tmp_path / "x.bin", "80:10:10")) == expected
     assert len(list(tmp_path.iterdir())) == 4
+    (tmp_path / ".y.bin.unfinished").mkdir()  # a tokenizer that nobody answers for
+    make_tokenizer("bpe:260", ["zyzzyva " * 50]).save(tmp_path / ".y.bin.unfinished" / "tokenizer.json")
+    [path] = pre_tokenize([text], "bpe:260", tmp_path / "y.bin")
+    assert "zy" not in TokenFile.open(path).tokenizer().json
 
 
 KILLED = """
