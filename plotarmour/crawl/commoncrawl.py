@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from plotarmour.crawl.downloads import download
 from plotarmour.crawl.pages import REASONS, PageRules, check_language, require, why_dropped
-from plotarmour.crawl.partfile import say
 from plotarmour.crawl.wet import read_wet
 from plotarmour.crawl.wetlist import Wet, check_file
 from plotarmour.errors import UserError
@@ -26,6 +25,7 @@ from plotarmour.files import publish, unfinished, write_json, write_text
 from plotarmour.text.chunks import read_stories
 from plotarmour.text.sources import Source
 from plotarmour.text.stories import SEPARATOR, story_hash
+from plotarmour.text.unfinished import say
 
 
 @dataclass(frozen=True)

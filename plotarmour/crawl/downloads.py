@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from plotarmour.crawl.partfile import BLOCK, Download, PartFile, say
+from plotarmour.crawl.partfile import BLOCK, Download, PartFile
 from plotarmour.errors import UserError
+from plotarmour.text.unfinished import say
 
 if TYPE_CHECKING:
     import requests

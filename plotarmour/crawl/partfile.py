@@ -8,16 +8,14 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from tqdm import tqdm
-
 from plotarmour.errors import UserError
 from plotarmour.files import publish, write_json
+from plotarmour.text.unfinished import say
 
 BLOCK = 2**18
 
@@ -154,8 +152,3 @@ def _lock(file: BinaryIO) -> bool:
     except OSError as error:
         return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # a file system without locks goes unlocked
     return True
-
-
-def say(message: str) -> None:
-    """Tell the user on stderr, without tearing a progress bar."""
-    tqdm.write(message, file=sys.stderr)

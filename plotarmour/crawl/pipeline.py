@@ -21,9 +21,9 @@ from loguru import logger
 
 from plotarmour.crawl.commoncrawl import Crawl, StoryFile, fetch, finish_shard, join_shards
 from plotarmour.crawl.pages import require, why_dropped
-from plotarmour.crawl.partfile import say
 from plotarmour.crawl.wet import read_wet
 from plotarmour.errors import UserError
+from plotarmour.text.unfinished import say
 
 ROOT = Path(__file__).resolve().parents[2]
 
