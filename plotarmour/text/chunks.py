@@ -276,8 +276,12 @@ def _parquet_chunks(source: Source, reader: HashingReader, reading: Reading, pos
                 raise UserError(f"{source.name} has no column {source.text_column!r} (it has: {', '.join(names)}). "
                                 "Name the column with --text-column.")
             done, found, size = 0, [], 0
+            report, reader.progress = reader.progress, None  # by rows: the reader sees the bytes only at the end
+            each = source.path.stat().st_size / max(1, file.metadata.num_rows)
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[source.text_column]):
                 done += len(batch)
+                if report:
+                    report(each * len(batch))
                 if done <= position:
                     continue
                 found += batch.column(0).to_pylist()
