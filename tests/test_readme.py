@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import re
 import shlex
+import statistics
 
 import pytest
 
@@ -54,6 +55,22 @@ def test_the_tables_show_the_committed_numbers(readme, root):
                 loss, perplexity, bits = (float(row[c]) for c in ("loss", "perplexity", "bits_per_byte"))
                 shown = f"{loss:.3f} | {perplexity:,.2f} | {bits:.3f}"
                 assert shown in readme, (folder, row["name"], shown)
+
+
+def test_the_speeds_are_the_committed_ones(readme, root):
+    """Guards: a speed that nobody measured, or that was measured of another version."""
+    with (root / "results" / "reference" / "pretokenize.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    [plain] = [float(row["mb_per_s"]) for row in rows if row["what"] == "plain script"]
+
+    def middle(what, mb, column="mb_per_s"):
+        return statistics.median(float(row[column]) for row in rows if (row["what"], row["mb"]) == (what, mb))
+
+    for mb in ("206", "1006"):
+        ours, alone = middle("ours", mb), middle("fastokens alone", mb)
+        shown = (f"{int(mb):,} MB | {ours:.0f} MB/s | {ours / plain:.1f} | {alone:,.0f} MB/s | "
+                 f"{middle('ours', mb, 'peak_rss_mib'):.0f} MiB")
+        assert shown in readme, shown
 
 
 def test_the_diagrams_are_there(readme):
