@@ -83,6 +83,8 @@ def import_bin(path: Path, tokenizer: str, out: Path, dtype: str | None = None, 
     Raises:
         UserError: a file that is not of this format, an id outside the vocabulary, an existing `out` without `force`.
     """
+    if out.exists() and path.exists() and out.samefile(path):
+        raise UserError(f"{out} is both read and written; expected another name for the token file with --out.")
     if out.exists() and not force:
         raise UserError(f"{out} exists already; expected a new name. Use another --out, or --force to replace it.")
     if story_tokens is not None and story_tokens < 1:
