@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -28,8 +29,12 @@ def run_command(main: Callable[[], None]) -> None:
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # for people: without our line of code
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         sys.exit(_complain(str(error)))
+    except BrokenPipeError:  # of whoever reads our output, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # a write that fails does not know its file's name
         if error.errno not in USER_OS_ERRORS or (error.filename is None and not disk_full):

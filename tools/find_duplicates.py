@@ -46,6 +46,7 @@ def main() -> None:
     found = find_duplicates(dict(zip(parts, files.values(), strict=True)), args.out, args.threshold, not args.no_near,
                             args.examples)
     print(found.table())
+    print("shown: where there are copies, and copies in the first file; \"surplus\" counts all but one of each group")
     if args.out:
         print(f"{args.out}: {len(found.examples):,} examples; counts in {args.out.with_suffix('.counts.csv')}")
 

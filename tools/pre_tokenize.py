@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="With --split X.train.bin, X.val.bin and X.test.bin are written; bpe:N learns from the train part only. "
                "Existing files made from the same text with the same settings are taken as they are.")
     parser.add_argument("text", nargs="*", type=Path, help="UTF-8 texts or patterns, in this order: plain text or "
-                        ".jsonl, each also .gz; .parquet; - for standard input")
+                        ".jsonl, each also .gz; .parquet; - for plain text from standard input")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bpe:N (N entries), bytes, a folder with a "
                         "tokenizer.json, a run folder, or a token file whose tokenizer to use")
     parser.add_argument("--out", type=Path, help="token file to write, X.bin")
@@ -34,7 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
                         "file; a row of .jsonl or .parquet always is one")
     parser.add_argument("--text-column", default="text", help="of .jsonl and .parquet")
     parser.add_argument("--exclude", nargs="+", type=Path, default=[], metavar="TEXT",
-                        help="leave out stories that also stand in these texts (near-copies count)")
+                        help="leave out stories that also stand in these texts, be it with other case, punctuation or "
+                        "spacing")
     parser.add_argument("--errors", default="strict", help="what is not UTF-8: strict refuses the text, replace puts "
                         "U+FFFD and counts")
     parser.add_argument("--bpe-bytes", type=int, default=BPE_BYTES, metavar="BYTES",
@@ -59,20 +60,24 @@ def main() -> None:
     if args.info or isinstance(args.verify, str):
         if isinstance(args.verify, str):
             verify(TokenFile.open(args.verify))
+        elif args.verify:
+            verify(TokenFile.open(args.info))
         if args.info:
             show(TokenFile.open(args.info))
         return
     if not args.text or not args.out:
         raise UserError("expected text files and --out X.bin (or --info X.bin, --verify X.bin); see --help.")
-    for path in pre_tokenize(args.text, args.tokenizer, args.out, args.split, args.stories, args.exclude, args.force,
-                             verify=bool(args.verify), errors=args.errors, text_column=args.text_column,
-                             bpe_bytes=args.bpe_bytes, backend=args.backend):
+    made = pre_tokenize(args.text, args.tokenizer, args.out, args.split, args.stories, args.exclude, args.force,
+                        verify=bool(args.verify), errors=args.errors, text_column=args.text_column,
+                        bpe_bytes=args.bpe_bytes, backend=args.backend)
+    for path in made:
         data = TokenFile.open(path)
-        extra = "".join(f", {data.header[key]:,} {word}" for key, word in (
-            ("n_empty_dropped", "empty dropped"), ("n_excluded", "excluded"),
-            ("n_replaced", "characters replaced")) if data.header.get(key))
-        print(f"{path}: {data.n_tokens:,} tokens, {data.n_stories:,} stories ({path.stat().st_size / 2**20:.1f} MiB)"
-              f"{extra}")
+        print(f"{path}: {data.n_tokens:,} tokens, {data.n_stories:,} stories ({path.stat().st_size / 2**20:.1f} MiB)")
+    extra = [f"{data.header[key]:,} {word}" for key, word in (
+        ("n_empty_dropped", "empty stories dropped"), ("n_excluded", "stories excluded"),
+        ("n_replaced", "characters replaced by U+FFFD")) if data.header.get(key)]
+    if extra:
+        print(f"of the whole text: {', '.join(extra)}")
 
 
 def verify(data: TokenFile) -> None:

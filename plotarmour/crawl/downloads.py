@@ -68,7 +68,8 @@ def download(url: str, path: Path, force: bool = False, attempts: int = 6, wait_
                 furthest = max(furthest, part.n_bytes)
                 if failures >= attempts:
                     kept = f" {part.n_bytes:,} bytes are kept." if part.n_bytes else ""
-                    raise UserError(f"{url} cannot be fetched: {error}. Check the network and the address; the same "
+                    raise UserError(f"{url} cannot be fetched: {error}. Check the network and the address, "
+                                    f"or put the file into {path.parent} in another way; the same "
                                     f"command goes on from here.{kept}") from None
                 pause = min(max(wait_s * 2 ** (failures - 1), error.wait_s), LONGEST_WAIT_S)
                 say(f"{path.name}: {error}; attempt {failures + 1} of {attempts} in {pause:.3g} s")

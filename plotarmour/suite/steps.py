@@ -55,9 +55,9 @@ def require_text(recipe: Recipe, text: Path | None) -> None:
     """Raise `UserError` where a recipe needs a text and none is given."""
     if text is None and not recipe.data.corpus_stories:
         raise UserError(
-            f"recipe {recipe.name} needs a text; expected --text FILE. TinyStories: download "
-            "TinyStoriesV2-GPT4-valid.txt (22 MB, enough for a laptop; TinyStoriesV2-GPT4-train.txt has 2.2 GB) from "
-            "https://huggingface.co/datasets/roneneldan/TinyStories. Without a text: --recipe tiny.")
+            f"recipe {recipe.name} needs a text; expected --text FILE (in a notebook: the parameter text). "
+            "TinyStories: python tools/download_tinystories.py fetches 22 MB, enough for a laptop (--part train: 2.2 "
+            "GB). Without a text: --recipe tiny.")
 
 
 def prepare(recipe: Recipe, folder: Path, text: Path | None = None, extra_text: Path | None = None) -> dict[str, Path]:

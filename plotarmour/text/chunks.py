@@ -233,13 +233,17 @@ class _Cutter:
             offset = start + sum(map(len, parts[:i])) + i
             raise UserError(f"{self.source.name}: no JSON at byte {offset:,} ({error}); expected one object a "
                             "line.") from None
-        found = record.get(column) if isinstance(record, dict) else None
-        if not isinstance(found, str):
-            offset = start + sum(map(len, parts[:i])) + i
-            keys = " ".join(", ".join(record).split())[:200] if isinstance(record, dict) else type(record).__name__
-            raise UserError(f"{self.source.name}: the line at byte {offset:,} has no text in {column!r} (it has: {keys}"
-                            "). Name the column with --text-column.")
-        return found
+        if isinstance(record, dict) and column in record and isinstance(record[column], str | None):
+            return record[column] or ""  # null counts as an empty story, as in Parquet
+        offset = start + sum(map(len, parts[:i])) + i
+        if not isinstance(record, dict):
+            found = f"is a JSON {type(record).__name__}; expected an object"
+        elif column in record:
+            found = f"has {type(record[column]).__name__} in {column!r}; expected text. Name another with --text-column"
+        else:
+            keys = " ".join(", ".join(record).split())[:200]
+            found = f"has no text in {column!r} (it has: {keys}). Name the column with --text-column"
+        raise UserError(f"{self.source.name}: the line at byte {offset:,} {found}.")
 
 
 def _size(text: str, source: Source) -> int:
@@ -271,17 +275,22 @@ def _parquet_chunks(source: Source, reader: HashingReader, reading: Reading, pos
                         "it with: pip install pyarrow") from None
     try:
         with parquet.ParquetFile(source.path) as file:
-            names = file.schema_arrow.names
+            names, types = file.schema_arrow.names, pyarrow.types
             if source.text_column not in names:
                 raise UserError(f"{source.name} has no column {source.text_column!r} (it has: {', '.join(names)}). "
                                 "Name the column with --text-column.")
+            kind = file.schema_arrow.field(source.text_column).type
+            kind = kind.value_type if types.is_dictionary(kind) else kind
+            if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
+                raise UserError(f"{source.name}: column {source.text_column!r} holds {kind}; expected text. Name "
+                                "another with --text-column.")
             done, found, size = 0, [], 0
             report, reader.progress = reader.progress, None  # by rows: the reader sees the bytes only at the end
-            each = source.path.stat().st_size / max(1, file.metadata.num_rows)
+            total, rows = source.path.stat().st_size, max(1, file.metadata.num_rows)
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[source.text_column]):
-                done += len(batch)
                 if report:
-                    report(each * len(batch))
+                    report(total * (done + len(batch)) // rows - total * done // rows)
+                done += len(batch)
                 if done <= position:
                     continue
                 found += batch.column(0).to_pylist()
@@ -298,9 +307,6 @@ def _parquet_chunks(source: Source, reader: HashingReader, reading: Reading, pos
 
 def _rows(source: Source, found: list, done: int, reading: Reading) -> Chunk:
     """The chunk of some rows of a Parquet file, up to row `done`."""
-    if wrong := next((t for t in found if t is not None and not isinstance(t, str)), None):
-        raise UserError(f"{source.name}: column {source.text_column!r} holds {type(wrong).__name__}; expected text. "
-                        "Name another with --text-column.")
     texts = [s for t in found if t and (s := t.strip(BLANK))]
     sizes = [len(t) if t.isascii() else _size(t, source) for t in texts]
     if max(sizes, default=0) > LONGEST_WHOLE:

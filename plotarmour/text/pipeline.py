@@ -70,14 +70,24 @@ def encode_all(job: Job, work: Path, made: Tokenizer, backend: str, excluded: np
                     raise Unusable(f"{source.name} has changed")
         for part, writer in writers.items():
             if not writer.n_stories:
-                found = sum(w.n_stories for w in writers.values())
-                where = f"the {part} part of {found} stories" if job.shares else ", ".join(s.name for s in job.sources)
-                raise UserError(f"{where} holds no story; expected at least one. Use more text"
-                                + (", or another --split." if job.shares else ", or another --stories policy."))
+                raise UserError(_no_story(job, part, sum(w.n_stories for w in writers.values()), sink.n_excluded))
         sources = described([{**s, "sha256": sha} for s, sha in zip(job.fingerprints, sink.done, strict=True)])
         for writer in writers.values():
             writer.complete(sources, sink.n_empty, sink.n_excluded, sink.n_replaced)
         write_journal(work, {"wanted": job.wanted, "complete": True})
+
+
+def _no_story(job: Job, part: str, n_stories: int, n_excluded: int) -> str:
+    """What to say of a part without a story."""
+    names = ", ".join(s.name for s in job.sources[:3])
+    where = f"the {part} part of {n_stories} stories ({names})" if job.shares else names
+    help_ = "Use more text" + (", or another --split" if job.shares else "")
+    if n_excluded and not n_stories:
+        help_ = f"All its {n_excluded:,} stories are left out by --exclude"
+    elif n_stories < 10 and job.reading.stories == "endoftext" and any(s.kind == "text" for s in job.sources):
+        help_ = ("Is there no <|endoftext|> between the stories? Then use --stories line (in a suite: --set "
+                 "stories=line), or more text")
+    return f"{where} holds no story; expected at least one. {help_}."
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import numpy as np
 from plotarmour.errors import UserError
 from plotarmour.files import publish
 from plotarmour.text.chunks import BLOCK, Reading, read_chunks
-from plotarmour.text.encoders import Differs
+from plotarmour.text.encoders import BACKENDS, Differs
 from plotarmour.text.job import Job, fingerprints, identity
 from plotarmour.text.pipeline import encode_all
 from plotarmour.text.reuse import reusable
@@ -25,7 +25,7 @@ from plotarmour.text.sample import sample_stories
 from plotarmour.text.sources import STDIN, HashingReader, Source, check_text, find_texts, is_stream, spool
 from plotarmour.text.stories import PARTS, POLICIES, parse_split
 from plotarmour.text.tokenfile import TokenFile
-from plotarmour.text.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
+from plotarmour.text.tokenizers import Tokenizer, bpe_size, load_tokenizer, make_tokenizer
 from plotarmour.text.tokenwriter import Unusable
 from plotarmour.text.unfinished import (
     all_but_named,
@@ -78,6 +78,10 @@ def pre_tokenize(texts: list[Path], tokenizer: str, out: Path, split: str | None
     for name, value, known in (("--stories", stories, POLICIES), ("--errors", errors, ("strict", "replace"))):
         if value not in known:
             raise UserError(f"{name} {value!r} is unknown; expected one of {', '.join(known)}.")
+    if backend not in BACKENDS:
+        raise UserError(f"--backend {backend!r} is unknown; expected one of {', '.join(BACKENDS)}.")
+    if bpe_bytes < 1000:
+        raise UserError(f"--bpe-bytes {bpe_bytes} is too small to learn from; expected 1,000 or more.")
     shares = parse_split(split) if split else None
     if not out.name:
         raise UserError(f"--out {out} is no name for a file; expected one, such as tokens.bin.")
@@ -85,8 +89,13 @@ def pre_tokenize(texts: list[Path], tokenizer: str, out: Path, split: str | None
     texts, exclude = find_texts(texts), find_texts(exclude)
     for path in targets.values():
         _check_target(path, [*texts, *exclude, Path(tokenizer)])
+    for i, path in enumerate(texts):
+        if path in texts[:i]:
+            raise UserError(f"{path} is named twice; all of its stories would be copies. Name each text once.")
     for path in [*texts, *exclude]:
         check_text(path)
+    if tokenizer.startswith("bpe:"):
+        bpe_size(tokenizer)
     work = unfinished_folder(out)
     with ExitStack() as stack:
         streams = [path for path in [*texts, *exclude] if is_stream(path)]
@@ -112,6 +121,9 @@ def pre_tokenize(texts: list[Path], tokenizer: str, out: Path, split: str | None
                 return list(targets.values())
         try:
             _make(job, work, backend, force)
+        except KeyboardInterrupt:
+            say(f"stopped; the same command goes on from here. What is unfinished lies in {work}")
+            raise
         except UserError:
             empty(work)
             raise

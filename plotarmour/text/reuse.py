@@ -37,8 +37,8 @@ def reusable(job: Job, replace: bool, verify: bool) -> bool:
             found = found or _differences(path, sources, {**job.policies, "part": part}, job.tokenizer,
                                          job.sources if verify else [])
     if not found:
-        say(f"{', '.join(map(str, job.targets.values()))}: made from this text with these settings before; nothing to "
-             "do (--force makes it anew)")
+        say(f"{', '.join(map(str, job.targets.values()))}: made from this text with these settings before"
+            f"{', all of it read and compared' if verify else ''}; nothing to do (--force makes it anew)")
         return True
     if replace:
         return False

@@ -29,7 +29,8 @@ STDIN = Path("-")
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 SIGNATURES = {b"PK\x03\x04": "a zip archive", b"%PDF-": "a PDF", b"\x89PNG": "a PNG picture", b"\x7fELF": "a program",
               b"\xff\xd8\xff": "a JPEG picture", b"\x28\xb5\x2f\xfd": "zstd data", b"\xfd7zXZ": "xz data",
-              b"BZh": "bzip2 data", b"\x1f\x8b": "gzip data (name it .gz)", b"PAR1": "Parquet (name it .parquet)",
+              b"BZh": "bzip2 data", b"\x1f\x8b": "gzip data (name it .gz, or unpack it with zcat)",
+              b"PAR1": "Parquet (name it .parquet)",
               b"PLOTARM": "a token file"}
 
 

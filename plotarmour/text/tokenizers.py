@@ -123,9 +123,9 @@ def make_tokenizer(spec: str, train_stories: Iterable[str] | None = None) -> Tok
     if spec == "bytes":
         return Tokenizer(_byte_level({}, []), "bytes")
     if spec.startswith("bpe:"):
-        return _train_bpe(_bpe_size(spec), train_stories)
+        return _train_bpe(bpe_size(spec), train_stories)
     path = Path(spec)
-    if path.exists():
+    if spec and path.exists():
         return load_tokenizer(path)
     raise UserError(f"unknown tokenizer {spec!r}; expected gpt2, bpe:N (such as bpe:4096), bytes, or a folder that "
                     "holds a tokenizer.json.")
@@ -135,7 +135,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Load a tokenizer.json, or a folder that holds one, or one with vocab.json and merges.txt."""
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():
-        return Tokenizer(file.read_text(encoding="utf-8"), "file")
+        try:
+            return Tokenizer(file.read_text(encoding="utf-8"), "file")
+        except UnicodeDecodeError:
+            raise UserError(f"{file} is no tokenizer: not UTF-8; expected a Hugging Face tokenizer.json.") from None
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
         vocab = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
         lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
@@ -167,7 +172,8 @@ def _gpt2() -> Tokenizer:
                     "data/gpt2, or name their folder: --tokenizer FOLDER, or use --tokenizer bpe:4096.")
 
 
-def _bpe_size(spec: str) -> int:
+def bpe_size(spec: str) -> int:
+    """Return N of "bpe:N"; raise `UserError` where it is none."""
     if not re.fullmatch(r"bpe:\d+", spec) or int(spec[4:]) < 257:
         raise UserError(f"tokenizer {spec!r} has no usable size; expected bpe:N with N at least 257 (256 bytes and "
                         f"{END_OF_TEXT}), such as bpe:4096.")
@@ -199,6 +205,6 @@ def _train_bpe(size: int, stories: Iterable[str] | None) -> Tokenizer:
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     backend.train_from_iterator(stories, trainer)
     if backend.get_vocab_size() < size:
-        warnings.warn(f"the text yields only {backend.get_vocab_size()} of bpe:{size} entries: each of its words "
-                      "is one token already.", stacklevel=3)
+        warnings.warn(f"the text yields only {backend.get_vocab_size()} of bpe:{size} entries: each of the words "
+                      "learned from is one token already. A smaller N, more text or --bpe-bytes helps.", stacklevel=3)
     return Tokenizer(backend.to_str(), f"bpe:{size}")

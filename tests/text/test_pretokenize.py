@@ -188,6 +188,18 @@ def test_another_column_is_another_text(tmp_path, monkeypatch):
         pre_tokenize([rows], "bytes", tmp_path / "x.bin", text_column="two")
 
 
+def test_a_text_without_separators_is_told_what_helps(tmp_path):
+    """Guards: advice to use more text, where the separators are missing or all stories were left out."""
+    plain = tmp_path / "t.txt"
+    plain.write_text("One line.\nAnother.\n" * 50)
+    with pytest.raises(UserError, match="part of 1 stories .t.txt. holds no story; .* --stories line"):
+        pre_tokenize([plain], "bytes", tmp_path / "x.bin", "80:10:10")
+    with pytest.raises(UserError, match="All its 1 stories are left out by --exclude"):
+        pre_tokenize([plain], "bytes", tmp_path / "x.bin", exclude=[plain])
+    with pytest.raises(UserError, match="named twice"):
+        pre_tokenize([plain, plain], "bytes", tmp_path / "x.bin")
+
+
 def test_what_is_read_is_not_written(text, tmp_path):
     """Guards: --force with the text's own name for --out."""
     before = text.read_bytes()

@@ -89,6 +89,25 @@ def test_what_is_no_text_is_refused_in_one_line_and_leaves_nothing(tmp_path, nam
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_column_that_is_no_text_is_refused_whatever_its_first_row(tmp_path):
+    """Guards: numbers from 0 on, whose first is as false as an empty story."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "t.parquet"
+    parquet.write_table(pyarrow.table({"id": [0, 1], "raw": [b"", b"a"], "text": [None, "one"]}), path)
+    for column in ("id", "raw"):
+        with pytest.raises(UserError, match=f"column '{column}' holds .*; expected text"):
+            pre_tokenize([path], "bytes", tmp_path / "x.bin", text_column=column)
+    [made] = pre_tokenize([path], "bytes", tmp_path / "x.bin")
+    assert told(made) == ["one"] and TokenFile.open(made).header["n_empty_dropped"] == 1
+    rows = tmp_path / "t.jsonl"
+    rows.write_text('{"text": null}\n{"text": "one"}\n')
+    [made] = pre_tokenize([rows], "bytes", tmp_path / "y.bin")
+    assert told(made) == ["one"] and TokenFile.open(made).header["n_empty_dropped"] == 1
+    rows.write_text('{"text": 7}\n')
+    with pytest.raises(UserError, match="the line at byte 0 has int in 'text'; expected text"):
+        pre_tokenize([rows], "bytes", tmp_path / "z.bin")
+
+
 def test_a_byte_order_mark_is_left_out_and_said(tmp_path):
     """Guards: U+FEFF as the first token of the first story."""
     path = tmp_path / "bom.txt"

@@ -1,8 +1,11 @@
 """Every tool as a user meets it: help, the way through, and one clear line for each kind of bad input."""
 
 import importlib.util
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -78,6 +81,27 @@ def test_standard_input_and_info(root, run_main, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.test.bin", "x.train.bin", "x.val.bin"]
     done = subprocess.run(command, input=b"", cwd=tmp_path, capture_output=True, check=False)
     assert done.returncode == 2 and b"standard input is empty" in done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and signals")
+def test_a_reader_that_goes_away_and_ctrl_c_leave_no_traceback(root, shared, tmp_path, token_files):
+    """Guards: `--info X.bin | head` that ends in a traceback; a stop that does not say how to go on."""
+    tool = [sys.executable, str(root / "tools" / "pre_tokenize.py")]
+    reader = subprocess.Popen([*tool, "--info", token_files["train"]], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    reader.stdout.close()
+    assert b"Traceback" not in reader.stderr.read() and reader.wait() == 1
+    reader.stderr.close()
+    text = tmp_path / "t.txt"
+    text.write_bytes((shared / "data" / "tinystories" / "stories_a.txt").read_bytes() * 4)
+    command = [*tool, text, "--tokenizer", "bytes", "--out", tmp_path / "x.bin", "--backend", "tokenizers"]
+    stopped = subprocess.Popen(command, stderr=subprocess.PIPE)
+    journal = tmp_path / ".x.bin.unfinished" / "journal.json"
+    while stopped.poll() is None and not (journal.exists() and "writers" in journal.read_text()):
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGINT)
+    said = stopped.communicate()[1].decode()
+    assert stopped.returncode == 130 and "the same command goes on" in said and "Traceback" not in said
+    assert b"going on" in subprocess.run(command, capture_output=True, check=True).stderr
 
 
 def test_the_number_of_workers_does_not_show(root, shared, tmp_path):
