@@ -66,10 +66,13 @@ class FastEncoder:
         closing = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}]
         template = {"type": "TemplateProcessing", "single": closing, "pair": closing, "special_tokens": {
             END_OF_TEXT: {"id": END_OF_TEXT, "ids": [tokenizer.end_of_text_id], "tokens": [END_OF_TEXT]}}}
+        made = json.loads(tokenizer.json)
+        if "merges" in made["model"]:
+            made["model"].setdefault("type", "BPE")  # GPT-2's own file leaves it out, and older releases need it
         try:
             self.backend = fastokens.Tokenizer.from_json_str(
-                json.dumps({**json.loads(tokenizer.json), "post_processor": template, "truncation": None,
-                            "padding": None}))
+                json.dumps({**made, "post_processor": template, "truncation": None, "padding": None}))
+            self._flat(["a"])  # an older release lacks the option
         except Exception as error:  # whatever it says, the reference can read it
             raise ValueError(str(error)) from None
         self.tokenizer = tokenizer
@@ -81,10 +84,13 @@ class FastEncoder:
         Raises:
             Differs: from the reference.
         """
-        ids, offsets = self.backend.encode_batch_flat(texts, add_special_tokens=True, split_special_tokens=True)
+        ids, offsets = self._flat(texts)
         ids, offsets = np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<u8").astype(np.int64)
         self._check(texts, ids, offsets)
         return ids, np.diff(offsets)
+
+    def _flat(self, texts: list[str]) -> tuple[bytes, bytes]:
+        return self.backend.encode_batch_flat(texts, add_special_tokens=True, split_special_tokens=True)
 
     def _check(self, texts: list[str], ids: np.ndarray, offsets: np.ndarray) -> None:
         end = self.tokenizer.end_of_text_id

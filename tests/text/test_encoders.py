@@ -1,4 +1,5 @@
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -115,7 +116,10 @@ def test_small_texts_and_tokenizers_that_it_cannot_read_go_to_the_reference(monk
     tokenizer = make_tokenizer("bytes")
     assert make_encoder(tokenizer, "auto", 1000).name == "tokenizers"
     assert make_encoder(tokenizer, "auto", 2**30).name == "fastokens"
-    monkeypatch.setitem(__import__("sys").modules, "fastokens", None)
+    with monkeypatch.context() as patch:  # as in release 0.3.1
+        patch.setattr(FastEncoder, "_flat", lambda *args: (_ for _ in ()).throw(TypeError("no such option")))
+        assert make_encoder(tokenizer, "auto", 2**30).name == "tokenizers"
+    monkeypatch.setitem(sys.modules, "fastokens", None)
     assert make_encoder(tokenizer, "auto", 2**30).name == "tokenizers"
     with pytest.raises(UserError, match="pip install fastokens"):
         make_encoder(tokenizer, "fastokens")
