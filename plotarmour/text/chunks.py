@@ -13,7 +13,7 @@ from plotarmour.errors import UserError
 from plotarmour.text.sources import HashingReader, Source, blocks
 from plotarmour.text.stories import BLANK, SEPARATOR, StoryHasher, story_hash
 
-BLOCK = 2**20  # bytes read, cut, encoded and written at once; twice as many take 1.4 times as long (caches)
+BLOCK = 2**20  # bytes read, cut, encoded and written at once; more leave the CPU's caches and are slower
 PIECE = 2**20
 PARQUET_ROWS = 100  # at a time
 LONGEST_WHOLE = 64 * 2**20  # bytes of a story that its tokenizer cannot take in pieces

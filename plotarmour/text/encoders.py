@@ -1,9 +1,9 @@
 """Texts to ids, fast and checked: `fastokens` where it is installed, compared with `tokenizers` on the user's own text.
 
 `tokenizers` (Hugging Face) is the reference and the fallback. `fastokens` (Apache-2.0; one wheel per system for Linux,
-macOS and Windows and any Python from 3.9; released monthly) gives the same ids a hundred times faster, for GPT-2's
-vocabulary and for one's own; `tokie`, as fast, has wheels for each Python apart and reads its vocabulary only from a
-file. Both are measured by benchmarks/pretokenize.py.
+macOS and Windows and any Python from 3.9) gives the same ids a hundred times faster, for GPT-2's vocabulary and for
+one's own; `tokie`, half as fast, has wheels for each Python apart and reads its vocabulary only from a file. All three
+are measured by benchmarks/pretokenize.py.
 """
 
 import json
@@ -58,7 +58,7 @@ class FastEncoder:
     name = "fastokens"
 
     def __init__(self, tokenizer: Tokenizer):
-        # One core is left for reading and writing, which go on meanwhile; on two cores that is 1.3 times as fast.
+        # One core is left for reading and writing, which go on meanwhile.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
         os.environ.setdefault("FASTOKENS_BPE_THREADS", str(max(1, cores - 1)))
         import fastokens

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def described(each: list[dict]) -> list[dict]:
              "bytes": sum(d["bytes"] for d in each), **joined}]
 
 
-def digest_of(hashes: object) -> str:
+def digest_of(hashes: Iterable[str]) -> str:
     """Return the SHA-256 of some hexadecimal hashes, one after another."""
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 

@@ -41,8 +41,8 @@ def encode_all(job: Job, work: Path, made: Tokenizer, backend: str, excluded: np
         Differs: ids of the fast backend differ from the reference's.
         Unusable: what the earlier start left is not what its journal says.
     """
-    total = sum(s.path.stat().st_size for s in job.sources)
-    encoder = make_encoder(made, backend, total)
+    sizes = [s["bytes"] for s in job.fingerprints]
+    encoder = make_encoder(made, backend, sum(sizes))
     reading = Reading(job.reading.stories, job.reading.errors, made.takes_pieces, job.reading.hashed, job.reading.block)
     if journal and journal["tokenizer"] != made.sha256:
         raise Unusable("the tokenizer has changed")
@@ -58,9 +58,9 @@ def encode_all(job: Job, work: Path, made: Tokenizer, backend: str, excluded: np
         if journal:
             say(f"going on where an earlier start was stopped: {position:,} bytes or rows into "
                 f"{job.sources[first].name}")
-        bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, mininterval=0.5, smoothing=0.05,
+        bar = stack.enter_context(tqdm(total=sum(sizes), unit="B", unit_scale=True, mininterval=0.5, smoothing=0.05,
                                        desc=f"pretokenize ({made.kind}, {encoder.name})"))
-        bar.update(sum(s.path.stat().st_size for s in job.sources[:first]))
+        bar.update(sum(sizes[:first]))
         for i, source in enumerate(job.sources[first:], first):
             expected = tuple(journal["read"]) if journal and i == first else None
             with HashingReader(source, bar.update, expected) as reader:
@@ -92,7 +92,7 @@ def _no_story(job: Job, part: str, n_stories: int, n_excluded: int) -> str:
 
 @contextmanager
 def _quick_switches() -> Iterator[None]:
-    """Let threads take turns every 0.1 ms: at Python's 5 ms a finished encoder waits for the reader, a fifth slower."""
+    """Let threads take turns every 0.1 ms: at Python's 5 ms a finished encoder waits for the reader."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)
     try:

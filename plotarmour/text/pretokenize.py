@@ -58,7 +58,7 @@ def pre_tokenize(texts: list[Path], tokenizer: str, out: Path, split: str | None
         out: X.bin; with a split X.train.bin, X.val.bin and X.test.bin are written instead.
         split: "train:val:test" in whole shares, or None for one file.
         stories: what makes a story in plain text: "endoftext", "line" or "file".
-        exclude: texts whose stories (near-copies count) are left out and counted.
+        exclude: texts whose stories, be it with other case, punctuation or spacing, are left out and counted.
         force: make existing files anew.
         replace: make existing files anew where they come from another text or other settings.
         verify: before existing files are taken as they are, read them and the texts whole.
@@ -226,7 +226,7 @@ def _tokenizer(job: Job, work: Path, excluded: np.ndarray | None) -> Tokenizer:
 
 def _room(job: Job, work: Path) -> str:
     each = 2 if job.tokenizer == "bytes" else 0.55  # bytes a byte of text: a token has two, and stands for four
-    needed = each * sum(s.path.stat().st_size for s in job.sources)
+    needed = each * sum(s["bytes"] for s in job.fingerprints)
     return (f"Needed are about {needed / 1e6:,.1f} MB, free are {shutil.disk_usage(work).free / 1e6:,.1f} MB. Make "
             "room, or write to another disk with --out.")
 

@@ -39,7 +39,7 @@ def locked(work: Path, out: Path) -> Iterator[None]:
     lock, owner = FileLock(work / "lock"), work / "owner.json"
     try:
         lock.acquire(timeout=0)
-    except NotImplementedError:
+    except NotImplementedError:  # filelock's word for a file system without locks
         raise UserError(f"{out.parent} is on a file system without locks; expected one that has them. Write to another "
                         "disk with --out.") from None
     except Timeout:

@@ -119,7 +119,7 @@ def test_busy_servers_are_asked_again(fetch, capsys):
 
 def test_an_empty_file_arrives(fetch):
     """Guards: size 0 taken for size unknown."""
-    fetch(Site({"/t.txt": b""}))
+    assert fetch(Site({"/t.txt": b""})).n_bytes == 0
 
 
 def test_damage_that_the_hub_can_tell_is_told(fetch, tmp_path):

@@ -169,14 +169,16 @@ def test_a_small_first_text_does_not_fill_the_disk_in_thought(text, tmp_path, mo
     first.write_text("Hi")
     real, size = shutil.disk_usage, text.stat().st_size
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=4 * size))
-    pre_tokenize([first, text], "bytes", tmp_path / "x.bin", block=9000)
+    [path] = pre_tokenize([first, text], "bytes", tmp_path / "x.bin", block=9000)
+    assert TokenFile.open(path).n_stories == 2001
     monkeypatch.setattr(pipeline, "ENOUGH", 100)  # and a small last one, where a start goes on
     for n in range(10, 20):
         with monkeypatch.context() as patch:
             stop_after(patch, n)
             with suppress(Killed):
                 pre_tokenize([text, first], "bytes", tmp_path / f"{n}.bin", block=9000)
-        pre_tokenize([text, first], "bytes", tmp_path / f"{n}.bin", block=9000)
+        [path] = pre_tokenize([text, first], "bytes", tmp_path / f"{n}.bin", block=9000)
+        assert TokenFile.open(path).n_stories == 2001
 
 
 def test_another_column_is_another_text(tmp_path, monkeypatch):
