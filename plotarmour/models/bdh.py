@@ -1,4 +1,4 @@
-"""Baby Dragon Hatchling (BDH-GPU): Kosowski et al., arXiv 2509.26507, in its parallel form.
+"""Baby Dragon Hatchling (BDH-GPU): Kosowski et al., arXiv 2509.26507.
 
 One set of weights, used at every one of `n_layer` passes over v, (B, T, D):
 
@@ -16,21 +16,25 @@ One set of weights, used at every one of `n_layer` passes over v, (B, T, D):
     D_       decoder           (H·N, D)
     LN       layer norm over D without weights, eps 1e-5
 
+Three forms that agree, and drop the same neurons: *parallel*, the formula as published (`form` = "parallel"); *tiled*
+(`tiled.py`), for training; *recurrent* (`recurrent.py`), for reading without gradients and for generation.
+
 Differences from the official code (pathwaycom/bdh), none of which changes the function: phases are multiplied and
-reduced in float64, their tables kept; a state can be carried from token to token (`initial_state`): by
-linearity the past enters `a` as rope(x) · S with S = Σ rope(x_s)ᵀ v_s, of shape (H, N, D) per pass, at any length.
+reduced in float64, their tables kept; dropout is by counter (`dropout.py`); float16 scores carry a scale (`tiled.py`).
 Weights keep the official names, so official checkpoints load unchanged.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROPE_THETA = 2.0**16
-TABLE_ROWS = 256  # rotation tables hold a multiple of so many positions
+from plotarmour.models.checks import check_ids, check_state
+from plotarmour.models.dropout import CounterDropout
+from plotarmour.models.recurrent import SPARSE_BATCH, BDHState, read, read_one
+from plotarmour.models.rotation import Rotation, rotate
+from plotarmour.models.tiled import Setting, Tiling, Weights, normalize, run_passes
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,6 @@ class BDHConfig:
         return 3 * self.mlp_internal_dim_multiplier * self.n_embd**2
 
 
-@dataclass
-class BDHState:
-    """What the past left behind: `synapses[pass]` is (B, H, N, D) float32, `position` counts tokens read so far."""
-
-    synapses: list[Tensor]
-    position: int = 0
-
-
 class BDH(nn.Module):
     """BDH with the interface that training, scoring and sampling share: `features`, `unembedding`, `initial_state`."""
 
@@ -89,8 +85,10 @@ class BDH(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.02)
         self.encoder_v = nn.Parameter(torch.empty(heads, width, neurons).normal_(std=0.02))
         self.lm_head = nn.Parameter(torch.empty(width, config.vocab_size).normal_(std=0.02))
-        self.dropout = nn.Dropout(config.dropout)
-        self._tables: dict[torch.device, tuple[int, Tensor, Tensor]] = {}  # first position, cosines, sines
+        self.form = "tiled"  # or "parallel": the formula as published, which holds (B, H, T, N) tensors
+        self._rotation = Rotation(neurons)
+        self.tiling: Tiling | None = None  # of the tiled form; None: chosen by shape and device
+        self._reading: list | None = None  # what `_weights` keeps
         # Official checkpoints carry the frequencies as a buffer; they follow from N and are not loaded.
         self.register_load_state_dict_pre_hook(lambda m, state, prefix, *_: state.pop(prefix + "attn.freqs", None))
 
@@ -100,11 +98,10 @@ class BDH(nn.Module):
         return self.lm_head.T
 
     def initial_state(self, batch_size: int) -> BDHState:
-        """Return the empty state for `batch_size` stories."""
+        """Return the empty state for `batch_size` stories: n_layer times (B, H, N, D)."""
         c = self.config
-        zeros = [torch.zeros(batch_size, c.n_head, c.neurons_per_head, c.n_embd, device=self.decoder.device)
-                 for _ in range(c.n_layer)]
-        return BDHState(zeros)
+        return BDHState([torch.zeros(batch_size, c.n_head, c.neurons_per_head, c.n_embd, dtype=self.decoder.dtype,
+                                     device=self.decoder.device) for _ in range(c.n_layer)])
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map int64 (B, T) ids to logits (B, T, vocab_size)."""
@@ -113,70 +110,97 @@ class BDH(nn.Module):
     def features(self, inputs: Tensor, state: BDHState | None = None) -> tuple[Tensor, BDHState | None]:
         """Map ids to features; each depends on its own and earlier tokens only.
 
+        With gradients they come from the tiled form, without from the recurrent one; `form` = "parallel" asks for
+        the published formula. A state with gradients goes through the formula too.
+
         Args:
             inputs: int64 (B, T), ids in [0, vocab_size).
-            state: from `initial_state` or an earlier call, with the same B; the past that `inputs` continues.
+            state: from `initial_state` or an earlier call, with the same B; the past that `inputs` continues. It is
+                used up: go on with the returned one, and `copy` it first to branch.
 
         Returns:
-            Features (B, T, n_embd), and the state after the last token (None where none came in). The state that came
-            in is not changed.
+            Features (B, T, n_embd), and the state after the last token (None where none came in).
+
+        Raises:
+            ValueError: ids outside the vocabulary; a state of another model, batch, dtype or device.
         """
-        (B, T), c = inputs.shape, self.config
-        start = state.position if state else 0
-        cos, sin = self._rotation(start, T, inputs.device)
-        after = []
-        v = _layer_norm(self.embed(inputs)).unsqueeze(1)  # (B, 1, T, D)
+        (B, T), c = inputs.shape if inputs.dim() == 2 else (0, 0), self.config
+        check_ids(inputs, c.vocab_size)
+        if state is not None:
+            self._check_state(state, B)
+        v = normalize(self.embed(inputs))[0]  # (B, T, D)
+        dropout = None
+        if self.training and c.dropout:
+            key = int(torch.randint(2**62, ()))  # from the generator that the training loop seeds
+            dropout = CounterDropout(c.dropout, key, c.neurons_per_head, v.device)
+        differentiable = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if self.form == "parallel" or (state is not None and differentiable):
+            return self._parallel(v, dropout, state)
+        dtype = _product_dtype(v)
+        if differentiable:
+            self._reading = None
+            setting = Setting(self._rotation.table(0, T, v.device, v.dtype), dropout,
+                              self.tiling or Tiling.for_shape(B, T, c.neurons_per_head, v.device))
+            return run_passes(v, self.encoder, self.encoder_v, self.decoder, c.n_layer, dtype, setting), None
+        with torch.autocast(v.device.type, enabled=False):
+            if state is not None and T == 1 and dropout is None:
+                sparse = B <= SPARSE_BATCH and v.device.type == "cpu" and dtype == v.dtype
+                weights, by_neuron = self._weights(dtype, sparse)
+                v = read_one(v, weights, c.n_layer, self._rotation, state, by_neuron)
+            else:
+                v = read(v, self._weights(dtype)[0], c.n_layer, self._rotation, dropout, state)
+        if state is not None:
+            state.position += T
+        return v, state
+
+    def _parallel(self, v: Tensor, dropout: CounterDropout | None, state: BDHState | None,
+                  ) -> tuple[Tensor, BDHState | None]:
+        """The formula as it stands above, on (B, H, T, N) tensors. Attention in float32 or wider."""
+        (B, T, D), c = v.shape, self.config
+        start, synapses = (state.position, []) if state else (0, None)
+        factors = self._rotation.table(start, T, v.device, v.dtype)
+        v = v.unsqueeze(1)  # (B, 1, T, D)
         for level in range(c.n_layer):
             x = F.relu(v @ self.encoder)  # (B, H, T, N)
-            if state is None:
-                a = _attend(_rotate(x, cos, sin), v)
-            else:
-                a, synapses = _attend_and_remember(_rotate(x, cos, sin), v, state.synapses[level])
-                after.append(synapses)
-            y = F.relu(_layer_norm(a) @ self.encoder_v)  # (B, H, T, N)
-            xy = self.dropout(x * y).transpose(1, 2).reshape(B, 1, T, -1)  # (B, 1, T, H·N)
-            v = _layer_norm(v + _layer_norm(xy @ self.decoder))
-        return v.squeeze(1), BDHState(after, start + T) if state else None
+            with torch.autocast(v.device.type, enabled=False):
+                q = rotate(x, factors)
+                a = (q @ q.mT).tril(-1) @ v
+                if state is not None:
+                    a = a + q @ state.synapses[level]
+                    synapses.append(state.synapses[level] + q.mT @ v)
+            y = F.relu(normalize(a)[0] @ self.encoder_v)  # (B, H, T, N)
+            xy = x * y
+            if dropout is not None:
+                batch, head, position = (torch.arange(i, i + n, device=v.device)
+                                         for i, n in ((0, B), (0, c.n_head), (start, T)))
+                rows = dropout.rows(level, batch[:, None, None], head[:, None], position)
+                xy = xy * dropout.kept(rows, 0, c.neurons_per_head).to(xy.dtype) * dropout.scale
+            m = xy.transpose(1, 2).reshape(B, 1, T, -1) @ self.decoder
+            v = normalize(v + normalize(m.to(v.dtype))[0])[0]
+        return v.squeeze(1), BDHState(synapses, start + T) if state else None
 
-    def _rotation(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (length, N / 2) of positions start, start + 1, ..., from a table of some hundred."""
-        first, cos, sin = self._tables.get(device, (0, None, None))
-        if cos is None or not first <= start <= start + length <= first + len(cos):
-            N = self.config.neurons_per_head
-            pair = torch.arange(0, N, 2, dtype=torch.float32)
-            cycles = 1.0 / (ROPE_THETA ** (pair / N)) / (2 * math.pi)  # float32, as published; one per pair
-            position = torch.arange(start, start + -(-length // TABLE_ROWS) * TABLE_ROWS, dtype=torch.float64)
-            angle = (position[:, None] * cycles.double() % 1.0) * (2 * math.pi)  # exact to 10^6 positions
-            cos, sin = (f(angle).float().to(device) for f in (torch.cos, torch.sin))
-            first = start
-            self._tables[device] = first, cos, sin
-        return cos[start - first:start - first + length], sin[start - first:start - first + length]
+    def _weights(self, dtype: torch.dtype, by_neuron: bool = False) -> tuple[Weights, Tensor | None]:
+        """Weights for reading, and encoder_v by neuron (H·N, D); copies are kept while the parameters stay the same."""
+        parameters = self.encoder, self.encoder_v, self.decoder
+        made_of = dtype, *((p.data_ptr(), p._version) for p in parameters)
+        if self._reading is None or self._reading[0] != made_of:
+            self._reading = [made_of, Weights(*(p.detach().to(dtype) for p in parameters)), None]
+        if by_neuron and self._reading[2] is None:
+            self._reading[2] = self.encoder_v.detach().mT.flatten(0, 1).contiguous()
+        return self._reading[1], self._reading[2] if by_neuron else None
 
-
-def _layer_norm(v: Tensor) -> Tensor:
-    return F.layer_norm(v, v.shape[-1:])
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate adjacent pairs of neurons by their phase; x is (..., T, N).
-
-    All first halves come out before all second ones. The official order interleaves them; scores are sums over the
-    neurons, so the order is free as long as it is the same everywhere.
-    """
-    first, second = x[..., 0::2], x[..., 1::2]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
-def _attend(q: Tensor, v: Tensor) -> Tensor:
-    """Strictly causal linear attention of q (B, H, T, N), query and key at once, over v (B, 1, T, D)."""
-    if q.dtype == torch.float16:  # sums over thousands of neurons overflow fp16
-        with torch.autocast(q.device.type, enabled=False):
-            return _attend(q.float(), v.float())
-    return (q @ q.mT).tril(-1) @ v
+    def _check_state(self, state: BDHState, batch_size: int) -> None:
+        c = self.config
+        if not isinstance(state, BDHState):
+            raise ValueError(f"state: found {type(state).__name__}, expected BDHState, from initial_state")
+        if len(state.synapses) != c.n_layer:
+            raise ValueError(f"state: found {len(state.synapses)} passes, expected {c.n_layer}; it is another model's")
+        for synapses in state.synapses:
+            check_state(synapses, (batch_size, c.n_head, c.neurons_per_head, c.n_embd), self.decoder.dtype,
+                        self.decoder.device, "synapses")
 
 
-def _attend_and_remember(q: Tensor, v: Tensor, synapses: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_attend`, with the past read from `synapses` (B, H, N, D) before this chunk is written to it."""
-    with torch.autocast(q.device.type, enabled=False):
-        q, v = q.float(), v.float()
-        return _attend(q, v) + q @ synapses, synapses + q.mT @ v
+def _product_dtype(v: Tensor) -> torch.dtype:
+    """The dtype of products: autocast's where it is on, else that of v."""
+    kind = v.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else v.dtype

@@ -1,0 +1,25 @@
+"""What every model refuses before any arithmetic, by name and rule."""
+
+import torch
+from torch import Tensor
+
+
+def check_ids(inputs: Tensor, vocab_size: int) -> None:
+    """Raise `ValueError` unless `inputs` is int64 (B, T) with T ≥ 1 and every id in [0, vocab_size)."""
+    if inputs.dim() != 2 or inputs.dtype != torch.int64 or not inputs.numel():
+        raise ValueError(f"inputs: found {str(inputs.dtype).removeprefix('torch.')} {tuple(inputs.shape)}, expected "
+                         "int64 (B, T) of at least one token")
+    least, most = (int(i) for i in inputs.aminmax())
+    if least < 0 or most >= vocab_size:
+        raise ValueError(f"inputs: found id {least if least < 0 else most}, expected ids in [0, {vocab_size}); were "
+                         "they made with another tokenizer?")
+
+
+def check_state(found: Tensor, expected: tuple[int, ...], dtype: torch.dtype, device: torch.device, what: str) -> None:
+    """Raise `ValueError` unless a tensor of a state has the shape, dtype and device that the model expects."""
+    if tuple(found.shape) != expected:
+        raise ValueError(f"state: found {what} of shape {tuple(found.shape)}, expected {expected}; make it with this "
+                         "model's initial_state for this batch")
+    if found.dtype != dtype or found.device != device:
+        raise ValueError(f"state: found {what} as {found.dtype} on {found.device}, expected {dtype} on {device}; make "
+                         "it with this model's initial_state")

@@ -1,0 +1,348 @@
+"""The passes of BDH for training: heads one by one, neurons in tiles, and nothing of shape (B, H, T, N) ever held.
+
+Forward keeps, per pass, v (B, T, D), the decoder's sum m (B, T, D) and the scores S (B, H, T, T) as the blocks on and
+under the diagonal; backward makes x and y again, per head and a few rows of the batch. For one head:
+
+    x = relu(v E)          q = rope(x)        S = tril(q qᵀ, -1)      a = S v
+    y = relu(LN(a) E_y)    g = x ∘ y ∘ keep   m += g D_
+
+    dD_ += gᵀ dm           dg = keep ∘ (dm D_ᵀ)
+    dy = dg ∘ x ∘ [y > 0]  dE_y += LN(a)ᵀ dy  da = LN'(dy E_yᵀ)
+    dv += Sᵀ da            dS = tril(da vᵀ, -1)
+    dq = (dS + dSᵀ) q      since q is both query and key: one product of neuron width, not two
+    dx = (rope⁻¹(dq) + dg ∘ y) ∘ [x > 0]      dE += vᵀ dx      dv += dx Eᵀ
+
+In float16 the scores would overflow. There q carries a factor s = 2^-k, so S and a carry s², and LN's epsilon is taken
+times s⁴: (s² a) / sqrt(var(s² a) + s⁴ eps) is LN(a), exactly. Sums over tiles and heads are in float32 throughout.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from plotarmour.models.dropout import CounterDropout
+from plotarmour.models.rotation import rotate_into
+
+EPS = 1e-5
+TILE_ELEMENTS = 2**19  # of one (rows · T, neurons) tile on a CPU: 2 MiB in float32, which stays in its cache
+GPU_ELEMENTS = 2**26  # of one (rows, T, N) buffer on a GPU, which wants large products
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How much is worked on at a time.
+
+    Attributes:
+        rows: of the batch.
+        neurons: of one head; even, since rotation works on pairs. Need not divide N.
+        positions: height of a block of scores; the blocks above the diagonal are left out.
+    """
+
+    rows: int
+    neurons: int
+    positions: int
+
+    @staticmethod
+    def for_shape(B: int, T: int, N: int, device: torch.device) -> "Tiling":
+        """Choose by what measured fastest: row by row through the cache on a CPU, in few large products on a GPU."""
+        if device.type == "cpu":
+            return Tiling(1, min(N, max(64, TILE_ELEMENTS // T // 64 * 64)), 128)
+        rows = min(B, max(1, GPU_ELEMENTS // (T * N)))
+        return Tiling(rows, min(N, max(64, GPU_ELEMENTS // (rows * T) // 64 * 64)), 256)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """encoder (H, D, N), encoder_v (H, D, N), decoder (H·N, D), in the dtype of products."""
+
+    encoder: Tensor
+    encoder_v: Tensor
+    decoder: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.encoder.shape
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all passes share.
+
+    Attributes:
+        factors: complex (T, N / 2), of `Rotation`.
+        dropout: or None.
+        tiling: what is worked on at a time.
+        first_position: of the sequence, for dropout.
+    """
+
+    factors: Tensor
+    dropout: CounterDropout | None
+    tiling: Tiling
+    first_position: int = 0
+
+
+class Scratch:
+    """Buffers by name, used again: fresh memory costs page faults as dear as arithmetic."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.held = device, {}
+
+    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        n, held = math.prod(shape), self.held.get((name, dtype))
+        if held is None or held.numel() < n:
+            held = self.held[name, dtype] = torch.empty(n, dtype=dtype, device=self.device)
+        return held[:n].view(shape)
+
+
+def run_passes(v: Tensor, encoder: Tensor, encoder_v: Tensor, decoder: Tensor, n_layer: int, dtype: torch.dtype,
+               setting: Setting) -> Tensor:
+    """Go through all passes, differentiably.
+
+    Args:
+        v: (B, T, D), float32 or float64.
+        encoder, encoder_v, decoder: the parameters, (H, D, N), (H, D, N), (H·N, D).
+        n_layer: number of passes.
+        dtype: of products; half precision as under autocast.
+        setting: rotation, dropout, tiling.
+
+    Returns:
+        v after the last pass, (B, T, D), in the dtype of v.
+    """
+    return _Passes.apply(v, encoder, encoder_v, decoder, n_layer, dtype, setting)
+
+
+class _Passes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v, encoder, encoder_v, decoder, n_layer, dtype, setting):
+        with torch.autocast(v.device.type, enabled=False):
+            weights = Weights(encoder.to(dtype), encoder_v.to(dtype), decoder.to(dtype))
+            scratch, saved = Scratch(v.device), []
+            for level in range(n_layer):
+                scores: list[Tensor] = []
+                m = pass_forward(level, v, weights, setting, scratch, keep=scores)
+                saved += [v, m, *scores]
+                v = normalize(v + normalize(m)[0])[0]
+        ctx.save_for_backward(encoder, encoder_v, decoder, v, *saved)
+        ctx.n_layer, ctx.dtype, ctx.setting = n_layer, dtype, setting
+        return v
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dv):
+        encoder, encoder_v, decoder, v_next, *saved = ctx.saved_tensors
+        each = len(saved) // ctx.n_layer
+        with torch.autocast(dv.device.type, enabled=False):
+            weights = Weights(encoder.to(ctx.dtype), encoder_v.to(ctx.dtype), decoder.to(ctx.dtype))
+            gradient = Weights(torch.zeros_like(encoder), torch.zeros_like(encoder_v), torch.zeros_like(decoder))
+            scratch = Scratch(dv.device)
+            for level in reversed(range(ctx.n_layer)):
+                v, m, *scores = saved[level * each:(level + 1) * each]
+                normal, rstd = normalize(m)
+                d_sum = normalize_backward(dv, v_next, normalize(v + normal)[1])
+                dm = normalize_backward(d_sum, normal, rstd)
+                dv, v_next = d_sum, v
+                pass_backward(level, v, scores, dm, dv, weights, gradient, ctx.setting, scratch)
+        return dv, gradient.encoder, gradient.encoder_v, gradient.decoder, None, None, None
+
+
+def pass_forward(level: int, v: Tensor, weights: Weights, setting: Setting, scratch: Scratch,
+                 keep: list[Tensor] | None = None, synapses: Tensor | None = None) -> Tensor:
+    """Make the decoder's sum m (B, T, D) of one pass over v (B, T, D).
+
+    Args:
+        level: the number of the pass.
+        v: float32 or float64.
+        weights: in the dtype of products.
+        setting: rotation, dropout, tiling.
+        scratch: buffers.
+        keep: where given, the blocks of scores (B, H, height, width) are appended.
+        synapses: (B, H, N, D), where given: what the past left in this pass. Read first, then written, in place.
+    """
+    (B, T, D), (H, _, N) = v.shape, weights.shape
+    dtype, tiling, scale = weights.encoder.dtype, setting.tiling, score_scale(weights)
+    m, v_product = torch.zeros_like(v), v.to(dtype)
+    blocks = list(_blocks(T, tiling.positions))
+    whole = None if keep is None else [v.new_empty(B, H, j - i, j) for i, j in blocks]
+    for h in range(H):
+        for rows in _rows(B, tiling.rows):
+            G = rows.stop - rows.start
+            flat_v, flat_m = v_product[rows].view(G * T, D), m[rows].view(G * T, D)
+            x = _neurons(flat_v, weights.encoder[h], scratch.get("x", (G * T, N), dtype))
+            if whole is None:
+                scores = [scratch.get(f"scores {i}", (G, j - i, j), v.dtype) for i, j in blocks]
+            else:
+                scores = [block[rows, h] for block in whole]
+            a = scratch.get("a", (G, T, D), v.dtype).zero_()
+            for n in _tiles(N, tiling.neurons):
+                q = _rotated(x, n, G, setting.factors, scale, scratch)
+                _add_scores(scores, q, blocks, first=n.start == 0)
+                if synapses is not None:
+                    memory, unscaled = synapses[rows, h, n], q.to(v.dtype) / scale if scale != 1 else q.to(v.dtype)
+                    a.baddbmm_(unscaled, memory, alpha=scale**2)
+                    memory.baddbmm_(unscaled.mT, v[rows])
+            _attend(a, scores, v[rows], blocks)
+            normal = normalize(a, EPS * scale**4)[0].to(dtype).view(G * T, D)
+            kept = _dropout_rows(level, rows, h, T, setting)
+            for n in _tiles(N, tiling.neurons):
+                shape = G * T, n.stop - n.start
+                g = _neurons(normal, weights.encoder_v[h, :, n], scratch.get("y", shape, dtype)).mul_(x[:, n])
+                if kept is not None:
+                    g.mul_(_keep(setting.dropout, kept, n, shape, dtype, scratch))
+                _add_product(flat_m, g, weights.decoder[h * N + n.start:h * N + n.stop])
+    if whole is not None:
+        keep += whole
+    return m.mul_(setting.dropout.scale) if setting.dropout else m
+
+
+def pass_backward(level: int, v: Tensor, kept_scores: list[Tensor], dm: Tensor, dv: Tensor, weights: Weights,
+                  gradient: Weights, setting: Setting, scratch: Scratch) -> None:
+    """Add to dv (B, T, D) and to the weights' gradients what follows from dm (B, T, D), in place."""
+    (B, T, D), (H, _, N) = v.shape, weights.shape
+    dtype, tiling, scale = weights.encoder.dtype, setting.tiling, score_scale(weights)
+    if setting.dropout:
+        dm = dm * setting.dropout.scale
+    v_product, dm_product = v.to(dtype), dm.to(dtype)
+    blocks = list(_blocks(T, tiling.positions))
+    for h in range(H):
+        decoder, d_decoder = (w.decoder[h * N:(h + 1) * N] for w in (weights, gradient))
+        for rows in _rows(B, tiling.rows):
+            G = rows.stop - rows.start
+            flat_v, flat_dm = v_product[rows].view(G * T, D), dm_product[rows].view(G * T, D)
+            flat_dv, scores = dv[rows].view(G * T, D), [block[rows, h] for block in kept_scores]
+            x = _neurons(flat_v, weights.encoder[h], scratch.get("x", (G * T, N), dtype))
+            through_gate = scratch.get("through gate", (G * T, N), dtype)  # dg ∘ y
+            a = _attend(scratch.get("a", (G, T, D), v.dtype).zero_(), scores, v[rows], blocks)
+            normal, rstd = normalize(a, EPS * scale**4)
+            flat_normal = normal.to(dtype).view(G * T, D)
+            d_normal = scratch.get("d normal", (G * T, D), v.dtype).zero_()
+            kept = _dropout_rows(level, rows, h, T, setting)
+            for n in _tiles(N, tiling.neurons):
+                shape = G * T, n.stop - n.start
+                encoder_v = weights.encoder_v[h, :, n]
+                y = _neurons(flat_normal, encoder_v, scratch.get("y", shape, dtype))
+                dg = torch.mm(flat_dm, decoder[n].T, out=scratch.get("dg", shape, dtype))
+                g = torch.mul(x[:, n], y, out=scratch.get("g", shape, dtype))
+                if kept is not None:
+                    mask = _keep(setting.dropout, kept, n, shape, dtype, scratch)
+                    g.mul_(mask)
+                    dg.mul_(mask)
+                _add_product(d_decoder[n], g.T, flat_dm)
+                torch.mul(dg, y, out=through_gate[:, n])
+                dy = _where_positive(dg.mul_(x[:, n]), y)
+                _add_product(gradient.encoder_v[h, :, n], flat_normal.T, dy)
+                _add_product(d_normal, dy, encoder_v.T)
+            da = normalize_backward(d_normal.view(G, T, D), normal, rstd)
+            for (i, j), block in zip(blocks, scores, strict=True):
+                dv[rows, :j].baddbmm_(block.mT, da[:, i:j])
+            d_scores = _symmetric_score_gradient(da, v[rows], blocks, scratch).mul_(scale).to(dtype)
+            for n in _tiles(N, tiling.neurons):
+                q = _rotated(x, n, G, setting.factors, scale, scratch)
+                dq = torch.bmm(d_scores, q, out=scratch.get("dq", q.shape, dtype))
+                back = scratch.get("conjugate", (T, q.shape[-1] // 2), setting.factors.dtype)
+                torch.conj_physical(setting.factors[:, n.start // 2:n.stop // 2], out=back)
+                dx = rotate_into(scratch.get("turned", q.shape, v.dtype), dq, back).flatten(0, 1)
+                dx = _where_positive(dx.add_(through_gate[:, n]).to(dtype), x[:, n])
+                _add_product(gradient.encoder[h, :, n], flat_v.T, dx)
+                _add_product(flat_dv, dx, weights.encoder[h, :, n].T)
+
+
+def normalize(v: Tensor, eps: float = EPS) -> tuple[Tensor, Tensor]:
+    """Layer norm over the last dimension without weights. Returns it and 1 / sqrt(variance + eps), (..., 1)."""
+    out, _, rstd = torch.native_layer_norm(v, v.shape[-1:], None, None, eps)
+    return out, rstd
+
+
+def normalize_backward(d: Tensor, normal: Tensor, rstd: Tensor) -> Tensor:
+    """Gradient through `normalize` from d with respect to its output."""
+    along = (d * normal).mean(-1, keepdim=True)
+    return (d - d.mean(-1, keepdim=True)).sub_(normal * along).mul_(rstd)
+
+
+def score_scale(weights: Weights) -> float:
+    """The factor s on q: about 1 / sqrt(N) in float16, as a power of two; 1 otherwise."""
+    N = weights.shape[2]
+    return 2.0 ** -math.ceil(math.log2(N) / 2) if weights.encoder.dtype == torch.float16 else 1.0
+
+
+def _rows(B: int, size: int) -> Iterator[slice]:
+    return (slice(b, min(b + size, B)) for b in range(0, B, size))
+
+
+def _tiles(N: int, size: int) -> Iterator[slice]:
+    return (slice(n, min(n + size, N)) for n in range(0, N, size))
+
+
+def _blocks(T: int, size: int) -> Iterator[tuple[int, int]]:
+    return ((t, min(t + size, T)) for t in range(0, T, size))
+
+
+def _neurons(v: Tensor, encoder: Tensor, out: Tensor) -> Tensor:
+    return torch.mm(v, encoder, out=out).relu_()
+
+
+def _rotated(x: Tensor, n: slice, G: int, factors: Tensor, scale: float, scratch: Scratch) -> Tensor:
+    """q (G, T, neurons) of the tile `n` of x (G·T, N), in the dtype of x."""
+    tile = x[:, n].unflatten(0, (G, -1))
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    q = rotate_into(scratch.get("q", tile.shape, wide), tile, factors[:, n.start // 2:n.stop // 2])
+    return q if x.dtype == wide else q.mul_(scale).to(x.dtype)
+
+
+def _add_scores(scores: list[Tensor], q: Tensor, blocks: list[tuple[int, int]], first: bool) -> None:
+    for (i, j), block in zip(blocks, scores, strict=True):
+        if q.dtype == block.dtype:
+            block.baddbmm_(q[:, i:j], q[:, :j].mT, beta=0 if first else 1)
+        else:
+            product = q[:, i:j] @ q[:, :j].mT
+            block.copy_(product) if first else block.add_(product)
+
+
+def _attend(a: Tensor, scores: list[Tensor], v: Tensor, blocks: list[tuple[int, int]]) -> Tensor:
+    """a += tril(S, -1) v, masking the scores in place."""
+    for (i, j), block in zip(blocks, scores, strict=True):
+        block[..., i:].tril_(-1)
+        a[:, i:j].baddbmm_(block, v[:, :j])
+    return a
+
+
+def _symmetric_score_gradient(da: Tensor, v: Tensor, blocks: list[tuple[int, int]], scratch: Scratch) -> Tensor:
+    """dS + dSᵀ, (G, T, T), with dS = tril(da vᵀ, -1)."""
+    G, T, _ = v.shape
+    d = scratch.get("d scores", (G, T, T), v.dtype)
+    for i, j in blocks:
+        torch.bmm(da[:, i:j], v[:, :j].mT, out=d[:, i:j, :j])
+        d[:, i:j, i:j].tril_(-1)
+        d[:, i:j, i:j] += d[:, i:j, i:j].mT.clone()
+        d[:, :i, i:j] = d[:, i:j, :i].mT
+    return d
+
+
+def _where_positive(d: Tensor, y: Tensor) -> Tensor:
+    """d where y > 0, else 0, in place: the gradient of relu."""
+    return torch.ops.aten.threshold_backward.grad_input(d, y, 0, grad_input=d)
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out += left · right; a product in half precision is added in the wider dtype of `out`."""
+    if out.dtype == left.dtype:
+        out.addmm_(left, right)
+    else:
+        out.add_(left @ right)
+
+
+def _dropout_rows(level: int, rows: slice, h: int, T: int, setting: Setting) -> Tensor | None:
+    if setting.dropout is None:
+        return None
+    device, first = setting.factors.device, setting.first_position
+    batch = torch.arange(rows.start, rows.stop, device=device).unsqueeze(1)
+    position = torch.arange(first, first + T, device=device)
+    return setting.dropout.rows(level, batch, torch.tensor(h, device=device), position).flatten()
+
+
+def _keep(dropout: CounterDropout, rows: Tensor, n: slice, shape: tuple[int, int], dtype: torch.dtype,
+          scratch: Scratch) -> Tensor:
+    """The mask of a tile as 0 and 1 of `dtype`: converting costs less than a product of mixed types."""
+    return scratch.get("keep", shape, dtype).copy_(dropout.kept(rows, n.start, n.stop))
