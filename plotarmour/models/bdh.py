@@ -156,7 +156,7 @@ class BDH(nn.Module):
     def _parallel(self, v: Tensor, dropout: CounterDropout | None, state: BDHState | None,
                   ) -> tuple[Tensor, BDHState | None]:
         """The formula as it stands above, on (B, H, T, N) tensors. Attention in float32 or wider."""
-        (B, T, D), c = v.shape, self.config
+        (B, T, _), c = v.shape, self.config
         start, synapses = (state.position, []) if state else (0, None)
         factors = self._rotation.table(start, T, v.device, v.dtype)
         v = v.unsqueeze(1)  # (B, 1, T, D)

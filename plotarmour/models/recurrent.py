@@ -107,7 +107,7 @@ def read_one(v: Tensor, weights: Weights, n_layer: int, rotation: Rotation, stat
     Returns:
         v after the last pass, (B, 1, D).
     """
-    B, (H, D, N), dtype = len(v), weights.shape, weights.encoder.dtype
+    B, (H, D, _), dtype = len(v), weights.shape, weights.encoder.dtype
     factors = rotation.table(state.position, 1, v.device, v.dtype)
     for synapses in state.synapses:
         token = v.transpose(0, 1).expand(H, B, D)
@@ -135,22 +135,21 @@ def _dense(x: Tensor, q: Tensor, v: Tensor, synapses: Tensor, weights: Weights) 
 def _sparse(x: Tensor, q: Tensor, v: Tensor, synapses: Tensor, by_neuron: Tensor, decoder: Tensor) -> Tensor:
     """As `_dense`, touching active neurons only; its sums are the same with their zeros left out."""
     (B, H, N), D = x.shape, v.shape[-1]
-    stories = torch.arange(B * H) // H  # of each (story, head)
     pairs = x.view(-1, 2).sum(-1).nonzero().squeeze(1)
     rows = torch.stack((2 * pairs, 2 * pairs + 1), 1).flatten()  # of (B, H, N)
     weight, memory = q.view(-1)[rows], synapses.view(-1, D)
     a = F.embedding_bag(rows, memory, _starts(rows, B * H, N), mode="sum", per_sample_weights=weight)
-    memory.index_add_(0, rows, weight.unsqueeze(1) * v[stories, 0][rows // N] if B > 1 else torch.outer(weight, v[0, 0]))
-    normal = normalize(a)[0]  # (B·H, D)
+    memory.index_add_(0, rows, weight.unsqueeze(1) * (v[0] if B == 1 else v[rows // (H * N), 0]))
+    normal = normalize(a)[0].unsqueeze(2)  # (B·H, D, 1)
     active = x.view(-1).nonzero().squeeze(1)
     columns, starts = by_neuron.index_select(0, active % (H * N)), _starts(active, B * H, N).tolist()
-    y = torch.cat([columns[i:j] @ normal[n] for n, (i, j) in
-                   enumerate(zip(starts, [*starts[1:], len(active)], strict=True))])
+    ends = [*starts[1:], len(active)]
+    y = torch.cat([columns[i:j] @ normal[n] for n, (i, j) in enumerate(zip(starts, ends, strict=True))]).squeeze(1)
     g = x.view(-1)[active] * y.relu_()
-    open_gates = g.nonzero().squeeze(1)
-    fired = active[open_gates]
+    gates = g.nonzero().squeeze(1)
+    fired = active[gates]
     return F.embedding_bag(fired % (H * N), decoder, _starts(fired, B, H * N), mode="sum",
-                           per_sample_weights=g[open_gates]).unsqueeze(1)
+                           per_sample_weights=g[gates]).unsqueeze(1)
 
 
 def _starts(index: Tensor, groups: int, size: int) -> Tensor:
@@ -170,7 +169,7 @@ def activity(v: Tensor, weights: Weights, n_layer: int, rotation: Rotation) -> l
         Per pass the shares, between 0 and 1, of `x`, of `pairs` (2i, 2i + 1) where either x fires, of `y`, and of
         `xy`, where both do, over all heads, neurons and positions.
     """
-    (B, T, D), (H, _, N), counted = v.shape, weights.shape, []
+    (B, T, _), (H, _, N), counted = v.shape, weights.shape, []
     factors = rotation.table(0, T, v.device, v.dtype)
     for _ in range(n_layer):
         m, count = torch.zeros_like(v), dict.fromkeys(("x", "pairs", "y", "xy"), 0)

@@ -183,6 +183,8 @@ def pass_forward(level: int, v: Tensor, weights: Weights, setting: Setting, scra
                     memory, unscaled = synapses[rows, h, n], q.to(v.dtype) / scale if scale != 1 else q.to(v.dtype)
                     a.baddbmm_(unscaled, memory, alpha=scale**2)
                     memory.baddbmm_(unscaled.mT, v[rows])
+            for (i, _), block in zip(blocks, scores, strict=True):
+                block[..., i:].tril_(-1)
             _attend(a, scores, v[rows], blocks)
             normal = normalize(a, EPS * scale**4)[0].to(dtype).view(G * T, D)
             kept = _dropout_rows(level, rows, h, T, setting)
@@ -288,7 +290,7 @@ def _rotated(x: Tensor, n: slice, G: int, factors: Tensor, scale: float, scratch
     tile = x[:, n].unflatten(0, (G, -1))
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     q = rotate_into(scratch.get("q", tile.shape, wide), tile, factors[:, n.start // 2:n.stop // 2])
-    return q if x.dtype == wide else q.mul_(scale).to(x.dtype)
+    return (q if scale == 1.0 else q.mul_(scale)).to(x.dtype)
 
 
 def _add_scores(scores: list[Tensor], q: Tensor, blocks: list[tuple[int, int]], first: bool) -> None:
@@ -301,9 +303,8 @@ def _add_scores(scores: list[Tensor], q: Tensor, blocks: list[tuple[int, int]], 
 
 
 def _attend(a: Tensor, scores: list[Tensor], v: Tensor, blocks: list[tuple[int, int]]) -> Tensor:
-    """a += tril(S, -1) v, masking the scores in place."""
+    """a += S v."""
     for (i, j), block in zip(blocks, scores, strict=True):
-        block[..., i:].tril_(-1)
         a[:, i:j].baddbmm_(block, v[:, :j])
     return a
 
