@@ -1,0 +1,248 @@
+#!/usr/bin/env python3
+"""Generation and reading: time per token against the length of the text so far.
+
+BDH from its state, BDH by running the published formula over all of the text again, GPT-2 (its own core parameters,
+as many) from its cache, and GPT-2 by `transformers`' own generate. Then reading a prompt through the state against
+the published forward pass, and what silent neurons save. All in this process, in turn; medians.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+SHAPE = {"n_layer": 6, "n_embd": 256, "n_head": 4}
+MULTIPLIER, VOCABULARY = 128, 256
+GPT2_SHAPE = {"n_layer": 8, "n_embd": 512, "n_head": 8}  # 25.2 M core parameters, as BDH's 25.2 M
+
+
+def median_ms(action, times: int) -> float:
+    """Median milliseconds of a call, after one to warm up."""
+    import torch
+
+    seconds = []
+    for _ in range(times + 1):
+        start = time.perf_counter()
+        action()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 1000 * statistics.median(seconds[1:])
+
+
+def models(device, contexts: list[int]):
+    """Ours, the published formula with the same weights, and a GPT-2 with positions enough."""
+    import torch
+    from published_bdh import PublishedBDH
+
+    from plotarmour.models.bdh import BDH, BDHConfig
+    from plotarmour.models.gpt2 import GPT2, GPT2Config
+
+    torch.manual_seed(0)
+    bdh = BDH(BDHConfig(**SHAPE, mlp_internal_dim_multiplier=MULTIPLIER, vocab_size=VOCABULARY, dropout=0.0))
+    published = PublishedBDH(**SHAPE, multiplier=MULTIPLIER, vocab_size=VOCABULARY)
+    published.load_state_dict(bdh.state_dict())
+    gpt2 = GPT2(GPT2Config(**GPT2_SHAPE, vocab_size=VOCABULARY, context_length=max(contexts) + 512, dropout=0.0))
+    return [m.to(device).eval() for m in (bdh, published, gpt2)]
+
+
+def against_context(device, contexts: list[int], recompute_to: int, tokens: int) -> list[dict]:
+    """ms per token of each way to go on, at each context; and the bytes of what is carried."""
+    import torch
+
+    bdh, published, gpt2 = models(device, contexts)
+    rows, states = [], {}
+    for context in contexts:
+        text = torch.randint(0, VOCABULARY, (1, context), device=device)
+        for name, model in (("BDH recurrent", bdh), ("GPT-2 with cache", gpt2)):
+            state = model.features(text, model.initial_state(1))[1]
+            states[name, context] = [model, state]
+        if context <= recompute_to:
+            ms = median_ms(lambda text=text: published(text), 3)
+            rows.append({"what": "BDH by full recomputation", "context": context, "ms_per_token": ms})
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    times = {key: [] for key in states}
+    for _, key in itertools.product(range(tokens), states):  # in turn, so that noise falls on all
+        model, state = states[key]
+        times[key].append(median_ms(lambda model=model, state=state: model(token) if state is None else
+                                    model.features(token, state)[0] @ model.unembedding.T, 1))
+    for (name, context), found in times.items():
+        held = sum(t.numel() * t.element_size() for t in states[name, context][1].tensors().values())
+        rows.append({"what": name, "context": context, "ms_per_token": statistics.median(found),
+                     "state_mib": held / 2**20})
+    return rows
+
+
+def against_transformers(device, tokens: int, rounds: int) -> list[dict]:
+    """Greedy decoding by our sampler and by `transformers.generate`, the same GPT-2: tokens and speed."""
+    import torch
+
+    from plotarmour.evaluation.sampling import generate
+    from plotarmour.machine import find_machine
+
+    _, _, gpt2 = models(device, [tokens + 64])
+    machine, prompt = find_machine(device.type, "float32"), list(range(32))
+    start = torch.tensor([[VOCABULARY - 1, *prompt]], device=device)
+
+    def theirs() -> list[int]:
+        out = gpt2.hf.generate(start, do_sample=False, max_new_tokens=tokens, attention_mask=torch.ones_like(start),
+                               pad_token_id=0)
+        return out[0, start.shape[1]:].tolist()
+
+    def ours() -> list[int]:
+        return generate(gpt2, prompt, VOCABULARY - 1, machine, max_new_tokens=tokens, temperature=0)
+
+    times, same = {"ours": [], "transformers": []}, ours() == theirs()
+    for _ in range(rounds):
+        for name, way in (("ours", ours), ("transformers", theirs)):
+            begin = time.perf_counter()
+            way()
+            times[name].append(time.perf_counter() - begin)
+    ratio = statistics.median(b / a for a, b in zip(times["ours"], times["transformers"], strict=True))
+    return [{"what": f"GPT-2, {tokens} tokens by {name}", "context": tokens,
+             "ms_per_token": 1000 * statistics.median(found) / tokens, "same_tokens": same,
+             "ours_times_faster": 1.0 if name == "ours" else ratio} for name, found in times.items()]
+
+
+def prefill(device, lengths: list[int], rounds: int) -> list[dict]:
+    """Reading a prompt through the state against the published forward pass over it."""
+    import torch
+
+    bdh, published, _ = models(device, [64])
+    rows = []
+    for length in lengths:
+        text = torch.randint(0, VOCABULARY, (1, length), device=device)
+        times = {"state": [], "published": []}
+        for _ in range(rounds + 1):
+            times["state"].append(median_ms(lambda text=text: bdh.features(text, bdh.initial_state(1)), 1))
+            times["published"].append(median_ms(lambda text=text: published.features(text), 1))
+        ratio = statistics.median(b / a for a, b in zip(times["state"], times["published"], strict=True))
+        for name, found in times.items():
+            rows.append({"what": f"prompt read by {'the published forward' if name == 'published' else 'the state'}",
+                         "context": length, "ms_per_token": statistics.median(found) / length,
+                         "ours_times_faster": ratio if name == "published" else 1.0})
+    return rows
+
+
+def silent_neurons(device, shares: list[float], tokens: int) -> list[dict]:
+    """Sparse against dense decoding where a share of x fires: the rest are made silent by a zero encoder column."""
+    import torch
+
+    from plotarmour.models import recurrent
+
+    rows = []
+    for share in shares:
+        bdh, _, _ = models(device, [64])
+        with torch.no_grad():
+            silent = torch.rand(bdh.encoder.shape[0], bdh.encoder.shape[2], device=device) > 2 * share
+            bdh.encoder.mul_(~silent.unsqueeze(1))  # half of what is left fires
+        rows += sparse_and_dense(bdh, torch.randint(0, VOCABULARY, (1, 256), device=device), tokens, recurrent,
+                                 f"{share:.0%} of neurons fire")
+    return rows
+
+
+def sparse_and_dense(bdh, text, tokens: int, recurrent, label: str) -> list[dict]:
+    import torch
+
+    state, token, times = bdh.features(text, bdh.initial_state(1))[1], text[:, :1], {"sparse": [], "dense": []}
+    chosen = recurrent.SPARSE_BELOW
+    with torch.no_grad():
+        for _ in range(tokens):
+            for name in times:
+                recurrent.SPARSE_BELOW = 1.0 if name == "sparse" else -1.0
+                times[name].append(median_ms(lambda: bdh.features(token, state), 1))
+    recurrent.SPARSE_BELOW = chosen
+    ratio = statistics.median(b / a for a, b in zip(times["sparse"], times["dense"], strict=True))
+    return [{"what": f"{name}, {label}", "context": text.shape[1], "ms_per_token": statistics.median(found),
+             "ours_times_faster": ratio if name == "dense" else 1.0} for name, found in times.items()]
+
+
+def trained_run(folder: Path, data: Path, tokens: int) -> list[dict]:
+    """Activity of a trained run on text it has not seen, per pass, and what it saves."""
+    import torch
+
+    from plotarmour.models import recurrent
+    from plotarmour.models.tiled import normalize
+    from plotarmour.runs import load_run
+    from plotarmour.text.tokenfile import TokenFile
+
+    run, file = load_run(folder), TokenFile.open(data)
+    length = run.config.training.context_length
+    n = min(16, file.n_tokens // length)
+    text = torch.tensor(file.tokens[:n * length].astype("int64")).view(n, length).to(run.machine.device)
+    with torch.no_grad():
+        v = normalize(run.model.embed(text))[0]
+        counted = recurrent.activity(v, run.model._weights(torch.float32)[0], run.model.config.n_layer,
+                                     run.model._rotation)
+    rows = [{"what": f"{folder.name}: active in pass {i + 1}", "context": length,
+             **{f"active_{name}": share for name, share in found.items()}} for i, found in enumerate(counted)]
+    return rows + sparse_and_dense(run.model, text[:1], tokens, recurrent, f"{folder.name}, trained")
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """ms per token against context."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for what, colour, marker in (("BDH by full recomputation", "#D55E00", "o"), ("GPT-2 with cache", "#CC79A7", "s"),
+                                 ("BDH recurrent", "#0072B2", "^")):
+        points = sorted((r["context"], r["ms_per_token"]) for r in rows if r["what"] == what)
+        ax.plot(*zip(*points, strict=True), color=colour, marker=marker, label=what)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.yaxis.set_major_formatter("{x:,.0f}")
+    ax.set_xlabel("tokens before it")
+    ax.set_ylabel("ms per token")
+    ax.set_title("One more token, 25 M core parameters", fontsize=10)
+    ax.grid(alpha=0.3, which="both")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[64, 256, 1024, 2048, 8192], help="tokens")
+    parser.add_argument("--recompute-to", type=int, default=1024, help="largest context for full recomputation, tokens")
+    parser.add_argument("--tokens", type=int, default=40, help="generated per case; medians are stated")
+    parser.add_argument("--run", type=Path, help="a trained BDH run: measure its activity too")
+    parser.add_argument("--data", type=Path, help="a token file for --run that it was not trained on")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "generation.csv", help="CSV; figure beside it")
+    args = parser.parse_args()
+    import torch
+
+    device, rows = torch.device(args.device), []
+    with torch.no_grad():
+        for part in (lambda: against_context(device, args.contexts, args.recompute_to, args.tokens),
+                     lambda: against_transformers(device, 256, 5),
+                     lambda: prefill(device, [1024, 2048, 4096], 3),
+                     lambda: silent_neurons(device, [0.5, 0.3, 0.2, 0.1, 0.05, 0.03], args.tokens),
+                     lambda: trained_run(args.run, args.data, args.tokens) if args.run else []):
+            found = part()
+            rows += found
+            for row in found:
+                print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, ["device", *names], lineterminator="\n")
+        table.writeheader()
+        table.writerows({"device": args.device} | {k: round(v, 4) if isinstance(v, float) else v
+                                                   for k, v in row.items()} for row in rows)
+    draw(rows, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
