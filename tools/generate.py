@@ -20,6 +20,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from the most probable tokens that together "
                         "reach this probability; 1: from all")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same story")
+    parser.add_argument("--slide-to", type=int, help="how many of the last tokens are kept and read again when a "
+                        "model's positions are used up (GPT-2): 0 stops there; half its context if not given")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     return parser
 
@@ -32,7 +34,7 @@ def main() -> None:
     run = load_run(args.run, device=args.device)
     prompt = run.tokenizer.encode(args.prompt)
     new = generate(run.model, prompt, run.tokenizer.end_of_text_id, run.machine, args.max_new_tokens, args.temperature,
-                   args.top_k, args.top_p, args.seed)
+                   args.top_k, args.top_p, args.seed, args.slide_to)
     print(run.tokenizer.decode([*prompt, *new]))
 
 

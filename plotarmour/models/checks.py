@@ -15,11 +15,12 @@ def check_ids(inputs: Tensor, vocab_size: int) -> None:
                          "they made with another tokenizer?")
 
 
-def check_state(found: Tensor, expected: tuple[int, ...], dtype: torch.dtype, device: torch.device, what: str) -> None:
+def check_state(found: Tensor, expected: tuple[int, ...], dtype: torch.dtype, device: torch.device, what: str,
+                remedy: str = "make it with this model's initial_state") -> None:
     """Raise `ValueError` unless a tensor of a state has the shape, dtype and device that the model expects."""
     if tuple(found.shape) != expected:
         raise ValueError(f"state: found {what} of shape {tuple(found.shape)}, expected {expected}; make it with this "
                          "model's initial_state for this batch")
     if found.dtype != dtype or found.device != device:
-        raise ValueError(f"state: found {what} as {found.dtype} on {found.device}, expected {dtype} on {device}; make "
-                         "it with this model's initial_state")
+        raise ValueError(f"state: found {what} as {found.dtype} on {found.device}, expected {dtype} on {device}; "
+                         f"{remedy}")

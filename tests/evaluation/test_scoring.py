@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from plotarmour.errors import UserError
 from plotarmour.evaluation.comparison import comparison_table, evaluate_floors, totals
 from plotarmour.evaluation.floors import count_floors
-from plotarmour.evaluation.sampling import generate, next_token_probabilities
 from plotarmour.evaluation.scoring import score_stories, windows_of
 from plotarmour.machine import find_machine
 
@@ -110,31 +109,3 @@ def test_a_comparison_on_other_tokens_is_refused():
     a = pd.DataFrame({"story": [0], "tokens": [3], "bytes": [9], "nats": [2.0]})
     with pytest.raises(UserError, match="other tokens"):
         comparison_table({"a": a, "b": a.assign(tokens=4)}, {})
-
-
-def test_the_distribution_to_draw_from():
-    """Guards: top-p that drops the token which crosses the limit. p = .5, .3, .2."""
-    logits = torch.log(torch.tensor([0.3, 0.5, 0.2]))
-    assert next_token_probabilities(logits).tolist() == pytest.approx([0.3, 0.5, 0.2])
-    assert next_token_probabilities(logits, top_k=1).tolist() == pytest.approx([0, 1, 0])
-    assert next_token_probabilities(logits, top_p=0.6).tolist() == pytest.approx([0.375, 0.625, 0])
-    assert next_token_probabilities(logits, temperature=0.5).tolist() == pytest.approx([9 / 38, 25 / 38, 4 / 38])
-
-
-def test_greedy_generation_equals_running_the_whole_prefix(small_model):
-    """Guards: a state that loses a token between prompt and continuation; seeds that do not repeat."""
-    small_model.eval()
-    new = generate(small_model, [5, 6, 7], 0, CPU, max_new_tokens=20, temperature=0)
-    seen = [0, 5, 6, 7]
-    for token in new:
-        assert int(small_model(torch.tensor([seen]))[0, -1].argmax()) == token
-        seen.append(token)
-    first, second = (generate(small_model, [5], 0, CPU, 30, seed=4) for _ in range(2))
-    assert first == second
-
-
-def test_generation_goes_on_beyond_a_models_positions(small_model):
-    """Guards: GPT-2 failing at its 65th token. It drops the older half and reads the rest again."""
-    small_model.eval()
-    lengths = [len(generate(small_model, [1, 2], 49, CPU, 100, temperature=1.5, seed=seed)) for seed in range(40)]
-    assert max(lengths) > 64 - 3

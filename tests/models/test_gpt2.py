@@ -4,7 +4,7 @@ from transformers import GPT2Config as HFConfig
 from transformers import GPT2LMHeadModel
 
 from plotarmour.loss import summed_nats
-from plotarmour.models.gpt2 import GPT2, GPT2Config
+from plotarmour.models.gpt2 import GPT2, GPT2Config, GPT2State
 
 
 def test_loss_equals_that_of_transformers():
@@ -25,6 +25,50 @@ def test_more_tokens_than_positions_are_refused():
     model = GPT2(GPT2Config(1, 8, 1, vocab_size=10, context_length=4))
     with pytest.raises(ValueError, match="5 tokens, but this GPT-2 has 4 positions"):
         model.features(torch.zeros(1, 5, dtype=torch.int64))
+
+
+@torch.no_grad()
+def test_positions_that_the_past_has_used_up_are_counted():
+    """Guards: an index error at the first token beyond the table, with half of the layers written."""
+    model = GPT2(GPT2Config(1, 8, 1, vocab_size=10, context_length=4)).eval()
+    _, state = model.features(torch.zeros(1, 3, dtype=torch.int64), model.initial_state(1))
+    with pytest.raises(ValueError, match="5 tokens, but this GPT-2 has 4 positions"):
+        model.features(torch.zeros(1, 2, dtype=torch.int64), state)
+    _, state = model.features(torch.zeros(1, 1, dtype=torch.int64), state)
+    assert state.position == 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_state_goes_on_only_under_the_autocast_that_made_it(dtype):
+    """Guards: a cache of half and float32 keys side by side, which grows to float32 without a word."""
+    model = GPT2(GPT2Config(2, 16, 2, vocab_size=50, context_length=64, dropout=0.0)).eval()
+    inputs, states = torch.randint(0, 50, (2, 12)), {}
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            _, states[enabled] = model.features(inputs[:, :4], model.initial_state(2))
+            features, _ = model.features(inputs[:, 4:], states[enabled].copy())
+            whole = model.features(inputs)[0][:, 4:]
+        assert states[enabled].tensors()["keys.1"].dtype == (dtype if enabled else torch.float32)
+        torch.testing.assert_close(features, whole, rtol=0.0, atol=0.05 if enabled else 1e-5)
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled), pytest.raises(ValueError, match="autocast that made"):
+            model.features(inputs[:, 4:], states[not enabled])
+
+
+@torch.no_grad()
+def test_autocast_leaves_a_float64_models_state_alone():
+    """Guards: a state refused by the very model that made it: autocast does not touch float64."""
+    model = GPT2(GPT2Config(2, 16, 2, vocab_size=50, context_length=64, dropout=0.0)).double().eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, state = model.features(torch.zeros(1, 3, dtype=torch.int64), model.initial_state(1))
+        assert model.features(torch.zeros(1, 3, dtype=torch.int64), state)[1].position == 6
+
+
+def test_tensors_of_something_else_are_refused_by_name():
+    """Guards: a KeyError for the saved state of a BDH."""
+    with pytest.raises(ValueError, match="position, synapses.0 .* without 'shape', expected .* GPT2State"):
+        GPT2State.from_tensors({"synapses.0": torch.zeros(1, 1, 4, 2), "position": torch.tensor(3)})
 
 
 def test_attention_goes_through_sdpa():

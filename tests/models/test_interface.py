@@ -1,9 +1,26 @@
-"""What both models owe: causality, a state that continues, dropout that can be turned off."""
+"""What both models owe: causality, a state that continues, branches and is saved, inputs that are refused by name."""
+
+import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from plotarmour.loss import summed_nats
+
+
+def draw(*shape):
+    return torch.randint(0, 50, shape)
+
+
+def read(model, inputs):
+    """The state after `inputs`."""
+    return model.features(inputs, model.initial_state(len(inputs)))[1]
+
+
+def another(model, **changes):
+    """An untrained model of the same kind and another shape."""
+    return type(model)(dataclasses.replace(model.config, **changes))
 
 
 def test_no_feature_depends_on_a_later_token_by_gradient(small_model):
@@ -40,6 +57,102 @@ def test_a_state_carried_in_pieces_gives_the_features_of_the_whole(small_model):
         features, state = small_model.features(inputs[:, begin:end], state)
         pieces.append(features)
     torch.testing.assert_close(torch.cat(pieces, dim=1), small_model.features(inputs)[0], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_branches_of_a_story_continue_apart(small_model):
+    """Guards: a copy that shares tensors with its origin, so that one branch writes into the other."""
+    small_model.eval()
+    begin, one, other = draw(2, 9), draw(2, 7), draw(2, 8)
+    trunk = read(small_model, begin)
+    branch = trunk.copy()
+    assert branch.position == trunk.position == 9
+    for state, rest in ((trunk, one), (branch, other)):
+        for i in range(rest.shape[1]):
+            features, state = small_model.features(rest[:, i:i + 1], state)
+        whole = small_model.features(torch.cat((begin, rest), dim=1))[0]
+        torch.testing.assert_close(features[:, -1], whole[:, -1], rtol=1e-4, atol=1e-5)
+        assert state.position == 9 + rest.shape[1]
+    assert (trunk.position, branch.position) == (16, 17)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_read", [0, 9])
+def test_a_saved_state_goes_on_as_if_it_had_never_been_saved(small_model, n_read, tmp_path):
+    """Guards: a forgotten position; tensors that share memory (safetensors refuses them); an empty state lost."""
+    small_model.eval()
+    state, rest = small_model.initial_state(2), draw(2, 6)
+    if n_read:
+        _, state = small_model.features(draw(2, n_read), state)
+    save_file(state.tensors(), tmp_path / "state.safetensors")
+    loaded = type(state).from_tensors(load_file(tmp_path / "state.safetensors"))
+    assert loaded.position == state.position == n_read
+    for tokens in (rest[:, :1], rest[:, 1:]):
+        (found, loaded), (expected, state) = small_model.features(tokens, loaded), small_model.features(tokens, state)
+        assert torch.equal(found, expected)
+
+
+def test_a_detached_state_ends_the_gradient(small_model):
+    """Guards: training by pieces whose memory grows with the text; a state whose history is lost unasked."""
+    table = (small_model.embed if hasattr(small_model, "embed") else small_model.hf.transformer.wte).weight
+    first, second = torch.arange(0, 10)[None], torch.arange(10, 20)[None]
+    for detached in (False, True):
+        small_model.zero_grad()
+        state = read(small_model, first)
+        values = {name: t.detach().clone() for name, t in state.tensors().items()}
+        state = state.detach() if detached else state
+        assert all(torch.equal(t, values[name]) for name, t in state.tensors().items())
+        features, _ = small_model.features(second, state)
+        (features * torch.arange(16)).sum().backward()  # a plain sum over a layer norm is constant
+        assert bool(table.grad[:10].any()) is not detached and bool(table.grad[10:20].all())
+
+
+@pytest.mark.parametrize(("inputs", "message"), [
+    (torch.tensor([[3, 50]]), r"found id 50, expected ids in \[0, 50\)"),
+    (torch.tensor([[3, -1]]), r"found id -1, expected ids in \[0, 50\)"),
+    (torch.tensor([[3]], dtype=torch.int32), "found int32"),
+    (torch.tensor([3]), r"expected int64 \(B, T\)"),
+    (torch.zeros(1, 0, dtype=torch.int64), "at least one token"),
+])
+def test_inputs_that_are_no_ids_are_refused_by_name(small_model, inputs, message):
+    """Guards: an index error, on a GPU a dead process, for tokens of another tokenizer."""
+    for state in (None, small_model.initial_state(1)):
+        with pytest.raises(ValueError, match=message):
+            small_model.features(inputs, state)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("case", "message"), [
+    ("another kind", "found dict, expected (BDH|GPT2)State, from initial_state"),
+    ("more layers", "found 3 (layers|passes).*expected 2"),
+    ("more heads", r"(4 heads|\(2, 4, 32, 16\)).*expected .*(2 heads|\(2, 2, 64, 16\))"),
+    ("another batch", r"(for 3 stories|\(3, ).*expected .*(for 2 stories|\(2, ).*initial_state for this batch"),
+    ("another dtype", "as torch.float64 on cpu, expected torch.float32 on cpu"),
+    ("another device", "as torch.float32 on meta, expected torch.float32 on cpu"),
+])
+@pytest.mark.parametrize("n_read", [0, 5])
+def test_a_state_that_does_not_fit_is_refused_by_name(small_model, case, message, n_read):
+    """Guards: a broadcast that answers for the wrong story; half of the layers written when the first fault shows."""
+    small_model.eval()
+    made_for = {"more layers": another(small_model, n_layer=3), "more heads": another(small_model, n_head=4)}
+    maker, batch = made_for.get(case, small_model).eval(), 3 if case == "another batch" else 2
+    state = read(maker, draw(batch, n_read)) if n_read else maker.initial_state(batch)
+    tensors = state.tensors()
+    if case == "another kind":
+        state = tensors
+    elif case.startswith("another d"):
+        change = {"dtype": torch.float64} if case == "another dtype" else {"device": "meta"}
+        floats = {name: t.to(**change) for name, t in tensors.items() if t.is_floating_point()}
+        if not floats:  # a cache that holds nothing yet has neither: it is as good as this model's own
+            assert small_model.features(draw(2, 1), state)[1].position == 1
+            return
+        state = type(state).from_tensors(tensors | floats)
+    with pytest.raises(ValueError, match=message) as refused:
+        small_model.features(draw(2, 1), state)
+    assert "\n" not in str(refused.value)
+    if case.startswith(("more", "another b")):  # it is as good as before
+        assert state.position == n_read
+        assert all(torch.equal(t, tensors[name]) for name, t in state.tensors().items())
 
 
 def test_non_embedding_parameters_are_what_the_config_says(small_model):

@@ -236,6 +236,17 @@ def test_dishonest_comparisons_are_refused(run_main, two_runs, token_files, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_story_beyond_the_positions_follows_slide_to(run_main, two_runs):
+    """Guards: an option that is not passed on; a story that stops, or forgets its beginning, without a word."""
+    options = (two_runs[1], "--temperature", 0, "--max-new-tokens", 200, "--slide-to")
+    with pytest.warns(UserWarning, match="160 positions are used up: the story stops at its token 160"):
+        assert run_main("generate", *options, 0)[0] == 0
+    with pytest.warns(UserWarning, match="from token 161 on .* sees its last 40 to 160 tokens"):
+        assert run_main("generate", *options, 40)[0] == 0
+    code, _, err = run_main("generate", *options, 160)
+    assert code == 2 and err == "error: slide_to 160 must be at least 0 and below the model's 160 positions.\n"
+
+
 def test_unequal_runs_are_named_in_the_summary(run_main, two_runs, token_files, tmp_path):
     """Guards: a verdict over runs of different length without a word."""
     from plotarmour.config import load_recipe
