@@ -9,7 +9,7 @@ def check_ids(inputs: Tensor, vocab_size: int) -> None:
     if inputs.dim() != 2 or inputs.dtype != torch.int64 or not inputs.numel():
         raise ValueError(f"inputs: found {str(inputs.dtype).removeprefix('torch.')} {tuple(inputs.shape)}, expected "
                          "int64 (B, T) of at least one token")
-    least, most = (int(i) for i in inputs.aminmax())
+    least, most = torch.stack(inputs.aminmax()).tolist()  # one transfer from a GPU, not two
     if least < 0 or most >= vocab_size:
         raise ValueError(f"inputs: found id {least if least < 0 else most}, expected ids in [0, {vocab_size}); were "
                          "they made with another tokenizer?")

@@ -51,9 +51,17 @@ class BDHState:
 
     @staticmethod
     def from_tensors(tensors: dict[str, Tensor]) -> "BDHState":
-        """Return the state that `tensors` described."""
-        synapses = [tensors[f"synapses.{level}"] for level in range(len(tensors) - 1)]
-        return BDHState(synapses, int(tensors["position"]))
+        """Return the state that `tensors` described; reading on changes them.
+
+        Raises:
+            ValueError: tensors of something else.
+        """
+        try:
+            synapses = [tensors[f"synapses.{level}"] for level in range(len(tensors) - 1)]
+            return BDHState(synapses, int(tensors["position"]))
+        except KeyError as missing:
+            raise ValueError(f"state: found tensors {', '.join(sorted(tensors)[:4])} ... without {missing}, expected "
+                             "those of a BDHState; load them with the class that saved them") from None
 
 
 @torch.no_grad()

@@ -4,8 +4,7 @@ import random
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from watch import LargestTensor
 
 from plotarmour.loss import summed_nats
 from plotarmour.models import tiled
@@ -66,21 +65,6 @@ def test_gradcheck_passes():
     shapes = (B, T, D), (H, D, N), (H, D, N), (H * N, D)
     tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     assert torch.autograd.gradcheck(lambda *t: run_passes(*t, 2, torch.float64, setting), tensors)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest storage that any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self.elements = max(self.elements, leaf.untyped_storage().nbytes() // leaf.element_size())
-        return out
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
