@@ -28,7 +28,7 @@ from plotarmour.models.rotation import rotate_into
 
 EPS = 1e-5
 TILE_ELEMENTS = 2**19  # of one (rows · T, neurons) tile on a CPU: 2 MiB in float32, which stays in its cache
-GPU_ELEMENTS = 2**26  # of one (rows, T, N) buffer on a GPU, which wants large products
+GPU_ELEMENTS = 2**25  # of one (rows, T, N) buffer on a GPU: 64 MiB in float16, products large enough to fill it
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,15 @@ def test_positions_far_out_rotate_as_exactly_as_near_ones():
         assert complex(factors[-1, 0]) == pytest.approx(complex(torch.cos(angle), torch.sin(angle)), abs=1e-6)
 
 
+def test_a_table_is_made_once_for_each_precision():
+    """Guards: cosines of 4 million numbers at every pass; a float64 table handed to a float32 model."""
+    rotation, cpu = Rotation(16), torch.device("cpu")
+    for dtype, exact in ((torch.float64, torch.complex128), (torch.float32, torch.complex64)):
+        table = rotation.table(0, 20, cpu, dtype)
+        assert table.dtype == exact and table.shape == (20, 8)
+        assert rotation.table(0, 256, cpu, dtype).data_ptr() == table.data_ptr()
+
+
 def test_a_rotation_turns_pairs_by_the_published_frequencies():
     """Guards: pairs that are not adjacent, theta other than 2^16.
 

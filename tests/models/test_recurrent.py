@@ -105,6 +105,14 @@ def test_dropout_is_the_same_in_every_form():
         found["without a state"], _ = model.features(inputs)
     for form in found:
         assert relative(found[form], found["parallel"]) < 1e-10, form
+    later = {}
+    for form in ("parallel", "tiled"):  # from a state on, places go on too
+        model.form = form
+        with torch.no_grad():
+            torch.manual_seed(4)
+            _, state = model.features(inputs, model.initial_state(2))
+            later[form], _ = model.features(inputs[:, :9], state)
+    assert relative(later["tiled"], later["parallel"]) < 1e-10
 
 
 def test_gradients_flow_through_a_state_until_it_is_detached():
