@@ -168,8 +168,8 @@ def main() -> None:
             writer.writerow(row)
             file.flush()
             print(f"{row['recipe']:<10} {row['model']:<5} {row['vocab_size']:>6} {dtype:<9} {row['settings']:<95} "
-                  f"planned {row['planned_mib']:>7} measured {row['measured_mib']:>7} MiB, ratio {row['planned_of_measured']}, "
-                  f"resident {row['resident_mib'] or '-'}", flush=True)
+                  f"planned {row['planned_mib']:>7} measured {row['measured_mib']:>7} MiB, "
+                  f"ratio {row['planned_of_measured']}, resident {row['resident_mib'] or '-'}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,13 @@
 Memory is fullest at one of a few moments. Each is written down here as the buffers that live then, after
 `models/tiled.py`, `models/recurrent.py`, `loss.py`, `training/loop.py` and `transformers`' GPT-2:
 
-    evaluation     no gradients, at most EVALUATION_ROWS rows
-    forward        of BDH, in the last pass: what all passes keep, and the scratch of one
-    loss           what forward keeps, a chunk of logits, the gradients of features and unembedding
-    loss scaling   these gradients once more, times the loss scale
-    backward       what forward keeps, scratch, new gradients beside those of earlier micro-batches
-    token table    its gradient, (V, D), comes last
+    evaluation    no gradients, at most EVALUATION_ROWS rows
+    loss          what forward keeps, a chunk of logits, the gradients of features and unembedding
+    backward      what forward keeps, scratch, new gradients beside those of earlier micro-batches
+    token table   its gradient, (V, D), comes last
 
-The optimizer's step needs less than any: its states are always there, and it works in place. Sums are of tensors, as
-torch's own counters give them. `benchmarks/memory_plan.py` compares plan and measurement.
+Forward itself needs less than backward, and the optimizer's step less than any: its states are always there, and it
+works in place. Sums are of tensors, as torch's own counters give them: `benchmarks/memory_plan.py` compares the two.
 """
 
 from dataclasses import dataclass, replace
@@ -185,9 +183,7 @@ def _bdh(shape: BDHConfig, t: TrainingConfig, read_rows: int, size: int, device:
     return [
         at("evaluation", scratch=copies(1, read_rows) + 5 * read_v + reading + sum(scratch(read_rows, False))),
         at("evaluation", scratch=copies(0, 0) + read_v, loss=_loss(read_rows * T, D, V, size, False)),
-        at("forward", gradients=before, saved=saved - v, scratch=copies(1, B) + sum(scratch(B, False))),
         at("loss", gradients=before, saved=saved, loss=_loss(B * T, D, V, size, True)),
-        at("loss scaling", gradients=before, saved=saved, loss=_loss_scaling(B * T, D, V, size)),
         at("backward", gradients=(before or table) + WIDE * core, saved=saved,  # in a pass, or between two
            scratch=stay + max(copies(2, B) + (4 + dropout) * v + go, copies(0, 0) + 7 * v)),
         at("token table", gradients=(before or parameters - table) + table, saved=v, scratch=2 * v),
@@ -221,7 +217,6 @@ def _gpt2(shape: GPT2Config, t: TrainingConfig, read_rows: int, size: int, devic
         at("evaluation", scratch=L * copies + 3 * read_v + 4 * middle * 4 * read_rows * T * D),  # gelu_new
         at("evaluation", scratch=L * copies + read_v, loss=_loss(read_rows * T, D, V, size, False)),
         at("loss", gradients=before, saved=saved, scratch=0 if half else v, loss=_loss(B * T, D, V, size, True)),
-        at("loss scaling", gradients=before, saved=saved, loss=_loss_scaling(B * T, D, V, size)),
         # The unembedding's gradient waits for that of the same table as embedding.
         at("backward", gradients=(before or WIDE * 4 * D**2) + table, saved=saved,  # through the last gelu_new
            scratch=2 * v + (3 * middle - size) * wide),
@@ -243,8 +238,3 @@ def _loss(n_tokens: int, D: int, V: int, size: int, gradient: bool) -> int:
         product = 2 * n * size + (size + half * WIDE) * D  # logits, their gradient, a part of the unembedding's
         chunk = V * max(first, later, product) + (size * n_tokens + WIDE * V) * D
     return chunk + half * size * (n_tokens + V) * D
-
-
-def _loss_scaling(n_tokens: int, D: int, V: int, size: int) -> int:
-    """The gradients of features and unembedding, and both times the loss scale."""
-    return 2 * (size * n_tokens + WIDE * V) * D + (size * V * D if size < WIDE else 0)

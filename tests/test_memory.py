@@ -9,6 +9,7 @@ import torch
 from plotarmour.config import load_recipe
 from plotarmour.machine import Machine
 from plotarmour.memory import describe, largest_micro_batch, largest_split, plan_training
+from plotarmour.models.tiled import Tiling
 
 GIB = 2**30
 
@@ -21,12 +22,18 @@ def benchmark(root):
     return module
 
 
-CASES = {  # so chosen that each moment but "forward" is the fullest once
+CASES = {  # so chosen that each moment is the fullest once, and each part large
     "evaluation": ("bdh", 1024, "bfloat16", ["context_length=64", "micro_batch_size=1"]),
     "loss": ("gpt2", 1024, "float32", ["context_length=64"]),
-    "loss scaling": ("gpt2", 4096, "bfloat16", ["context_length=16", "grad_accum_steps=2", "eval_tokens=16"]),
-    "backward": ("bdh", 300, "bfloat16", ["context_length=96", "dropout=0.1", "grad_accum_steps=2"]),
-    "backward with a formula": ("gpt2", 100, "float32", ["context_length=128", "dropout=0.1", "grad_accum_steps=2"]),
+    "loss, mostly the unembedding's": ("gpt2", 4096, "bfloat16", ["context_length=16", "grad_accum_steps=2"]),
+    "backward, mostly scores": ("bdh", 64, "float32", ["n_embd=32", "context_length=256", "micro_batch_size=8"]),
+    "backward, mostly scratch": ("bdh", 64, "bfloat16", ["n_embd=32", "context_length=256", "micro_batch_size=1",
+                                                        "mlp_internal_dim_multiplier=32", "dropout=0.1"]),
+    "backward, mostly weights": ("bdh", 300, "float32", ["context_length=16", "grad_accum_steps=2"]),
+    "backward, mostly v": ("bdh", 64, "bfloat16", ["n_embd=128", "mlp_internal_dim_multiplier=1", "context_length=48",
+                                                   "micro_batch_size=16", "n_layer=1", "dropout=0.1"]),
+    "backward, attention as a formula": ("gpt2", 100, "float32", ["context_length=128", "dropout=0.1",
+                                                                 "grad_accum_steps=2"]),
     "token table": ("bdh", 8192, "float32", ["context_length=8", "micro_batch_size=1", "eval_tokens=8"]),
 }
 
@@ -39,7 +46,18 @@ def test_the_plan_is_what_torch_allocates(benchmark, case):
     recipe = load_recipe("tiny", model, ["windows=stream", *settings])
     plan = plan_training(recipe, vocab_size, machine.dtype, "cpu")
     measured, _ = benchmark.measure(recipe, vocab_size, machine)
-    assert case.startswith(plan.moment) and measured == pytest.approx(plan.total, rel=0.05), plan
+    assert case.startswith(plan.moment) and measured == pytest.approx(plan.total, rel=0.1), plan
+
+
+def test_the_plan_follows_the_tiles_of_a_gpu(benchmark, monkeypatch):
+    """Guards: a plan for a T4 made with the tiles of a CPU."""
+    tiles = Tiling.for_shape
+    monkeypatch.setattr(Tiling, "for_shape", lambda B, T, N, device: tiles(B, T, N, torch.device("cuda")))
+    machine = Machine(torch.device("cpu"), torch.bfloat16, "asked for", "")
+    recipe = load_recipe("tiny", "bdh", ["windows=stream", "context_length=200", "grad_accum_steps=2", "dropout=0.1"])
+    plan = plan_training(recipe, 300, machine.dtype, "cpu")
+    measured, _ = benchmark.measure(recipe, 300, machine)
+    assert plan.scratch > plan.total / 2 and measured == pytest.approx(plan.total, rel=0.1), plan
 
 
 def test_planning_allocates_nothing(benchmark):
