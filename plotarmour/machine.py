@@ -93,6 +93,15 @@ def peak_memory_mib(device: torch.device) -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def memory_bytes(device: torch.device) -> int:
+    """Memory in bytes: all that the GPU has, or what this machine has available now."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
 def versions() -> dict[str, str | None]:
     """Versions that a result depends on, and the git commit of the checkout if there is one."""
     import numpy

@@ -14,6 +14,7 @@ MAY_KNOW = {
     "training": BASIC | {"config", "machine", "loss", "text"},
     "evaluation": BASIC | {"config", "machine", "loss", "text"},
     "runs": BASIC | {"config", "machine", "text", "models", "training"},
+    "memory": {"config", "loss", "models", "runs", "training"},  # follows their constants instead of copying them
     "suite": BASIC | {"config", "machine", "loss", "plots", "text", "models", "training", "evaluation", "runs"},
 }
 
@@ -54,7 +55,8 @@ def test_a_wrong_arrow_is_noticed(tmp_path):
     assert len(list(wrong_arrows(tmp_path))) == 2
 
 
-@pytest.mark.parametrize("module", ["plotarmour.config", "plotarmour.text.pretokenize", "plotarmour.suite.steps"])
+@pytest.mark.parametrize("module", ["plotarmour.config", "plotarmour.text.pretokenize", "plotarmour.memory",
+                                    "plotarmour.suite.steps"])
 def test_importing_a_module_does_nothing(module, root, tmp_path):
     """Guards: device probing, folders and output at import."""
     code = f"import sys; sys.path.insert(0, {str(root)!r}); import {module}"

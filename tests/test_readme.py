@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import math
 import re
 import shlex
 import statistics
@@ -71,6 +72,17 @@ def test_the_speeds_are_the_committed_ones(readme, root):
         shown = (f"{int(mb):,} MB | {ours:.0f} MB/s | {ours / plain:.1f} | {alone:,.0f} MB/s | "
                  f"{middle('ours', mb, 'peak_rss_mib'):.0f} MiB")
         assert shown in readme, shown
+
+
+def test_the_memory_plan_is_as_good_as_the_committed_one(readme, root):
+    """Guards: a deviation that nobody measured, or that was measured of another version."""
+    with (root / "results" / "reference" / "memory_plan.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    off = max(abs(float(row["planned_of_measured"]) - 1) for row in rows)
+    grown = max(float(row["resident_mib"]) / float(row["measured_mib"]) for row in rows)
+    text = " ".join(readme.split())
+    assert f"In {len(rows)} cases on a CPU the plan was within {math.ceil(100 * off)} %" in text
+    assert f"the process grew by up to {grown:.1f} times as much" in text
 
 
 def test_the_diagrams_are_there(readme):

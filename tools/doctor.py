@@ -1,23 +1,72 @@
 #!/usr/bin/env python3
-"""Say what this machine is and which dtype will be used, with reasons."""
+"""Say what this machine is and which dtype will be used, with reasons; with --recipe, what memory training needs."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.errors import run_command
-from plotarmour.machine import report
+from plotarmour.config import MODELS, Recipe, load_recipe, recipe_names
+from plotarmour.errors import HelpFormatter, UserError, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    plan = parser.add_argument_group("memory plan", "by arithmetic: nothing is built or allocated")
+    plan.add_argument("--recipe", help=f"one of {', '.join(recipe_names())}, or a TOML file")
+    plan.add_argument("--model", help=f"one of {', '.join(MODELS)}; without it both")
+    plan.add_argument("--set", action="append", default=[], metavar="key=value", dest="overrides",
+                      help="override a setting of the recipe; may be repeated")
+    plan.add_argument("--vocab-size", type=int, metavar="V", help="entries; without it those of the recipe's tokenizer")
+    plan.add_argument("--memory-gib", type=float, metavar="G",
+                      help="plan for a device of G GiB; without it this GPU's memory, or the RAM available now")
+    plan.add_argument("--device", help="auto, cpu or cuda, also where there is none; without it the recipe's")
+    plan.add_argument("--dtype", help="auto, float32, float16 or bfloat16; without it the recipe's")
+    return parser
 
 
 def main() -> None:
-    build_parser().parse_args()
-    print(report())
+    args = build_parser().parse_args()
+    if args.recipe is None:
+        given = [f"--{name.replace('_', '-')}" for name in ("model", "vocab_size", "memory_gib", "device", "dtype")
+                 if getattr(args, name) is not None] + ["--set"] * bool(args.overrides)
+        if given:
+            raise UserError(f"{', '.join(given)} without a recipe; expected --recipe NAME beside it.")
+        from plotarmour.machine import report
+
+        print(report())
+        return
+    asked = [f"{key}={value}" for key, value in (("device", args.device), ("dtype", args.dtype)) if value is not None]
+    models = [args.model] if args.model else MODELS
+    recipes = [load_recipe(args.recipe, model, [*args.overrides, *asked]) for model in models]
+    for recipe in recipes:
+        print(plan(recipe, args.vocab_size, args.memory_gib), end="\n\n" if recipe is not recipes[-1] else "\n")
+
+
+def plan(recipe: Recipe, vocab_size: int | None, memory_gib: float | None) -> str:
+    """Plan for the device that the recipe asks for, which need not be here."""
+    import torch
+
+    from plotarmour.machine import find_machine, memory_bytes
+    from plotarmour.memory import describe
+    from plotarmour.text.tokenizers import vocab_size_of
+
+    t = recipe.training
+    if t.device == "cuda" and not torch.cuda.is_available():
+        if t.dtype == "auto" or memory_gib is None:
+            raise UserError("no GPU is here to ask; expected its dtype and memory: --dtype float16 (T4, P100) or "
+                            "bfloat16 (newer), and --memory-gib G.")
+        device, dtype = "cuda", getattr(torch, t.dtype)
+    else:
+        machine = find_machine(t.device, t.dtype)
+        device, dtype = machine.device.type, machine.dtype
+    if memory_gib is not None and not 0 < memory_gib < math.inf:
+        raise UserError(f"--memory-gib {memory_gib:g} is no size; expected the device's memory in GiB, such as 15.")
+    memory = memory_bytes(torch.device(device)) if memory_gib is None else int(memory_gib * 2**30)
+    size = vocab_size_of(recipe.data.tokenizer) if vocab_size is None else vocab_size
+    return describe(recipe, size, dtype, device, memory)
 
 
 if __name__ == "__main__":

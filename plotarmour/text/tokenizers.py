@@ -180,6 +180,20 @@ def bpe_size(spec: str) -> int:
     return int(spec[4:])
 
 
+def vocab_size_of(spec: str) -> int:
+    """Return the entries of "gpt2", "bpe:N" (at most; a small text yields fewer) or "bytes", without making it.
+
+    Raises:
+        UserError: a folder or file, or no name of a tokenizer.
+    """
+    if spec.startswith("bpe:"):
+        return bpe_size(spec)
+    if spec not in ("gpt2", "bytes"):
+        raise UserError(f"tokenizer {spec!r} does not tell its vocabulary's size; expected gpt2, bpe:N or bytes. Name "
+                        "the size: --vocab-size N.")
+    return GPT2_VOCAB_SIZE if spec == "gpt2" else 257  # 256 bytes and <|endoftext|>
+
+
 def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]]) -> str:
     """JSON of a byte-level BPE; without a vocabulary: one entry per byte."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers

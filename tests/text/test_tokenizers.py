@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plotarmour.errors import UserError
-from plotarmour.text.tokenizers import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer
+from plotarmour.text.tokenizers import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer, vocab_size_of
 
 BYTES = make_tokenizer("bytes")
 LEARNED = make_tokenizer("bpe:270", ["the cat sat on the mat. the cat ran. the mat"] * 3)
@@ -121,3 +121,11 @@ def test_gpt2_comes_from_the_hub_where_no_folder_has_it(shared, root, tmp_path):
         server.shutdown()
     assert done.stdout.strip() == "gpt2 [15496]", done.stderr
     assert asked[-1] == "GET /openai-community/gpt2/resolve/main/tokenizer.json"
+
+
+def test_a_vocabulary_is_known_before_it_is_made():
+    """Guards: memory planned for another vocabulary than the one trained with."""
+    assert vocab_size_of("bytes") == make_tokenizer("bytes").vocab_size
+    assert (vocab_size_of("bpe:4096"), vocab_size_of("gpt2")) == (4096, 50257)
+    with pytest.raises(UserError, match="--vocab-size"):
+        vocab_size_of("some/folder")

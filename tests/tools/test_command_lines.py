@@ -199,6 +199,13 @@ def test_bad_training_calls_give_one_line_and_leave_nothing(run_main, files, cas
     ("import_bin", ["nowhere.bin", "--tokenizer", "bytes", "--out", "x.bin"], "does not exist"),
     ("import_bin", ["TRAIN", "--tokenizer", "bytes", "--out", "x.bin"], "is a token file of this program"),
     ("import_bin", ["README", "--tokenizer", "bytes", "--out", "x.bin"], "expected --dtype"),
+    ("doctor", ["--model", "bdh", "--set", "n_embd=8"], "--model, --set without a recipe"),
+    ("doctor", ["--recipe", "tinny"], "did you mean 'tiny'"),
+    ("doctor", ["--recipe", "tiny", "--set", "tokenizer=folder"], "Name the size: --vocab-size N"),
+    ("doctor", ["--recipe", "tiny", "--vocab-size", "0"], "vocab_size = 0 must be at least 1"),
+    ("doctor", ["--recipe", "tiny", "--memory-gib", "nan"], "expected the device's memory in GiB"),
+    ("doctor", ["--recipe", "tiny", "--device", "tpu"], "expected auto, cpu or cuda"),
+    ("doctor", ["--recipe", "tiny", "--dtype", "int8"], "must be one of auto"),
 ])
 def test_other_bad_calls_give_one_line(run_main, tmp_path, monkeypatch, root, token_files, tool, args, message):
     """Guards: tracebacks for the user's mistakes."""
@@ -308,6 +315,21 @@ def test_help_names_defaults_and_no_none(root):
     """Guards: "(default: None)" on required options, and a default of 0 that is hidden."""
     text = " ".join(call(root, "generate", "--help").stdout.split())
     assert "same seed, same story (default: 0)" in text and "None" not in text
+
+
+def test_the_doctor_plans_for_a_gpu_that_is_not_here(run_main, monkeypatch):
+    """Guards: a plan for the wrong vocabulary or device; the machine's report lost beside it."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    options = ("--recipe", "kaggle_t4", "--device", "cuda")
+    code, out, err = run_main("doctor", *options, "--dtype", "float16", "--memory-gib", 15)
+    assert code == 0 and err == "" and out.count("fits 15 GiB less 1.0 in reserve: largest micro-batch") == 2
+    for model in ("bdh: micro-batch 32", "gpt2: micro-batch 16"):
+        assert f"{model} x 512 tokens, vocabulary 50,257, float16 on cuda" in out
+    code, out, err = run_main("doctor", *options)
+    assert code == 2 and "--dtype float16 (T4, P100)" in err and err.count("\n") == 1 and out == ""
+    code, out, _ = run_main("doctor", "--recipe", "tiny", "--model", "bdh")
+    assert code == 0 and "vocabulary 1,024, float32 on cpu" in out and "fits " in out
+    assert run_main("doctor")[1].startswith("host ")
 
 
 def test_parts_are_searched_for_copies(run_main, token_files, tmp_path):

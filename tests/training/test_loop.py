@@ -136,12 +136,12 @@ def test_two_models_with_one_seed_read_the_same_tokens(token_files):
 
     data, read = TokenFile.open(token_files["train"]), []
     for model in ("bdh", "gpt2"):
-        t = load_recipe("kaggle_t4", model).training  # micro-batches of 2 and 16 rows
+        t = load_recipe("kaggle_t4", model).training  # micro-batches of 32 and 16 rows
         windows = Windows(data, t.context_length, t.windows, t.seed, t.rows_per_step)
         rows = [row for step in range(3) for row in windows.rows_of(step)]
         read.append([windows.micro_batch(rows[i:i + t.micro_batch_size])[1]
                      for i in range(0, len(rows), t.micro_batch_size)])
-    assert [len(batches[0]) for batches in read] == [2, 16]
+    assert [len(batches[0]) for batches in read] == [32, 16]
     assert torch.equal(torch.cat(read[0]), torch.cat(read[1]))
 
 

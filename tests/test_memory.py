@@ -1,0 +1,100 @@
+"""The memory plan against what torch allocates, counted exactly."""
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+import torch
+
+from plotarmour.config import load_recipe
+from plotarmour.machine import Machine
+from plotarmour.memory import describe, largest_micro_batch, largest_split, plan_training
+from plotarmour.models.tiled import Tiling
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def benchmark(root):
+    spec = importlib.util.spec_from_file_location("memory_plan", root / "benchmarks" / "memory_plan.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+CASES = {  # so chosen that each moment is the fullest once, and each part large
+    "evaluation": ("bdh", 1024, "bfloat16", ["context_length=64", "micro_batch_size=1"]),
+    "loss": ("gpt2", 1024, "float32", ["context_length=64"]),
+    "loss, mostly the unembedding's": ("gpt2", 4096, "bfloat16", ["context_length=16", "grad_accum_steps=2"]),
+    "backward, mostly scores": ("bdh", 64, "float32", ["n_embd=32", "context_length=256", "micro_batch_size=8"]),
+    "backward, mostly scratch": ("bdh", 64, "bfloat16", ["n_embd=32", "context_length=256", "micro_batch_size=1",
+                                                        "mlp_internal_dim_multiplier=32", "dropout=0.1"]),
+    "backward, mostly weights": ("bdh", 300, "float32", ["context_length=16", "grad_accum_steps=2"]),
+    "backward, mostly v": ("bdh", 64, "bfloat16", ["n_embd=128", "mlp_internal_dim_multiplier=1", "context_length=48",
+                                                   "micro_batch_size=16", "n_layer=1", "dropout=0.1"]),
+    "backward, attention as a formula": ("gpt2", 100, "float32", ["context_length=128", "dropout=0.1",
+                                                                 "grad_accum_steps=2"]),
+    "token table": ("bdh", 8192, "float32", ["context_length=8", "micro_batch_size=1", "eval_tokens=8"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_plan_is_what_torch_allocates(benchmark, case):
+    """Guards: a buffer added to models or loss that the plan does not know; a recipe that then dies on the GPU."""
+    model, vocab_size, dtype, settings = CASES[case]
+    machine = Machine(torch.device("cpu"), getattr(torch, dtype), "asked for", "")
+    recipe = load_recipe("tiny", model, ["windows=stream", *settings])
+    plan = plan_training(recipe, vocab_size, machine.dtype, "cpu")
+    measured, _ = benchmark.measure(recipe, vocab_size, machine)
+    assert case.startswith(plan.moment) and measured == pytest.approx(plan.total, rel=0.1), plan
+
+
+def test_the_plan_follows_the_tiles_of_a_gpu(benchmark, monkeypatch):
+    """Guards: a plan for a T4 made with the tiles of a CPU."""
+    tiles = Tiling.for_shape
+    monkeypatch.setattr(Tiling, "for_shape", lambda B, T, N, device: tiles(B, T, N, torch.device("cuda")))
+    machine = Machine(torch.device("cpu"), torch.bfloat16, "asked for", "")
+    recipe = load_recipe("tiny", "bdh", ["windows=stream", "context_length=200", "grad_accum_steps=2", "dropout=0.1"])
+    plan = plan_training(recipe, 300, machine.dtype, "cpu")
+    measured, _ = benchmark.measure(recipe, 300, machine)
+    assert plan.scratch > plan.total / 2 and measured == pytest.approx(plan.total, rel=0.1), plan
+
+
+def test_planning_allocates_nothing(benchmark):
+    """Guards: a doctor that runs out of the memory it plans."""
+    recipe = load_recipe("kaggle_t4", "bdh", ["n_embd=65536", "context_length=65536"])
+    plans = []
+    assert benchmark.peak_of_tensors(lambda: plans.append(plan_training(recipe, 50257, torch.float16, "cuda"))) == 0
+    assert plans[0].total > 10_000 * GIB
+
+
+@pytest.mark.parametrize("model", ["bdh", "gpt2"])
+def test_the_kaggle_recipes_fit_with_room_to_spare(model):
+    """Guards: a recipe for 16 GB that needs more; long contexts that no longer fit a T4 at all."""
+    for name in ("kaggle_t4", "kaggle_p100"):
+        assert plan_training(load_recipe(name, model), 50257, torch.float16, "cuda").total < 6 * GIB
+    long = load_recipe("kaggle_t4", model, ["micro_batch_size=16", "context_length=1024"])
+    assert plan_training(long, 50257, torch.float16, "cuda").total < 12 * GIB
+
+
+@pytest.mark.parametrize("model", ["bdh", "gpt2"])
+def test_the_largest_micro_batch_is_the_largest(model):
+    """Guards: advice that is off by one row, or changes the tokens of a step."""
+    recipe, budget = load_recipe("kaggle_t4", model, ["context_length=1024"]), 5 * GIB
+    most = largest_micro_batch(recipe, 50257, torch.float16, "cuda", budget)
+    totals = [plan_training(replace(recipe, training=replace(recipe.training, micro_batch_size=rows)), 50257,
+                            torch.float16, "cuda").total for rows in (most, most + 1)]
+    assert totals[0] <= budget < totals[1]
+    split = largest_split(recipe, 50257, torch.float16, "cuda", budget).training
+    assert split.tokens_per_step == recipe.training.tokens_per_step
+    assert split.micro_batch_size <= most < 2 * split.micro_batch_size
+    assert largest_split(recipe, 50257, torch.float16, "cuda", GIB // 2) is None
+
+
+def test_the_advice_names_what_to_set():
+    """Guards: a plan that does not fit and does not say what would."""
+    recipe = load_recipe("kaggle_t4", "gpt2", ["micro_batch_size=64", "grad_accum_steps=1"])
+    told = [describe(recipe, 50257, torch.float16, "cuda", n * GIB).splitlines()[-1] for n in (15, 7, 1)]
+    assert told[0].startswith("fits 15 GiB less 1.0 in reserve: largest micro-batch ")
+    assert "set micro_batch_size=16 and grad_accum_steps=4 to keep 32,768 tokens a step" in told[1]
+    assert "not even a row at a time" in told[2]
