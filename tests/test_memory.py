@@ -27,7 +27,7 @@ CASES = {  # so chosen that each moment is the fullest once, and each part large
     "loss": ("gpt2", 1024, "float32", ["context_length=64"]),
     "loss, mostly the unembedding's": ("gpt2", 4096, "bfloat16", ["context_length=16", "grad_accum_steps=2"]),
     "backward, mostly scores": ("bdh", 64, "float32", ["n_embd=32", "context_length=256", "micro_batch_size=8"]),
-    "backward, mostly scratch": ("bdh", 64, "bfloat16", ["n_embd=32", "context_length=256", "micro_batch_size=1",
+    "backward, mostly scratch": ("bdh", 64, "bfloat16", ["n_embd=32", "context_length=256", "micro_batch_size=8",
                                                         "mlp_internal_dim_multiplier=32", "dropout=0.1"]),
     "backward, mostly weights": ("bdh", 300, "float32", ["context_length=16", "grad_accum_steps=2"]),
     "backward, mostly v": ("bdh", 64, "bfloat16", ["n_embd=128", "mlp_internal_dim_multiplier=1", "context_length=48",
