@@ -207,7 +207,7 @@ def main() -> None:
         (T, B), *others = SWEEPS[shape]
         rows += measure(shape, T, B, sides, args.rounds, args)
         if args.device == "cpu":
-            rows += measure(shape, T, B, sides, args.rounds, args, tuned=True)
+            rows += measure(shape, T, B, sides, max(3, args.rounds // 2), args, tuned=True)
         for T, B in others if args.sweep_rounds else []:
             rows += measure(shape, T, B, ("published", "tiled"), args.sweep_rounds, args)
         args.out.parent.mkdir(parents=True, exist_ok=True)
