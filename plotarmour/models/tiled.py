@@ -47,7 +47,7 @@ class Tiling:
 
     @staticmethod
     def for_shape(B: int, T: int, N: int, device: torch.device) -> "Tiling":
-        """Choose by what measured fastest: through the cache on a CPU, in few large products on a GPU."""
+        """Choose tiles that go through the cache on a CPU, as measured; few large products on a GPU, not measured."""
         if device.type == "cpu":
             rows = min(B, max(1, 2 * TILE_ELEMENTS // (T * N)))
             return Tiling(rows, min(N, max(64, TILE_ELEMENTS // (rows * T) // 64 * 64)), 128)
