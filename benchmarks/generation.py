@@ -179,7 +179,7 @@ def trained_run(folder: Path, data: Path, tokens: int) -> list[dict]:
     text = torch.tensor(file.tokens[:n * length].astype("int64")).view(n, length).to(run.machine.device)
     with torch.no_grad():
         v = normalize(run.model.embed(text))[0]
-        counted = recurrent.activity(v, run.model._weights(torch.float32)[0], run.model.config.n_layer,
+        counted = recurrent.activity(v, run.model._weights(torch.float32), run.model.config.n_layer,
                                      run.model._rotation)
     rows = [{"what": f"{folder.name}: active in pass {i + 1}", "context": length,
              **{f"active_{name}": share for name, share in found.items()}} for i, found in enumerate(counted)]

@@ -74,6 +74,36 @@ def test_the_speeds_are_the_committed_ones(readme, root):
         assert shown in readme, shown
 
 
+def test_the_speed_and_memory_of_bdh_are_the_committed_ones(readme, root):
+    """Guards: a ratio that nobody measured, or that was measured of another version."""
+    with (root / "results" / "reference" / "bdh_training.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    stated = {"25M": ("512", "1"), "1.8M": ("512", "4")}
+    for shape, (T, B) in stated.items():
+        of = {(row["form"], row["allocator"]): row for row in rows if (row["shape"], row["T"], row["B"]) == (shape, T, B)}
+        for form in ("published", "compiled"):
+            row, tuned = of[form, "default"], of[form, "tuned"]
+            shown = (f"{float(row['ours_times_faster']):.2f} | {float(tuned['ours_times_faster']):.2f} | "
+                     f"{float(row['activations_mib']):,.0f} MiB | {float(row['ours_times_leaner']):.1f}")
+            assert shown in readme, (shape, shown)
+        assert f"{float(of['tiled', 'default']['activations_mib']):,.0f} MiB" in readme
+
+
+def test_the_cost_of_a_token_is_the_committed_one(readme, root):
+    """Guards: a time per token of another version; activity of a run that nobody trained."""
+    with (root / "results" / "reference" / "generation.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for what in ("BDH recurrent", "GPT-2 with cache", "BDH by full recomputation"):
+        found = {row["context"]: float(row["ms_per_token"]) for row in rows if row["what"] == what}
+        shown = " | ".join(f"{found[context]:,.0f}" if context in found else "" for context in
+                           ("64", "256", "1024", "2048", "8192"))
+        assert f"| {what} | {shown}".rstrip() in readme, shown
+    for row in rows:
+        if row["active_x"]:
+            shown = " | ".join(f"{100 * float(row[f'active_{name}']):.1f} %" for name in ("x", "pairs", "y", "xy"))
+            assert shown in readme, shown
+
+
 def test_the_memory_plan_is_as_good_as_the_committed_one(readme, root):
     """Guards: a deviation that nobody measured, or that was measured of another version."""
     with (root / "results" / "reference" / "memory_plan.csv").open(encoding="utf-8", newline="") as file:

@@ -145,10 +145,9 @@ class BDH(nn.Module):
         with torch.autocast(v.device.type, enabled=False):
             if state is not None and T == 1 and dropout is None:
                 sparse = B <= SPARSE_BATCH and v.device.type == "cpu" and dtype == v.dtype
-                weights, by_neuron = self._weights(dtype, sparse)
-                v = read_one(v, weights, c.n_layer, self._rotation, state, by_neuron)
+                v = read_one(v, self._weights(dtype), self._rotation, state, self._by_neuron if sparse else None)
             else:
-                v = read(v, self._weights(dtype)[0], c.n_layer, self._rotation, dropout, state)
+                v = read(v, self._weights(dtype), c.n_layer, self._rotation, dropout, state)
         if state is not None:
             state.position += T
         return v, state
@@ -179,15 +178,19 @@ class BDH(nn.Module):
             v = normalize(v + normalize(m.to(v.dtype))[0])[0]
         return v.squeeze(1), BDHState(synapses, start + T) if state else None
 
-    def _weights(self, dtype: torch.dtype, by_neuron: bool = False) -> tuple[Weights, Tensor | None]:
-        """Weights for reading, and encoder_v by neuron (H·N, D); copies are kept while the parameters stay the same."""
+    def _weights(self, dtype: torch.dtype) -> Weights:
+        """Weights for reading. Copies are kept while the parameters stay what they are."""
         parameters = self.encoder, self.encoder_v, self.decoder
         made_of = dtype, *((p.data_ptr(), p._version) for p in parameters)
         if self._reading is None or self._reading[0] != made_of:
             self._reading = [made_of, Weights(*(p.detach().to(dtype) for p in parameters)), None]
-        if by_neuron and self._reading[2] is None:
-            self._reading[2] = self.encoder_v.detach().mT.flatten(0, 1).contiguous()
-        return self._reading[1], self._reading[2] if by_neuron else None
+        return self._reading[1]
+
+    def _by_neuron(self) -> Tensor:
+        """encoder_v of the last `_weights` as (H·N, D)."""
+        if self._reading[2] is None:
+            self._reading[2] = self._reading[1].encoder_v.mT.flatten(0, 1).contiguous()
+        return self._reading[2]
 
     def _check_state(self, state: BDHState, batch_size: int) -> None:
         c = self.config

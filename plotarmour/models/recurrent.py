@@ -9,6 +9,7 @@ Each token reads S before it is written to it, so the order is strictly causal a
   where x ∘ y does. The rest are products with zero. What fires is counted at every token and pass.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -100,17 +101,16 @@ def read(v: Tensor, weights: Weights, n_layer: int, rotation: Rotation, dropout:
 
 
 @torch.no_grad()
-def read_one(v: Tensor, weights: Weights, n_layer: int, rotation: Rotation, state: BDHState, by_neuron: Tensor | None,
-             ) -> Tensor:
+def read_one(v: Tensor, weights: Weights, rotation: Rotation, state: BDHState,
+             by_neuron: Callable[[], Tensor] | None) -> Tensor:
     """Go through all passes with one token of each story.
 
     Args:
         v: (B, 1, D), float32 or float64.
         weights: in the dtype of products.
-        n_layer: number of passes.
         rotation: of the positions.
-        state: written to in place, its position apart.
-        by_neuron: encoder_v as (H·N, D), one row per neuron; None: never by active neurons.
+        state: of as many passes as there are to go through; written to in place, its position apart.
+        by_neuron: makes encoder_v as (H·N, D), one row per neuron, when it is needed; None: dense products only.
 
     Returns:
         v after the last pass, (B, 1, D).
@@ -122,7 +122,7 @@ def read_one(v: Tensor, weights: Weights, n_layer: int, rotation: Rotation, stat
         x = torch.bmm(token.to(dtype), weights.encoder).relu_().transpose(0, 1).contiguous()  # (B, H, N)
         q = rotate(x, factors)  # float32 or wider
         if by_neuron is not None and x.count_nonzero() <= SPARSE_BELOW * x.numel():
-            m = _sparse(x, q, v, synapses, by_neuron, weights.decoder)
+            m = _sparse(x, q, v, synapses, by_neuron(), weights.decoder)
         else:
             m = _dense(x, q, v, synapses, weights)
         v = normalize(v + normalize(m.to(v.dtype))[0])[0]
