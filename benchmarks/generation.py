@@ -23,18 +23,20 @@ MULTIPLIER, VOCABULARY = 128, 256
 GPT2_SHAPE = {"n_layer": 8, "n_embd": 512, "n_head": 8}  # 25.2 M core parameters, as BDH's 25.2 M
 
 
-def median_ms(action, times: int) -> float:
-    """Median milliseconds of a call, after one to warm up."""
+def once_ms(action) -> float:
+    """Milliseconds of a call."""
     import torch
 
-    seconds = []
-    for _ in range(times + 1):
-        start = time.perf_counter()
-        action()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 1000 * statistics.median(seconds[1:])
+    start = time.perf_counter()
+    action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - start)
+
+
+def median_ms(action, times: int) -> float:
+    """Median milliseconds of a call, after one to warm up."""
+    return statistics.median([once_ms(action) for _ in range(times + 1)][1:])
 
 
 def models(device, contexts: list[int]):
@@ -120,9 +122,12 @@ def prefill(device, lengths: list[int], rounds: int) -> list[dict]:
     for length in lengths:
         text = torch.randint(0, VOCABULARY, (1, length), device=device)
         times = {"state": [], "published": []}
+        ways = {"state": lambda text=text: bdh.features(text, bdh.initial_state(1)),
+                "published": lambda text=text: published.features(text)}
         for _ in range(rounds + 1):
-            times["state"].append(median_ms(lambda text=text: bdh.features(text, bdh.initial_state(1)), 1))
-            times["published"].append(median_ms(lambda text=text: published.features(text), 1))
+            for name, way in ways.items():
+                times[name].append(once_ms(way))
+        times = {name: found[1:] for name, found in times.items()}
         ratio = statistics.median(b / a for a, b in zip(times["state"], times["published"], strict=True))
         for name, found in times.items():
             rows.append({"what": f"prompt read by {'the published forward' if name == 'published' else 'the state'}",
@@ -227,7 +232,7 @@ def main() -> None:
     with torch.no_grad():
         for part in (lambda: against_context(device, args.contexts, args.recompute_to, args.tokens),
                      lambda: against_transformers(device, 256, 5),
-                     lambda: prefill(device, [1024, 2048, 4096], 3),
+                     lambda: prefill(device, [2048], 3),
                      lambda: silent_neurons(device, [0.5, 0.3, 0.2, 0.1, 0.05, 0.03], args.tokens),
                      lambda: trained_run(args.run, args.data, args.tokens) if args.run else []):
             found = part()
