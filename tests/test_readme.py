@@ -80,7 +80,8 @@ def test_the_speed_and_memory_of_bdh_are_the_committed_ones(readme, root):
         rows = list(csv.DictReader(file))
     stated = {"25M": ("512", "1"), "1.8M": ("512", "4")}
     for shape, (T, B) in stated.items():
-        of = {(row["form"], row["allocator"]): row for row in rows if (row["shape"], row["T"], row["B"]) == (shape, T, B)}
+        of = {(row["form"], row["allocator"]): row for row in rows
+              if (row["shape"], row["T"], row["B"]) == (shape, T, B)}
         for form in ("published", "compiled"):
             row, tuned = of[form, "default"], of[form, "tuned"]
             shown = (f"{float(row['ours_times_faster']):.2f} | {float(tuned['ours_times_faster']):.2f} | "

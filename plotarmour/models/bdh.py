@@ -30,9 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plotarmour.models import recurrent
 from plotarmour.models.checks import check_ids, check_state
 from plotarmour.models.dropout import CounterDropout
-from plotarmour.models.recurrent import SPARSE_BATCH, BDHState, read, read_one
+from plotarmour.models.recurrent import BDHState, read, read_one
 from plotarmour.models.rotation import Rotation, rotate
 from plotarmour.models.tiled import Setting, Tiling, Weights, normalize, run_passes
 
@@ -144,7 +145,8 @@ class BDH(nn.Module):
             return run_passes(v, self.encoder, self.encoder_v, self.decoder, c.n_layer, dtype, setting), None
         with torch.autocast(v.device.type, enabled=False):
             if state is not None and T == 1 and dropout is None:
-                sparse = B <= SPARSE_BATCH and v.device.type == "cpu" and dtype == v.dtype
+                sparse = (B <= recurrent.SPARSE_BATCH and self.decoder.numel() >= recurrent.SPARSE_FROM
+                          and v.device.type == "cpu" and dtype == v.dtype)
                 v = read_one(v, self._weights(dtype), self._rotation, state, self._by_neuron if sparse else None)
             else:
                 v = read(v, self._weights(dtype), c.n_layer, self._rotation, dropout, state)

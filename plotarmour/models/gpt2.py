@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GPT2LMHeadModel
 from transformers import GPT2Config as HFConfig
+from transformers.cache_utils import DynamicLayer
 
 from plotarmour.models.checks import check_ids, check_state
 
@@ -44,6 +45,39 @@ class GPT2Config:
         return self.n_layer * (12 * self.n_embd**2 + 13 * self.n_embd) + 2 * self.n_embd
 
 
+class _RoomyLayer(DynamicLayer):
+    """Keys and values of a layer in buffers with room to grow, where no gradient is needed.
+
+    `transformers` copies all of them for every token; here a token is written beside the others.
+    """
+
+    room: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        before = self.get_seq_length()
+        if torch.is_grad_enabled() and (key_states.requires_grad or (before and self.keys.requires_grad)):
+            return super().update(key_states, value_states, *args, **kwargs)
+        after = before + key_states.shape[-2]
+        if not before:
+            super().update(key_states, value_states, *args, **kwargs)  # sets up dtype and device
+        elif self.room is None or self.room[0].shape[-2] < after or self.keys.data_ptr() != self.room[0].data_ptr():
+            self.room = tuple(t.new_empty(*t.shape[:-2], after + max(64, after // 2), t.shape[-1])
+                              for t in (self.keys, self.values))
+            for room, held in zip(self.room, (self.keys, self.values), strict=True):
+                room[..., :before, :] = held
+        if before:
+            for room, new in zip(self.room, (key_states, value_states), strict=True):
+                room[..., before:after, :] = new
+            self.keys, self.values = (room[..., :after, :] for room in self.room)
+        return self.keys, self.values
+
+
+def _empty_cache() -> DynamicCache:
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = _RoomyLayer
+    return cache
+
+
 @dataclass
 class GPT2State:
     """What the past left behind: the keys and values of every token read.
@@ -56,7 +90,7 @@ class GPT2State:
     """
 
     shape: tuple[int, int, int, int]
-    cache: DynamicCache = field(default_factory=DynamicCache)
+    cache: DynamicCache = field(default_factory=_empty_cache)
 
     @property
     def position(self) -> int:
@@ -75,7 +109,8 @@ class GPT2State:
         """Return all as tensors by name, to be saved (safetensors)."""
         named = {"position": torch.tensor(self.position), "shape": torch.tensor(self.shape)}
         for i, layer in enumerate(self.cache.layers):
-            named |= {f"keys.{i}": layer.keys.contiguous(), f"values.{i}": layer.values.contiguous()}
+            named |= {f"{name}.{i}": held.clone(memory_format=torch.contiguous_format)
+                      for name, held in (("keys", layer.keys), ("values", layer.values))}
         return named
 
     @staticmethod

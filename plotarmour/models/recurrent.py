@@ -4,9 +4,9 @@ Linear attention has a state: the past enters a pass as rope(x) S with S = Σ ro
 Each token reads S before it is written to it, so the order is strictly causal and the result exact.
 
 - `read` takes many tokens by chunks: inside a chunk as in training, the past through S.
-- `read_one` takes one token. On a CPU, where at most a quarter of the neurons fire, it touches only what they need: the
-  rows of S of a pair (2i, 2i + 1) where either fires, the columns of encoder_v where x does, the rows of decoder
-  where x ∘ y does. The rest are products with zero. What fires is counted at every token and pass.
+- `read_one` takes one token. For large matrices on a CPU it counts what fires at every token and pass. Where few x do,
+  it touches only the rows of S of a pair (2i, 2i + 1) where either fires, and the columns of encoder_v where x does;
+  where few x ∘ y do, only their rows of decoder. The rest are products with zero.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,9 @@ from plotarmour.models.rotation import Rotation, rotate
 from plotarmour.models.tiled import Scratch, Setting, Tiling, Weights, normalize, pass_forward
 
 CHUNK = 256  # tokens
-SPARSE_BELOW = 0.25  # share of x that fires; above it dense products are as fast: benchmarks/generation.py
-SPARSE_BATCH = 4
+SPARSE_BELOW = 0.2  # share that fires; above it dense products are as fast (benchmarks/generation.py)
+SPARSE_BATCH = 4  # stories; each has neurons of its own that fire
+SPARSE_FROM = 2**21  # weights of a matrix; smaller ones stay in a CPU's cache, where a product costs less than a search
 
 
 @dataclass
@@ -124,19 +125,23 @@ def read_one(v: Tensor, weights: Weights, rotation: Rotation, state: BDHState,
         if by_neuron is not None and x.count_nonzero() <= SPARSE_BELOW * x.numel():
             m = _sparse(x, q, v, synapses, by_neuron(), weights.decoder)
         else:
-            m = _dense(x, q, v, synapses, weights)
+            m = _dense(x, q, v, synapses, weights, by_neuron is not None)
         v = normalize(v + normalize(m.to(v.dtype))[0])[0]
     return v
 
 
-def _dense(x: Tensor, q: Tensor, v: Tensor, synapses: Tensor, weights: Weights) -> Tensor:
+def _dense(x: Tensor, q: Tensor, v: Tensor, synapses: Tensor, weights: Weights, count: bool) -> Tensor:
     B, H, N = x.shape
     memory = synapses.view(B * H, N, -1)
     a = torch.bmm(q.view(B * H, 1, N), memory).view(B, H, -1)
     memory.baddbmm_(q.view(B * H, N, 1), v.expand(B, H, -1).reshape(B * H, 1, -1))
     normal = normalize(a)[0].to(x.dtype)
     y = torch.bmm(normal.transpose(0, 1), weights.encoder_v).relu_().transpose(0, 1)  # (B, H, N)
-    heads = torch.bmm((x * y).transpose(0, 1), weights.decoder.view(H, N, -1))  # (H, B, D), summed over H
+    g = x * y
+    if count and g.count_nonzero() <= SPARSE_BELOW * g.numel():
+        fired = g.view(-1).nonzero().squeeze(1)
+        return _decode(fired, g.view(-1)[fired], weights.decoder, B)
+    heads = torch.bmm(g.transpose(0, 1), weights.decoder.view(H, N, -1))  # (H, B, D), summed over H
     return heads.to(v.dtype).sum(0).unsqueeze(1)
 
 
@@ -154,10 +159,14 @@ def _sparse(x: Tensor, q: Tensor, v: Tensor, synapses: Tensor, by_neuron: Tensor
     ends = [*starts[1:], len(active)]
     y = torch.cat([columns[i:j] @ normal[n] for n, (i, j) in enumerate(zip(starts, ends, strict=True))]).squeeze(1)
     g = x.view(-1)[active] * y.relu_()
-    gates = g.nonzero().squeeze(1)
-    fired = active[gates]
-    return F.embedding_bag(fired % (H * N), decoder, _starts(fired, B, H * N), mode="sum",
-                           per_sample_weights=g[gates]).unsqueeze(1)
+    open_gates = g.nonzero().squeeze(1)
+    return _decode(active[open_gates], g[open_gates], decoder, B)
+
+
+def _decode(fired: Tensor, g: Tensor, decoder: Tensor, B: int) -> Tensor:
+    """Rows of decoder (H·N, D) at the sorted places `fired` of (B, H, N), weighted by g and summed: (B, 1, D)."""
+    starts = _starts(fired, B, len(decoder))
+    return F.embedding_bag(fired % len(decoder), decoder, starts, mode="sum", per_sample_weights=g).unsqueeze(1)
 
 
 def _starts(index: Tensor, groups: int, size: int) -> Tensor:

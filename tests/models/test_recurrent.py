@@ -23,6 +23,12 @@ def made(dtype=torch.float32, dropout=0.0, n_layer=2, n_embd=16, n_head=2, multi
     return model
 
 
+@pytest.fixture
+def count_what_fires(monkeypatch):
+    """Small models count too."""
+    monkeypatch.setattr(recurrent, "SPARSE_FROM", 0)
+
+
 def relative(found, expected):
     return float((found - expected).norm() / expected.norm())
 
@@ -46,9 +52,10 @@ def test_reading_4096_tokens_is_the_formula(dtype, within):
 
 
 @torch.no_grad()
-def test_token_by_token_is_the_formula_for_each_story_of_a_batch():
+def test_token_by_token_is_the_formula_for_each_story_of_a_batch(count_what_fires, monkeypatch):
     """Guards: stories of a batch that read each other's past; dense and sparse products that differ."""
-    for firing in (0.5, 0.05):
+    for firing, below in ((0.5, 0.0), (0.5, 0.4), (0.05, 0.2)):  # dense; a dense state and few gates; sparse
+        monkeypatch.setattr(recurrent, "SPARSE_BELOW", below)
         model = made(torch.float64, firing=firing)
         inputs, found = torch.randint(0, 30, (3, 40)), []
         model.form = "parallel"
@@ -61,9 +68,9 @@ def test_token_by_token_is_the_formula_for_each_story_of_a_batch():
 
 
 @torch.no_grad()
-def test_silent_neurons_are_left_out_where_most_are_silent(monkeypatch):
+def test_silent_neurons_are_left_out_where_most_are_silent(count_what_fires, monkeypatch):
     """Guards: a sparse path that never runs, or runs where everything fires."""
-    runs = {"_sparse": 0, "_dense": 0}
+    runs = {"_sparse": 0, "_dense": 0, "_decode": 0}
     for name in runs:
         original = getattr(recurrent, name)
 
@@ -72,15 +79,17 @@ def test_silent_neurons_are_left_out_where_most_are_silent(monkeypatch):
             return original(*args)
 
         monkeypatch.setattr(recurrent, name, counted)
-    for firing, expected in ((0.05, "_sparse"), (0.5, "_dense")):
+    large = 10**9
+    for firing, least, expected in ((0.05, 0, (2, 0, 2)), (0.5, 0, (0, 2, 2)), (0.05, large, (0, 2, 0))):
+        monkeypatch.setattr(recurrent, "SPARSE_FROM", least)
         model, before = made(firing=firing), dict(runs)
-        model.features(torch.tensor([[3]]), model.initial_state(1))
-        assert {name: runs[name] - before[name] for name in runs} == {
-            name: 2 if name == expected else 0 for name in runs}  # two passes
+        state = model.features(torch.tensor([[3, 4]]), model.initial_state(1))[1]
+        model.features(torch.tensor([[3]]), state)
+        assert tuple(runs[name] - before[name] for name in runs) == expected  # two passes
 
 
 @torch.no_grad()
-def test_new_weights_are_noticed_by_the_kept_copies():
+def test_new_weights_are_noticed_by_the_kept_copies(count_what_fires):
     """Guards: decoding with encoder_v as it was before an update."""
     model, token = made(firing=0.05), torch.tensor([[3]])
     first = model.features(token, model.features(token, model.initial_state(1))[1])[0]
