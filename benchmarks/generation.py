@@ -77,8 +77,9 @@ def against_context(device, contexts: list[int], recompute_to: int, tokens: int)
                                     model.features(token, state)[0] @ model.unembedding.T, 1))
     for (name, context), found in times.items():
         held = sum(t.numel() * t.element_size() for t in states[name, context][1].tensors().values())
+        pairs = zip(found, times[name, contexts[0]], strict=True)
         rows.append({"what": name, "context": context, "ms_per_token": statistics.median(found),
-                     "state_mib": held / 2**20})
+                     "times_the_first": statistics.median(a / b for a, b in pairs), "state_mib": held / 2**20})
     return rows
 
 
@@ -201,7 +202,7 @@ def draw(rows: list[dict], path: Path) -> None:
     figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for what, colour, marker in (("BDH by full recomputation", "#D55E00", "o"), ("GPT-2 with cache", "#CC79A7", "s"),
                                  ("BDH recurrent", "#0072B2", "^")):
-        points = sorted((r["context"], r["ms_per_token"]) for r in rows if r["what"] == what)
+        points = sorted((int(r["context"]), float(r["ms_per_token"])) for r in rows if r["what"] == what)
         ax.plot(*zip(*points, strict=True), color=colour, marker=marker, label=what)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
@@ -218,8 +219,11 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[64, 256, 1024, 2048, 8192], help="tokens")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 64, 1024, 2048, 8192],
+                        help="tokens; others are compared with the first")
     parser.add_argument("--recompute-to", type=int, default=1024, help="largest context for full recomputation, tokens")
+    parts = ("context", "transformers", "prompt", "silent", "run")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="rows of others in --out stay")
     parser.add_argument("--tokens", type=int, default=40, help="generated per case; medians are stated")
     parser.add_argument("--run", type=Path, help="a trained BDH run: measure its activity too")
     parser.add_argument("--data", type=Path, help="a token file for --run that it was not trained on")
@@ -228,24 +232,29 @@ def main() -> None:
     args = parser.parse_args()
     import torch
 
-    device, rows = torch.device(args.device), []
-    with torch.no_grad():
-        for part in (lambda: against_context(device, args.contexts, args.recompute_to, args.tokens),
-                     lambda: against_transformers(device, 256, 5),
-                     lambda: prefill(device, [2048], 3),
-                     lambda: silent_neurons(device, [0.5, 0.3, 0.2, 0.1, 0.05, 0.03], args.tokens),
-                     lambda: trained_run(args.run, args.data, args.tokens) if args.run else []):
-            found = part()
-            rows += found
-            for row in found:
-                print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+    device = torch.device(args.device)
+    parts = {"context": lambda: against_context(device, args.contexts, args.recompute_to, args.tokens),
+             "transformers": lambda: against_transformers(device, 256, 7) + against_transformers(device, 1024, 3),
+             "prompt": lambda: prefill(device, [2048], 3),
+             "silent": lambda: silent_neurons(device, [0.5, 0.3, 0.2, 0.1, 0.05, 0.03], args.tokens),
+             "run": lambda: trained_run(args.run, args.data, args.tokens) if args.run else []}
+    rows = []
+    if len(args.parts) < len(parts) and args.out.exists():
+        with args.out.open(encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["part"] not in args.parts]
+    for part in args.parts:
+        with torch.no_grad():
+            found = parts[part]()
+        for row in found:
+            print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+            rows.append({"device": args.device, "part": part} | {k: round(v, 4) if isinstance(v, float) else v
+                                                               for k, v in row.items()})
     names = list(dict.fromkeys(name for row in rows for name in row))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, ["device", *names], lineterminator="\n")
+        table = csv.DictWriter(file, names, lineterminator="\n")
         table.writeheader()
-        table.writerows({"device": args.device} | {k: round(v, 4) if isinstance(v, float) else v
-                                                   for k, v in row.items()} for row in rows)
+        table.writerows(rows)
     draw(rows, args.out.with_suffix(".png"))
 
 
