@@ -228,10 +228,16 @@ def read_info(folder: Path) -> dict:
         raise UserError(f"{folder} is not a run folder: it has no run.json. Make one with tools/train.py.")
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged: {error}.") from None
-    if info.get("format") != RUN_FORMAT:
-        raise UserError(f"{folder} has run format {info.get('format')}; this program reads {RUN_FORMAT}.")
+    except ValueError as error:  # no UTF-8 or no JSON
+        raise UserError(f"{path} is damaged: {error}. Restore it from a copy, or start anew with another "
+                        "--out.") from None
+    found = info.get("format") if isinstance(info, dict) else None
+    if found is not None and found != RUN_FORMAT:
+        raise UserError(f"{folder} has run format {found}; this program reads {RUN_FORMAT}.")
+    needed = {"format", "recipe", "tokenizer", "vocab_size", "train", "val", "dtype"}
+    if not isinstance(info, dict) or not needed <= set(info):
+        raise UserError(f"{folder} is not a run of this program: its run.json says nothing of "
+                        f"{', '.join(sorted(needed - set(info)))}. Name another folder.")
     return info
 
 

@@ -1,10 +1,11 @@
 import dataclasses
 import errno
 import io
-import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from plotarmour import files
-from plotarmour.errors import UserError
+from plotarmour.errors import UserError, run_command
 from plotarmour.files import write_json
 from plotarmour.runs import LOCK, load_run, train_run
 from plotarmour.training import checkpoint, loop
@@ -466,8 +466,26 @@ def test_nothing_is_written_where_the_tokens_are(small_recipe, token_files, tmp_
     folder.chmod(0o755)
 
 
-def test_a_write_that_fails_names_its_file(tmp_path):
-    """Guards: "File too large", of which no one knows the file."""
-    with file_size_limit(10), pytest.raises(OSError) as failed:
-        files.write_text(tmp_path / "DONE.json", json.dumps(list(range(100))))
-    assert failed.value.filename == str(tmp_path / "DONE.json") and list(tmp_path.iterdir()) == []
+def test_a_write_that_fails_names_its_file(tmp_path, capsys, monkeypatch):
+    """Guards: "File too large", of which no one knows the file; a traceback for a full disk."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # run_command sets it
+
+    def command():
+        with file_size_limit(10):
+            write_json(tmp_path / "DONE.json", list(range(100)))
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(command)
+    assert ended.value.code == 2 and list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == (f"error: {tmp_path / 'DONE.json'}: File too large. Check the path, its "
+                                       "permissions and the disk.\n")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
+def test_runs_that_are_killed_again_and_again_end_with_the_same_bits(root):
+    """Guards: files left over, rows twice or never, more than one interval lost; 20 of the script's 200 kills."""
+    command = [sys.executable, str(root / "benchmarks" / "kill_training.py"), "--kills", "20", "--seed", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("20 kills of") and " 0 runs ended otherwise" in done.stdout
