@@ -154,8 +154,10 @@ def find_checkpoint(run: Path, which: str | int) -> Path:
     damage = damage_of(folder)
     if damage:
         others = [p.name for p in _folders(run) if p != folder and damage_of(p) is None]
-        raise UserError(f"{damage}. Whole checkpoints: {', '.join(others) or 'none'}. The command that trained it goes "
-                        "on from the one before; --from-step goes back to one of these.")
+        remedy = {"latest": "Give the command that trained it again: it goes on from the one before",
+                  "best": "Name the latest instead (tools/evaluate.py --checkpoint latest), or train again from one "
+                          "before it with --from-step"}.get(which, "Name one of these")
+        raise UserError(f"{damage}. Whole checkpoints: {', '.join(others) or 'none'}. {remedy}.")
     return folder
 
 

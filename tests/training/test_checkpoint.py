@@ -308,6 +308,14 @@ def test_no_damage_is_loaded_as_if_whole(saved, flips, cuts):
     assert done == flips + cuts and find_checkpoint(saved, "latest").name == "step_00000009"
 
 
+@pytest.mark.parametrize("name", [*FILES, "MANIFEST.json", "index.json"])
+def test_a_lost_last_byte_is_damage(saved, name):
+    """Guards: JSON that says the same without its last line feed, believed though the file was cut."""
+    path = saved / INDEX if name == "index.json" else saved / "checkpoints" / "step_00000009" / name
+    path.write_bytes(path.read_bytes()[:-1])
+    check_noticed(saved, path, name)
+
+
 @pytest.mark.parametrize("name", [*FILES, "MANIFEST.json"])
 def test_a_missing_file_or_folder_is_damage(saved, name):
     """Guards: a manifest that is the only file that must be there."""
@@ -401,7 +409,7 @@ def test_other_weights_than_the_best_are_never_scored_instead(small_recipe, toke
     path = tmp_path / "run" / "checkpoints" / f"step_{final['best_step']:08d}" / "model.safetensors"
     raw = path.read_bytes()
     path.write_bytes(raw[:-4] + bytes(4))
-    with pytest.raises(UserError, match="model.safetensors is damaged .*Whole checkpoints: step_"):
+    with pytest.raises(UserError, match="model.safetensors is damaged .*Whole .*step_.*checkpoint latest"):
         load_run(tmp_path / "run")
     path.write_bytes(raw)
     (tmp_path / "run" / INDEX).write_text("{}")
