@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 # What an operating system says about a path that the user gave; anything else is our own failure.
 USER_OS_ERRORS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENOSPC,
-                  errno.ENAMETOOLONG, errno.EEXIST, errno.ELOOP, errno.EDQUOT}
+                  errno.ENAMETOOLONG, errno.EEXIST, errno.ELOOP, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 class UserError(ValueError):

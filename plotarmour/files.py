@@ -3,6 +3,7 @@
 import json
 import os
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -28,6 +29,12 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def sync_file(path: Path) -> None:
+    """fsync a file that was written and closed."""
+    with path.open("rb+") as file:  # Windows syncs only what is open for writing
+        os.fsync(file.fileno())
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a text file atomically."""
     temporary = unfinished(path)
@@ -37,8 +44,11 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         publish(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:  # a write that fails does not know its file's name
+            error.filename = str(path)
+        with suppress(OSError):  # the first failure is the one to tell; the next start of a run removes the rest
+            temporary.unlink(missing_ok=True)
         raise
 
 

@@ -9,6 +9,7 @@
 
 import json
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import nn
 
 from plotarmour.config import DataConfig, Recipe, TrainingConfig
 from plotarmour.errors import UserError
-from plotarmour.files import write_json
+from plotarmour.files import write_json, write_text
 from plotarmour.machine import Machine, find_machine, versions
 from plotarmour.models.bdh import BDH, BDHConfig
 from plotarmour.models.gpt2 import GPT2, GPT2Config
@@ -27,10 +28,22 @@ from plotarmour.text.memory import TokensInMemory
 from plotarmour.text.overlap import disjoint_by_construction, overlapping_stories
 from plotarmour.text.tokenfile import TokenFile, looks_like_token_file
 from plotarmour.text.tokenizers import Tokenizer, make_tokenizer
-from plotarmour.training.checkpoint import find_checkpoint, load_model, read_index, rewind
+from plotarmour.text.unfinished import locked
+from plotarmour.text.unfinished import tidy as tidy_lock
+from plotarmour.training.checkpoint import (
+    find_checkpoint,
+    find_checkpoint_to_resume,
+    latest_whole_step,
+    load_model,
+    rewind,
+    step_of,
+    tidy,
+)
 from plotarmour.training.loop import train
+from plotarmour.training.runlog import last_step
 
 RUN_FORMAT = 1
+LOCK = ".lock"  # a folder in the run folder while a process trains it
 # Settings that change where or how long a run computes, not what it computes.
 NOT_IDENTITY = ("device", "max_minutes", "keep_every")
 
@@ -126,7 +139,7 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
 
     Raises:
         UserError: data that do not fit each other or the recipe, validation stories that stand in the training text,
-            or a run folder of another run.
+            a run folder of another run or one that another process trains, or a disk that does not take a checkpoint.
     """
     train_data, val_data = (open_data(path, tokenizer, recipe.data.stories) for path in (train_path, val_path))
     made = train_data.tokenizer()
@@ -149,18 +162,24 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
         "vocab_size": made.vocab_size, "tokenizer": {"kind": made.kind, "sha256": made.sha256},
         "train": _fingerprint(train_path, train_data), "val": _fingerprint(val_path, val_data),
     }
-    checkpoint = _checkpoint_to_resume(out, info, resume, from_step)
-    if checkpoint is None:
-        write_json(out / "run.json", info)
-        made.save(out / "tokenizer.json")
-    elif (out / "DONE.json").exists() and from_step is None:
-        print(f"{out} is done already: nothing to do.")
-        return json.loads((out / "DONE.json").read_text(encoding="utf-8"))
-    else:
+    _check_folder(out, info, resume, from_step)  # before anything is written into it
+    if from_step is None and _is_done(out):
+        with suppress(OSError):  # a folder that may be read only
+            tidy_lock(out / LOCK, out)  # of a start that was killed right after its last word
+        return _done(out)
+    with locked(out / LOCK, out):
+        checkpoint = _checkpoint_to_resume(out, resume, from_step)
+        if from_step is None and _is_done(out):  # by now: its index was damaged
+            return _done(out)
         if from_step is not None:
             rewind(out, from_step)
-        print(f"continuing {out} from {checkpoint.name}")
-    return train(out, model.to(machine.device), windows, val_windows, made.token_bytes, t, machine, checkpoint)
+        tidy(out, t.keep_every)
+        if checkpoint is None:
+            write_json(out / "run.json", info)
+            write_text(out / "tokenizer.json", made.json)
+        else:
+            print(f"continuing {out} from {checkpoint.name}")
+        return train(out, model.to(machine.device), windows, val_windows, made.token_bytes, t, machine, checkpoint)
 
 
 def load_run(folder: str | Path, which: str | int = "best", device: str = "auto") -> Run:
@@ -191,7 +210,7 @@ def load_run(folder: str | Path, which: str | int = "best", device: str = "auto"
         machine = find_machine(device, recipe.training.dtype)
     model = build_model(recipe, info["vocab_size"])
     load_model(checkpoint, model)
-    step = int(checkpoint.name.removeprefix("step_"))
+    step = step_of(checkpoint)
     if not (folder / "DONE.json").exists():
         warnings.warn(f"{folder} is not finished: this is its checkpoint of step {step:,}. Go on with the command that "
                       "started it.", stacklevel=2)
@@ -209,10 +228,16 @@ def read_info(folder: Path) -> dict:
         raise UserError(f"{folder} is not a run folder: it has no run.json. Make one with tools/train.py.")
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged: {error}.") from None
-    if info.get("format") != RUN_FORMAT:
-        raise UserError(f"{folder} has run format {info.get('format')}; this program reads {RUN_FORMAT}.")
+    except ValueError as error:  # no UTF-8 or no JSON
+        raise UserError(f"{path} is damaged: {error}. Restore it from a copy, or start anew with another "
+                        "--out.") from None
+    found = info.get("format") if isinstance(info, dict) else None
+    if found is not None and found != RUN_FORMAT:
+        raise UserError(f"{folder} has run format {found}; this program reads {RUN_FORMAT}.")
+    needed = {"format", "recipe", "tokenizer", "vocab_size", "train", "val", "dtype"}
+    if not isinstance(info, dict) or not needed <= set(info):
+        raise UserError(f"{folder} is not a run of this program: its run.json says nothing of "
+                        f"{', '.join(sorted(needed - set(info)))}. Name another folder.")
     return info
 
 
@@ -250,23 +275,51 @@ def _identity(info: dict) -> dict[str, object]:
     return flat | recipe["architecture"] | settings | {"dtype": info["dtype"]}  # as computed, not "auto"
 
 
-def _checkpoint_to_resume(out: Path, info: dict, resume: str, from_step: int | None) -> Path | None:
+def _check_folder(out: Path, info: dict, resume: str, from_step: int | None) -> None:
+    """Raise `UserError` unless a run can start or go on in this folder."""
     if resume not in ("auto", "never", "must"):
         raise UserError(f"--resume {resume!r} is unknown; expected auto, never or must.")
     if not (out / "run.json").exists():
         if resume == "must" or from_step is not None:
             raise UserError(f"{out} holds no run to go on with; expected a run folder. Start it with --resume auto.")
-        if out.is_dir() and any(out.iterdir()):
+        if out.is_dir() and any(not _is_ours(path) for path in out.iterdir()):
             raise UserError(f"{out} is not empty and not a run folder; expected a new or empty folder for --out.")
-        return None
+        return
     if resume == "never":
         raise UserError(f"{out} holds a run already; expected a new folder. Use another --out, or --resume auto.")
     before, now = _identity(read_info(out)), _identity(info)
     differing = [f"{key} was {before.get(key)}, now {now.get(key)}" for key in now if before.get(key) != now.get(key)]
     if differing:
         raise UserError(f"{out} is a different run: {'; '.join(differing)}. Use another --out.")
-    if from_step is None and not read_index(out):
-        if resume == "must":
-            raise UserError(f"{out} has no checkpoint to go on with; expected one. Start it with --resume auto.")
-        return None
-    return find_checkpoint(out, "latest" if from_step is None else from_step)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a start that was killed before there was a run.json left this."""
+    return path.name == LOCK or (path.name.startswith(".run.json.") and path.name.endswith(".unfinished"))
+
+
+def _checkpoint_to_resume(out: Path, resume: str, from_step: int | None) -> Path | None:
+    if from_step is not None:
+        return find_checkpoint(out, from_step)
+    checkpoint = find_checkpoint_to_resume(out)
+    if checkpoint is None and resume == "must":
+        raise UserError(f"{out} has no checkpoint to go on with; expected one. Start it with --resume auto.")
+    reached = last_step(out / "log.csv")
+    if checkpoint is None and reached:
+        warnings.warn(f"{out} has no checkpoint left, although its log reaches step {reached:,}: starting from step 0.",
+                      stacklevel=3)
+    return checkpoint
+
+
+def _is_done(out: Path) -> bool:
+    """Whether DONE.json stands beside the whole checkpoint that it speaks of."""
+    try:
+        step = json.loads((out / "DONE.json").read_text(encoding="utf-8"))["step"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # a damaged one is written again
+        return False
+    return latest_whole_step(out) == step
+
+
+def _done(out: Path) -> dict:
+    print(f"{out} is done already: nothing to do.")
+    return json.loads((out / "DONE.json").read_text(encoding="utf-8"))

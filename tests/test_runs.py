@@ -2,7 +2,7 @@ import pytest
 
 from plotarmour import runs
 from plotarmour.errors import UserError
-from plotarmour.runs import train_run
+from plotarmour.runs import load_run, train_run
 from plotarmour.text.pretokenize import pre_tokenize
 from plotarmour.text.tokenfile import TokenFile
 
@@ -49,3 +49,18 @@ def test_parts_of_one_split_are_not_looked_through(token_files, small_recipe, tm
     [other] = pre_tokenize([token_files["text"]], str(token_files["train"]), tmp_path / "whole.bin")
     with pytest.raises(ZeroDivisionError):
         train_run(small_recipe, other, token_files["val"], tmp_path / "other")
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b'{"name": "a run of another program"}', "is not a run of this program: its run.json says nothing of dtype, for"),
+    (b"[1, 2]", "is not a run of this program"), (b'{"format": 1}', "is not a run of this program"),
+    (b'{"format": 2}', "has run format 2; this program reads 1"), (b'{"format": 1', "run.json is damaged"),
+    (b"\xff\xfe", "run.json is damaged"),
+])
+def test_a_run_folder_of_another_program_is_refused(token_files, small_recipe, tmp_path, content, message):
+    """Guards: a traceback about a missing key; files written into somebody else's folder."""
+    (tmp_path / "run.json").write_bytes(content)
+    for use in (load_run, lambda out: train_run(small_recipe, token_files["train"], token_files["val"], out)):
+        with pytest.raises(UserError, match=message):
+            use(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]

@@ -123,6 +123,8 @@ def train_recipe(name: str, model: str, data_folder: Path, out: Path, overrides:
         temporary = unfinished(out)
         try:
             shutil.copytree(continue_from, temporary, copy_function=shutil.copyfile)
+            for folder in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
+                folder.chmod(0o755)  # copied with the folder: the permissions of where it was
             publish(temporary, out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -2,21 +2,28 @@
 
     checkpoints/step_00001200/   model.safetensors, optimizer.safetensors, state.json, MANIFEST.json (SHA-256 of each)
     checkpoints/index.json       latest, previous and best; replaced last, atomically
+
+A save makes a hidden folder, gives it its name, then writes the index, and only then removes what the index named
+before. Wherever it ends, the index names whole checkpoints; what is left over goes at the next start (`tidy`).
 """
 
-import hashlib
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from plotarmour.errors import UserError
-from plotarmour.files import publish, sync_folder, unfinished, write_json
+from plotarmour.files import publish, sync_file, unfinished
+from plotarmour.training.manifest import Damaged, damage_of, read_sealed, write_manifest, write_sealed
+
+NAMED = ("latest", "previous", "best")
+SLACK_BYTES = 2 << 20  # beside the tensors: headers, state.json, manifest, index, some rows of the log
 
 
 def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict,
@@ -33,38 +40,45 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.opt
 
     Returns:
         The folder of the checkpoint.
+
+    Raises:
+        UserError: the disk is full or does not take it. Earlier checkpoints are as they were.
     """
-    folder = run / "checkpoints" / f"step_{step:08d}"
-    temporary = unfinished(folder)
-    try:
-        temporary.mkdir()
-        save_file(model_tensors(model), temporary / "model.safetensors")
-        save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
-        write_json(temporary / "state.json", state | {"step": step})
-        manifest = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
-        write_json(temporary / "MANIFEST.json", manifest)
-        for file in temporary.iterdir():
-            with file.open("rb+") as handle:
-                os.fsync(handle.fileno())
-        sync_folder(temporary)
-        if folder.exists():  # published, but the run was killed before the index named it
-            shutil.rmtree(folder)
-        publish(temporary, folder)
-    except SafetensorError as error:
-        raise UserError(f"{folder} cannot be written: {error}. Free some disk space; earlier checkpoints are "
-                        "intact.") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    index = read_index(run)
-    if index.get("latest") != folder.name:
-        index["previous"], index["latest"] = index.get("latest"), folder.name
+    folder = run / "checkpoints" / _name(step)
+    tensors = {"model.safetensors": model_tensors(model), "optimizer.safetensors": _optimizer_tensors(model, optimizer)}
+    named, temporary, replaced = read_index(run), None, False
+    if named.get("latest") != folder.name:
+        named["previous"], named["latest"] = named.get("latest"), folder.name
     if best:
-        index["best"] = folder.name
-    write_json(run / "checkpoints" / "index.json", index)
-    for other in (run / "checkpoints").glob("step_*"):
-        kept = keep_every and int(other.name.removeprefix("step_")) % keep_every == 0
-        if other.name not in index.values() and not kept:
-            shutil.rmtree(other)
+        named["best"] = folder.name
+    try:
+        temporary = unfinished(folder)
+        _check_space(folder.parent, tensors)
+        temporary.mkdir()
+        for name, values in tensors.items():
+            save_file(values, temporary / name)
+            _check_readable(temporary / name, values)
+        (temporary / "state.json").write_text(json.dumps(state | {"step": step}, indent=2) + "\n", encoding="utf-8")
+        for name in (*tensors, "state.json"):
+            sync_file(temporary / name)
+        write_manifest(temporary, step)  # synced, and the folder with it
+        if (run / "log.csv").exists():
+            sync_file(run / "log.csv")  # after a loss of power, the rows up to here are there like the checkpoint
+        replaced = True
+        if folder.exists():  # what an earlier start left of this step
+            _remove(folder)
+        publish(temporary, folder)
+        _write_index(run, named)
+    except (OSError, SafetensorError) as error:
+        if replaced and folder.name not in _named_on_disk(run):
+            shutil.rmtree(folder, ignore_errors=True)
+        what = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"{folder} cannot be written: {what}. Earlier checkpoints are intact: free some disk space, or "
+                        "mend the disk or its permissions, and give the same command again.") from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    _prune(run, keep_every)
     return folder
 
 
@@ -72,43 +86,119 @@ def rewind(run: Path, step: int) -> None:
     """Go back to a kept step: the index names it, what came later goes. `best` stays if it is not later."""
     for name in ("DONE.json", "STOPPED.json"):
         (run / name).unlink(missing_ok=True)
-    best = read_index(run).get("best")
-    chosen = f"step_{step:08d}"
+    best, chosen = read_index(run).get("best"), _name(step)
     kept = best if best and best <= chosen else chosen
-    write_json(run / "checkpoints" / "index.json", {"previous": None, "latest": chosen, "best": kept})
-    for folder in (run / "checkpoints").glob("step_*"):
+    _write_index(run, {"previous": None, "latest": chosen, "best": kept})
+    for folder in _folders(run):
         if folder.name > chosen:
-            shutil.rmtree(folder)
+            _remove(folder)
+
+
+def tidy(run: Path, keep_every: int) -> None:
+    """Remove what a killed start left: unfinished files, and checkpoints that the index does not name.
+
+    Only for the holder of the run's lock, after `find_checkpoint_to_resume`. What was found to be damaged stays until
+    the next checkpoint is saved.
+    """
+    written = ("run.json", "tokenizer.json", "log.csv", "log.cut.csv", "DONE.json", "STOPPED.json")
+    leftovers = [path for name in written for path in run.glob(f".{name}.*.unfinished")]
+    for path in [*leftovers, *(run / "checkpoints").glob(".*.unfinished")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    latest = read_index(run).get("latest")
+    later = [folder for folder in _folders(run) if latest and folder.name > latest]
+    for folder in later:  # killed before the index named it, or a future that --from-step gave up
+        if damage_of(folder) is None:
+            _remove(folder)
+    if latest and not later:
+        _prune(run, keep_every)
 
 
 def read_index(run: Path) -> dict[str, str | None]:
-    """Return names of the checkpoint folders that are `latest`, `previous` and `best`; empty for a new run."""
+    """Return names of the checkpoint folders that are `latest`, `previous` and `best`; empty for a new run.
+
+    Where the index is damaged or missing, it is made again from the checkpoints that are whole, with a warning.
+    """
     path = run / "checkpoints" / "index.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        index = read_sealed(path, unsealed=set(NAMED))
+        return {name: index[name] for name in NAMED}
+    except Damaged as damaged:
+        if not path.exists() and not _folders(run):
+            return {}
+        whole = [folder for folder in _folders(run) if damage_of(folder) is None]
+        if not whole:
+            raise UserError(f"{damaged}, and none of {run}'s checkpoints is whole: {_complaints(run)}. Restore the "
+                            "folder from a copy, or start anew with another --out.") from None
+        index = _index_from(run, whole)
+        warnings.warn(f"{damaged}: made again from the checkpoints that are whole: "
+                      f"{', '.join(f'{name} {index[name]}' for name in NAMED if index[name])}.", stacklevel=2)
+        return index
 
 
 def find_checkpoint(run: Path, which: str | int) -> Path:
-    """Return the folder of a verified checkpoint.
+    """Return the folder of a verified checkpoint, and of no other one.
 
     Args:
         run: the run folder.
         which: "latest", "best" or a step.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is none, it is damaged, or of a newer format.
     """
-    name = f"step_{which:08d}" if isinstance(which, int) else read_index(run).get(which)
+    name = _name(which) if isinstance(which, int) else read_index(run).get(which)
     folder = run / "checkpoints" / name if name else None
     if folder is None or not folder.is_dir():
-        kept = sorted(p.name for p in (run / "checkpoints").glob("step_*"))
+        kept = sorted(p.name for p in _folders(run))
         raise UserError(f"{run} has no {which if isinstance(which, str) else f'step-{which}'} checkpoint; "
                         f"found {', '.join(kept) or 'none'}.")
-    manifest = json.loads((folder / "MANIFEST.json").read_text(encoding="utf-8"))
-    for file, sha256 in manifest.items():
-        if not (folder / file).is_file() or _sha256(folder / file) != sha256:
-            raise UserError(f"{folder / file} is damaged (its SHA-256 is not the manifest's). Continue from another "
-                            "checkpoint with --from-step.")
+    damage = damage_of(folder)
+    if damage:
+        others = [p.name for p in _folders(run) if p != folder and damage_of(p) is None]
+        remedy = {"latest": "Give the command that trained it again: it goes on from the one before",
+                  "best": "Name the latest instead (tools/evaluate.py --checkpoint latest), or train again from one "
+                          "before it with --from-step"}.get(which, "Name one of these")
+        raise UserError(f"{damage}. Whole checkpoints: {', '.join(others) or 'none'}. {remedy}.")
     return folder
+
+
+def find_checkpoint_to_resume(run: Path) -> Path | None:
+    """Return the latest whole checkpoint, and make the index say so; None for a run without any.
+
+    Where the latest is damaged, the newest whole one before it is taken, with a warning that names what is damaged and
+    the step that training goes on from.
+
+    Raises:
+        UserError: there are checkpoints, but none is whole, or one is of a newer format.
+    """
+    index = read_index(run)
+    if not index:
+        return None
+    latest = run / "checkpoints" / index["latest"]
+    damage = damage_of(latest) if latest.is_dir() else f"{latest} is missing"
+    if damage is None:
+        if _named_on_disk(run) != list(index.values()):  # it was made again
+            _write_index(run, index)
+        return latest
+    # Later ones than the latest are what a killed --from-step has left of the future that it gave up.
+    whole = [folder for folder in _folders(run) if folder.name < latest.name and damage_of(folder) is None]
+    if not whole:
+        raise UserError(f"{damage}, and {run} has no whole checkpoint before it: {_complaints(run)}. Restore the "
+                        "folder from a copy, or start anew with another --out.")
+    _write_index(run, _index_from(run, whole))
+    warnings.warn(f"{damage}: going on from the checkpoint of step {step_of(whole[0]):,} instead.", stacklevel=2)
+    return whole[0]
+
+
+def latest_whole_step(run: Path) -> int | None:
+    """Return the step of the latest checkpoint, or None where it, or the index, is missing or damaged."""
+    latest = (_named_on_disk(run) or [None])[0]
+    folder = run / "checkpoints" / (latest or "none")
+    return step_of(folder) if folder.is_dir() and damage_of(folder) is None else None
+
+
+def step_of(folder: Path) -> int:
+    """Return the step of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
@@ -142,6 +232,64 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
             for key, value in optimizer.state.get(p, {}).items()}
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _check_space(folder: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
+    needed = SLACK_BYTES + sum(t.nbytes for values in tensors.values() for t in values.values())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(None, f"the disk has {free / 1e6:,.0f} MB left, and it needs {needed / 1e6:,.0f} MB")
+
+
+def _check_readable(path: Path, values: dict[str, Tensor]) -> None:
+    with safe_open(path, "pt") as file:  # also compares the header's sizes with the file's
+        if set(file.keys()) != set(values):
+            raise OSError(None, f"{path.name} was not written whole")
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _folders(run: Path) -> list[Path]:
+    """Folders of checkpoints, the newest first."""
+    return sorted((run / "checkpoints").glob("step_" + "[0-9]" * 8), reverse=True)
+
+
+def _index_from(run: Path, whole: list[Path]) -> dict[str, str | None]:
+    """What the index says where these checkpoints are the whole ones, the newest first."""
+    state = json.loads((whole[0] / "state.json").read_text(encoding="utf-8"))
+    best = run / "checkpoints" / _name(state.get("best_step", 0))
+    return {"latest": whole[0].name, "previous": whole[1].name if len(whole) > 1 else None,
+            "best": best.name if best.is_dir() else whole[0].name}  # as the loop takes it after going back
+
+
+def _named_on_disk(run: Path) -> list[str | None]:
+    try:
+        index = read_sealed(run / "checkpoints" / "index.json", unsealed=set(NAMED))
+        return [index[name] for name in NAMED]
+    except Damaged:
+        return []
+
+
+def _write_index(run: Path, index: dict[str, str | None]) -> None:
+    write_sealed(run / "checkpoints" / "index.json", {name: index.get(name) for name in NAMED})
+
+
+def _complaints(run: Path) -> str:
+    return "; ".join(damage_of(folder) or f"{folder.name} is whole" for folder in _folders(run)) or "there is none"
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; killed half-way, it leaves no folder with a checkpoint's name."""
+    aside = unfinished(folder)
+    os.replace(folder, aside)
+    shutil.rmtree(aside)
+
+
+def _prune(run: Path, keep_every: int) -> None:
+    named = read_index(run).values()
+    for folder in _folders(run):
+        if folder.name not in named and not (keep_every and step_of(folder) % keep_every == 0):
+            try:
+                _remove(folder)
+            except OSError as error:  # the new checkpoint is safe: no reason to stop; the next save tries again
+                warnings.warn(f"{folder} cannot be removed: {error.strerror}.", stacklevel=2)

@@ -121,6 +121,7 @@ def train(run: Path, model: nn.Module, windows: Windows, val_windows: Windows, t
             state.update(best_step=step, best_val_loss=state["val_loss"])
         if scaler.is_enabled():
             scaler.load_state_dict(state["scaler"])
+    out_of_patience = config.patience and state["evaluations_without_improvement"] >= config.patience
     if step > config.max_steps:
         raise UserError(f"{run} has reached step {step}, beyond max_steps = {config.max_steps}; set max_steps to at "
                         f"least {step}.")
@@ -131,7 +132,9 @@ def train(run: Path, model: nn.Module, windows: Windows, val_windows: Windows, t
         torch.cuda.reset_peak_memory_stats(machine.device)
     log = RunLog(run / "log.csv", -1 if resume_from is None else step)
     clock, stop = _Clock(state["elapsed_s"]), _StopRequest()
-    non_finite, reason, saved = 0, None, step if resume_from else None
+    non_finite, saved = 0, step if resume_from else None
+    # Killed after the last checkpoint, before DONE.json: one more step would be one too many.
+    reason = "early stopping" if out_of_patience and step < config.max_steps else None
 
     def evaluate() -> dict:
         nats, n_tokens, n_bytes = evaluate_windows(model, val_windows, val_rows, token_bytes, machine)

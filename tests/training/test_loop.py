@@ -14,7 +14,7 @@ from plotarmour.loss import IGNORE
 from plotarmour.machine import find_machine
 from plotarmour.runs import load_run, train_run
 from plotarmour.training import loop
-from plotarmour.training.checkpoint import find_checkpoint, model_tensors, read_index, rewind
+from plotarmour.training.checkpoint import model_tensors, read_index, rewind
 from plotarmour.training.loop import accumulate, make_optimizer
 from plotarmour.training.runlog import COLUMNS
 from plotarmour.training.schedule import learning_rate
@@ -192,20 +192,6 @@ def test_a_signal_finishes_the_step_and_saves(small_recipe, token_files, tmp_pat
     assert (final["reason"], final["step"], final["last_checkpoint"]) == ("signal SIGTERM", 1, 1)
 
 
-def test_a_damaged_checkpoint_is_noticed_before_use(small_recipe, token_files, tmp_path):
-    """Guards: weights loaded from half-written or rotten files."""
-    run(small_recipe, token_files, tmp_path / "run")
-    folder = find_checkpoint(tmp_path / "run", "latest")
-    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
-        raw = bytearray((folder / name).read_bytes())
-        raw[len(raw) // 2] ^= 4
-        (folder / name).write_bytes(raw)
-        with pytest.raises(UserError, match=f"{name} is damaged"):
-            find_checkpoint(tmp_path / "run", "latest")
-        raw[len(raw) // 2] ^= 4
-        (folder / name).write_bytes(raw)
-
-
 def test_another_run_in_the_same_folder_is_refused_with_the_differences(small_recipe, token_files, tmp_path):
     """Guards: a log that silently mixes two runs."""
     run(small_recipe, token_files, tmp_path / "run")
@@ -248,12 +234,13 @@ def test_going_back_to_a_kept_step_forgets_what_came_after(small_recipe, token_f
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_with_a_fresh_log(small_recipe, token_files, tmp_path):
-    """Guards: the first row written twice."""
+    """Guards: the first row written twice; a run that starts over without a word."""
     run(small_recipe, token_files, tmp_path / "run")
     before = rows(tmp_path / "run" / "log.csv")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     (tmp_path / "run" / "DONE.json").unlink()
-    run(small_recipe, token_files, tmp_path / "run")
+    with pytest.warns(UserWarning, match="no checkpoint left, although its log reaches step 6: starting from step 0"):
+        run(small_recipe, token_files, tmp_path / "run")
     assert rows(tmp_path / "run" / "log.csv") == before
 
 

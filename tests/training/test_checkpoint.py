@@ -1,0 +1,499 @@
+import dataclasses
+import errno
+import io
+import os
+import random
+import shutil
+import subprocess
+import sys
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from plotarmour.errors import UserError, run_command
+from plotarmour.files import write_json
+from plotarmour.runs import LOCK, load_run, train_run
+from plotarmour.training import checkpoint, loop
+from plotarmour.training.checkpoint import (
+    find_checkpoint,
+    find_checkpoint_to_resume,
+    load_training,
+    read_index,
+    rewind,
+    save_checkpoint,
+)
+from plotarmour.training.manifest import FILES, damage_of, read_sealed, write_sealed
+
+INDEX = "checkpoints/index.json"
+
+
+def network(step):
+    """A small network and its optimizer after one update; the weights tell the step."""
+    model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(step)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 7)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def save(run, step, best_step=3, keep_every=0):
+    state = {"best_step": best_step, "tokens_seen": 100 * step}
+    return save_checkpoint(run, step, *network(step), state, best_step == step, keep_every)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A run folder with the checkpoints of steps 3 (the best), 6 and 9."""
+    for step in (3, 6, 9):
+        save(tmp_path / "saved", step)
+    return tmp_path / "saved"
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def hidden(folder):
+    return [path.name for path in folder.rglob(".*")]
+
+
+def train(recipe, files, out, **changes):
+    changed = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **changes))
+    return train_run(changed, files["train"], files["val"], out)
+
+
+def step_names(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir() if path.is_dir())
+
+
+def last_bits(run):
+    folder = find_checkpoint(run, "latest")
+    return [(folder / name).read_bytes() for name in FILES[:2]]
+
+
+# Writing
+
+class Faults:
+    """A disk that fails: at the n-th call only (a bad block), or from there on (full). Makes, opens, writes, syncs and
+    renames count; what is read or removed does not."""
+
+    def __init__(self, patch, code, n, stays):
+        self.code, self.n, self.stays, self.calls, self.hit = code, n, stays, 0, False
+        for module, name in ((os, "mkdir"), (os, "fsync"), (os, "replace")):
+            patch.setattr(module, name, self.failing(getattr(module, name)))
+        patch.setattr(checkpoint, "save_file", self.failing_library(checkpoint.save_file))
+        patch.setattr(io, "open", self.failing_open(io.open))
+
+    def fails(self):
+        self.calls += 1
+        now = self.calls == self.n or self.stays and self.calls > self.n
+        self.hit = self.hit or now
+        return now
+
+    def error(self):
+        return OSError(self.code, os.strerror(self.code))
+
+    def failing(self, call):
+        def called(*args, **kwargs):
+            there = call.__name__ == "mkdir" and os.path.isdir(args[0])  # not written: "exists already"
+            if not there and self.fails():
+                raise self.error()
+            return call(*args, **kwargs)
+        return called
+
+    def failing_library(self, call):
+        def called(tensors, path):
+            call(tensors, path)
+            if self.fails():  # half of it is there
+                os.truncate(path, path.stat().st_size // 2)
+                raise SafetensorError(f"I/O error: {os.strerror(self.code)} (os error {self.code})")
+        return called
+
+    def failing_open(self, call):
+        def called(file, mode="r", *args, **kwargs):
+            if set(mode) & set("wa+x"):
+                if self.fails():
+                    raise self.error()
+                opened = call(file, mode, *args, **kwargs)
+                if "b" not in mode:
+                    write = opened.write
+                    # A file object of C has no settable methods: one in Python around it.
+                    return FaultyFile(opened, self.failing(write))
+                return opened
+            return call(file, mode, *args, **kwargs)
+        return called
+
+
+class FaultyFile:
+    def __init__(self, file, write):
+        self.file, self.write = file, write
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.file.close()
+
+
+@pytest.mark.parametrize(("code", "stays"), [(errno.ENOSPC, True), (errno.EIO, False), (errno.EFBIG, False),
+                                             (errno.EACCES, True)])
+def test_a_save_that_fails_anywhere_leaves_the_old_checkpoints_and_says_so(saved, tmp_path, monkeypatch, code, stays):
+    """Guards: an old checkpoint or index that is lost, a half-written one that is named, leftovers, a traceback."""
+    before, n, failed = contents(saved), 0, 0
+    while True:
+        n += 1
+        run = tmp_path / f"run_{n}"
+        shutil.copytree(saved, run)
+        with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            faults = Faults(patch, code, n, stays)
+            try:
+                save(run, 12)
+                said = ""
+            except UserError as error:
+                said = str(error)
+        assert faults.hit == bool(said or warned), n
+        index = read_index(run)
+        assert all(damage_of(run / "checkpoints" / name) is None for name in index.values())
+        if said:
+            failed += 1
+            assert os.strerror(code) in said and "Earlier checkpoints are intact" in said and "\n" not in said
+            assert hidden(run) == []
+            if index["latest"] == "step_00000009":
+                assert contents(run) == before
+            else:  # the very last sync failed: old ones and the new one are all there
+                assert index["latest"] == "step_00000012" and set(before) < set(contents(run))
+        else:
+            assert load_training(find_checkpoint(run, "latest"), *network(0))["step"] == 12
+        save(run, 15)  # it goes on
+        if not said and not warned:
+            break
+    assert n > 15 and failed > 12
+
+
+def test_a_checkpoint_that_cannot_be_removed_does_not_stop_the_run(saved, monkeypatch):
+    """Guards: hours of training that end because an old folder is open in another program."""
+    monkeypatch.setattr(checkpoint, "_remove", lambda folder: os.rmdir(folder))
+    with pytest.warns(UserWarning, match="step_00000006 cannot be removed: Directory not empty"):
+        save(saved, 12)
+    monkeypatch.undo()
+    save(saved, 15)
+    assert step_names(saved) == ["step_00000003", "step_00000012", "step_00000015"]
+
+
+@contextmanager
+def file_size_limit(n_bytes):
+    """No file of this process may grow beyond so many bytes: a real failure, deep inside a library."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_files_that_may_not_grow_fail_a_save_cleanly(saved):
+    """Guards: a short write inside safetensors or Python that is hashed and published as whole."""
+    before = contents(saved)
+    largest = max(len(raw) for path, raw in before.items() if path.parent.name == "step_00000009")
+    for limit in range(0, largest, largest // 40):
+        with file_size_limit(limit), pytest.raises(UserError, match="cannot be written: .*File too large"):
+            save(saved, 12)
+        assert contents(saved) == before and hidden(saved) == []
+    with file_size_limit(largest):
+        save(saved, 12)
+
+
+def test_a_log_that_cannot_grow_stops_the_run_with_one_line(small_recipe, token_files, tmp_path, monkeypatch):
+    """Guards: a traceback, or training on without a log, where the disk is full; a torn line that stays."""
+    train(small_recipe, token_files, tmp_path / "whole")
+    appended, original = [], loop.RunLog.append
+
+    def full(log, **values):
+        appended.append(values["step"])
+        if len(appended) == 5:
+            with file_size_limit(log.path.stat().st_size + 20):
+                return original(log, **values)
+        return original(log, **values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.RunLog, "append", full)
+        with pytest.raises(UserError, match="log.csv cannot be written: File too large. Free some disk space"):
+            train(small_recipe, token_files, tmp_path / "run")
+    assert train(small_recipe, token_files, tmp_path / "run")["reason"] == "max_steps"
+    assert last_bits(tmp_path / "run") == last_bits(tmp_path / "whole")
+
+
+def test_low_disk_is_noticed_before_anything_is_written(saved, monkeypatch):
+    """Guards: a disk filled to the last byte by a checkpoint that does not fit."""
+    before = contents(saved)
+    usage = shutil.disk_usage(saved)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_900_000))
+    monkeypatch.setattr(checkpoint, "save_file", lambda *args: 1 / 0)
+    with pytest.raises(UserError, match="the disk has 2 MB left, and it needs 2 MB.*Earlier checkpoints are intact"):
+        save(saved, 12)
+    assert contents(saved) == before
+
+
+def test_the_latest_the_one_before_the_best_and_every_nth_are_kept(tmp_path):
+    """Guards: a disk that fills up; a best checkpoint that is removed."""
+    for step in range(8):
+        save(tmp_path, step, best_step=2, keep_every=5)
+    assert step_names(tmp_path) == [f"step_{step:08d}" for step in (0, 2, 5, 6, 7)]
+    assert read_index(tmp_path) == {"latest": "step_00000007", "previous": "step_00000006", "best": "step_00000002"}
+
+
+# Damage
+
+def damage_at_random(run, count, draw, truncate=False):
+    """Flip a bit of a random file of the latest checkpoint or the index, `count` times, and undo it each time.
+
+    Yields:
+        The path of the damaged file and what was done to it.
+    """
+    latest = run / "checkpoints" / "step_00000009"
+    for _ in range(count):
+        path = draw.choice([*(latest / name for name in (*FILES, "MANIFEST.json")), run / INDEX])
+        raw, index = path.read_bytes(), (run / INDEX).read_bytes()
+        if truncate:
+            at = draw.randrange(len(raw))
+            path.write_bytes(raw[:at])
+        else:
+            at = draw.randrange(8 * len(raw))
+            changed = bytearray(raw)
+            changed[at // 8] ^= 1 << at % 8
+            path.write_bytes(changed)
+        yield path, f"{path.name}, {'bytes' if truncate else 'bit'} {at}"
+        (run / INDEX).write_bytes(index)
+        path.write_bytes(raw)
+
+
+def check_noticed(run, path, what):
+    """That the damage is seen by whoever scores, and announced by whoever goes on."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        found = find_checkpoint_to_resume(run)
+    said = " ".join(str(w.message) for w in warned)
+    assert path.name in said, what
+    if path.name == "index.json":
+        assert found.name == "step_00000009" and "made again from the checkpoints that are whole" in said, what
+    else:
+        assert found.name == "step_00000006" and "going on from the checkpoint of step 6 instead" in said, what
+        with pytest.raises(UserError, match=path.name):
+            find_checkpoint(run, 9)
+    assert read_index(run) == {"latest": found.name, "best": "step_00000003", "previous":
+                               "step_00000006" if path.name == "index.json" else "step_00000003"}, what
+
+
+@pytest.mark.parametrize(("flips", "cuts"), [(300, 30), pytest.param(2000, 100, marks=pytest.mark.slow)])
+def test_no_damage_is_loaded_as_if_whole(saved, flips, cuts):
+    """Guards: rotten weights, optimizer states, counters, manifests or an index that are believed."""
+    draw, done = random.Random(flips), 0
+    for truncate, count in ((False, flips), (True, cuts)):
+        for path, what in damage_at_random(saved, count, draw, truncate):
+            check_noticed(saved, path, what)
+            done += 1
+    assert done == flips + cuts and find_checkpoint(saved, "latest").name == "step_00000009"
+
+
+@pytest.mark.parametrize("name", [*FILES, "MANIFEST.json", "index.json"])
+def test_a_lost_last_byte_is_damage(saved, name):
+    """Guards: JSON that says the same without its last line feed, believed though the file was cut."""
+    path = saved / INDEX if name == "index.json" else saved / "checkpoints" / "step_00000009" / name
+    path.write_bytes(path.read_bytes()[:-1])
+    check_noticed(saved, path, name)
+
+
+@pytest.mark.parametrize("name", [*FILES, "MANIFEST.json"])
+def test_a_missing_file_or_folder_is_damage(saved, name):
+    """Guards: a manifest that is the only file that must be there."""
+    (saved / "checkpoints" / "step_00000009" / name).unlink()
+    with pytest.raises(UserError, match=f"{name} is missing. Whole checkpoints: step_00000006, step_00000003"):
+        find_checkpoint(saved, "latest")
+    with pytest.warns(UserWarning, match=f"{name} is missing: going on from the checkpoint of step 6 instead"):
+        assert find_checkpoint_to_resume(saved).name == "step_00000006"
+    shutil.rmtree(saved / "checkpoints" / "step_00000006")
+    with pytest.warns(UserWarning, match="step_00000006 is missing: going on from the checkpoint of step 3 instead"):
+        assert find_checkpoint_to_resume(saved).name == "step_00000003"
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: m["files"].pop("optimizer.safetensors"),
+    lambda m: m["files"].update(extra=m["files"]["state.json"]),
+    lambda m: m.update(step=6),
+])
+def test_a_manifest_of_other_files_or_another_step_is_damage(saved, change):
+    """Guards: an optimizer state that nobody verifies because the manifest does not name it; a copy of another step."""
+    path = saved / "checkpoints" / "step_00000009" / "MANIFEST.json"
+    manifest = read_sealed(path, unsealed=set())
+    del manifest["sha256"]
+    change(manifest)
+    write_sealed(path, manifest)
+    assert "MANIFEST.json is damaged" in damage_of(path.parent)
+
+
+def test_where_none_is_whole_nothing_starts_over(saved):
+    """Guards: a run of days that silently begins at step 0."""
+    for folder in (saved / "checkpoints").glob("step_*"):
+        (folder / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="no whole checkpoint before it.*state.json.*Restore the folder from a copy"):
+        find_checkpoint_to_resume(saved)
+    (saved / INDEX).unlink()
+    with pytest.raises(UserError, match="none of .* is whole"):
+        find_checkpoint_to_resume(saved)
+
+
+def test_a_newer_format_is_refused_by_name_and_not_fallen_back_from(saved):
+    """Guards: an older program that forks a run, or calls what it cannot read damaged."""
+    path = saved / "checkpoints" / "step_00000009" / "MANIFEST.json"
+    manifest = read_sealed(path, unsealed=set())
+    write_sealed(path, {key: value for key, value in manifest.items() if key != "sha256"} | {"format": 2, "more": []})
+    for look in (find_checkpoint_to_resume, lambda run: find_checkpoint(run, "latest")):
+        with pytest.raises(UserError, match="checkpoint format 2; this program reads 1"):
+            look(saved)
+
+
+def test_checkpoints_from_before_formats_had_numbers_are_read(saved):
+    """Guards: runs of an earlier version that cannot go on. Their manifest and index had no seal."""
+    for folder in (saved / "checkpoints").glob("step_*"):
+        manifest = read_sealed(folder / "MANIFEST.json", unsealed=set())
+        write_json(folder / "MANIFEST.json", {name: file["sha256"] for name, file in manifest["files"].items()})
+    write_json(saved / INDEX, read_index(saved))
+    assert find_checkpoint_to_resume(saved).name == "step_00000009"
+    (saved / "checkpoints" / "step_00000009" / "state.json").write_text("{}")
+    with pytest.warns(UserWarning, match="step 6 instead"):
+        assert find_checkpoint_to_resume(saved).name == "step_00000006"
+
+
+def test_the_future_that_going_back_gave_up_is_not_fallen_back_to(saved, monkeypatch):
+    """Guards: a killed --from-step run that jumps back to the abandoned future."""
+    monkeypatch.setattr(checkpoint, "_remove", lambda folder: None)  # killed before anything was removed
+    rewind(saved, 6)
+    (saved / "checkpoints" / "step_00000006" / "state.json").write_text("{}")
+    with pytest.warns(UserWarning, match="step 3 instead"):
+        assert find_checkpoint_to_resume(saved).name == "step_00000003"
+
+
+# Runs
+
+def test_a_run_whose_latest_checkpoint_is_damaged_ends_with_the_same_bits(small_recipe, token_files, tmp_path):
+    """Guards: damage that stops a run for good or changes what it learns, a finished one included."""
+    run = tmp_path / "run"
+    final = train(small_recipe, token_files, run)
+    bits, log = last_bits(run), (run / "log.csv").read_text()
+    (run / "checkpoints" / "step_00000006" / "optimizer.safetensors").write_bytes(bits[1][:-1])
+    with pytest.warns(UserWarning, match="optimizer.safetensors is damaged .*: going on from the checkpoint of step"):
+        assert train(small_recipe, token_files, run)["step"] == final["step"] == 6
+    assert last_bits(run) == bits and len((run / "log.csv").read_text().splitlines()) == len(log.splitlines())
+    (run / INDEX).unlink()
+    with pytest.warns(UserWarning, match="index.json is missing: made again"):
+        assert train(small_recipe, token_files, run)["step"] == 6  # and nothing to do
+    assert last_bits(run) == bits
+
+
+def test_other_weights_than_the_best_are_never_scored_instead(small_recipe, token_files, tmp_path):
+    """Guards: a damaged best checkpoint, and a comparison of whatever else was there."""
+    final = train(small_recipe, token_files, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / f"step_{final['best_step']:08d}" / "model.safetensors"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-4] + bytes(4))
+    with pytest.raises(UserError, match="model.safetensors is damaged .*Whole .*step_.*checkpoint latest"):
+        load_run(tmp_path / "run")
+    path.write_bytes(raw)
+    (tmp_path / "run" / INDEX).write_text("{}")
+    with pytest.warns(UserWarning, match=f"best step_{final['best_step']:08d}"):
+        assert load_run(tmp_path / "run").step == final["best_step"]
+
+
+def test_what_a_killed_start_left_goes_at_the_next(small_recipe, token_files, tmp_path):
+    """Guards: hidden folders of gigabytes that nobody removes; a folder that is refused because of its own lock."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".run.json.1-abc.unfinished").write_text("{")
+    (run / LOCK).mkdir()
+    (run / LOCK / "owner.json").write_text('{"pid": 1, "since": "2026-01-01"}')
+    (run / LOCK / "lock").write_text("")
+    final = train(small_recipe, token_files, run)
+    before = contents(run)
+    (run / "DONE.json").unlink()
+    (run / ".DONE.json.1-abc.unfinished").write_text("{")
+    (run / ".log.csv.1-abc.unfinished").write_text("")
+    shutil.copytree(run / "checkpoints" / "step_00000006", run / "checkpoints" / ".step_00000006.1-abc.unfinished")
+    shutil.copytree(run / "checkpoints" / "step_00000006", run / "checkpoints" / "step_00000005")
+    assert train(small_recipe, token_files, run)["step"] == final["step"]
+    assert set(contents(run)) == set(before)
+
+
+def test_a_killed_early_stop_does_not_train_on(small_recipe, token_files, tmp_path):
+    """Guards: steps beyond the end of a run that was killed between its last checkpoint and DONE.json."""
+    worse = {"learning_rate": 30.0, "warmup_steps": 0, "max_steps": 50, "eval_interval": 1, "patience": 2}
+    final = train(small_recipe, token_files, tmp_path / "run", **worse)
+    (tmp_path / "run" / "DONE.json").unlink()
+    again = train(small_recipe, token_files, tmp_path / "run", **worse)
+    assert (again["reason"], again["step"]) == (final["reason"], final["step"]) == ("early stopping", final["step"])
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(small_recipe, token_files, tmp_path, monkeypatch):
+    """Guards: two starts of one command that tear each other's log and checkpoints."""
+    original, complaints = loop.accumulate, []
+
+    def second(*args):
+        if not complaints:
+            with pytest.raises(UserError, match=f"is being written by process {os.getpid()}, since 20") as caught:
+                train(small_recipe, token_files, tmp_path / "run")
+            complaints.append(caught)
+        return original(*args)
+
+    monkeypatch.setattr(loop, "accumulate", second)
+    assert train(small_recipe, token_files, tmp_path / "run")["step"] == 6
+    assert complaints and not (tmp_path / "run" / LOCK).exists()
+
+
+def test_nothing_is_written_where_the_tokens_are(small_recipe, token_files, tmp_path):
+    """Guards: training that needs to write into an attached, read-only input folder."""
+    folder = tmp_path / "input"
+    folder.mkdir()
+    inputs = {part: Path(shutil.copy(token_files[part], folder)) for part in ("train", "val")}
+    for path in (*inputs.values(), folder):
+        path.chmod(path.stat().st_mode & ~0o222)
+    before = folder.stat().st_mtime_ns, sorted(folder.iterdir())
+    assert train(small_recipe, inputs, tmp_path / "run")["step"] == 6
+    assert (folder.stat().st_mtime_ns, sorted(folder.iterdir())) == before
+    folder.chmod(0o755)
+
+
+def test_a_write_that_fails_names_its_file(tmp_path, capsys, monkeypatch):
+    """Guards: "File too large", of which no one knows the file; a traceback for a full disk."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # run_command sets it
+
+    def command():
+        with file_size_limit(10):
+            write_json(tmp_path / "DONE.json", list(range(100)))
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(command)
+    assert ended.value.code == 2 and list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == (f"error: {tmp_path / 'DONE.json'}: File too large. Check the path, its "
+                                       "permissions and the disk.\n")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
+def test_runs_that_are_killed_again_and_again_end_with_the_same_bits(root):
+    """Guards: files left over, rows twice or never, more than one interval lost; 20 of the script's 200 kills."""
+    command = [sys.executable, str(root / "benchmarks" / "kill_training.py"), "--kills", "20", "--seed", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("20 kills of") and " 0 runs ended otherwise" in done.stdout
