@@ -78,7 +78,8 @@ def result(run: Path) -> dict[str, object]:
     with (run / "log.csv").open(encoding="utf-8", newline="") as file:
         rows = [{k: v for k, v in row.items() if k not in TIMING} for row in csv.DictReader(file)]
     names = sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.name != "log.cut.csv")
-    state = json.loads((last / "state.json").read_text(encoding="utf-8")) | {"elapsed_s": None}
+    state = json.loads((last / "state.json").read_text(encoding="utf-8"))
+    state = {key: value for key, value in state.items() if not key.endswith("_s")}  # but for times
     return {"files": names, "log.csv": rows, "state.json": state} | {name: (last / name).read_bytes() for name in (
         "model.safetensors", "optimizer.safetensors")}
 

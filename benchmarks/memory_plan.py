@@ -27,9 +27,9 @@ sys.path.insert(0, str(ROOT))
 from plotarmour.config import Recipe, load_recipe
 from plotarmour.machine import Machine
 from plotarmour.memory import plan_training
-from plotarmour.runs import build_model
+from plotarmour.shapes import build_model
 from plotarmour.text.batches import Windows
-from plotarmour.training.loop import EVALUATION_ROWS, accumulate, evaluate_windows, make_optimizer
+from plotarmour.training.passes import EVALUATION_ROWS, accumulate, evaluate_windows, make_optimizer
 
 COLUMNS = ("recipe", "model", "vocab_size", "dtype", "settings", "device", "moment", "planned_mib", "measured_mib",
            "planned_of_measured", "resident_mib")
@@ -72,7 +72,7 @@ def build(recipe: Recipe, vocab_size: int, machine: Machine) -> tuple[Callable, 
         optimizer.zero_grad(set_to_none=True)
 
     def evaluate() -> None:
-        evaluate_windows(model, windows, rows, token_bytes, machine)
+        evaluate_windows(model, windows, [rows], token_bytes, machine)
 
     step()
     gc.collect()

@@ -8,10 +8,15 @@ A recipe is one file in `plotarmour/recipes/`:
     [bdh.training]     what this architecture sets for itself, such as its learning rate
 
 `--set key=value` overrides a key of `[data]`, `[training]` or the architecture; key names are unique across them.
+
+How the rows of a step are split is said in one of three ways, and always kept as `micro_batch_size` times
+`grad_accum_steps`: by these two; by the first and `rows_per_step`; or by `micro_batch_size = "auto"`, the most rows
+that fit into memory, and `rows_per_step` (without it, as many as the recipe's own split has).
 """
 
 import dataclasses
 import difflib
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +26,7 @@ from plotarmour.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
 MODELS = ("bdh", "gpt2")
+AUTO = -1.0  # max_minutes = "auto"
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class TrainingConfig:
     """Everything the training loop decides by. Lengths in tokens, intervals in steps (optimizer updates)."""
 
     context_length: int
-    micro_batch_size: int  # rows per forward pass
+    micro_batch_size: int  # rows per forward pass; "auto": the most that fit
     grad_accum_steps: int  # forward passes per step
     max_steps: int
     learning_rate: float
@@ -50,7 +56,8 @@ class TrainingConfig:
     schedule: str = "cosine"  # after warm-up: cosine, or constant with a linear decay over the last decay_fraction
     warmup_steps: int = 100
     final_learning_rate_fraction: float = 0.1  # of learning_rate, at the end of the schedule
-    decay_fraction: float = 0.35  # of max_steps, for schedule = "linear_tail"
+    decay_fraction: float = 0.35  # of the schedule's length, for schedule = "linear_tail"
+    schedule_minutes: float = 0.0  # the schedule ends after this long, all sessions together, or at max_steps; 0: there
     weight_decay: float = 0.1  # on matrices only
     beta1: float = 0.9
     beta2: float = 0.95
@@ -61,9 +68,10 @@ class TrainingConfig:
     patience: int = 0  # evaluations without improvement before early stopping; 0: never stop early
     checkpoint_interval: int = 200
     keep_every: int = 0  # also keep every n-th step's checkpoint; 0: only latest, the one before, and best
-    max_minutes: float = 0.0  # stop with a checkpoint after this long; 0: no limit
+    max_minutes: float = AUTO  # stop with a checkpoint after this long; 0: no limit; "auto": Kaggle's limits, there
     dtype: str = "auto"  # auto, float32, bfloat16 or float16
     device: str = "auto"  # auto, cpu, cuda
+    micro_batch_is_auto: bool = False  # micro_batch_size was "auto": split the rows further until they fit
 
     @property
     def rows_per_step(self) -> int:
@@ -120,9 +128,10 @@ def load_recipe(name: str, model: str, overrides: list[str] = ()) -> Recipe:
     architecture = dict(table[model])
     own = architecture.pop("training", {})
     sections = {"data": dict(table["data"]), "training": table["training"] | own, "architecture": architecture}
-    known = {"data": _types(DataConfig), "training": _types(TrainingConfig),
+    known = {"data": _types(DataConfig), "training": _types(TrainingConfig) | {"rows_per_step": int},
              "architecture": {key: type(value) for key, value in architecture.items()}}
-    complaints = []
+    del known["training"]["micro_batch_is_auto"]
+    complaints, chosen = [], set()
     for override in overrides:
         key, equals, value = override.partition("=")
         section = next((s for s in known if key in known[s]), None)
@@ -132,24 +141,67 @@ def load_recipe(name: str, model: str, overrides: list[str] = ()) -> Recipe:
                                                        "expected key=value") + f"; keys are {', '.join(sorted(keys))}")
             continue
         sections[section][key] = _parse(value, known[section][key])
+        chosen.add(key)
+    auto = sections["training"].get("micro_batch_size") == "auto"
+    unsplit = _resolve(sections["training"], table["training"] | own, chosen)
     for section, values in sections.items():
         for key, value in values.items():
             if key not in known[section]:
                 complaints.append(f"unknown key {key!r} in [{section}]{_closest(key, known[section])}")
             elif not _fits(value, known[section][key]):
-                complaints.append(f"{key} = {value!r} is not {_TYPE_NAMES[known[section][key]]}")
+                also = ' or "auto"' if key in ("micro_batch_size", "max_minutes") else ""
+                complaints.append(f"{key} = {value!r} is not {_TYPE_NAMES[known[section][key]]}{also}")
     for kind, section in ((DataConfig, "data"), (TrainingConfig, "training")):
         needed = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
         complaints += [f"{key} is missing in [{section}]" for key in sorted(needed - set(sections[section]))]
     if not complaints:
         sections["training"] = {key: float(value) if known["training"][key] is float else value
                                 for key, value in sections["training"].items()}
+        sections["training"]["micro_batch_is_auto"] = auto
         recipe = Recipe(path.stem, model, DataConfig(**sections["data"]), TrainingConfig(**sections["training"]),
                         architecture | sections["architecture"])
         complaints = _complaints(recipe)
+    complaints = unsplit + complaints
     if complaints:
         raise UserError(f"recipe {path.stem} ({model}): " + "; ".join(complaints) + ".")
     return recipe
+
+
+def _resolve(training: dict, before: dict, chosen: set[str]) -> list[str]:
+    """Replace rows_per_step and each "auto" by numbers; return what is wrong with them.
+
+    Args:
+        training: settings with overrides, changed in place.
+        before: settings without overrides.
+        chosen: keys that were overridden.
+    """
+    if training.get("max_minutes") == "auto":
+        training["max_minutes"] = AUTO
+    rows, auto = training.pop("rows_per_step", None), training.get("micro_batch_size") == "auto"
+    if rows is None and not auto:
+        return []
+    stated = chosen if "rows_per_step" not in before else chosen | set(before)
+    accum = training.get("grad_accum_steps") if "grad_accum_steps" in stated else None
+    if rows is None:
+        split = before.get("micro_batch_size"), before.get("grad_accum_steps")
+        if not all(_fits(n, int) for n in split):
+            training["micro_batch_size"] = 1
+            return ['micro_batch_size = "auto" needs rows_per_step']
+        rows = split[0] * split[1]
+    if auto:
+        training.update(micro_batch_size=1, grad_accum_steps=1)  # until the rows are known to be a number
+    if not _fits(rows, int) or rows < 1:
+        return [f"rows_per_step = {rows!r} must be a whole number of at least 1"]
+    size = rows if auto else training.get("micro_batch_size")
+    if not _fits(size, int) or size < 1:
+        return []  # which is complained of elsewhere
+    if rows % size:
+        return [f"rows_per_step = {rows} is no multiple of micro_batch_size = {size}"]
+    if accum is not None and (auto or accum != rows // size):
+        return [f"grad_accum_steps = {accum!r} does not fit rows_per_step = {rows} in micro-batches of "
+                f"{'any size' if auto else size}: leave it out, it follows"]
+    training.update(micro_batch_size=size, grad_accum_steps=rows // size)
+    return []
 
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text"}
@@ -189,7 +241,11 @@ def _complaints(recipe: Recipe) -> list[str]:
         need(getattr(t, key) >= 1, f"{key} = {getattr(t, key)} must be at least 1")
     for key, value in (("seed", t.seed), ("corpus_seed", d.corpus_seed)):
         need(0 <= value < 2**32, f"{key} = {value} must be in [0, 2**32)")
-    for key in ("warmup_steps", "patience", "keep_every", "max_minutes", "weight_decay", "grad_clip"):
+    for f in dataclasses.fields(t):
+        value = getattr(t, f.name)
+        need(not isinstance(value, float) or math.isfinite(value), f"{f.name} = {value} must be finite")
+    need(t.max_minutes >= 0 or t.max_minutes == AUTO, f'max_minutes = {t.max_minutes} must be "auto" or not negative')
+    for key in ("warmup_steps", "patience", "keep_every", "schedule_minutes", "weight_decay", "grad_clip"):
         need(getattr(t, key) >= 0, f"{key} = {getattr(t, key)} must not be negative")
     for key in ("beta1", "beta2"):
         need(0 <= getattr(t, key) < 1, f"{key} = {getattr(t, key)} must be in [0, 1)")

@@ -46,5 +46,6 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def _complain(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # torchrun's other processes have met the same
+        print(f"error: {message}", file=sys.stderr)
     return 2

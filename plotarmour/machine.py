@@ -46,20 +46,32 @@ def find_machine(device: str = "auto", dtype: str = "auto") -> Machine:
         chosen, reason = torch.float32, "the CPU computes float32 fastest"
         found, hardware = torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads ({_processor()})"
     else:
-        found, name = torch.device("cuda"), torch.cuda.get_device_name()
-        major, minor = torch.cuda.get_device_capability()
+        found = _own_gpu()
+        name = torch.cuda.get_device_name(found)
+        major, minor = torch.cuda.get_device_capability(found)
         built = torch.cuda.get_arch_list()
         numbers = [int(n) for arch in built if (n := arch.removeprefix("sm_").removeprefix("compute_")).isdigit()]
         if numbers and 10 * major + minor < min(numbers):
             raise UserError(f"{name} is sm_{major}{minor}, but this torch was built for {', '.join(built)}: its first "
                             "kernel would fail. Install a torch with that architecture (for sm_60: a cu126 wheel).")
         chosen, reason = dtype_for(major, minor)
-        hardware = f"{name}, {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB"
+        hardware = f"{name}, {torch.cuda.get_device_properties(found).total_memory / 2**30:.0f} GiB"
     if dtype != "auto":
         chosen, reason = getattr(torch, dtype), "asked for"
         if found.type == "cpu" and chosen == torch.float16:
             raise UserError("dtype float16 needs a GPU; use float32 on the CPU.")
     return Machine(found, chosen, reason, hardware)
+
+
+def _own_gpu() -> torch.device:
+    """The current GPU, or this process's own where torchrun started one process per GPU."""
+    rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if rank >= count:
+        raise UserError(f"more processes than GPUs were started here; expected at most {count} (torchrun "
+                        f"--nproc-per-node {count}).")
+    if "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(rank)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def dtype_for(major: int, minor: int) -> tuple[torch.dtype, str]:
@@ -91,6 +103,40 @@ def peak_memory_mib(device: torch.device) -> float | None:
     except ImportError:  # Windows
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def peak_memory(device: torch.device) -> str:
+    """Say the peak memory and its share of all there is, for people."""
+    peak = peak_memory_mib(device)
+    if peak is None:
+        return "peak memory unknown"
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        import psutil
+
+        total = psutil.virtual_memory().total
+    return f"peak memory {peak / 2**10:.1f} of {total / 2**30:.1f} GiB ({peak * 2**20 / total:.0%})"
+
+
+def unused(device: torch.device, processes: int, can_grow: bool) -> str:
+    """Say what would use GPUs better, or nothing.
+
+    Args:
+        device: that computes.
+        processes: that train together, one per GPU.
+        can_grow: whether a larger micro-batch would still be part of a step.
+    """
+    if device.type != "cuda":
+        return ""
+    advice, idle = [], torch.cuda.device_count() - processes
+    if idle > 0:
+        advice.append(f"{idle} more GPU{'s are' * (idle > 1) or ' is'} idle: gpus = {processes + idle} in notebook 02, "
+                      f"or torchrun --standalone --nproc-per-node {processes + idle} tools/train.py")
+    share = torch.cuda.max_memory_allocated(device) / torch.cuda.get_device_properties(device).total_memory
+    if can_grow and share < 0.5:
+        advice.append(f"{1 - share:.0%} of the GPU's memory is free: micro_batch_size=auto takes larger pieces")
+    return "; ".join(advice)
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -24,8 +24,8 @@ from plotarmour.models.gpt2 import GPT2Config
 from plotarmour.models.recurrent import CHUNK
 from plotarmour.models.rotation import ROWS
 from plotarmour.models.tiled import Tiling
-from plotarmour.runs import model_config
-from plotarmour.training.loop import EVALUATION_ROWS
+from plotarmour.shapes import model_config
+from plotarmour.training.passes import EVALUATION_ROWS
 
 WIDE = 4  # bytes of a float32: weights, gradients, optimizer state, and all sums
 RESERVE = 2**30  # kept free for what is not counted: a CUDA context takes some 0.5 GiB, torch on a CPU 0.4

@@ -13,9 +13,12 @@ MAY_KNOW = {
     "crawl": BASIC | {"text"},
     "training": BASIC | {"config", "machine", "loss", "text"},
     "evaluation": BASIC | {"config", "machine", "loss", "text"},
-    "runs": BASIC | {"config", "machine", "text", "models", "training"},
-    "memory": {"config", "loss", "models", "runs", "training"},  # follows their constants instead of copying them
-    "suite": BASIC | {"config", "machine", "loss", "plots", "text", "models", "training", "evaluation", "runs"},
+    "shapes": {"errors", "config", "models"},
+    "memory": {"config", "loss", "models", "shapes", "training"},  # follows their constants instead of copying them
+    "resuming": {"errors", "config", "training"},
+    "runs": BASIC | {"config", "machine", "memory", "resuming", "shapes", "text", "training"},
+    "suite": BASIC | {"config", "machine", "loss", "plots", "text", "models", "training", "evaluation", "runs",
+                      "resuming", "shapes"},
 }
 
 

@@ -3,7 +3,7 @@ import pytest
 from plotarmour.config import load_recipe, recipe_names
 from plotarmour.errors import UserError
 from plotarmour.machine import dtype_for
-from plotarmour.runs import build_model, model_config
+from plotarmour.shapes import build_model, model_config
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -1,7 +1,11 @@
 #!/usr/bin/env python3
-"""Train one model on token files; goes on where an earlier start of the same run stopped."""
+"""Train one model on token files; goes on where an earlier start of the same run stopped.
+
+On several GPUs: torchrun --standalone --nproc-per-node 2 tools/train.py ..., with the same arguments.
+"""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +13,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plotarmour.config import MODELS, load_recipe, recipe_names
 from plotarmour.errors import HelpFormatter, run_command
+
+WHAT_NOW = {
+    "non-finite": "loss or gradients were not finite ten steps in a row, and no update was made of them. The last good "
+                  "checkpoint is of step {last_checkpoint:,}; try a lower learning_rate, or go further back "
+                  "with --from-step",
+    "lost a process": "another process of this run has died; the same command goes on from the checkpoint of step "
+                      "{last_checkpoint:,}",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -21,7 +33,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="key=value", dest="overrides",
                         help="override a setting of the recipe; may be repeated")
     parser.add_argument("--resume", default="auto", help="auto, never (refuse an existing run) or must")
-    parser.add_argument("--from-step", type=int, help="go back to a kept checkpoint of this step")
+    parser.add_argument("--from-step", type=int, metavar="N", help="go back to a kept checkpoint of this step; what "
+                        "came after it is given up")
+    parser.add_argument("--extend", action="store_true", help="go on with a run whose max_steps, schedule_minutes or "
+                        "patience were others; the change is noted in run.json")
     parser.add_argument("--tokenizer", help="only where --train and --val are texts: gpt2, bytes, a folder, or a token "
                         "file whose tokenizer to use")
     return parser
@@ -31,15 +46,27 @@ def main() -> None:
     args = build_parser().parse_args()
     recipe = load_recipe(args.recipe, args.model, args.overrides)
     from plotarmour.runs import train_run
+    from plotarmour.training.loop import DONE
+    from plotarmour.training.ranks import LostProcess
 
-    final = train_run(recipe, args.train, args.val, args.out, args.resume, args.from_step, args.tokenizer)
-    print(f"{args.out}: {final['reason']} at step {final['step']:,} after {final['tokens_seen']:,} tokens and "
-          f"{final['elapsed_s']:,.0f} s; best validation loss {final['best_val_loss']:.4f} at step "
-          f"{final['best_step']:,}")
-    if not (args.out / "DONE.json").exists():
-        print("not finished: the same command goes on from here")
-        if final["reason"].startswith("signal"):
-            sys.exit(130)
+    try:
+        final = train_run(recipe, args.train, args.val, args.out, args.resume, args.from_step, args.tokenizer,
+                          args.extend)
+    except LostProcess:
+        sys.exit(1)  # the first process says so, unless it is the one that was lost
+    reason, code = final["reason"], 0
+    if reason.startswith("signal"):
+        code = 130
+    elif reason in ("non-finite", "lost a process"):
+        code = 1
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{args.out}: {reason} at step {final['step']:,} after {final['tokens_seen']:,} tokens and "
+              f"{final['elapsed_s']:,.0f} s; best validation loss {final['best_val_loss']:.4f} at step "
+              f"{final['best_step']:,}")
+        if reason not in DONE:
+            print(WHAT_NOW.get(reason, "not finished: the same command goes on from here").format(**final))
+    sys.stdout.flush()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from plotarmour.config import MODELS, load_recipe
 from plotarmour.errors import UserError
-from plotarmour.runs import model_config
+from plotarmour.shapes import model_config
 from plotarmour.suite.notebooks import ROOT, tidy_streams
 from plotarmour.suite.steps import require_text
 from plotarmour.text.sources import check_text

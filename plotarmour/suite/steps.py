@@ -20,7 +20,8 @@ from plotarmour.evaluation.comparison import (
 )
 from plotarmour.files import publish, unfinished, write_text
 from plotarmour.machine import host
-from plotarmour.runs import check_same_tokenizer, load_run, read_info, train_run
+from plotarmour.resuming import read_info
+from plotarmour.runs import check_same_tokenizer, load_run, train_run
 from plotarmour.text.batches import Windows
 from plotarmour.text.grammar import tell_stories
 from plotarmour.text.pretokenize import part_path, pre_tokenize

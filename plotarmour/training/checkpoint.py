@@ -89,7 +89,7 @@ def rewind(run: Path, step: int) -> None:
     best, chosen = read_index(run).get("best"), _name(step)
     kept = best if best and best <= chosen else chosen
     _write_index(run, {"previous": None, "latest": chosen, "best": kept})
-    for folder in _folders(run):
+    for folder in checkpoint_folders(run):
         if folder.name > chosen:
             _remove(folder)
 
@@ -105,7 +105,7 @@ def tidy(run: Path, keep_every: int) -> None:
     for path in [*leftovers, *(run / "checkpoints").glob(".*.unfinished")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     latest = read_index(run).get("latest")
-    later = [folder for folder in _folders(run) if latest and folder.name > latest]
+    later = [folder for folder in checkpoint_folders(run) if latest and folder.name > latest]
     for folder in later:  # killed before the index named it, or a future that --from-step gave up
         if damage_of(folder) is None:
             _remove(folder)
@@ -123,9 +123,9 @@ def read_index(run: Path) -> dict[str, str | None]:
         index = read_sealed(path, unsealed=set(NAMED))
         return {name: index[name] for name in NAMED}
     except Damaged as damaged:
-        if not path.exists() and not _folders(run):
+        if not path.exists() and not checkpoint_folders(run):
             return {}
-        whole = [folder for folder in _folders(run) if damage_of(folder) is None]
+        whole = [folder for folder in checkpoint_folders(run) if damage_of(folder) is None]
         if not whole:
             raise UserError(f"{damaged}, and none of {run}'s checkpoints is whole: {_complaints(run)}. Restore the "
                             "folder from a copy, or start anew with another --out.") from None
@@ -148,12 +148,12 @@ def find_checkpoint(run: Path, which: str | int) -> Path:
     name = _name(which) if isinstance(which, int) else read_index(run).get(which)
     folder = run / "checkpoints" / name if name else None
     if folder is None or not folder.is_dir():
-        kept = sorted(p.name for p in _folders(run))
+        kept = sorted(p.name for p in checkpoint_folders(run))
         raise UserError(f"{run} has no {which if isinstance(which, str) else f'step-{which}'} checkpoint; "
                         f"found {', '.join(kept) or 'none'}.")
     damage = damage_of(folder)
     if damage:
-        others = [p.name for p in _folders(run) if p != folder and damage_of(p) is None]
+        others = [p.name for p in checkpoint_folders(run) if p != folder and damage_of(p) is None]
         remedy = {"latest": "Give the command that trained it again: it goes on from the one before",
                   "best": "Name the latest instead (tools/evaluate.py --checkpoint latest), or train again from one "
                           "before it with --from-step"}.get(which, "Name one of these")
@@ -180,7 +180,7 @@ def find_checkpoint_to_resume(run: Path) -> Path | None:
             _write_index(run, index)
         return latest
     # Later ones than the latest are what a killed --from-step has left of the future that it gave up.
-    whole = [folder for folder in _folders(run) if folder.name < latest.name and damage_of(folder) is None]
+    whole = [folder for folder in checkpoint_folders(run) if folder.name < latest.name and damage_of(folder) is None]
     if not whole:
         raise UserError(f"{damage}, and {run} has no whole checkpoint before it: {_complaints(run)}. Restore the "
                         "folder from a copy, or start anew with another --out.")
@@ -249,8 +249,8 @@ def _name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def _folders(run: Path) -> list[Path]:
-    """Folders of checkpoints, the newest first."""
+def checkpoint_folders(run: Path) -> list[Path]:
+    """Return the folders of checkpoints, whole or not, the newest first."""
     return sorted((run / "checkpoints").glob("step_" + "[0-9]" * 8), reverse=True)
 
 
@@ -275,7 +275,8 @@ def _write_index(run: Path, index: dict[str, str | None]) -> None:
 
 
 def _complaints(run: Path) -> str:
-    return "; ".join(damage_of(folder) or f"{folder.name} is whole" for folder in _folders(run)) or "there is none"
+    damages = [damage_of(folder) or f"{folder.name} is whole" for folder in checkpoint_folders(run)]
+    return "; ".join(damages) or "there is none"
 
 
 def _remove(folder: Path) -> None:
@@ -287,7 +288,7 @@ def _remove(folder: Path) -> None:
 
 def _prune(run: Path, keep_every: int) -> None:
     named = read_index(run).values()
-    for folder in _folders(run):
+    for folder in checkpoint_folders(run):
         if folder.name not in named and not (keep_every and step_of(folder) % keep_every == 0):
             try:
                 _remove(folder)

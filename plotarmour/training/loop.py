@@ -4,95 +4,42 @@ Everything random in a step follows from (seed, step): which rows it reads, and 
 run that stops and resumes needs no replay and ends with the same bits (float32 on a CPU).
 """
 
-import contextlib
 import math
-import signal
 import sys
-import threading
 import time
-from collections import deque
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from plotarmour.config import TrainingConfig
 from plotarmour.errors import UserError
 from plotarmour.files import write_json
-from plotarmour.loss import IGNORE, summed_nats
-from plotarmour.machine import Machine, peak_memory_mib
+from plotarmour.machine import Machine, peak_memory, peak_memory_mib, unused
 from plotarmour.text.batches import Windows
+from plotarmour.training.changes import record_change
 from plotarmour.training.checkpoint import load_training, save_checkpoint
+from plotarmour.training.fitting import is_out_of_memory, release, warn_of_low_disk
+from plotarmour.training.forecast import Forecast
+from plotarmour.training.pace import Pace
+from plotarmour.training.passes import EVALUATION_ROWS, evaluate_windows
+from plotarmour.training.ranks import ALONE, LostProcess, Ranks
 from plotarmour.training.runlog import RunLog
 from plotarmour.training.schedule import learning_rate
+from plotarmour.training.stopping import StopRequest, session_minutes
+from plotarmour.training.updates import Update, Updates
 
 NON_FINITE_IN_A_ROW = 10
-EVALUATION_ROWS = 8
-
-
-def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only (parameters of two or more dimensions)."""
-    groups = [([p for p in model.parameters() if p.dim() >= 2], config.weight_decay),
-              ([p for p in model.parameters() if p.dim() < 2], 0.0)]
-    return torch.optim.AdamW([{"params": ps, "weight_decay": decay} for ps, decay in groups if ps],
-                             lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
-
-
-def accumulate(model: nn.Module, micro_batches: list[tuple[Tensor, Tensor]], machine: Machine,
-               scaler: torch.amp.GradScaler, dropout_seed: tuple[int, int] | None = None) -> float:
-    """Add the gradient of the mean loss over all micro-batches, weighted by tokens, to the parameters.
-
-    Args:
-        model: with the interface of `features` and `unembedding`.
-        micro_batches: int64 (inputs, targets), each (B, T); any number of padded targets.
-        machine: device and dtype.
-        scaler: multiplies the loss under float16.
-        dropout_seed: (seed, step); each micro-batch draws its dropout from it and its own number.
-
-    Returns:
-        The loss: summed nats of all micro-batches / count of their targets.
-    """
-    n_tokens = sum(int((targets != IGNORE).sum()) for _, targets in micro_batches)
-    total = torch.zeros((), dtype=torch.float64, device=machine.device)
-    for i, (inputs, targets) in enumerate(micro_batches):
-        if dropout_seed is not None:
-            seed, step = dropout_seed
-            torch.manual_seed((seed * 1_000_003 + step) * 4099 + i)
-        inputs, targets = inputs.to(machine.device), targets.to(machine.device)
-        with machine.autocast:
-            nats = summed_nats(model.features(inputs)[0], model.unembedding, targets)
-        scaler.scale(nats / n_tokens).backward()
-        total += nats.detach()
-    return float(total) / n_tokens
-
-
-@torch.no_grad()
-def evaluate_windows(model: nn.Module, windows: Windows, rows: list[tuple[int, int]], token_bytes: np.ndarray,
-                     machine: Machine) -> tuple[float, int, int]:
-    """Score some windows of a token file.
-
-    Returns:
-        Summed nats, count of targets, and UTF-8 bytes these targets stand for. The model is left in the mode
-        (training or evaluation) it was in.
-    """
-    was_training, nats, n_tokens, n_bytes = model.training, 0.0, 0, 0
-    model.eval()
-    for i in range(0, len(rows), EVALUATION_ROWS):
-        inputs, targets = windows.micro_batch(rows[i:i + EVALUATION_ROWS])
-        with machine.autocast:
-            features = model.features(inputs.to(machine.device))[0]
-            nats += float(summed_nats(features, model.unembedding, targets.to(machine.device)))
-        counted = targets[targets != IGNORE].numpy()
-        n_tokens, n_bytes = n_tokens + len(counted), n_bytes + int(token_bytes[counted].sum())
-    model.train(was_training)
-    return nats, n_tokens, n_bytes
+DONE = ("max_steps", "schedule_minutes", "early stopping")  # reasons for DONE.json; all others are for STOPPED.json
 
 
 def train(run: Path, model: nn.Module, windows: Windows, val_windows: Windows, token_bytes: np.ndarray,
-          config: TrainingConfig, machine: Machine, resume_from: Path | None = None) -> dict:
+          config: TrainingConfig, machine: Machine, resume_from: Path | None = None, ranks: Ranks = ALONE,
+          begin_with: int | None = None, on_row: Callable[[], None] | None = None) -> dict:
     """Train until the schedule ends, early stopping fires, or something stops the run.
 
     Args:
@@ -104,172 +51,244 @@ def train(run: Path, model: nn.Module, windows: Windows, val_windows: Windows, t
         config: the training part of a recipe.
         machine: device and dtype.
         resume_from: a checkpoint folder to go on from.
+        ranks: which of several processes this is; the first one alone writes the run folder.
+        begin_with: rows per micro-batch of a new run, if fewer than the recipe's.
+        on_row: called after every row of log.csv, such as to draw it.
 
     Returns:
         What DONE.json or STOPPED.json holds; its `reason` tells which.
-    """
-    optimizer = make_optimizer(model, config)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    state = {"tokens_seen": 0, "elapsed_s": 0.0, "skipped_steps": 0, "scaler_overflows": 0, "best_val_loss": math.inf,
-             "best_step": 0, "evaluations_without_improvement": 0, "val_loss": None, "train_loss": None,
-             "since_row": [0.0, 0]}
-    step = 0
-    if resume_from is not None:
-        state = load_training(resume_from, model, optimizer)
-        step = state.pop("step")
-        if not (run / "checkpoints" / f"step_{state['best_step']:08d}").is_dir():  # after going back
-            state.update(best_step=step, best_val_loss=state["val_loss"])
-        if scaler.is_enabled():
-            scaler.load_state_dict(state["scaler"])
-    out_of_patience = config.patience and state["evaluations_without_improvement"] >= config.patience
-    if step > config.max_steps:
-        raise UserError(f"{run} has reached step {step}, beyond max_steps = {config.max_steps}; set max_steps to at "
-                        f"least {step}.")
-    val_rows = val_windows.first_rows(config.eval_tokens)
-    for name in ("DONE.json", "STOPPED.json"):
-        (run / name).unlink(missing_ok=True)
-    if machine.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(machine.device)
-    log = RunLog(run / "log.csv", -1 if resume_from is None else step)
-    clock, stop = _Clock(state["elapsed_s"]), _StopRequest()
-    non_finite, saved = 0, step if resume_from else None
-    # Killed after the last checkpoint, before DONE.json: one more step would be one too many.
-    reason = "early stopping" if out_of_patience and step < config.max_steps else None
 
-    def evaluate() -> dict:
-        nats, n_tokens, n_bytes = evaluate_windows(model, val_windows, val_rows, token_bytes, machine)
+    Raises:
+        UserError: a checkpoint beyond `max_steps`, rows that cannot be shared out, a step that does not fit into memory
+            even one row at a time, a disk that does not take a checkpoint.
+        LostProcess: another process of this run has died, and this one is not the first.
+    """
+    session = _Session(run, model, windows, val_windows, token_bytes, config, machine, resume_from, ranks, begin_with,
+                       on_row)
+    try:
+        return session.end(session.train())
+    except LostProcess:
+        if not ranks.is_first:
+            print("another process of this run has died; the same command goes on from the latest checkpoint",
+                  file=sys.stderr, flush=True)  # it may be the first one, which cannot say so
+            raise
+        return session.end("lost a process")
+    finally:
+        session.updates.close()
+
+
+class _Session:
+    """One process's stretch of a run: from its start or a checkpoint to where it ends or stops."""
+
+    def __init__(self, run: Path, model: nn.Module, windows: Windows, val_windows: Windows, token_bytes: np.ndarray,
+                 config: TrainingConfig, machine: Machine, resume_from: Path | None, ranks: Ranks,
+                 begin_with: int | None, on_row: Callable[[], None] | None):
+        self.run, self.model, self.windows, self.val_windows = run, model, windows, val_windows
+        self.token_bytes, self.config, self.machine, self.ranks = token_bytes, config, machine, ranks
+        self.on_row = on_row
+        self.updates = Updates(model, windows, config, machine, ranks)
+        self.state = {"tokens_seen": 0, "elapsed_s": 0.0, "skipped_steps": 0, "scaler_overflows": 0,
+                      "best_val_loss": math.inf, "best_step": 0, "evaluations_without_improvement": 0,
+                      "val_loss": None, "train_loss": None, "since_row": [0.0, 0]}
+        self.step, self.saved, self.is_new = 0, None, resume_from is None
+        if resume_from is not None:
+            self._load(resume_from)
+        if self.step > config.max_steps:
+            raise UserError(f"{run} has reached step {self.step}, beyond max_steps = {config.max_steps}; set max_steps "
+                            f"to at least {self.step}, or go back to a kept step with --from-step.")
+        self.pace = Pace(self.state["elapsed_s"], self.state.pop("evaluation_s", 0.0), self.state.pop("save_s", 0.0))
+        self.minutes = session_minutes(config.max_minutes)
+        self.forecast = Forecast(config, self.pace, self.minutes)
+        self.val_rows, self.evaluation_rows = val_windows.first_rows(config.eval_tokens), EVALUATION_ROWS
+        self.non_finite = 0
+        if machine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(machine.device)
+        if ranks.is_first:
+            for name in ("DONE.json", "STOPPED.json"):
+                (run / name).unlink(missing_ok=True)
+            warn_of_low_disk(run, model, self.step, config)
+            self.log = RunLog(run / "log.csv", -1 if self.is_new else self.step)
+        asked, used = self.state.pop("split", (None, None))
+        # A split that memory has forced holds as long as the recipe asks for the same: the bits depend on it.
+        self.updates.begin(self.step, used if asked == config.micro_batch_size else
+                           begin_with or config.micro_batch_size)
+
+    def train(self) -> str:
+        """Take steps until there is a reason not to; return it."""
+        every_s = 1.0 if sys.stderr.isatty() else 5.0  # a notebook keeps every line
+        with StopRequest() as stop, tqdm(
+                total=self.config.max_steps, initial=self.step, desc=self.run.name, unit="step", mininterval=every_s,
+                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+                disable=not self.ranks.is_first) as self.bar:
+            if self.is_new:
+                self.write_row(None, None, self.evaluate())
+                self.save(best=True)
+            self.model.train()
+            reason = self._reached_end()  # killed after the last checkpoint, before DONE.json
+            if reason is None and self._out_of_patience():
+                reason = "early stopping"
+            while reason is None:
+                rate, update = self.take_step()
+                end = self._reached_end()
+                evaluated = self.evaluate() if end or self.step % self.config.eval_interval == 0 else {}
+                if evaluated or self.step % self.config.log_interval == 0:
+                    self.write_row(rate, update.norm, evaluated)
+                best = bool(evaluated) and self.state["best_step"] == self.step
+                reason = self._reason_to_stop(end, bool(evaluated), stop.asked)
+                if reason != "non-finite" and (reason or best or self.step % self.config.checkpoint_interval == 0):
+                    self.save(best)
+                if reason is None:
+                    self._say_when_it_ends()
+        return reason
+
+    def take_step(self) -> tuple[float, Update]:
+        """Attempt one update; return its learning rate and what came of it."""
+        begun, size = time.perf_counter(), self.updates.micro_batch_size
+        rate = learning_rate(self.step, self.config, self._schedule_s())
+        update = self.updates.take(self.step, rate)
+        if self.updates.micro_batch_size < size:
+            self._note_split(size, self.updates.micro_batch_size)
+        self.step += 1
+        state = self.state
+        state["tokens_seen"] += update.n_tokens
+        if math.isfinite(update.loss):
+            nats, count = state["since_row"]
+            state["since_row"] = [nats + update.loss * update.n_tokens, count + update.n_tokens]
+        state["scaler_overflows"] += update.overflowed
+        state["skipped_steps"] += update.skipped
+        self.non_finite = self.non_finite + 1 if update.skipped else 0
+        self.pace.count(update.n_tokens, time.perf_counter() - begun)
+        end = self.forecast.ends(self.step)
+        self.bar.set_postfix_str(f"loss {update.loss:.3f}, {self.pace.rate():,.0f} tokens/s"
+                                 + (f", until {end}" if end else ""), refresh=False)
+        self.bar.update()
+        return rate, update
+
+    def evaluate(self) -> dict:
+        """Score the validation windows; return the columns of the log that say so."""
+        state = self.state
+        with self.pace.timing("evaluation_s"):
+            nats, n_tokens, n_bytes = self.ranks.sum(*self._evaluate_share())
         state["val_loss"] = loss = nats / n_tokens
         if loss < state["best_val_loss"]:
-            state.update(best_val_loss=loss, best_step=step, evaluations_without_improvement=0)
+            state.update(best_val_loss=loss, best_step=self.step, evaluations_without_improvement=0)
         else:
             state["evaluations_without_improvement"] += 1
         return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0)),
                 "val_bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else None}
 
-    def write_row(rate: float | None, norm: float | None, measured: dict) -> None:
+    def write_row(self, rate: float | None, norm: float | None, measured: dict) -> None:
+        """Log what was measured since the row before."""
+        state = self.state
         nats, count = state["since_row"]
         if count:
             state["train_loss"] = nats / count
-        log.append(utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), step=step, epoch=windows.epoch_of(step),
-                   tokens_seen=state["tokens_seen"], elapsed_s=clock.elapsed_s, learning_rate=rate, grad_norm=norm,
-                   train_loss=state["train_loss"] if count else None, tokens_per_s=clock.rate(),
-                   peak_memory_mib=peak_memory_mib(machine.device), skipped_steps=state["skipped_steps"],
-                   scaler_overflows=state["scaler_overflows"], **measured)
         state["since_row"] = [0.0, 0]
+        if not self.ranks.is_first:
+            return
+        self.log.append(
+            utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), step=self.step, learning_rate=rate, grad_norm=norm,
+            epoch=self.windows.epoch_of(self.step), tokens_seen=state["tokens_seen"], elapsed_s=self.pace.elapsed_s,
+            train_loss=state["train_loss"] if count else None, tokens_per_s=self.pace.rate(),
+            peak_memory_mib=peak_memory_mib(self.machine.device), skipped_steps=state["skipped_steps"],
+            scaler_overflows=state["scaler_overflows"], **measured)
+        if self.on_row is not None:
+            self.on_row()
 
-    def save(best: bool = False) -> None:
-        nonlocal saved
-        state["elapsed_s"] = clock.elapsed_s
-        extra = {"scaler": scaler.state_dict()} if scaler.is_enabled() else {}
-        save_checkpoint(run, step, model, optimizer, state | extra, best, config.keep_every)
-        saved = step
+    def save(self, best: bool = False) -> None:
+        """Publish a checkpoint of the step reached."""
+        if self.ranks.is_first:
+            scaler = self.updates.scaler
+            extra = {"scaler": scaler.state_dict()} if scaler.is_enabled() else {}
+            extra |= {"elapsed_s": self.pace.elapsed_s} | self.pace.took
+            extra["split"] = [self.config.micro_batch_size, self.updates.micro_batch_size]
+            with self.pace.timing("save_s"):
+                save_checkpoint(self.run, self.step, self.model, self.updates.optimizer, self.state | extra, best,
+                                self.config.keep_every)
+        self.saved = self.step
 
-    every_s = 1.0 if sys.stderr.isatty() else 5.0  # a notebook keeps every line
-    with stop, tqdm(total=config.max_steps, initial=step, desc=run.name, unit="step", mininterval=every_s,
-                    smoothing=0.05) as bar:
-        if resume_from is None:
-            write_row(None, None, evaluate())
-            save(best=True)
-        model.train()
-        while step < config.max_steps and reason is None:
-            rate = learning_rate(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            rows = windows.rows_of(step)
-            batches = [windows.micro_batch(rows[i:i + config.micro_batch_size])
-                       for i in range(0, len(rows), config.micro_batch_size)]
-            loss = accumulate(model, batches, machine, scaler, (config.seed, step))
-            scaler.unscale_(optimizer)
-            norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
-            scale, overflowed = scaler.get_scale(), False
-            finite = math.isfinite(norm) and math.isfinite(loss)
-            if finite or (scaler.is_enabled() and math.isfinite(loss)):  # the scaler skips an overflowed update
-                scaler.step(optimizer)
-                scaler.update()
-                overflowed = scaler.get_scale() < scale
-            elif scaler.is_enabled():
-                scaler.update(scale)  # the loss is not scaled: what is wrong with it is not the scale's doing
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            n_tokens = sum(end - begin for begin, end in rows)
-            state["tokens_seen"] += n_tokens
-            if math.isfinite(loss):
-                state["since_row"] = [state["since_row"][0] + loss * n_tokens, state["since_row"][1] + n_tokens]
-            state["scaler_overflows"] += overflowed
-            skipped = not (finite or overflowed)
-            state["skipped_steps"] += skipped
-            non_finite = non_finite + 1 if skipped else 0
-            clock.count(n_tokens)
-            bar.update()
-            bar.set_postfix_str(f"loss {loss:.3f}, {clock.rate():,.0f} tokens/s", refresh=False)
+    def end(self, reason: str) -> dict:
+        """Write DONE.json or STOPPED.json, and return what it holds."""
+        state = self.state
+        final = {"reason": reason, "step": self.step, "tokens_seen": state["tokens_seen"],
+                 "elapsed_s": round(self.pace.elapsed_s, 2), "train_loss": state["train_loss"],
+                 "val_loss": state["val_loss"], "best_step": state["best_step"],
+                 "best_val_loss": state["best_val_loss"], "skipped_steps": state["skipped_steps"],
+                 "scaler_overflows": state["scaler_overflows"],
+                 "peak_memory_mib": peak_memory_mib(self.machine.device), "last_checkpoint": self.saved,
+                 "micro_batch_size": self.updates.micro_batch_size, "input_wait_s": round(self.updates.waited_s, 2)}
+        if self.ranks.is_first:
+            write_json(self.run / ("DONE.json" if reason in DONE else "STOPPED.json"), final)
+        return final
 
-            last = step == config.max_steps
-            evaluated = evaluate() if step % config.eval_interval == 0 or last else {}
-            if evaluated or step % config.log_interval == 0:
-                write_row(rate, norm, evaluated)
-            best = bool(evaluated) and state["best_step"] == step
-            if non_finite == NON_FINITE_IN_A_ROW:
-                reason = "non-finite"
-            elif last:
-                reason = "max_steps"
-            elif evaluated and config.patience and state["evaluations_without_improvement"] >= config.patience:
-                reason = "early stopping"
-            elif stop.asked:
-                reason = f"signal {stop.asked}"
-            elif config.max_minutes and clock.session_s > 60 * config.max_minutes:
-                reason = "time budget"
-            if reason != "non-finite" and (reason or best or step % config.checkpoint_interval == 0):
-                save(best)
-    final = {"reason": reason or "max_steps", "step": step, "tokens_seen": state["tokens_seen"],
-             "elapsed_s": round(clock.elapsed_s, 2), "train_loss": state["train_loss"],
-             "val_loss": state["val_loss"], "best_step": state["best_step"], "best_val_loss": state["best_val_loss"],
-             "skipped_steps": state["skipped_steps"], "scaler_overflows": state["scaler_overflows"],
-             "peak_memory_mib": peak_memory_mib(machine.device), "last_checkpoint": saved}
-    done = final["reason"] in ("max_steps", "early stopping")
-    write_json(run / ("DONE.json" if done else "STOPPED.json"), final)
-    return final
+    def _load(self, checkpoint: Path) -> None:
+        self.state = load_training(checkpoint, self.model, self.updates.optimizer)
+        self.step = self.saved = self.state.pop("step")
+        if not (self.run / "checkpoints" / f"step_{self.state['best_step']:08d}").is_dir():  # after going back
+            self.state.update(best_step=self.step, best_val_loss=self.state["val_loss"])
+        if self.updates.scaler.is_enabled():
+            self.updates.scaler.load_state_dict(self.state["scaler"])
 
+    def _evaluate_share(self) -> tuple[float, int, int]:
+        """Score this process's share of the validation rows, in smaller batches where memory runs out."""
+        while True:
+            batches = [self.val_rows[i:i + self.evaluation_rows]
+                       for i in range(0, len(self.val_rows), self.evaluation_rows)]
+            try:
+                return evaluate_windows(self.model, self.val_windows, batches[self.ranks.rank::self.ranks.size],
+                                        self.token_bytes, self.machine)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or self.evaluation_rows == 1:
+                    raise
+            self.evaluation_rows //= 2
+            release()
 
-class _Clock:
-    """Elapsed seconds, over all sessions of a run, and tokens per second over the last 50 steps."""
+    def _reached_end(self) -> str | None:
+        """Why the schedule has ended, if it has."""
+        if self.step >= self.config.max_steps:
+            return "max_steps"
+        minutes = self.config.schedule_minutes
+        return "schedule_minutes" if minutes and self._schedule_s() >= 60 * minutes else None
 
-    def __init__(self, before_s: float):
-        self.before_s, self.start = before_s, time.perf_counter()
-        self.recent: deque[tuple[float, int]] = deque([(self.start, 0)], maxlen=50)
+    def _reason_to_stop(self, end: str | None, evaluated: bool, signal_name: str | None) -> str | None:
+        # The next step, what may follow it, and the last checkpoint must end in time.
+        ahead = self.pace.step_s + sum(self.pace.took.values())
+        over = bool(self.minutes) and self.ranks.is_first and self.pace.session_s + ahead > 60 * self.minutes
+        asked, over = self.ranks.sum(signal_name is not None, over)
+        if self.non_finite == NON_FINITE_IN_A_ROW:
+            return "non-finite"
+        if end:
+            return end
+        if evaluated and self._out_of_patience():
+            return "early stopping"
+        if asked:
+            return f"signal {signal_name or 'to another process'}"
+        return "time budget" if over else None
 
-    @property
-    def session_s(self) -> float:
-        return time.perf_counter() - self.start
+    def _out_of_patience(self) -> bool:
+        patience = self.config.patience
+        return bool(patience) and self.state["evaluations_without_improvement"] >= patience
 
-    @property
-    def elapsed_s(self) -> float:
-        return self.before_s + self.session_s
+    def _schedule_s(self) -> float:
+        """Seconds by which the schedule goes: the first process's clock, so that all decide alike."""
+        if not self.config.schedule_minutes:
+            return 0.0
+        return self.ranks.sum(self.pace.elapsed_s if self.ranks.is_first else 0.0)[0]
 
-    def count(self, n_tokens: int) -> None:
-        self.recent.append((time.perf_counter(), n_tokens))
+    def _note_split(self, before: int, now: int) -> None:
+        self.pace.forget()
+        if self.ranks.is_first:
+            share = self.updates.share
+            record_change(self.run, self.step, "out of memory", micro_batch_size=[before, now],
+                          grad_accum_steps=[share // before, share // now])
+            self.bar.write(f"{self.run.name}: out of memory at step {self.step + 1}: {share // now} micro-batches of "
+                           f"{now} rows instead of {share // before} of {before}", file=sys.stderr)
 
-    def rate(self) -> float | None:
-        span = self.recent[-1][0] - self.recent[0][0]
-        return sum(n for _, n in list(self.recent)[1:]) / span if span > 0 else None
-
-
-class _StopRequest(contextlib.AbstractContextManager):
-    """SIGINT and SIGTERM ask the loop to finish its step and save; a second one stops at once."""
-
-    def __init__(self):
-        self.asked: str | None = None
-        self.before: dict = {}
-
-    def __enter__(self) -> "_StopRequest":
-        if threading.current_thread() is threading.main_thread():
-            self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = signal.Signals(number).name
+    def _say_when_it_ends(self) -> None:
+        if not self.ranks.is_first:
+            return
+        device, waited = self.machine.device, self.updates.waited_s / max(self.pace.session_s, 1e-9)
+        hint = unused(device, self.ranks.size, self.updates.micro_batch_size < self.updates.share)
+        line = self.forecast.line(self.step, peak_memory(device), waited, hint)
+        if line:
+            self.bar.write(f"{self.run.name}: {line}", file=sys.stderr)

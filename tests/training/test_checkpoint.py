@@ -18,7 +18,7 @@ from torch import nn
 from plotarmour.errors import UserError, run_command
 from plotarmour.files import write_json
 from plotarmour.runs import LOCK, load_run, train_run
-from plotarmour.training import checkpoint, loop
+from plotarmour.training import checkpoint, loop, updates
 from plotarmour.training.checkpoint import (
     find_checkpoint,
     find_checkpoint_to_resume,
@@ -447,7 +447,7 @@ def test_a_killed_early_stop_does_not_train_on(small_recipe, token_files, tmp_pa
 
 def test_a_run_is_trained_by_one_process_at_a_time(small_recipe, token_files, tmp_path, monkeypatch):
     """Guards: two starts of one command that tear each other's log and checkpoints."""
-    original, complaints = loop.accumulate, []
+    original, complaints = updates.accumulate, []
 
     def second(*args):
         if not complaints:
@@ -456,7 +456,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(small_recipe, token_files, tm
             complaints.append(caught)
         return original(*args)
 
-    monkeypatch.setattr(loop, "accumulate", second)
+    monkeypatch.setattr(updates, "accumulate", second)
     assert train(small_recipe, token_files, tmp_path / "run")["step"] == 6
     assert complaints and not (tmp_path / "run" / LOCK).exists()
 

@@ -13,9 +13,9 @@ from plotarmour.errors import UserError
 from plotarmour.loss import IGNORE
 from plotarmour.machine import find_machine
 from plotarmour.runs import load_run, train_run
-from plotarmour.training import loop
+from plotarmour.training import loop, pace, updates
 from plotarmour.training.checkpoint import model_tensors, read_index, rewind
-from plotarmour.training.loop import accumulate, make_optimizer
+from plotarmour.training.passes import accumulate, make_optimizer
 from plotarmour.training.runlog import COLUMNS
 from plotarmour.training.schedule import learning_rate
 
@@ -82,7 +82,7 @@ def test_a_stopped_and_resumed_run_has_the_bits_of_an_uninterrupted_one(small_re
     """Guards: data order, dropout, optimizer state or log that differ after a resume. Dropout 0.1, accumulation 2."""
     run(small_recipe, token_files, tmp_path / "whole")
 
-    class StopsAfterTwo(loop._StopRequest):
+    class StopsAfterTwo(loop.StopRequest):
         looks = 0
 
         @property
@@ -95,7 +95,7 @@ def test_a_stopped_and_resumed_run_has_the_bits_of_an_uninterrupted_one(small_re
             pass
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_StopRequest", StopsAfterTwo)
+        patch.setattr(loop, "StopRequest", StopsAfterTwo)
         final = run(small_recipe, token_files, tmp_path / "cut")
     assert final["reason"] == "signal SIGTERM" and (tmp_path / "cut" / "STOPPED.json").exists()
     assert final["step"] < 6 and final["last_checkpoint"] == final["step"]
@@ -148,8 +148,9 @@ def test_two_models_with_one_seed_read_the_same_tokens(token_files):
 def test_the_model_is_in_training_mode_after_an_evaluation(small_recipe, token_files, tmp_path, monkeypatch):
     """Guards: a model left in eval mode after the first evaluation, so that dropout is never on again."""
     modes = []
-    original = loop.accumulate
-    monkeypatch.setattr(loop, "accumulate", lambda model, *rest: modes.append(model.training) or original(model, *rest))
+    original = updates.accumulate
+    monkeypatch.setattr(updates, "accumulate",
+                        lambda model, *rest: modes.append(model.training) or original(model, *rest))
     run(small_recipe, token_files, tmp_path / "run")
     assert modes == [True] * 6
 
@@ -164,14 +165,14 @@ def test_early_stopping_keeps_the_best(small_recipe, token_files, tmp_path):
 
 def test_a_non_finite_gradient_never_reaches_the_optimizer(small_recipe, token_files, tmp_path, monkeypatch):
     """Guards: NaN weights. Ten bad steps in a row stop the run; the checkpoint stays good."""
-    original = loop.accumulate
+    original = updates.accumulate
 
     def poisoned(model, *rest):
         loss = original(model, *rest)
         next(model.parameters()).grad.fill_(math.nan)
         return loss
 
-    monkeypatch.setattr(loop, "accumulate", poisoned)
+    monkeypatch.setattr(updates, "accumulate", poisoned)
     final = run(small_recipe, token_files, tmp_path / "run", max_steps=50)
     assert (final["reason"], final["step"], final["skipped_steps"]) == ("non-finite", 10, 10)
     with pytest.warns(UserWarning, match="not finished: this is its checkpoint of step 9"):
@@ -181,13 +182,13 @@ def test_a_non_finite_gradient_never_reaches_the_optimizer(small_recipe, token_f
 
 def test_a_signal_finishes_the_step_and_saves(small_recipe, token_files, tmp_path, monkeypatch):
     """Guards: a session cut by SIGTERM that loses its work. A real signal to this process."""
-    original = loop.accumulate
+    original = updates.accumulate
 
     def signalled(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return original(*args)
 
-    monkeypatch.setattr(loop, "accumulate", signalled)
+    monkeypatch.setattr(updates, "accumulate", signalled)
     final = run(small_recipe, token_files, tmp_path / "run")
     assert (final["reason"], final["step"], final["last_checkpoint"]) == ("signal SIGTERM", 1, 1)
 
@@ -211,7 +212,7 @@ def test_the_schedule_by_hand():
 def test_a_time_budget_counts_this_session_only(small_recipe, token_files, tmp_path, monkeypatch):
     """Guards: a resumed run that stops after one step, because its earlier sessions used the budget up."""
     clock = iter(range(0, 10**6, 20))  # every look at the clock is 20 s later
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: float(next(clock)))
     reached = []
     for _ in range(2):
         final = run(small_recipe, token_files, tmp_path / "run", max_steps=100, max_minutes=5.0)

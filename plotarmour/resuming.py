@@ -1,0 +1,142 @@
+"""Going on with a run: only the same run, from where it was, with every change noted."""
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+
+from plotarmour.config import TrainingConfig
+from plotarmour.errors import UserError
+from plotarmour.training.changes import record_change
+from plotarmour.training.checkpoint import find_checkpoint, find_checkpoint_to_resume, latest_whole_step, rewind
+from plotarmour.training.runlog import last_step
+
+RUN_FORMAT = 1
+LOCK = ".lock"  # a folder in the run folder while a process trains it
+# Settings that change where or how long a session computes, or in which pieces, not what.
+NOT_IDENTITY = ("device", "max_minutes", "keep_every", "micro_batch_size", "grad_accum_steps", "micro_batch_is_auto")
+PIECES = ("micro_batch_size", "grad_accum_steps", "micro_batch_is_auto")
+EXTENDABLE = ("max_steps", "schedule_minutes", "patience")
+
+
+def read_info(folder: Path) -> dict:
+    """Return run.json of a run folder.
+
+    Raises:
+        UserError: not a run folder, or one of a newer version.
+    """
+    path = folder / "run.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run folder: it has no run.json. Make one with tools/train.py.")
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no UTF-8 or no JSON
+        raise UserError(f"{path} is damaged: {error}. Restore it from a copy, or start anew with another "
+                        "--out.") from None
+    found = info.get("format") if isinstance(info, dict) else None
+    if found is not None and found != RUN_FORMAT:
+        raise UserError(f"{folder} has run format {found}; this program reads {RUN_FORMAT}.")
+    needed = {"format", "recipe", "tokenizer", "vocab_size", "train", "val", "dtype"}
+    if not isinstance(info, dict) or not needed <= set(info):
+        raise UserError(f"{folder} is not a run of this program: its run.json says nothing of "
+                        f"{', '.join(sorted(needed - set(info)))}. Name another folder.")
+    return info
+
+
+def check_folder(out: Path, info: dict, resume: str, from_step: int | None, extend: bool) -> None:
+    """Raise `UserError` unless a run can start or go on in this folder.
+
+    Args:
+        out: the run folder.
+        info: run.json as it would be.
+        resume: "auto", "never" or "must".
+        from_step: to go back to.
+        extend: whether the run may become longer.
+    """
+    if resume not in ("auto", "never", "must"):
+        raise UserError(f"--resume {resume!r} is unknown; expected auto, never or must.")
+    if not (out / "run.json").exists():
+        if resume == "must" or from_step is not None or extend:
+            raise UserError(f"{out} holds no run to go on with; expected a run folder. Start it with --resume auto.")
+        if out.is_dir() and any(not _is_ours(path) for path in out.iterdir()):
+            raise UserError(f"{out} is not empty and not a run folder; expected a new or empty folder for --out.")
+        return
+    if resume == "never":
+        raise UserError(f"{out} holds a run already; expected a new folder. Use another --out, or --resume auto.")
+    before, now = _identity(read_info(out)), _identity(info)
+    differing = [key for key in now if before.get(key) != now[key] and not (extend and key in EXTENDABLE)]
+    if differing:
+        told = "; ".join(f"{key} was {before.get(key)}, now {now[key]}" for key in differing)
+        remedy = "Use another --out." if set(differing) - set(EXTENDABLE) else (
+            "Add --extend to go on with it as it is now; the change is noted in run.json.")
+        raise UserError(f"{out} is a different run: {told}. {remedy}")
+
+
+def checkpoint_to_resume(out: Path, resume: str, from_step: int | None) -> Path | None:
+    """Return the checkpoint to go on from; None for a new run. Warns where steps are lost.
+
+    Raises:
+        UserError: there is none where there must be one.
+    """
+    if from_step is not None:
+        return find_checkpoint(out, from_step)
+    checkpoint = find_checkpoint_to_resume(out)
+    if checkpoint is None and resume == "must":
+        raise UserError(f"{out} has no checkpoint to go on with; expected one. Start it with --resume auto.")
+    reached = last_step(out / "log.csv")
+    if checkpoint is None and reached:
+        warnings.warn(f"{out} has no checkpoint left, although its log reaches step {reached:,}: starting from step 0.",
+                      stacklevel=3)
+    return checkpoint
+
+
+def go_back(out: Path, step: int) -> None:
+    """Go back to a kept step, and note it."""
+    record_change(out, step, "--from-step", reached=[last_step(out / "log.csv"), step])
+    rewind(out, step)
+
+
+def note_changes(out: Path, info: dict, step: int) -> None:
+    """Note in run.json how a run is longer, or cut into other pieces, from a step on."""
+    before, now = ({**_training(i), "processes": i.get("processes", 1)} for i in (read_info(out), info))
+    changed = {key: [before[key], now[key]] for key in (*EXTENDABLE, *PIECES, "processes") if before[key] != now[key]}
+    if not changed:
+        return
+    longer = set(changed) & set(EXTENDABLE)
+    if longer and now["schedule"] == "cosine":
+        print("the learning rate follows the longer schedule from here on: it may go up again", flush=True)
+    record_change(out, step, "--extend" if longer else "settings", info["recipe"], **changed)
+
+
+def is_done(out: Path, config: TrainingConfig) -> bool:
+    """Whether DONE.json stands beside the whole checkpoint that it speaks of, and no more steps are asked for."""
+    try:
+        done = json.loads((out / "DONE.json").read_text(encoding="utf-8"))
+        step = done["step"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # a damaged one is written again
+        return False
+    trained = _training(read_info(out))
+    if any(trained[key] != getattr(config, key) for key in EXTENDABLE):
+        return False
+    return latest_whole_step(out) == step
+
+
+def _training(info: dict) -> dict:
+    """The training settings of a run.json; those it does not know yet have their defaults."""
+    known = {field.name for field in dataclasses.fields(TrainingConfig)}
+    return dataclasses.asdict(TrainingConfig(**{k: v for k, v in info["recipe"]["training"].items() if k in known}))
+
+
+def _identity(info: dict) -> dict[str, object]:
+    """What must not change when a run goes on, flat."""
+    recipe, training = info["recipe"], _training(info)
+    flat = {"model": recipe["model"], "tokenizer": info["tokenizer"]["sha256"],
+            "train tokens": info["train"]["payload_sha256"], "val tokens": info["val"]["payload_sha256"],
+            "rows_per_step": training["micro_batch_size"] * training["grad_accum_steps"]}
+    settings = {key: value for key, value in training.items() if key not in NOT_IDENTITY}
+    return flat | recipe["architecture"] | settings | {"dtype": info["dtype"]}  # as computed, not "auto"
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a start that was killed before there was a run.json left this."""
+    return path.name == LOCK or (path.name.startswith(".run.json.") and path.name.endswith(".unfinished"))

@@ -1,0 +1,128 @@
+"""One update: gradients over all micro-batches and processes, clipping, AdamW, and what can go wrong with them.
+
+    out of memory          the step is split into more and smaller micro-batches and done again
+    a non-finite number    never reaches the optimizer
+    a float16 overflow     the scaler skips the update and lowers its scale
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from plotarmour.config import TrainingConfig
+from plotarmour.errors import UserError
+from plotarmour.machine import Machine
+from plotarmour.text.batches import Windows
+from plotarmour.training.fitting import is_out_of_memory, largest_divisor, release
+from plotarmour.training.input import Batches
+from plotarmour.training.passes import accumulate, make_optimizer
+from plotarmour.training.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Update:
+    """What came of a step: mean nats per target, count of targets, the gradient's norm before clipping."""
+
+    loss: float
+    n_tokens: int
+    norm: float
+    overflowed: bool  # the scaler's scale was too high: no update
+    skipped: bool  # a non-finite loss or gradient: no update
+
+
+class Updates:
+    """The updates of a session, in order.
+
+    Args:
+        model: on the machine's device, float32, in training mode when `take` is called.
+        windows: of the training tokens.
+        config: the training part of a recipe.
+        machine: device and dtype.
+        ranks: which of several processes this is.
+
+    Attributes:
+        micro_batch_size: rows per micro-batch now; 0 before `begin`.
+    """
+
+    def __init__(self, model: nn.Module, windows: Windows, config: TrainingConfig, machine: Machine, ranks: Ranks):
+        self.model, self.windows, self.config, self.machine, self.ranks = model, windows, config, machine, ranks
+        self.optimizer = make_optimizer(model, config)
+        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+        if config.rows_per_step % ranks.size:
+            raise UserError(f"{config.rows_per_step} rows per step cannot be shared out evenly among {ranks.size} "
+                            f"processes; set rows_per_step to a multiple of {ranks.size}.")
+        self.share = config.rows_per_step // ranks.size
+        self.micro_batch_size, self._batches, self._waited_s = 0, None, 0.0
+
+    def begin(self, step: int, micro_batch_size: int) -> None:
+        """Start reading batches from a step on, in micro-batches of at most so many rows."""
+        self.close()
+        self.micro_batch_size = largest_divisor(self.share, micro_batch_size)
+        self._batches = Batches(self.windows, step, self.config.max_steps, self.micro_batch_size,
+                                (self.ranks.rank, self.ranks.size), pinned=self.machine.device.type == "cuda")
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        if self._batches is not None:
+            self._batches.close()
+            self._waited_s, self._batches = self.waited_s, None
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds spent waiting for batches."""
+        return self._waited_s + (self._batches.wait_s if self._batches else 0.0)
+
+    def take(self, step: int, learning_rate: float) -> Update:
+        """Attempt the update of a step (from 0).
+
+        Raises:
+            UserError: it does not fit into memory, one row at a time.
+            LostProcess: another process has died.
+        """
+        optimizer, scaler = self.optimizer, self.scaler
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss, n_tokens = self._gradients(step)
+        scaler.unscale_(optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf))
+        scale, overflowed = scaler.get_scale(), False
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        if finite or (scaler.is_enabled() and math.isfinite(loss)):  # the scaler skips an overflowed update
+            scaler.step(optimizer)
+            scaler.update()
+            overflowed = scaler.get_scale() < scale
+        elif scaler.is_enabled():
+            scaler.update(scale)  # the loss is not scaled: what is wrong with it is not the scale's doing
+        optimizer.zero_grad(set_to_none=True)
+        return Update(loss, n_tokens, norm, overflowed, not (finite or overflowed))
+
+    def _gradients(self, step: int) -> tuple[float, int]:
+        """Add up the gradients of a step; return its loss and its targets. Split it until it fits."""
+        while True:
+            n_tokens, micro_batches = self._batches.of(step)
+            first = self.ranks.rank * len(micro_batches)  # dropout follows from a micro-batch's place in the step
+            loss, full = 0.0, False
+            try:
+                loss = accumulate(self.model, micro_batches, self.machine, self.scaler, (self.config.seed, step),
+                                  n_tokens, first)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                full = True
+            # Not in the except clause: there the error holds the failed step's tensors.
+            loss, n_full = self.ranks.sum(loss, full)
+            if not n_full:
+                self.ranks.sum_gradients(self.model)
+                return loss, n_tokens
+            self._split_further(step)
+
+    def _split_further(self, step: int) -> None:
+        if self.micro_batch_size == 1:
+            raise UserError(f"step {step + 1} needs more memory than there is, even one row at a time; set a shorter "
+                            "context_length or a smaller model (tools/doctor.py --recipe R plans what fits).")
+        self.optimizer.zero_grad(set_to_none=True)
+        self.close()
+        release()
+        self.begin(step, self.micro_batch_size - 1)
