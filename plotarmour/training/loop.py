@@ -23,7 +23,7 @@ from plotarmour.machine import Machine, peak_memory, peak_memory_mib, unused
 from plotarmour.text.batches import Windows
 from plotarmour.training.changes import record_change
 from plotarmour.training.checkpoint import load_training, save_checkpoint
-from plotarmour.training.fitting import is_out_of_memory, release, warn_of_low_disk
+from plotarmour.training.fitting import is_out_of_memory, release, too_large, warn_of_low_disk
 from plotarmour.training.forecast import Forecast
 from plotarmour.training.pace import Pace
 from plotarmour.training.passes import EVALUATION_ROWS, evaluate_windows
@@ -238,8 +238,10 @@ class _Session:
                 return evaluate_windows(self.model, self.val_windows, batches[self.ranks.rank::self.ranks.size],
                                         self.token_bytes, self.machine)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self.evaluation_rows == 1:
+                if not is_out_of_memory(error):
                     raise
+            if self.evaluation_rows == 1:
+                raise too_large("evaluation")
             self.evaluation_rows //= 2
             release()
 
