@@ -198,6 +198,7 @@ def signals(folder: Path, files: dict[str, Path], whole: dict[str, tuple[dict, f
             while sent < enough_here and ended is None and logged_step(run) <= cut:
                 gone, status = os.waitpid(pid, os.WNOHANG)
                 ended = status if gone else None
+                time.sleep(0.002)
             if sent < enough_here and ended is None:
                 time.sleep(draw.random() * seconds * 0.5)
                 wait_for((lambda: True, lambda: shown[0], lambda: is_saving(run))[sent % 3], draw.random() * 0.01)
