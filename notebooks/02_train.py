@@ -146,10 +146,6 @@ print(list_files(folder / model))
 # **Next:** the other model, then `03_compare`.
 
 # %%
-import os
+from plotarmour.suite.bundle import download_link
 
-from IPython.display import FileLink
-
-from plotarmour.suite.bundle import pack_run
-
-FileLink(os.path.relpath(pack_run(folder / model)))
+download_link(folder / model)

@@ -1,9 +1,11 @@
 """What to download of a run: log, settings, ending and figures in one small zip beside its folder; no weights."""
 
 import csv
+import os
 import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from plotarmour.errors import UserError
 from plotarmour.files import publish, unfinished
@@ -43,6 +45,13 @@ def pack_run(run: Path) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return out
+
+
+def download_link(run: Path) -> Any:
+    """Zip what of a run is small (see `pack_run`), and return a link to it for a notebook to show."""
+    from IPython.display import FileLink
+
+    return FileLink(os.path.relpath(pack_run(run)))  # Jupyter and Kaggle serve nothing above the working folder
 
 
 def _end(log: Path) -> datetime:
