@@ -63,11 +63,11 @@ class LiveCurves(contextlib.ExitStack):
         if self.handle is None:
             return
         if time.perf_counter() - self.drawn_at >= max(self.every_s, self.took_s / SHARE):
-            self._try(self._draw)
+            self._try(lambda: self._timed(self._draw))
 
     def _draw_the_end(self, kind: type | None, *rest) -> None:
         if not (kind and issubclass(kind, UserError)):  # which has drawn nothing new
-            self._try(self._draw)
+            self._try(lambda: self._timed(self._draw))
 
     def _draw(self) -> None:
         log = read_rows(self.run / "log.csv")
@@ -87,7 +87,7 @@ class LiveCurves(contextlib.ExitStack):
 
     def _try(self, act: Callable[[], object]) -> None:
         try:
-            self._timed(act)
+            act()
         except Exception as error:  # whatever it is: training goes on, and log.csv has the numbers
             if not self.has_failed:
                 self.has_failed = True
