@@ -11,10 +11,11 @@
 #
 # **What you get:** a BDH or a GPT-2, trained from scratch on the token files of notebook 1, with its log and curves.
 #
-# **Time:** the recipe's first lines say: a minute or two for `tiny`, up to 20 for `laptop` on two CPU cores.
-# **Hardware:** CPU, or one GPU with 16 GB for the `kaggle_` recipes. **Needs:** the results folder of notebook 1.
-# **Leaves behind:** a run folder named after the model. Interrupt it whenever you like: as long as that folder is
-# there, running the cells again goes on from its last checkpoint.
+# **Time:** the recipe's first lines say: a minute or two for `tiny`, up to 20 for `laptop` on two CPU cores; after
+# five steps the training itself says when it will end. **Hardware:** CPU, or one or more GPUs with 16 GB for the
+# `kaggle_` recipes. **Needs:** the results folder of notebook 1. **Leaves behind:** a run folder named after the
+# model, and beside it a small zip to download. Interrupt it whenever you like: it finishes its step and saves, and
+# running the cells again goes on from there.
 
 # %% [markdown]
 # ## Set-up
@@ -32,8 +33,6 @@ assert home, "plotarmour not found: clone its repository here, or attach it as a
 sys.path.insert(0, str(home))
 
 # %%
-from IPython.display import Image, display
-
 from plotarmour.machine import report
 
 print(report())
@@ -43,6 +42,9 @@ print(report())
 # Run this notebook once per model. Both runs read the same tokens in the same order, because that order follows from
 # the recipe's seed alone. On Kaggle each notebook has its own disk: attach the output of notebook 1 and name its folder
 # in `tokens`; to go on with a session that was cut, attach its output and name its run folder in `continue_from`.
+#
+# A finished run becomes longer with a higher `max_steps` in `overrides` and `extend = True`. `from_step` gives up what
+# came after a kept step, at every run of the cell: set it back to -1 afterwards.
 
 # %% tags=["parameters"]
 model = "bdh"  # bdh or gpt2
@@ -51,17 +53,19 @@ results = ""  # folder for the run; empty: results/RECIPE
 tokens = ""  # folder that notebook 1 wrote, such as its output attached on Kaggle; empty: the results folder
 continue_from = ""  # run folder of an earlier session to go on from, such as an attached output; empty: none
 overrides = ""  # settings of the recipe to override, separated by ; (see tools/train.py, --set)
+gpus = 1  # GPUs of this machine that train together; 2 on Kaggle's GPU T4 x2
+extend = False  # True: go on with a run whose max_steps, schedule_minutes or patience were others
+from_step = -1  # kept step to go back to; -1: go on from the latest
 
 # %%
 from plotarmour.config import load_recipe
-from plotarmour.suite.steps import list_files, results_folder, train_recipe
+from plotarmour.suite.steps import find_prepared, list_files, results_folder, train_recipe
+from plotarmour.suite.words import tell_ending, tell_recipe
 
 folder, changes = results_folder(recipe, results), [o for o in overrides.split(";") if o]
 data_folder = Path(tokens) if tokens else folder
 settings = load_recipe(recipe, model, changes)
-print(settings.architecture)
-print(settings.training)
-print(f"at most {settings.training.tokens_per_step:,} tokens per step")
+print(tell_recipe(settings))
 
 # %% [markdown]
 # ## One real example
@@ -69,7 +73,6 @@ print(f"at most {settings.training.tokens_per_step:,} tokens per step")
 # one. The context begins with the end-of-text token.
 
 # %%
-from plotarmour.suite.steps import find_prepared
 from plotarmour.text.batches import Windows
 from plotarmour.text.tokenfile import TokenFile
 
@@ -80,34 +83,44 @@ for name, ids in (("inputs ", inputs), ("targets", targets)):
     print(name, [data.tokenizer().decode([i]) for i in ids[0, :12].tolist()])
 
 # %% [markdown]
+# ## Will it fit?
+# What training will hold in memory at its fullest moment, by arithmetic alone. Where a step does not fit after all, it
+# is split into more and smaller micro-batches, and training goes on.
+
+# %%
+from plotarmour.memory import describe_here
+
+print(describe_here(settings, data.header["vocab_size"], processes=gpus))
+
+# %% [markdown]
 # ## The work
-# The loss should start near ln(vocabulary), which is guessing, and fall quickly. The bar shows loss, tokens per second
-# and time left; `log.csv` gets a row every few steps, with the validation loss at intervals.
+# The loss should start near ln(vocabulary), which is guessing, and fall quickly. After five steps a line says when it
+# will be done; the bar shows loss, tokens per second and the time of the end.
+#
+# The figure is redrawn as `log.csv` grows: left against tokens, right against time; points are validation, the faint
+# line is training. Validation text is never trained on, so a widening gap between the two is overfitting.
 
 # %%
 final = train_recipe(recipe, model, data_folder, folder / model, changes,
-                     Path(continue_from) if continue_from else None)
-final
+                     Path(continue_from) if continue_from else None, gpus, extend, from_step)
 
 # %% [markdown]
-# ## The curve
-# Left against tokens, right against time; points are validation, the faint line is training. Validation text is never
-# trained on, so a widening gap between the two is overfitting.
+# ## How it ended
+# The best checkpoint by validation loss is kept beside the latest; it is the one that notebook 3 scores.
+
+# %%
+print(tell_ending(final, folder / model))
 
 # %%
 import pandas as pd
 
-from plotarmour.plots import training_curves
-
-log = pd.read_csv(folder / model / "log.csv")
-display(Image(training_curves({model: (model, log)}, folder / model / "figures" / "training.png")))
-
-# %%
-log[log["val_loss"].notna()][["step", "tokens_seen", "elapsed_s", "val_loss", "val_perplexity", "val_bits_per_byte"]]
+log = pd.read_csv(folder / model / "log.csv", index_col="step")
+measured = log[log["val_loss"].notna()].tail(12)
+measured[["tokens_seen", "elapsed_s", "val_loss", "val_perplexity", "val_bits_per_byte"]].round(3)
 
 # %% [markdown]
 # ## What it writes
-# The best checkpoint by validation loss continues the beginning of a story. Same seed, same story.
+# The best checkpoint continues the beginning of a story. Same seed, same story.
 
 # %%
 from plotarmour.evaluation.sampling import generate
@@ -122,8 +135,17 @@ print(run.tokenizer.decode([*prompt, *new]))
 # ## Files written
 # The run folder is all one needs later: weights, tokenizer and settings travel together. On Kaggle, find it under
 # *Output*.
+
+# %%
+print(list_files(folder / model))
+
+# %% [markdown]
+# To download, one small zip: log, settings, how it ended and figures, without weights. It is named after the model and
+# the UTC time of the last row of the log.
 #
 # **Next:** the other model, then `03_compare`.
 
 # %%
-print(list_files(folder / model))
+from plotarmour.suite.bundle import download_link
+
+download_link(folder / model)

@@ -12,19 +12,23 @@ Forward itself needs less than backward, and the optimizer's step less than any:
 works in place. Sums are of tensors, as torch's own counters give them: `benchmarks/memory_plan.py` compares the two.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from plotarmour.config import Recipe, TrainingConfig
+from plotarmour.errors import UserError
 from plotarmour.loss import CHUNK_LOGITS
+from plotarmour.machine import find_machine, memory_bytes
 from plotarmour.models.bdh import BDHConfig
 from plotarmour.models.gpt2 import GPT2Config
 from plotarmour.models.recurrent import CHUNK
 from plotarmour.models.rotation import ROWS
 from plotarmour.models.tiled import Tiling
 from plotarmour.shapes import model_config
+from plotarmour.training.fitting import largest_divisor
 from plotarmour.training.passes import EVALUATION_ROWS
 
 WIDE = 4  # bytes of a float32: weights, gradients, optimizer state, and all sums
@@ -138,6 +142,41 @@ def describe(recipe: Recipe, vocab_size: int, dtype: torch.dtype, device: str, m
     else:
         lines.append(f"does not fit {room}, not even a row at a time: set a shorter context_length or a smaller model")
     return "\n".join(lines)
+
+
+def describe_here(recipe: Recipe, vocab_size: int, memory_gib: float | None = None, processes: int = 1) -> str:
+    """Tell what training needs on the device that a recipe asks for, which need not be here.
+
+    Args:
+        recipe: resolved, of one model.
+        vocab_size: entries.
+        memory_gib: that the device has; None for this GPU's memory, or the RAM available now.
+        processes: that share every step's rows, one per GPU, or all on this CPU: what each of them holds is told.
+
+    Raises:
+        UserError: a GPU that is not here, of which too little is said.
+    """
+    t = recipe.training
+    if t.device == "cuda" and not torch.cuda.is_available():
+        if t.dtype == "auto" or memory_gib is None:
+            raise UserError("no GPU is here to ask; expected its dtype and memory: --dtype float16 (T4, P100) or "
+                            "bfloat16 (newer), and --memory-gib G.")
+        device, dtype = "cuda", getattr(torch, t.dtype)
+    else:
+        machine = find_machine(t.device, t.dtype)
+        device, dtype = machine.device.type, machine.dtype
+    if memory_gib is not None and not 0 < memory_gib < math.inf:
+        raise UserError(f"--memory-gib {memory_gib:g} is no size; expected the device's memory in GiB, such as 15.")
+    memory = memory_bytes(torch.device(device)) if memory_gib is None else int(memory_gib * 2**30)
+    if device == "cpu":
+        memory //= processes  # GPUs have their own memory each
+    share = max(1, t.rows_per_step // processes)
+    rows = largest_divisor(share, t.micro_batch_size)
+    each = replace(recipe, training=replace(t, micro_batch_size=rows, grad_accum_steps=share // rows))
+    if t.micro_batch_is_auto:
+        each = largest_split(each, vocab_size, dtype, device, memory - RESERVE) or each
+    told = describe(each, vocab_size, dtype, device, memory)
+    return told if processes == 1 else f"each of {processes} processes, with its share of every step:\n{told}"
 
 
 def _bdh(shape: BDHConfig, t: TrainingConfig, read_rows: int, size: int, device: str) -> list[MemoryPlan]:

@@ -34,7 +34,7 @@ def training_curves(runs: dict[str, tuple[str, pd.DataFrame]], path: Path, floor
             axes.plot(x, log["train_loss"], color=color, alpha=0.25, linewidth=1)
             measured = log["val_loss"].notna()
             axes.plot(x[measured], log["val_loss"][measured], dash, color=color, linewidth=2, marker="o", markersize=3,
-                      label=f"{_label(name, kind)}: ends at {log['val_loss'][measured].iloc[-1]:.2f}")
+                      label=f"{_label(name, kind)}: last {log['val_loss'][measured].iloc[-1]:.2f}")
     for axes, label in ((left, f"training tokens ({tokens_unit})"), (right, f"time ({time_unit})")):
         if floor:
             axes.axhline(floor, color=GRAY, linewidth=1, linestyle="--")
@@ -44,8 +44,8 @@ def training_curves(runs: dict[str, tuple[str, pd.DataFrame]], path: Path, floor
         left.annotate("bigram floor (test stories)", (0.99, floor), xycoords=("axes fraction", "data"), ha="right",
                       va="bottom", color="#555555", fontsize=9)
     measured = [log["val_loss"].dropna() for _, log in runs.values()]
-    # The untrained start, near ln(vocabulary), would flatten all the rest: the axis begins below it.
-    shown = [v for values in measured for v in values.iloc[min(1, len(values) - 1):]] + ([floor] if floor else [])
+    # The untrained start, near ln(vocabulary), would flatten all the rest: the axis begins below it, if it can.
+    shown = [v for values in measured for v in values.iloc[int(len(values) > 3):]] + ([floor] if floor else [])
     shown += [log["train_loss"].min() for _, log in runs.values() if log["train_loss"].notna().any()]
     margin = 0.1 * (max(shown) - min(shown)) + 0.01
     left.set_ylim(min(shown) - margin, max(shown) + margin)

@@ -14,11 +14,12 @@ MAY_KNOW = {
     "training": BASIC | {"config", "machine", "loss", "text"},
     "evaluation": BASIC | {"config", "machine", "loss", "text"},
     "shapes": {"errors", "config", "models"},
-    "memory": {"config", "loss", "models", "shapes", "training"},  # follows their constants instead of copying them
+    # follows their constants instead of copying them
+    "memory": {"config", "errors", "loss", "machine", "models", "shapes", "training"},
     "resuming": {"errors", "config", "training"},
     "runs": BASIC | {"config", "machine", "memory", "resuming", "shapes", "text", "training"},
     "suite": BASIC | {"config", "machine", "loss", "plots", "text", "models", "training", "evaluation", "runs",
-                      "resuming", "shapes"},
+                      "resuming", "shapes", "memory"},
 }
 
 

@@ -2,13 +2,12 @@
 """Say what this machine is and which dtype will be used, with reasons; with --recipe, what memory training needs."""
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.config import MODELS, Recipe, load_recipe, recipe_names
+from plotarmour.config import MODELS, load_recipe, recipe_names
 from plotarmour.errors import HelpFormatter, UserError, run_command
 
 
@@ -41,32 +40,12 @@ def main() -> None:
     asked = [f"{key}={value}" for key, value in (("device", args.device), ("dtype", args.dtype)) if value is not None]
     models = [args.model] if args.model else MODELS
     recipes = [load_recipe(args.recipe, model, [*args.overrides, *asked]) for model in models]
-    for recipe in recipes:
-        print(plan(recipe, args.vocab_size, args.memory_gib), end="\n\n" if recipe is not recipes[-1] else "\n")
-
-
-def plan(recipe: Recipe, vocab_size: int | None, memory_gib: float | None) -> str:
-    """Plan for the device that the recipe asks for, which need not be here."""
-    import torch
-
-    from plotarmour.machine import find_machine, memory_bytes
-    from plotarmour.memory import describe
+    from plotarmour.memory import describe_here
     from plotarmour.text.tokenizers import vocab_size_of
 
-    t = recipe.training
-    if t.device == "cuda" and not torch.cuda.is_available():
-        if t.dtype == "auto" or memory_gib is None:
-            raise UserError("no GPU is here to ask; expected its dtype and memory: --dtype float16 (T4, P100) or "
-                            "bfloat16 (newer), and --memory-gib G.")
-        device, dtype = "cuda", getattr(torch, t.dtype)
-    else:
-        machine = find_machine(t.device, t.dtype)
-        device, dtype = machine.device.type, machine.dtype
-    if memory_gib is not None and not 0 < memory_gib < math.inf:
-        raise UserError(f"--memory-gib {memory_gib:g} is no size; expected the device's memory in GiB, such as 15.")
-    memory = memory_bytes(torch.device(device)) if memory_gib is None else int(memory_gib * 2**30)
-    size = vocab_size_of(recipe.data.tokenizer) if vocab_size is None else vocab_size
-    return describe(recipe, size, dtype, device, memory)
+    for recipe in recipes:
+        size = vocab_size_of(recipe.data.tokenizer) if args.vocab_size is None else args.vocab_size
+        print(describe_here(recipe, size, args.memory_gib), end="\n\n" if recipe is not recipes[-1] else "\n")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="results folder (default: results/RECIPE)")
     parser.add_argument("--set", action="append", default=[], metavar="key=value", dest="overrides",
                         help="override a setting of the recipe for both models; may be repeated")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N",
+                        help="GPUs of this machine that train each model together")
     return parser
 
 
@@ -31,7 +33,7 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: the notebook that runs is ended too
     out = args.out or results_folder(args.recipe)
-    run_suite(args.recipe, out, args.text, args.extra_text, args.overrides)
+    run_suite(args.recipe, out, args.text, args.extra_text, args.overrides, args.gpus)
     print((out / "comparison" / "summary.txt").read_text(encoding="utf-8"))
 
 

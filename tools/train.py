@@ -46,27 +46,32 @@ def main() -> None:
     args = build_parser().parse_args()
     recipe = load_recipe(args.recipe, args.model, args.overrides)
     from plotarmour.runs import train_run
+    from plotarmour.suite.launch import stop_with_launcher
     from plotarmour.training.loop import DONE
-    from plotarmour.training.ranks import LostProcess
+    from plotarmour.training.ranks import LostProcess, ToldElsewhere
 
+    launched = stop_with_launcher()
     try:
         final = train_run(recipe, args.train, args.val, args.out, args.resume, args.from_step, args.tokenizer,
                           args.extend)
     except LostProcess:
         sys.exit(1)  # the first process says so, unless it is the one that was lost
+    except ToldElsewhere:
+        sys.exit(0)  # torchrun ends them all as soon as one fails, and the first has something to say
     reason, code = final["reason"], 0
     if reason.startswith("signal"):
         code = 130
     elif reason in ("non-finite", "lost a process"):
         code = 1
-    if os.environ.get("RANK", "0") == "0":
+    is_first = os.environ.get("RANK", "0") == "0"
+    if is_first and not launched:  # a notebook says so itself
         print(f"{args.out}: {reason} at step {final['step']:,} after {final['tokens_seen']:,} tokens and "
               f"{final['elapsed_s']:,.0f} s; best validation loss {final['best_val_loss']:.4f} at step "
               f"{final['best_step']:,}")
         if reason not in DONE:
             print(WHAT_NOW.get(reason, "not finished: the same command goes on from here").format(**final))
     sys.stdout.flush()
-    sys.exit(code)
+    sys.exit(code if is_first else 0)  # as above: the first may still be saving
 
 
 if __name__ == "__main__":

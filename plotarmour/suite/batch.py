@@ -12,6 +12,7 @@ from pathlib import Path
 from plotarmour.config import MODELS, load_recipe
 from plotarmour.errors import UserError
 from plotarmour.shapes import model_config
+from plotarmour.suite.launch import check_gpus
 from plotarmour.suite.notebooks import ROOT, tidy_streams
 from plotarmour.suite.steps import require_text
 from plotarmour.text.sources import check_text
@@ -19,7 +20,7 @@ from plotarmour.text.tokenizers import make_tokenizer
 
 
 def run_suite(recipe: str, out: Path, text: Path | None = None, extra_text: Path | None = None,
-              overrides: list[str] = ()) -> None:
+              overrides: list[str] = (), gpus: int = 1) -> None:
     """Run 01, 02 for each model and 03.
 
     Args:
@@ -28,6 +29,7 @@ def run_suite(recipe: str, out: Path, text: Path | None = None, extra_text: Path
         text: what to learn from; None for the built-in corpus.
         extra_text: a second test set.
         overrides: "key=value" for both models' training.
+        gpus: of this machine, that train each model together.
 
     Raises:
         UserError: wrong input, before anything is started; a notebook that failed.
@@ -36,6 +38,7 @@ def run_suite(recipe: str, out: Path, text: Path | None = None, extra_text: Path
         settings = load_recipe(recipe, model, overrides)
         require_text(settings, text)
         model_config(settings, vocab_size=300)
+        check_gpus(gpus, settings)
     for path in (text, extra_text):
         if path is not None:
             check_text(path)
@@ -47,7 +50,7 @@ def run_suite(recipe: str, out: Path, text: Path | None = None, extra_text: Path
               "results": str(out.resolve()), "overrides": ";".join(overrides)}
     texts = {"text": str(text.resolve()) if text else "", "extra_text": str(extra_text.resolve()) if extra_text else ""}
     plan = [("01_pretokenize", "01_pretokenize", shared | texts)]
-    plan += [("02_train", f"02_train_{model}", shared | {"model": model}) for model in MODELS]
+    plan += [("02_train", f"02_train_{model}", shared | {"model": model, "gpus": gpus}) for model in MODELS]
     plan += [("03_compare", "03_compare", {"recipe": shared["recipe"], "results": shared["results"]})]
     start = time.perf_counter()
     for i, (name, executed, parameters) in enumerate(plan, 1):
@@ -64,7 +67,7 @@ def run_suite(recipe: str, out: Path, text: Path | None = None, extra_text: Path
     print(f"suite {recipe} done in {time.perf_counter() - start:.0f} s: {out}")
 
 
-def _execute(source: Path, executed: Path, parameters: dict[str, str], run_log: Path | None) -> None:
+def _execute(source: Path, executed: Path, parameters: dict[str, str | int], run_log: Path | None) -> None:
     """Run one notebook in a papermill process of its own; its noise goes to a log beside the executed notebook.
 
     On a terminal, the last row of `run_log` is shown while the notebook trains.
@@ -72,7 +75,7 @@ def _execute(source: Path, executed: Path, parameters: dict[str, str], run_log: 
     command = [sys.executable, "-m", "papermill", str(source), str(executed), "--cwd", str(ROOT), "--kernel", "python3",
                "--no-progress-bar"]
     for name, value in parameters.items():
-        command += ["-r", name, value]
+        command += ["-r" if isinstance(value, str) else "-p", name, str(value)]  # -r: text, whatever it looks like
     log = executed.with_suffix(".log")
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)

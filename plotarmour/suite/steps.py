@@ -22,6 +22,8 @@ from plotarmour.files import publish, unfinished, write_text
 from plotarmour.machine import host
 from plotarmour.resuming import read_info
 from plotarmour.runs import check_same_tokenizer, load_run, train_run
+from plotarmour.suite.launch import check_gpus, launch
+from plotarmour.suite.live import LiveCurves
 from plotarmour.text.batches import Windows
 from plotarmour.text.grammar import tell_stories
 from plotarmour.text.pretokenize import part_path, pre_tokenize
@@ -109,27 +111,54 @@ def find_prepared(folder: Path) -> dict[str, Path]:
 
 
 def train_recipe(name: str, model: str, data_folder: Path, out: Path, overrides: list[str] = (),
-                 continue_from: Path | None = None) -> dict:
+                 continue_from: Path | None = None, gpus: int = 1, extend: bool = False, from_step: int = -1) -> dict:
     """Train one model of a recipe on prepared token files; see `plotarmour.runs.train_run`.
+
+    In a notebook, the curves are drawn meanwhile.
 
     Args:
         name, model, overrides: of the recipe.
         data_folder: that `prepare` wrote.
         out: the run folder.
         continue_from: run folder of an earlier session, which may be read-only: copied to `out` unless that exists.
+        gpus: of this machine, that train together; with device=cpu as many processes.
+        extend: whether the run may become longer than it began.
+        from_step: kept step to go back to; negative: go on from the latest.
     """
-    paths = find_prepared(data_folder)
-    if continue_from is not None and not out.exists():
-        read_info(continue_from)
-        temporary = unfinished(out)
-        try:
-            shutil.copytree(continue_from, temporary, copy_function=shutil.copyfile)
-            for folder in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
-                folder.chmod(0o755)  # copied with the folder: the permissions of where it was
-            publish(temporary, out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return train_run(load_recipe(name, model, overrides), paths["train"], paths["val"], out)
+    paths, recipe = find_prepared(data_folder), load_recipe(name, model, overrides)
+    check_gpus(gpus, recipe)
+    if not isinstance(extend, bool) or not isinstance(from_step, int):
+        raise UserError(f"extend = {extend!r} and from_step = {from_step!r}; expected True or False, and a number "
+                        "(papermill: -p, not -r, which makes text of them).")
+    if continue_from is not None:
+        _bring(continue_from, out)
+    back_to = from_step if from_step >= 0 else None
+    with LiveCurves(model, out) as live:
+        if gpus == 1:
+            return train_run(recipe, paths["train"], paths["val"], out, from_step=back_to, extend=extend,
+                             on_row=live.row)
+        return launch(recipe, name, paths["train"], paths["val"], out, list(overrides), gpus, extend, back_to, live.row)
+
+
+def _bring(run: Path, out: Path) -> None:
+    """Copy the run folder of an earlier session, which may be read-only, to where it can go on."""
+    if out.is_dir() and not any(out.iterdir()):
+        out.rmdir()
+    if out.exists():
+        print(f"{out} is there already: going on with it, not with another copy of {run}")
+        return
+    read_info(run)
+    temporary = unfinished(out)
+    try:
+        shutil.copytree(run, temporary, copy_function=shutil.copyfile)
+        for folder in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
+            folder.chmod(0o755)  # copied with the folder: the permissions of where it was
+        publish(temporary, out)
+    except shutil.Error as error:  # of all the files; one of them will do
+        source, _, reason = error.args[0][0]
+        raise UserError(f"{source} cannot be copied: {reason}. Check its permissions and the disk.") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None = None, facts: Path | None = None,
@@ -228,8 +257,10 @@ def results_folder(recipe: str, given: str = "") -> Path:
 
 def list_files(folder: Path) -> str:
     """List the files below a folder with their sizes, one per line; hidden ones left out."""
-    lines = [f"{path.stat().st_size / 2**20:9.2f} MiB  {path.relative_to(folder)}" for path in sorted(folder.rglob("*"))
-             if path.is_file() and not path.name.startswith(".")]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    sizes = [path.stat().st_size for path in files]
+    lines = [(f"{size / 2**20:9,.1f} MiB" if size >= 2**20 else f"{size / 2**10:9,.1f} KiB")
+             + f"  {path.relative_to(folder)}" for size, path in zip(sizes, files, strict=True)]
     return f"{folder}\n" + "\n".join(lines)
 
 

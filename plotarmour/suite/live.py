@@ -1,0 +1,162 @@
+"""A run's curves and progress bar while it trains: in a notebook, each redrawn in its place, and left as it last was.
+
+Both are ordinary displays with an id, not widgets: papermill and nbclient keep their last state in the executed
+notebook, where every state of a bar on standard error would be a line of its own. Drawing takes at most a hundredth of
+the time, and never stops training.
+"""
+
+import contextlib
+import io
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import pandas as pd
+
+from plotarmour.errors import UserError
+from plotarmour.plots import training_curves
+from plotarmour.suite.relay import last_state
+from plotarmour.training.runlog import COLUMNS
+
+EVERY_S = 30.0
+SHARE = 0.01  # of the time, at most, goes into drawing
+BAR = "%|"  # what only a progress bar's line has
+WAITING = "The curves appear here, after half a minute of training at the earliest."
+
+
+class LiveCurves(contextlib.ExitStack):
+    """Draws log.csv when told of a new row, unless it drew not long ago, and once more at the end.
+
+    Outside notebooks it does nothing.
+
+    Args:
+        model: "bdh" or "gpt2".
+        run: the run folder; the figure is its figures/training.png, too.
+        every_s: seconds between two drawings, or more where drawing is slow.
+
+    Example:
+        with LiveCurves("bdh", out) as live:
+            train_run(recipe, train, val, out, on_row=live.row)
+    """
+
+    def __init__(self, model: str, run: Path, every_s: float = EVERY_S):
+        super().__init__()
+        self.model, self.run, self.every_s = model, run, every_s
+        self.handle, self.took_s, self.has_failed = None, 0.0, False
+        self.drawn_at = time.perf_counter()
+
+    def __enter__(self) -> "LiveCurves":
+        self.handle = _display(WAITING)
+        if self.handle is not None:
+            self._try(self._rehearse)
+            self.drawn_at = time.perf_counter()
+            self.push(self._draw_the_end)
+            self.enter_context(contextlib.redirect_stderr(LiveBar(sys.stderr)))
+        return self
+
+    def row(self) -> None:
+        """Draw, if it is time to; called after every row of log.csv."""
+        if self.handle is None:
+            return
+        if time.perf_counter() - self.drawn_at >= max(self.every_s, self.took_s / SHARE):
+            self._try(lambda: self._timed(self._draw))
+
+    def _draw_the_end(self, kind: type | None, *rest) -> None:
+        if not (kind and issubclass(kind, UserError)):  # which has drawn nothing new
+            self._try(lambda: self._timed(self._draw))
+
+    def _draw(self) -> None:
+        log = read_rows(self.run / "log.csv")
+        if log["val_loss"].notna().any():
+            path = training_curves({self.model: (self.model, log)}, self.run / "figures" / "training.png")
+            from IPython.display import Image
+
+            self.handle.update(Image(data=path.read_bytes(), format="png"))
+
+    def _rehearse(self) -> None:
+        """Draw twice where nobody looks: the first drawing of a process is slow, the second tells what one takes."""
+        made_up = pd.DataFrame({"tokens_seen": [0, 1000], "elapsed_s": [0.0, 1.0], "train_loss": [3.0, 2.0],
+                                "val_loss": [3.0, 2.0]})
+        with tempfile.TemporaryDirectory() as folder:
+            for _ in range(2):
+                self._timed(lambda: training_curves({self.model: (self.model, made_up)}, Path(folder) / "curves.png"))
+
+    def _try(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except Exception as error:  # whatever it is: training goes on, and log.csv has the numbers
+            if not self.has_failed:
+                self.has_failed = True
+                warnings.warn(f"the curves could not be drawn ({type(error).__name__}: {error}); training goes on, and "
+                              f"its numbers are in {self.run / 'log.csv'}.", stacklevel=3)
+
+    def _timed(self, act: Callable[[], object]) -> None:
+        begun = time.perf_counter()
+        try:
+            act()
+        finally:
+            self.drawn_at = time.perf_counter()
+            self.took_s = self.drawn_at - begun
+
+
+class LiveBar(io.TextIOBase):
+    """Stands in for standard error: whole lines go there, what is written over again and again to one display.
+
+    Args:
+        lines: standard error.
+    """
+
+    def __init__(self, lines: TextIO):
+        super().__init__()
+        self.lines, self.handle, self.line, self.shown = lines, _display(""), "", ""
+
+    @property
+    def encoding(self) -> str:
+        return getattr(self.lines, "encoding", None) or "utf-8"  # by which tqdm chooses what a bar is made of
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        *whole, self.line = (self.line + text).split("\n")
+        for line in whole:
+            if BAR not in last_state(line):
+                self.lines.write(last_state(line) + "\n")
+        bars = [state for line in [*whole, self.line] if BAR in (state := last_state(line))]
+        if bars:
+            self._show(bars[-1])
+        self.line = self.line[max(0, self.line.rfind("\r")):]  # what was written over is of no use any more
+        return len(text)
+
+    def flush(self) -> None:
+        self.lines.flush()
+
+    def _show(self, bar: str) -> None:
+        if bar == self.shown or self.handle is None:
+            return
+        from IPython.display import Pretty
+
+        self.shown = bar
+        with contextlib.suppress(Exception):  # as with the curves: training goes on
+            self.handle.update(Pretty(bar))
+
+
+def read_rows(path: Path) -> pd.DataFrame:
+    """Return the whole rows of a log.csv, which another process may be writing; none where there is no file."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    whole = text[:text.rfind("\n") + 1]
+    return pd.read_csv(io.StringIO(whole or ",".join(COLUMNS) + "\n"))
+
+
+def _display(text: str) -> Any:
+    """Show a text that can be replaced; None outside notebooks."""
+    try:
+        from IPython.core.interactiveshell import InteractiveShell
+        from IPython.display import Pretty, display
+    except ImportError:
+        return None
+    return display(Pretty(text), display_id=True) if InteractiveShell.initialized() else None

@@ -1,0 +1,67 @@
+import json
+import shutil
+
+import pytest
+
+from plotarmour.errors import UserError
+from plotarmour.suite import steps
+from plotarmour.suite.steps import train_recipe
+
+INFO = {"format": 1, "recipe": {}, "tokenizer": {}, "vocab_size": 1, "train": {}, "val": {}, "dtype": "float32"}
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Train nothing; returns what training was asked for, and what was there by then."""
+    calls = []
+    monkeypatch.setattr(steps, "find_prepared", lambda folder: {"train": folder, "val": folder})
+    monkeypatch.setattr(steps, "train_run", lambda recipe, train, val, out, **options: calls.append(
+        options | {"found": sorted(p.name for p in out.rglob("*")) if out.exists() else None}))
+    return calls
+
+
+@pytest.fixture
+def attached(tmp_path):
+    run = tmp_path / "input" / "bdh"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps(INFO))
+    (run / "checkpoints" / "index.json").write_text("{}")
+    for path in (run / "run.json", run / "checkpoints" / "index.json", run / "checkpoints", run):
+        path.chmod(path.stat().st_mode & ~0o222)
+    yield run
+    for path in (run, run / "checkpoints"):
+        path.chmod(0o755)  # so that it can be removed
+
+
+def test_an_attached_output_is_brought_once_and_can_be_written_to(called, attached, tmp_path, capsys):
+    """Guards: a run that starts anew beside its own checkpoints; a read-only copy that no checkpoint goes into."""
+    out = tmp_path / "out"
+    out.mkdir()  # of a start that came to nothing
+    train_recipe("tiny", "bdh", tmp_path, out, continue_from=attached)
+    assert called[0]["found"] == ["checkpoints", "index.json", "run.json"]
+    assert all(path.stat().st_mode & 0o200 for path in [out, *out.rglob("*")])
+    (out / "later").touch()
+    train_recipe("tiny", "bdh", tmp_path, out, continue_from=attached)
+    assert "later" in called[1]["found"] and "is there already: going on with it" in capsys.readouterr().out
+    assert not [path for path in tmp_path.iterdir() if "unfinished" in path.name]
+
+
+def test_an_attached_output_that_cannot_be_read_is_one_line(called, attached, tmp_path, monkeypatch):
+    """Guards: half a run folder that the next start takes for a whole one."""
+    def fail(source, target, **_):
+        raise PermissionError(13, "Permission denied", source)
+
+    monkeypatch.setattr(shutil, "copyfile", fail)
+    with pytest.raises(UserError, match="cannot be copied.*Check its permissions") as refused:
+        train_recipe("tiny", "bdh", tmp_path, tmp_path / "out", continue_from=attached)
+    assert "\n" not in str(refused.value) and [path.name for path in tmp_path.iterdir()] == ["input"] and not called
+
+
+def test_parameters_reach_training_as_what_they_are(called, tmp_path):
+    """Guards: extend = "False", a text and so true; step 0 taken for no step."""
+    train_recipe("tiny", "bdh", tmp_path, tmp_path / "out")
+    train_recipe("tiny", "bdh", tmp_path, tmp_path / "out", extend=True, from_step=0)
+    assert [(call["extend"], call["from_step"]) for call in called] == [(False, None), (True, 0)]
+    for wrong in ({"extend": "False"}, {"from_step": "0"}, {"gpus": "1"}):
+        with pytest.raises(UserError, match="papermill: -p"):
+            train_recipe("tiny", "bdh", tmp_path, tmp_path / "out", **wrong)
