@@ -65,12 +65,12 @@ def find_machine(device: str = "auto", dtype: str = "auto") -> Machine:
 
 def _own_gpu() -> torch.device:
     """The current GPU, or this process's own where torchrun started one process per GPU."""
-    rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if rank >= count:
-        raise UserError(f"more processes than GPUs were started here; expected at most {count} (torchrun "
+    processes, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if processes > count:  # said by all of them, so that the first one says it
+        raise UserError(f"{processes} processes were started for {count} GPUs; expected at most one each (torchrun "
                         f"--nproc-per-node {count}).")
     if "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device("cuda", torch.cuda.current_device())
 
 

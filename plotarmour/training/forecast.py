@@ -7,7 +7,7 @@ from plotarmour.config import TrainingConfig
 from plotarmour.training.pace import Pace
 
 TIMED_STEPS = 5
-OFF_BY = 0.1  # of the whole session: so much, and it is said anew
+OFF_BY, OFF_BY_S = 0.1, 30.0  # of the whole session, and in seconds: so much, and it is said anew
 QUIET_S = 60.0  # between two lines
 
 
@@ -58,7 +58,7 @@ class Forecast:
         left, now = self.left_s(step), self.pace.session_s
         if self.said_at is None:
             line = self._first(step, left, memory, waited, hint)
-        elif now - self.said_at < QUIET_S or abs(now + left - self.said_end) < OFF_BY * (now + left):
+        elif now - self.said_at < QUIET_S or abs(now + left - self.said_end) < max(OFF_BY * (now + left), OFF_BY_S):
             return None
         else:
             line = (f"now expected to take {duration(left)} more, until {clock_time(left)}, instead of "
