@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from plotarmour.config import TrainingConfig
+from plotarmour.errors import UserError
 from plotarmour.training.checkpoint import NAMED, SLACK_BYTES, checkpoint_folders
 
 
@@ -34,6 +35,12 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def too_large(what: str) -> UserError:
+    """Return the complaint that something does not fit into memory even one row at a time."""
+    return UserError(f"{what} needs more memory than there is, even one row at a time; set a shorter context_length or "
+                     "a smaller model (tools/doctor.py --recipe R plans what fits).")
 
 
 def warn_of_low_disk(run: Path, model: nn.Module, step: int, config: TrainingConfig) -> None:

@@ -23,7 +23,7 @@ from plotarmour.machine import Machine, peak_memory, peak_memory_mib, unused
 from plotarmour.text.batches import Windows
 from plotarmour.training.changes import record_change
 from plotarmour.training.checkpoint import load_training, save_checkpoint
-from plotarmour.training.fitting import is_out_of_memory, release, warn_of_low_disk
+from plotarmour.training.fitting import is_out_of_memory, release, too_large, warn_of_low_disk
 from plotarmour.training.forecast import Forecast
 from plotarmour.training.pace import Pace
 from plotarmour.training.passes import EVALUATION_ROWS, evaluate_windows
@@ -65,16 +65,17 @@ def train(run: Path, model: nn.Module, windows: Windows, val_windows: Windows, t
     """
     session = _Session(run, model, windows, val_windows, token_bytes, config, machine, resume_from, ranks, begin_with,
                        on_row)
-    try:
-        return session.end(session.train())
-    except LostProcess:
-        if not ranks.is_first:
-            print("another process of this run has died; the same command goes on from the latest checkpoint",
-                  file=sys.stderr, flush=True)  # it may be the first one, which cannot say so
-            raise
-        return session.end("lost a process")
-    finally:
-        session.updates.close()
+    with StopRequest() as stop:
+        try:
+            return session.end(session.train(stop))
+        except LostProcess:
+            if not ranks.is_first:
+                print("another process of this run has died; the same command goes on from the latest checkpoint",
+                      file=sys.stderr, flush=True)  # it may be the first one, which cannot say so
+                raise
+            return session.end("lost a process")
+        finally:
+            session.updates.close()
 
 
 class _Session:
@@ -113,13 +114,12 @@ class _Session:
         self.updates.begin(self.step, used if asked == config.micro_batch_size else
                            begin_with or config.micro_batch_size)
 
-    def train(self) -> str:
+    def train(self, stop: StopRequest) -> str:
         """Take steps until there is a reason not to; return it."""
         every_s = 1.0 if sys.stderr.isatty() else 5.0  # a notebook keeps every line
-        with StopRequest() as stop, tqdm(
-                total=self.config.max_steps, initial=self.step, desc=self.run.name, unit="step", mininterval=every_s,
-                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
-                disable=not self.ranks.is_first) as self.bar:
+        with tqdm(total=self.config.max_steps, initial=self.step, desc=self.run.name, unit="step", mininterval=every_s,
+                  bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+                  disable=not self.ranks.is_first) as self.bar:
             if self.is_new:
                 self.write_row(None, None, self.evaluate())
                 self.save(best=True)
@@ -238,8 +238,10 @@ class _Session:
                 return evaluate_windows(self.model, self.val_windows, batches[self.ranks.rank::self.ranks.size],
                                         self.token_bytes, self.machine)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self.evaluation_rows == 1:
+                if not is_out_of_memory(error):
                     raise
+            if self.evaluation_rows == 1:
+                raise too_large("evaluation")
             self.evaluation_rows //= 2
             release()
 

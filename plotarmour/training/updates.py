@@ -15,7 +15,7 @@ from plotarmour.config import TrainingConfig
 from plotarmour.errors import UserError
 from plotarmour.machine import Machine
 from plotarmour.text.batches import Windows
-from plotarmour.training.fitting import is_out_of_memory, largest_divisor, release
+from plotarmour.training.fitting import is_out_of_memory, largest_divisor, release, too_large
 from plotarmour.training.input import Batches
 from plotarmour.training.passes import accumulate, make_optimizer
 from plotarmour.training.ranks import Ranks
@@ -120,8 +120,7 @@ class Updates:
 
     def _split_further(self, step: int) -> None:
         if self.micro_batch_size == 1:
-            raise UserError(f"step {step + 1} needs more memory than there is, even one row at a time; set a shorter "
-                            "context_length or a smaller model (tools/doctor.py --recipe R plans what fits).")
+            raise too_large(f"step {step + 1}")
         self.optimizer.zero_grad(set_to_none=True)
         self.close()
         release()

@@ -4,8 +4,6 @@ import io
 import os
 import random
 import shutil
-import subprocess
-import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -487,13 +485,3 @@ def test_a_write_that_fails_names_its_file(tmp_path, capsys, monkeypatch):
     assert ended.value.code == 2 and list(tmp_path.iterdir()) == []
     assert capsys.readouterr().err == (f"error: {tmp_path / 'DONE.json'}: File too large. Check the path, its "
                                        "permissions and the disk.\n")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
-def test_runs_that_are_killed_again_and_again_end_with_the_same_bits(root):
-    """Guards: files left over, rows twice or never, more than one interval lost; 20 of the script's 200 kills."""
-    command = [sys.executable, str(root / "benchmarks" / "kill_training.py"), "--kills", "20", "--seed", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("20 kills of") and " 0 runs ended otherwise" in done.stdout

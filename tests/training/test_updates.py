@@ -1,0 +1,180 @@
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from plotarmour.config import load_recipe
+from plotarmour.errors import UserError
+from plotarmour.runs import load_run, train_run
+from plotarmour.training import loop, updates
+from plotarmour.training.checkpoint import model_tensors
+from plotarmour.training.fitting import is_out_of_memory, largest_divisor
+
+
+def run(recipe, files, out, **changes):
+    changed = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **changes))
+    return train_run(changed, files["train"], files["val"], out)
+
+
+def changes_of(out):
+    return json.loads((out / "run.json").read_text(encoding="utf-8")).get("changes", [])
+
+
+def room_for(rows, from_step, monkeypatch):
+    """From a step on, let the device be out of memory for micro-batches of more rows. Returns what was tried."""
+    original, tried = updates.accumulate, []
+
+    def accumulate(model, micro_batches, machine, scaler, dropout_seed, *rest):
+        sizes = [len(inputs) for inputs, _ in micro_batches]
+        tried.append((dropout_seed[1], sizes))
+        if dropout_seed[1] >= from_step and max(sizes) > rows:
+            original(model, micro_batches[:1], machine, scaler, dropout_seed, *rest)  # gradients that must not count
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return original(model, micro_batches, machine, scaler, dropout_seed, *rest)
+
+    monkeypatch.setattr(updates, "accumulate", accumulate)
+    return tried
+
+
+def test_a_step_that_does_not_fit_is_split_further_with_the_same_rows(small_recipe, token_files, tmp_path, monkeypatch):
+    """Guards: a run that dies of its micro-batch, other tokens per step, gradients of the failed attempt that count."""
+    recipe = dataclasses.replace(small_recipe, architecture=small_recipe.architecture | {"dropout": 0.0})
+    whole = run(recipe, token_files, tmp_path / "whole", micro_batch_size=4, grad_accum_steps=1)
+    tried = room_for(1, 2, monkeypatch)
+    split = run(recipe, token_files, tmp_path / "split", micro_batch_size=4, grad_accum_steps=1)
+    assert tried == [(0, [4]), (1, [4]), (2, [4]), (2, [2, 2]), (2, [1] * 4), (3, [1] * 4), (4, [1] * 4), (5, [1] * 4)]
+    assert (split["step"], split["tokens_seen"], split["micro_batch_size"]) == (6, whole["tokens_seen"], 1)
+    assert split["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-5)
+    [change] = changes_of(tmp_path / "split")
+    assert {key: change[key] for key in change if key != "utc"} == {
+        "step": 2, "why": "out of memory", "micro_batch_size": [4, 1], "grad_accum_steps": [1, 4]}
+
+
+def test_a_split_run_resumes_with_the_bits_of_an_uninterrupted_one(small_recipe, token_files, tmp_path, monkeypatch):
+    """Guards: a resumed run that tries the size again that did not fit, and draws other dropout."""
+    room_for(1, 2, monkeypatch)
+    run(small_recipe, token_files, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        original = loop.RunLog.append
+
+        def append(log, **values):
+            original(log, **values)
+            if values["step"] == 4:
+                raise KeyboardInterrupt
+
+        patch.setattr(loop.RunLog, "append", append)
+        with pytest.raises(KeyboardInterrupt):
+            run(small_recipe, token_files, tmp_path / "cut")
+    tried = room_for(1, 0, monkeypatch)
+    final = run(small_recipe, token_files, tmp_path / "cut")
+    assert {len(sizes) for _, sizes in tried} == {4} and final["micro_batch_size"] == 1
+    whole, cut = (model_tensors(load_run(tmp_path / name, "latest").model) for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_one_row_that_does_not_fit_is_one_clear_line(small_recipe, token_files, tmp_path, monkeypatch):
+    """Guards: halving for ever, or a traceback."""
+    room_for(0, 3, monkeypatch)
+    with pytest.raises(UserError, match="step 4 needs more memory than there is, even one row at a time; set"):
+        run(small_recipe, token_files, tmp_path / "run")
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(small_recipe, token_files, tmp_path, monkeypatch):
+    """Guards: a bug that is retried with smaller and smaller micro-batches."""
+    def broken(*args):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(updates, "accumulate", broken)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run(small_recipe, token_files, tmp_path / "run")
+    assert not is_out_of_memory(ValueError("CUDA out of memory")) and is_out_of_memory(MemoryError())
+
+
+def test_the_largest_divisor_by_hand():
+    """Guards: micro-batches that do not add up to the rows of a step."""
+    assert [largest_divisor(12, n) for n in (12, 11, 5, 3, 1)] == [12, 6, 4, 3, 1]
+    assert largest_divisor(7, 6) == 1 and largest_divisor(4, 100) == 4
+
+
+SCRIPT = """
+import json, resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import psutil, torch
+torch.set_num_threads(1)
+from plotarmour.config import load_recipe
+from plotarmour.runs import train_run
+recipe = load_recipe("tiny", "gpt2", sys.argv[5:])
+limit = psutil.Process().memory_info().vms + 500 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+print(json.dumps(train_run(recipe, *(Path(path) for path in sys.argv[2:5]))))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_a_step_is_split_when_the_system_gives_no_more_memory(root, token_files, tmp_path):
+    """Guards: an out-of-memory error that looks otherwise in reality. 64 rows of 160 tokens, in 500 MiB."""
+    settings = ["windows=stream", "micro_batch_size=64", "max_steps=2", "warmup_steps=1", "eval_tokens=500",
+                "device=cpu"]
+    files = token_files["train"], token_files["val"]
+    whole = train_run(load_recipe("tiny", "gpt2", settings), *files, tmp_path / "whole")
+    command = [sys.executable, "-c", SCRIPT, str(root), *map(str, files), str(tmp_path / "split"), *settings]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "out of memory at step 1: " in done.stderr, done.stderr
+    split = json.loads(done.stdout.splitlines()[-1])
+    assert split["micro_batch_size"] < 64 == whole["micro_batch_size"]
+    assert split["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-6)
+    assert changes_of(tmp_path / "split")[0]["why"] == "out of memory"
+
+
+def test_evaluation_goes_on_in_smaller_batches(small_recipe, token_files, tmp_path, monkeypatch):
+    """Guards: a run that trains one row at a time and dies of the eight rows of its evaluation."""
+    whole = run(small_recipe, token_files, tmp_path / "whole")
+    original, sizes = loop.evaluate_windows, []
+
+    def evaluate_windows(model, windows, batches, *rest):
+        sizes.append(len(batches[0]))
+        if len(batches[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(model, windows, batches, *rest)
+
+    monkeypatch.setattr(loop, "evaluate_windows", evaluate_windows)
+    final = run(small_recipe, token_files, tmp_path / "small")
+    assert sizes == [8, 4, 2, 2, 2, 2] and final["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-6)
+
+
+def test_auto_takes_what_the_plan_says_and_keeps_the_rows_of_a_step(small_recipe, token_files, tmp_path, monkeypatch):
+    """Guards: micro_batch_size = "auto" that changes the tokens per step, or chooses anew when it resumes."""
+    from plotarmour import runs
+
+    monkeypatch.setattr(runs, "_what_fits", lambda *args: 2)
+    auto = {"micro_batch_size": 8, "grad_accum_steps": 1, "micro_batch_is_auto": True}
+    first = run(small_recipe, token_files, tmp_path / "run", max_minutes=1e-9, **auto)
+    assert (first["reason"], first["micro_batch_size"]) == ("time budget", 2)
+    monkeypatch.setattr(runs, "_what_fits", lambda *args: 4)
+    final = run(small_recipe, token_files, tmp_path / "run", **auto)
+    assert (final["micro_batch_size"], final["tokens_seen"]) == (2, 6 * 8 * 24)
+
+
+def test_auto_takes_the_most_rows_that_leave_a_reserve(monkeypatch):
+    """Guards: a plan that takes all there is, or too little. GPT-2 of recipe kaggle_t4 on a CPU, 50,257 tokens."""
+    from plotarmour import runs
+    from plotarmour.machine import find_machine
+    from plotarmour.memory import RESERVE, plan_training
+
+    cpu, chosen = find_machine("cpu"), []
+    for gib in (1, 5, 10, 1000):
+        monkeypatch.setattr(runs, "memory_bytes", lambda device, gib=gib: gib * 2**30)
+        chosen.append(runs._what_fits(load_recipe("kaggle_t4", "gpt2", ["micro_batch_size=auto"]), 50257, cpu, 1))
+        for rows, fits in ((chosen[-1], True), (2 * chosen[-1], False)):
+            recipe = load_recipe("kaggle_t4", "gpt2", [f"micro_batch_size={rows}", "rows_per_step=64"] if rows <= 64
+                                 else ["micro_batch_size=64", "grad_accum_steps=1"])
+            plan = plan_training(recipe, 50257, cpu.dtype, "cpu").total
+            assert (plan <= gib * 2**30 - RESERVE) == fits or (not fits and rows > 64) or (fits and rows == 1)
+    assert chosen[0] == 1 < chosen[1] < chosen[2] < chosen[3] == 64
+    monkeypatch.setattr(runs, "memory_bytes", lambda device: 10 * 2**30)
+    assert runs._what_fits(load_recipe("kaggle_t4", "gpt2", ["micro_batch_size=auto"]), 50257, cpu, 2) < chosen[2]
+    assert runs._what_fits(load_recipe("kaggle_t4", "gpt2"), 50257, cpu, 1) is None
