@@ -26,6 +26,7 @@ from plotarmour.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
 MODELS = ("bdh", "gpt2")
+SECTIONS = ("data", "training", *MODELS)
 AUTO = -1.0  # max_minutes = "auto"
 
 
@@ -120,16 +121,20 @@ def load_recipe(name: str, model: str, overrides: list[str] = ()) -> Recipe:
         raise UserError(f"unknown model {model!r}{_closest(model, MODELS)}; expected one of {', '.join(MODELS)}.")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not TOML: {error}.") from None
-    missing = [section for section in ("data", "training", model) if section not in table]
-    if missing:
-        raise UserError(f"{path} lacks the section{'s' * (len(missing) > 1)} {', '.join(missing)}.")
+    wrong = [f"the section [{section}] is missing" for section in ("data", "training", model)
+             if not isinstance(table.get(section), dict)]
+    wrong += [f"unknown section or key {key!r}{_closest(key, SECTIONS)}" for key in table if key not in SECTIONS]
+    if not wrong and not isinstance(table[model].get("training", {}), dict):
+        wrong.append(f"{model}.training is no section")
+    if wrong:
+        raise UserError(f"{path}: {'; '.join(wrong)}; expected keys in the sections {', '.join(SECTIONS)} only.")
     architecture = dict(table[model])
     own = architecture.pop("training", {})
     sections = {"data": dict(table["data"]), "training": table["training"] | own, "architecture": architecture}
     known = {"data": _types(DataConfig), "training": _types(TrainingConfig) | {"rows_per_step": int},
-             "architecture": {key: type(value) for key, value in architecture.items()}}
+             "architecture": {key: float if key == "dropout" else type(value) for key, value in architecture.items()}}
     del known["training"]["micro_batch_is_auto"]
     complaints, chosen = [], set()
     for override in overrides:
@@ -150,7 +155,8 @@ def load_recipe(name: str, model: str, overrides: list[str] = ()) -> Recipe:
                 complaints.append(f"unknown key {key!r} in [{section}]{_closest(key, known[section])}")
             elif not _fits(value, known[section][key]):
                 also = ' or "auto"' if key in ("micro_batch_size", "max_minutes") else ""
-                complaints.append(f"{key} = {value!r} is not {_TYPE_NAMES[known[section][key]]}{also}")
+                expected = _TYPE_NAMES.get(known[section][key], "a number or text")
+                complaints.append(f"{key} = {value!r} is not {expected}{also}")
     for kind, section in ((DataConfig, "data"), (TrainingConfig, "training")):
         needed = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
         complaints += [f"{key} is missing in [{section}]" for key in sorted(needed - set(sections[section]))]
@@ -175,8 +181,15 @@ def _resolve(training: dict, before: dict, chosen: set[str]) -> list[str]:
         before: settings without overrides.
         chosen: keys that were overridden.
     """
-    if training.get("max_minutes") == "auto":
+    minutes, wrong = training.get("max_minutes"), []
+    if minutes == "auto":
         training["max_minutes"] = AUTO
+    elif _fits(minutes, float) and minutes < 0:  # here, because AUTO is below zero, too
+        wrong.append(f'max_minutes = {minutes:g} must be "auto" or not negative')
+    return wrong + _resolve_rows(training, before, chosen)
+
+
+def _resolve_rows(training: dict, before: dict, chosen: set[str]) -> list[str]:
     rows, auto = training.pop("rows_per_step", None), training.get("micro_batch_size") == "auto"
     if rows is None and not auto:
         return []
@@ -185,9 +198,10 @@ def _resolve(training: dict, before: dict, chosen: set[str]) -> list[str]:
     if rows is None:
         split = before.get("micro_batch_size"), before.get("grad_accum_steps")
         if not all(_fits(n, int) for n in split):
-            training["micro_batch_size"] = 1
-            return ['micro_batch_size = "auto" needs rows_per_step']
+            training.update(micro_batch_size=1, grad_accum_steps=1)
+            return ['micro_batch_size = "auto" needs rows_per_step: set it to the rows of a step']
         rows = split[0] * split[1]
+    training.setdefault("grad_accum_steps", 1)  # it follows: no reason to complain that it is missing
     if auto:
         training.update(micro_batch_size=1, grad_accum_steps=1)  # until the rows are known to be a number
     if not _fits(rows, int) or rows < 1:
@@ -196,7 +210,9 @@ def _resolve(training: dict, before: dict, chosen: set[str]) -> list[str]:
     if not _fits(size, int) or size < 1:
         return []  # which is complained of elsewhere
     if rows % size:
-        return [f"rows_per_step = {rows} is no multiple of micro_batch_size = {size}"]
+        below = next(n for n in range(min(size, rows), 0, -1) if rows % n == 0)
+        return [f"rows_per_step = {rows} is no multiple of micro_batch_size = {size}: set the latter to {below}, or to "
+                '"auto"']
     if accum is not None and (auto or accum != rows // size):
         return [f"grad_accum_steps = {accum!r} does not fit rows_per_step = {rows} in micro-batches of "
                 f"{'any size' if auto else size}: leave it out, it follows"]
@@ -241,10 +257,6 @@ def _complaints(recipe: Recipe) -> list[str]:
         need(getattr(t, key) >= 1, f"{key} = {getattr(t, key)} must be at least 1")
     for key, value in (("seed", t.seed), ("corpus_seed", d.corpus_seed)):
         need(0 <= value < 2**32, f"{key} = {value} must be in [0, 2**32)")
-    for f in dataclasses.fields(t):
-        value = getattr(t, f.name)
-        need(not isinstance(value, float) or math.isfinite(value), f"{f.name} = {value} must be finite")
-    need(t.max_minutes >= 0 or t.max_minutes == AUTO, f'max_minutes = {t.max_minutes} must be "auto" or not negative')
     for key in ("warmup_steps", "patience", "keep_every", "schedule_minutes", "weight_decay", "grad_clip"):
         need(getattr(t, key) >= 0, f"{key} = {getattr(t, key)} must not be negative")
     for key in ("beta1", "beta2"):
@@ -255,9 +267,15 @@ def _complaints(recipe: Recipe) -> list[str]:
     need(t.warmup_steps < t.max_steps or t.max_steps < 1,
          f"warmup_steps = {t.warmup_steps} must be less than max_steps = {t.max_steps}")
     for key, allowed in (("windows", ("stream", "stories")), ("schedule", ("cosine", "linear_tail")),
-                         ("dtype", ("auto", "float32", "bfloat16", "float16"))):
+                         ("dtype", ("auto", "float32", "bfloat16", "float16")), ("device", ("auto", "cpu", "cuda"))):
         need(getattr(t, key) in allowed, f"{key} = {getattr(t, key)!r} must be one of {', '.join(allowed)}")
     need(d.corpus_stories >= 0, f"corpus_stories = {d.corpus_stories} must not be negative")
     need(0 <= d.corpus_min_events <= d.corpus_max_events,
          f"corpus_min_events = {d.corpus_min_events} must be between 0 and corpus_max_events = {d.corpus_max_events}")
+    for key, value in recipe.architecture.items():
+        need(not isinstance(value, int) or value >= 1 or key == "dropout", f"{key} = {value} must be at least 1")
+        need(key != "dropout" or 0 <= value < 1, f"{key} = {value} must be in [0, 1)")
+    for key, value in vars(t).items():
+        told = any(rule.startswith(f"{key} = ") for rule in wrong)  # nan is neither positive nor in [0, 1)
+        need(told or not isinstance(value, float) or math.isfinite(value), f"{key} = {value} must be finite")
     return wrong

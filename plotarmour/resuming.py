@@ -8,7 +8,13 @@ from pathlib import Path
 from plotarmour.config import TrainingConfig
 from plotarmour.errors import UserError
 from plotarmour.training.changes import record_change
-from plotarmour.training.checkpoint import find_checkpoint, find_checkpoint_to_resume, latest_whole_step, rewind
+from plotarmour.training.checkpoint import (
+    find_checkpoint,
+    find_checkpoint_to_resume,
+    latest_whole_step,
+    rewind,
+    step_of,
+)
 from plotarmour.training.runlog import last_step
 
 RUN_FORMAT = 1
@@ -17,6 +23,7 @@ LOCK = ".lock"  # a folder in the run folder while a process trains it
 NOT_IDENTITY = ("device", "max_minutes", "keep_every", "micro_batch_size", "grad_accum_steps", "micro_batch_is_auto")
 PIECES = ("micro_batch_size", "grad_accum_steps", "micro_batch_is_auto")
 EXTENDABLE = ("max_steps", "schedule_minutes", "patience")
+ENDED_BY = {"max_steps": "max_steps", "schedule_minutes": "schedule_minutes", "early stopping": "patience"}
 
 
 def read_info(folder: Path) -> dict:
@@ -35,7 +42,8 @@ def read_info(folder: Path) -> dict:
                         "--out.") from None
     found = info.get("format") if isinstance(info, dict) else None
     if found is not None and found != RUN_FORMAT:
-        raise UserError(f"{folder} has run format {found}; this program reads {RUN_FORMAT}.")
+        raise UserError(f"{folder} has run format {found}; this program reads {RUN_FORMAT}. Go on with the newer "
+                        "program that wrote it.")
     needed = {"format", "recipe", "tokenizer", "vocab_size", "train", "val", "dtype"}
     if not isinstance(info, dict) or not needed <= set(info):
         raise UserError(f"{folder} is not a run of this program: its run.json says nothing of "
@@ -55,9 +63,15 @@ def check_folder(out: Path, info: dict, resume: str, from_step: int | None, exte
     """
     if resume not in ("auto", "never", "must"):
         raise UserError(f"--resume {resume!r} is unknown; expected auto, never or must.")
+    rows, processes = _identity(info)["rows_per_step"], info.get("processes", 1)
+    if rows % processes:
+        raise UserError(f"{rows} rows per step cannot be shared out evenly among {processes} processes; set "
+                        f"rows_per_step to a multiple of {processes}.")
     if not (out / "run.json").exists():
+        asked = "--extend" if extend else f"--from-step {from_step}" if from_step is not None else "--resume must"
         if resume == "must" or from_step is not None or extend:
-            raise UserError(f"{out} holds no run to go on with; expected a run folder. Start it with --resume auto.")
+            raise UserError(f"{out} holds no run to go on with; {asked} expects one. Name another --out, or start a "
+                            f"run without {asked}.")
         if out.is_dir() and any(not _is_ours(path) for path in out.iterdir()):
             raise UserError(f"{out} is not empty and not a run folder; expected a new or empty folder for --out.")
         return
@@ -67,20 +81,29 @@ def check_folder(out: Path, info: dict, resume: str, from_step: int | None, exte
     differing = [key for key in now if before.get(key) != now[key] and not (extend and key in EXTENDABLE)]
     if differing:
         told = "; ".join(f"{key} was {before.get(key)}, now {now[key]}" for key in differing)
-        remedy = "Use another --out." if set(differing) - set(EXTENDABLE) else (
-            "Add --extend to go on with it as it is now; the change is noted in run.json.")
-        raise UserError(f"{out} is a different run: {told}. {remedy}")
+        other = set(differing) - set(EXTENDABLE)
+        remedy = "Use another --out." if other else (
+            "Leave that as it was, or add --extend to go on with it as it is now; run.json notes the change.")
+        raise UserError(f"{out} is a different run: {told}. {remedy}" if other else
+                        f"{out} was begun otherwise: {told}. {remedy}")
+    if from_step is None:
+        _check_goes_on(out, before, now)
 
 
-def checkpoint_to_resume(out: Path, resume: str, from_step: int | None) -> Path | None:
+def checkpoint_to_resume(out: Path, resume: str, from_step: int | None, max_steps: int) -> Path | None:
     """Return the checkpoint to go on from; None for a new run. Warns where steps are lost.
 
     Raises:
-        UserError: there is none where there must be one.
+        UserError: there is none where there must be one, or it lies beyond `max_steps`.
     """
+    checkpoint = find_checkpoint(out, from_step) if from_step is not None else find_checkpoint_to_resume(out)
+    if checkpoint is not None and step_of(checkpoint) > max_steps:  # before the change is noted, or anything given up
+        reached = step_of(checkpoint)
+        remedy = "name an earlier step" if from_step is not None else "go back to a kept step with --from-step"
+        raise UserError(f"{out} is at step {reached:,}, beyond max_steps = {max_steps:,}; set max_steps to at least "
+                        f"{reached}, or {remedy}.")
     if from_step is not None:
-        return find_checkpoint(out, from_step)
-    checkpoint = find_checkpoint_to_resume(out)
+        return checkpoint
     if checkpoint is None and resume == "must":
         raise UserError(f"{out} has no checkpoint to go on with; expected one. Start it with --resume auto.")
     reached = last_step(out / "log.csv")
@@ -103,9 +126,27 @@ def note_changes(out: Path, info: dict, step: int) -> None:
     if not changed:
         return
     longer = set(changed) & set(EXTENDABLE)
-    if longer and now["schedule"] == "cosine":
-        print("the learning rate follows the longer schedule from here on: it may go up again", flush=True)
-    record_change(out, step, "--extend" if longer else "settings", info["recipe"], **changed)
+    if longer - {"patience"}:
+        print("the learning rate follows the new schedule from here on: it may go up again (--from-step goes back to a "
+              "kept step before it fell)", flush=True)
+    holds = {"recipe": info["recipe"], "processes": info["processes"]}
+    record_change(out, step, "--extend" if longer else "settings", holds, **changed)
+
+
+def _check_goes_on(out: Path, before: dict, now: dict) -> None:
+    """Raise `UserError` where a run has ended and what was changed would let it end right there again."""
+    if all(before[key] == now[key] for key in EXTENDABLE):
+        return
+    try:
+        done = json.loads((out / "DONE.json").read_text(encoding="utf-8"))
+        key, step = ENDED_BY[done["reason"]], int(done["step"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # not ended, or a damaged one, written again
+        return
+    endless = key != "max_steps" and now[key] == 0
+    if not endless and now[key] <= before[key]:
+        raise UserError(f"{out} has ended at step {step:,}: {done['reason']}, with {key} = {before[key]:g}. It goes on "
+                        f"only with a higher {key}{'' if key == 'max_steps' else ' (or 0, for no limit)'}; found "
+                        f"{now[key]:g}. Set it higher, or go back to a kept step with --from-step.")
 
 
 def is_done(out: Path, config: TrainingConfig) -> bool:
@@ -130,8 +171,9 @@ def _training(info: dict) -> dict:
 def _identity(info: dict) -> dict[str, object]:
     """What must not change when a run goes on, flat."""
     recipe, training = info["recipe"], _training(info)
-    flat = {"model": recipe["model"], "tokenizer": info["tokenizer"]["sha256"],
-            "train tokens": info["train"]["payload_sha256"], "val tokens": info["val"]["payload_sha256"],
+    flat = {"model": recipe["model"], "tokenizer": info["tokenizer"]["sha256"][:16],  # enough to tell them apart
+            "training text": info["train"]["payload_sha256"][:16],
+            "validation text": info["val"]["payload_sha256"][:16],
             "rows_per_step": training["micro_batch_size"] * training["grad_accum_steps"]}
     settings = {key: value for key, value in training.items() if key not in NOT_IDENTITY}
     return flat | recipe["architecture"] | settings | {"dtype": info["dtype"]}  # as computed, not "auto"

@@ -153,7 +153,7 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
                     tidy_lock(out / LOCK, out)  # of a start that was killed right after its last word
                 return {"done": _done(out)}
             held.enter_context(locked(out / LOCK, out))
-            checkpoint = checkpoint_to_resume(out, resume, from_step)
+            checkpoint = checkpoint_to_resume(out, resume, from_step, t.max_steps)
             if from_step is None and is_done(out, t):  # by now: its index was damaged
                 return {"done": _done(out)}
             if from_step is not None:
@@ -162,10 +162,10 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
             if checkpoint is None:
                 write_json(out / "run.json", info)
                 write_text(out / "tokenizer.json", made.json)
-                return {"checkpoint": None, "begin_with": _what_fits(recipe, made.vocab_size, machine, ranks.size)}
-            print(f"continuing {out} from {checkpoint.name}", flush=True)
-            note_changes(out, info, step_of(checkpoint))
-            return {"checkpoint": checkpoint, "begin_with": None}
+            else:
+                print(f"continuing {out} from {checkpoint.name}", flush=True)
+                note_changes(out, info, step_of(checkpoint))
+            return {"checkpoint": checkpoint, "begin_with": _what_fits(recipe, made.vocab_size, machine, ranks.size)}
 
         found = ranks.first(claim)
         if "done" in found:

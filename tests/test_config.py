@@ -1,6 +1,8 @@
+import dataclasses
+
 import pytest
 
-from plotarmour.config import load_recipe, recipe_names
+from plotarmour.config import AUTO, TrainingConfig, load_recipe, recipe_names
 from plotarmour.errors import UserError
 from plotarmour.machine import dtype_for
 from plotarmour.shapes import build_model, model_config
@@ -62,3 +64,130 @@ def test_dtype_goes_by_capability():
     """Guards: a T4 sent to bfloat16, because `is_bf16_supported` says True there."""
     names = [str(dtype_for(*sm)[0]) for sm in ((5, 2), (6, 0), (7, 5), (8, 0), (9, 0))]
     assert names == ["torch.float32", "torch.float16", "torch.float16", "torch.bfloat16", "torch.bfloat16"]
+
+
+@pytest.mark.parametrize(("overrides", "expected"), [
+    ([], (4, 1, False)), (["rows_per_step=8"], (4, 2, False)),
+    (["rows_per_step=6", "micro_batch_size=2"], (2, 3, False)),
+    (["rows_per_step=6", "micro_batch_size=2", "grad_accum_steps=3"], (2, 3, False)),
+    (["micro_batch_size=2", "grad_accum_steps=3"], (2, 3, False)), (["micro_batch_size=auto"], (4, 1, True)),
+    (["micro_batch_size=auto", "rows_per_step=12"], (12, 1, True)),
+])
+def test_the_rows_of_a_step_are_split_as_asked(overrides, expected):
+    """Guards: a step of other rows than asked for, in silence; an "auto" that arrives as text."""
+    t = load_recipe("tiny", "bdh", overrides).training
+    assert (t.micro_batch_size, t.grad_accum_steps, t.micro_batch_is_auto) == expected
+    assert t.rows_per_step == expected[0] * expected[1]
+
+
+@pytest.mark.parametrize(("overrides", "complaint"), [
+    (["rows_per_step=6"], "rows_per_step = 6 is no multiple of micro_batch_size = 4: set the latter to 3, or to"),
+    (["rows_per_step=2"], "rows_per_step = 2 is no multiple of micro_batch_size = 4: set the latter to 2, or to"),
+    (["rows_per_step=8", "grad_accum_steps=3"], "grad_accum_steps = 3 does not fit rows_per_step = 8 in micro-batches "
+     "of 4: leave it out"),
+    (["micro_batch_size=auto", "grad_accum_steps=2"], "grad_accum_steps = 2 does not fit rows_per_step = 4"),
+    (["rows_per_step=0"], "rows_per_step = 0 must be a whole number of at least 1"),
+    (["micro_batch_size=auto", "rows_per_step=-4"], "rows_per_step = -4 must be a whole number"),
+    (["rows_per_step=many"], "rows_per_step = 'many' must be a whole number"),
+    (["rows_per_step=8", "micro_batch_size=0"], "micro_batch_size = 0 must be at least 1"),
+    (["micro_batch_size=most"], "micro_batch_size = 'most' is not a whole number or \"auto\""),
+    (["max_minutes=soon"], "max_minutes = 'soon' is not a number or \"auto\""),
+    (["max_minutes=-1"], 'max_minutes = -1 must be "auto" or not negative'),
+    (["schedule_minutes=-1"], "schedule_minutes = -1.0 must not be negative"),
+    (["device=tpu"], "device = 'tpu' must be one of auto, cpu, cuda"),
+    (["n_layer=0"], "n_layer = 0 must be at least 1"), (["dropout=nan"], "dropout = nan must be in [0, 1)"),
+])
+def test_what_cannot_be_is_complained_of_once(overrides, complaint):
+    """Guards: rows that are dropped or padded to fit; three complaints about one mistake."""
+    with pytest.raises(UserError) as caught:
+        load_recipe("tiny", "bdh", overrides)
+    assert str(caught.value).startswith(f"recipe tiny (bdh): {complaint}") and "; " not in str(caught.value)
+
+
+def test_minutes_may_be_automatic():
+    """Guards: "auto" that is no number where one is compared with it, or that -1 means, too."""
+    for overrides, expected in ([], AUTO), (["max_minutes=auto"], AUTO), (["max_minutes=0"], 0.0), (
+            ["max_minutes=90"], 90.0):
+        assert load_recipe("tiny", "bdh", overrides).training.max_minutes == expected
+    assert load_recipe("tiny", "bdh", ["schedule_minutes=30"]).training.schedule_minutes == 30.0
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_no_setting_may_be_endless_or_no_number(value):
+    """Guards: a learning rate of NaN, of which every comparison is false; a schedule that never ends."""
+    keys = [f.name for f in dataclasses.fields(TrainingConfig) if f.type is float]
+    assert len(keys) == 9
+    with pytest.raises(UserError) as caught:
+        load_recipe("tiny", "bdh", [f"{key}={value}" for key in keys])
+    assert all(f"{key} = {value} must " in str(caught.value) for key in keys)
+
+
+@pytest.mark.parametrize("value", [0, -3])
+def test_sizes_below_one_are_all_told_at_once(value):
+    """Guards: a division by zero hours later; a loop that does nothing; fixing one size only to meet the next."""
+    keys = ["context_length", "micro_batch_size", "grad_accum_steps", "max_steps", "log_interval", "eval_interval",
+            "eval_tokens", "checkpoint_interval", "n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier"]
+    with pytest.raises(UserError) as caught:
+        load_recipe("tiny", "bdh", [f"{key}={value}" for key in keys])
+    assert str(caught.value).count("must be at least 1") == len(keys)
+    assert all(f"{key} = {value} must be at least 1" in str(caught.value) for key in keys)
+
+
+OWN = """
+[data]
+tokenizer = "bytes"
+[training]
+context_length = 8
+max_steps = 5
+warmup_steps = 1
+learning_rate = 1
+{training}
+[bdh]
+n_layer = 1
+n_embd = 4
+n_head = 1
+mlp_internal_dim_multiplier = 2
+dropout = 0
+{more}
+"""
+
+
+def test_a_recipe_of_ones_own_may_say_rows_and_auto(tmp_path):
+    """Guards: settings that are understood on the command line only; a dropout that can never be but whole."""
+    path = tmp_path / "own.toml"
+    path.write_text(OWN.format(training='rows_per_step = 6\nmicro_batch_size = "auto"\nmax_minutes = "auto"',
+                               more="[bdh.training]\nrows_per_step = 4"))
+    recipe = load_recipe(str(path), "bdh", ["dropout=0.1"])
+    assert (recipe.training.rows_per_step, recipe.training.micro_batch_is_auto) == (4, True)
+    assert recipe.architecture["dropout"] == 0.1 and recipe.training.learning_rate == 1.0
+    split = load_recipe(str(path), "bdh", ["micro_batch_size=2"]).training
+    assert (split.micro_batch_size, split.grad_accum_steps, split.micro_batch_is_auto) == (2, 2, False)
+
+
+@pytest.mark.parametrize(("training", "more", "complaint"), [
+    ('micro_batch_size = "auto"', "", "recipe own (bdh): micro_batch_size = \"auto\" needs rows_per_step: set it to "
+     "the rows of a step."),
+    ("rows_per_step = 6", "", "recipe own (bdh): micro_batch_size is missing in [training]."),
+    ("micro_batch_size = 2\ngrad_accum_steps = 1", "bias = true", "recipe own (bdh): bias = True is not a number or "
+     "text."),
+    ("", "[trainig]\nseed = 1", "unknown section or key 'trainig' (did you mean 'training'?); expected keys in the "),
+    ("", "[gpt]\n[bdh.training]\n", "unknown section or key 'gpt'"),
+    ("", 'training = "mine"', "bdh.training is no section"),
+])
+def test_a_recipe_of_ones_own_that_is_wrong_is_told_so_once(tmp_path, training, more, complaint):
+    """Guards: a section that nobody reads because of a typing mistake; a traceback; what follows called missing."""
+    path = tmp_path / "own.toml"
+    path.write_text(OWN.format(training=training, more=more))
+    with pytest.raises(UserError) as caught:
+        load_recipe(str(path), "bdh")
+    assert complaint in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_is_no_toml_is_refused(tmp_path):
+    """Guards: a traceback about a byte or a type."""
+    path = tmp_path / "own.toml"
+    for content, complaint in ((b"\xff\xfe", "is not TOML: 'utf-8' codec"), (b"data", "is not TOML: Expected"),
+                               (b"data = 1", r"the section \[data\] is missing; the section \[training\] is missing")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=complaint):
+            load_recipe(str(path), "bdh")

@@ -31,8 +31,7 @@ class Forecast:
         evaluations, saves = coming(step, t)
         left = ((t.max_steps - step) * self.pace.step_s + evaluations * took["evaluation_s"] + saves * took["save_s"])
         if t.schedule_minutes:
-            at_the_end = took["evaluation_s"] + took["save_s"]
-            left = min(left, max(0.0, 60 * t.schedule_minutes - self.pace.elapsed_s) + at_the_end)
+            left = min(left, max(0.0, 60 * t.schedule_minutes - self.pace.elapsed_s))
         return left
 
     def session_left_s(self, step: int) -> float:

@@ -253,12 +253,13 @@ class _Session:
         return "schedule_minutes" if minutes and self._schedule_s() >= 60 * minutes else None
 
     def _reason_to_stop(self, end: str | None, evaluated: bool, signal_name: str | None) -> str | None:
-        # The next step, what may follow it, and the last checkpoint must end in time.
-        ahead = self.pace.step_s + sum(self.pace.took.values())
-        over = bool(self.minutes) and self.ranks.is_first and self.pace.session_s + ahead > 60 * self.minutes
+        limit = 60 * self.minutes - self._ahead_s()
+        over = bool(self.minutes) and self.ranks.is_first and self.pace.session_s > limit
         asked, over = self.ranks.sum(signal_name is not None, over)
         if self.non_finite == NON_FINITE_IN_A_ROW:
             return "non-finite"
+        if evaluated:  # the time that it took may have been the last
+            end = end or self._reached_end()
         if end:
             return end
         if evaluated and self._out_of_patience():
@@ -272,10 +273,17 @@ class _Session:
         return bool(patience) and self.state["evaluations_without_improvement"] >= patience
 
     def _schedule_s(self) -> float:
-        """Seconds by which the schedule goes: the first process's clock, so that all decide alike."""
+        """Seconds by which the schedule goes: what has passed and what must still fit before it ends.
+
+        By the first process's clock, so that all decide alike.
+        """
         if not self.config.schedule_minutes:
             return 0.0
-        return self.ranks.sum(self.pace.elapsed_s if self.ranks.is_first else 0.0)[0]
+        return self.ranks.sum(self.pace.elapsed_s + self._ahead_s() if self.ranks.is_first else 0.0)[0]
+
+    def _ahead_s(self) -> float:
+        """Seconds from one decision to go on until the next one is carried out: save, step, evaluation, save."""
+        return self.pace.step_s + self.pace.took["evaluation_s"] + 2 * self.pace.took["save_s"]
 
     def _note_split(self, before: int, now: int) -> None:
         self.pace.forget()

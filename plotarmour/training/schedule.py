@@ -21,8 +21,9 @@ def learning_rate(step: int, config: TrainingConfig, elapsed_s: float = 0.0) -> 
         steps 0, 1, 2 of a cosine: 0.5, 1.0, 1.0; step 6 is half-way between 2 and 10: 0.5. With schedule_minutes = 10,
         step 2 after 5 minutes is half-way, too.
     """
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
+    warm = config.learning_rate * (step + 1) / max(1, config.warmup_steps)
+    if step < config.warmup_steps and not config.schedule_minutes:
+        return warm
     by_clock = elapsed_s / (60 * config.schedule_minutes) if config.schedule_minutes else 0.0
     if config.schedule == "cosine":
         after, total = step - config.warmup_steps, config.max_steps - config.warmup_steps
@@ -32,4 +33,5 @@ def learning_rate(step: int, config: TrainingConfig, elapsed_s: float = 0.0) -> 
         left_by_clock = (1.0 - by_clock) / max(1e-9, config.decay_fraction)
         high = min(1.0, max(0.0, min(left, left_by_clock)))
     low = config.final_learning_rate_fraction
-    return config.learning_rate * (low + (1.0 - low) * high)
+    rate = config.learning_rate * (low + (1.0 - low) * high)
+    return min(warm, rate) if step < config.warmup_steps else rate  # time that ends during warm-up

@@ -1,6 +1,5 @@
 """Every tool as a user meets it: help, the way through, and one clear line for each kind of bad input."""
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -16,27 +15,6 @@ TOOLS = ("pre_tokenize", "tell_stories", "train", "evaluate", "compare", "genera
 def call(root, tool, *args, cwd=None):
     command = [sys.executable, "-W", "ignore", str(root / "tools" / f"{tool}.py"), *map(str, args)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=300)
-
-
-@pytest.fixture
-def run_main(root, monkeypatch, capsys):
-    """Call a tool's main in this process (a fresh one costs seconds of imports): returns exit code, stdout, stderr."""
-    from plotarmour.errors import run_command
-
-    def run(tool, *args):
-        spec = importlib.util.spec_from_file_location(f"tool_{tool}", root / "tools" / f"{tool}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", [tool, *map(str, args)])
-        code = 0
-        try:
-            run_command(module.main)
-        except SystemExit as ended:
-            code = ended.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.mark.parametrize("tool", TOOLS)

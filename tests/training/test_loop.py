@@ -17,7 +17,6 @@ from plotarmour.training import loop, pace, updates
 from plotarmour.training.checkpoint import model_tensors, read_index, rewind
 from plotarmour.training.passes import accumulate, make_optimizer
 from plotarmour.training.runlog import COLUMNS
-from plotarmour.training.schedule import learning_rate
 
 TIMING = ("utc", "elapsed_s", "tokens_per_s", "peak_memory_mib")
 CPU = find_machine("cpu")
@@ -198,15 +197,6 @@ def test_another_run_in_the_same_folder_is_refused_with_the_differences(small_re
     run(small_recipe, token_files, tmp_path / "run")
     with pytest.raises(UserError, match="learning_rate was 0.003, now 0.5; .*|seed was 0, now 9"):
         run(small_recipe, token_files, tmp_path / "run", learning_rate=0.5, seed=9)
-
-
-def test_the_schedule_by_hand():
-    """Guards: a schedule that is off by one step."""
-    cosine = TrainingConfig(8, 1, 1, 10, 1.0, warmup_steps=2, final_learning_rate_fraction=0.0)
-    assert [learning_rate(s, cosine) for s in (0, 1, 2, 6)] == pytest.approx([0.5, 1.0, 1.0, 0.5])
-    tail = TrainingConfig(8, 1, 1, 10, 1.0, warmup_steps=2, schedule="linear_tail", decay_fraction=0.5,
-                          final_learning_rate_fraction=0.0)
-    assert [learning_rate(s, tail) for s in (0, 1, 4, 5, 6, 9)] == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.8, 0.2])
 
 
 def test_a_time_budget_counts_this_session_only(small_recipe, token_files, tmp_path, monkeypatch):

@@ -1,0 +1,169 @@
+"""tools/train.py over a run that exists, or must not: one line on stderr, exit code 2, and nothing touched."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from plotarmour.runs import LOCK
+from plotarmour.training.manifest import read_sealed, write_sealed
+
+SMALL = {"max_steps": 4, "warmup_steps": 1, "n_embd": 16, "eval_tokens": 100, "eval_interval": 2,
+         "checkpoint_interval": 2, "context_length": 24}
+
+
+def arguments(files, out, settings=None, *more):
+    sets = [part for key, value in (SMALL | (settings or {})).items() for part in ("--set", f"{key}={value}")]
+    return ["--recipe", "tiny", "--model", "gpt2", "--train", files["train"], "--val", files["val"], "--out", out,
+            *sets, *more]
+
+
+def contents(folder):
+    """Every file's bytes and time of change, and the folders."""
+    return {path.relative_to(folder): (path.is_file() and path.read_bytes(), path.stat().st_mtime_ns)
+            for path in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture(scope="module")
+def finished(token_files, tmp_path_factory):
+    """A run of 4 steps, never to be changed."""
+    from plotarmour.config import load_recipe
+    from plotarmour.runs import train_run
+
+    out = tmp_path_factory.mktemp("train") / "run"
+    recipe = load_recipe("tiny", "gpt2", [f"{key}={value}" for key, value in SMALL.items()])
+    train_run(recipe, token_files["train"], token_files["val"], out)
+    return out
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of it that was stopped at its end, before it could say so."""
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "DONE.json").unlink()
+    return tmp_path / "run"
+
+
+def newer_checkpoint(run):
+    path = run / "checkpoints" / "step_00000004" / "MANIFEST.json"
+    manifest = read_sealed(path, unsealed=set())
+    del manifest["sha256"]
+    write_sealed(path, manifest | {"format": 2})
+
+
+def newer_run(run):
+    info = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(info | {"format": 2}))
+
+
+def of_another_program(run):
+    (run / "run.json").write_text('{"epochs": 3}')
+
+
+def without_run_json(run):
+    (run / "run.json").unlink()
+
+
+BAD_GOES_ON = {
+    "a newer checkpoint": (newer_checkpoint, {}, [], "step_00000004 has checkpoint format 2; this program reads 1. Go "
+                           "on with the newer program that wrote it."),
+    "a newer run": (newer_run, {}, [], "has run format 2; this program reads 1. Go on with the newer program"),
+    "another program's": (of_another_program, {}, [], "is not a run of this program"),
+    "no run.json": (without_run_json, {}, [], "is not empty and not a run folder; expected a new or empty folder"),
+    "other settings": (None, {"learning_rate": 0.5, "seed": 3}, [], "seed was 0, now 3"),
+    "other rows": (None, {"rows_per_step": 8}, [], "rows_per_step was 4, now 8. Use another --out."),
+    "longer without --extend": (None, {"max_steps": 8}, [], "max_steps was 4, now 8. Leave that as it was, or add "
+                                "--extend"),
+    "shorter than it is": (None, {"max_steps": 3}, ["--extend"], "is at step 4, beyond max_steps = 3; set max_steps to "
+                           "at least 4, or go back to a kept step with --from-step."),
+    "back to no step": (None, {}, ["--from-step", "1"], "has no step-1 checkpoint; found step_0000000"),
+    "never again": (None, {}, ["--resume", "never"], "holds a run already; expected a new folder"),
+    "an unknown word": (None, {}, ["--resume", "yes"], "--resume 'yes' is unknown; expected auto, never or must"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_GOES_ON)
+def test_what_cannot_go_on_is_one_line_and_touches_nothing(run_main, run, token_files, case):
+    """Guards: a traceback; a run folder that is changed by a command that was refused."""
+    spoil, settings, more, message = BAD_GOES_ON[case]
+    if spoil:
+        spoil(run)
+    before = contents(run)
+    code, _, err = run_main("train", *arguments(token_files, run, settings, *more))
+    assert (code, err.count("\n")) == (2, 1) and err.startswith("error: ") and message in err, err
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"context_length": 0}, "context_length = 0 must be at least 1."), ({"max_steps": -5}, "max_steps = -5 must be at"),
+    ({"n_head": 0}, "n_head = 0 must be at least 1."),
+    ({"rows_per_step": 6}, "rows_per_step = 6 is no multiple of micro_batch_size = 4: set the latter to 3, or to"),
+    ({"rows_per_step": 8, "grad_accum_steps": 3}, "grad_accum_steps = 3 does not fit rows_per_step = 8"),
+    ({"learning_rate": "nan", "windows": "story", "eval_tokens": 0, "rows_per_step": 0, "n_layer": -1},
+     "rows_per_step = 0 must be a whole number of at least 1; eval_tokens = 0 must be at least 1; "),
+    ({"n_embd": 30}, "n_embd = 30 must be divisible by n_head = 4"),
+], ids=lambda value: "" if isinstance(value, str) else ",".join(value))
+def test_a_recipe_that_cannot_be_is_one_line_and_makes_no_folder(run_main, token_files, tmp_path, settings, message):
+    """Guards: a traceback out of a matrix product; an empty run folder that is in the way of the right command."""
+    code, _, err = run_main("train", *arguments(token_files, tmp_path / "new", settings))
+    assert (code, err.count("\n")) == (2, 1) and err.startswith("error: recipe tiny (gpt2): ")
+    assert message in err and all(key in err for key in settings), err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="how a process is held")
+def test_a_run_that_another_process_trains_is_named_with_pid_and_time(run_main, run, token_files):
+    """Guards: two programs that write one log and one index; a lock that does not say who holds it."""
+    from plotarmour.text.unfinished import locked
+
+    hold = ("import sys, pathlib; sys.path.insert(0, sys.argv[1]); from plotarmour.text.unfinished import locked\n"
+            "out = pathlib.Path(sys.argv[2])\nwith locked(out / '.lock', out): print('held', flush=True); input()")
+    root = os.path.dirname(os.path.dirname(sys.modules["plotarmour"].__file__))
+    other = subprocess.Popen([sys.executable, "-c", hold, root, str(run)], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n" and LOCK == ".lock"
+        before = contents(run)
+        code, _, err = run_main("train", *arguments(token_files, run))
+        assert code == 2 and f"{run} is being written by process {other.pid}, since 20" in err and err.count("\n") == 1
+        assert err.endswith("expected nobody. Wait for it, stop it, or use another --out.\n")
+        assert contents(run) == before
+    finally:
+        other.communicate("\n", timeout=30)
+    with locked(run / LOCK, run):
+        pass  # the other has let go
+    assert run_main("train", *arguments(token_files, run))[0] == 0
+
+
+def test_a_disk_that_is_too_small_for_the_checkpoints_is_told_at_the_start(run_main, token_files, tmp_path,
+                                                                           monkeypatch):
+    """Guards: a disk that is found to be full after hours; a warning where there is room."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=9_000_000))
+    with pytest.warns(UserWarning, match=r"new will need up to \d+ MB more .* the disk has 9 MB left: free some"):
+        code, out, err = run_main("train", *arguments(token_files, tmp_path / "new"))
+    assert code == 0 and "max_steps at step 4" in out and "error" not in err
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=40_000_000))
+    assert run_main("train", *arguments(token_files, tmp_path / "roomy"))[0] == 0
+    with pytest.warns(UserWarning, match=r"need up to \d+ MB more"):  # every second step's is kept
+        run_main("train", *arguments(token_files, tmp_path / "kept", {"keep_every": 1, "max_steps": 20}))
+
+
+def test_a_run_is_extended_on_the_command_line(run_main, run, token_files):
+    """Guards: --extend that is parsed and not passed on."""
+    code, out, _ = run_main("train", *arguments(token_files, run, {"max_steps": 6}, "--extend"))
+    assert code == 0 and "max_steps at step 6" in out and (run / "DONE.json").exists()
+    assert json.loads((run / "run.json").read_text())["changes"][0]["max_steps"] == [4, 6]
+
+
+def test_a_mistake_in_a_fresh_process_has_no_traceback(root, run, token_files):
+    """Guards: one line in this process, and a traceback or another exit code in a real one."""
+    before = contents(run)
+    command = [sys.executable, str(root / "tools" / "train.py"), *map(str, arguments(token_files, run, {"seed": 1}))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {run} is a different run: seed was 0, now 1. Use another --out.\n"
+    assert contents(run) == before
