@@ -73,8 +73,10 @@ class Plain:
 
 def measure(recipe: Recipe, files: dict[str, Path], blocks: int, every: int) -> dict[str, float]:
     """Train for `blocks` blocks of `every` steps, plain blocks in between; return ratios and shares."""
-    t = dataclasses.replace(recipe.training, max_steps=blocks * every, warmup_steps=1, log_interval=every, patience=0,
-                            max_minutes=0.0, eval_interval=blocks * every, eval_tokens=2_000, device="cpu")
+    # Rows of one length: the plain loop's batch then has the shape of all others.
+    steps = blocks * every
+    t = dataclasses.replace(recipe.training, windows="stream", max_steps=steps, warmup_steps=1, log_interval=every,
+                            eval_interval=steps, eval_tokens=2_000, patience=0, max_minutes=0.0, device="cpu")
     recipe = dataclasses.replace(recipe, training=t)
     data = TokenFile.open(files["train"])
     plain = {loss: Plain(recipe, data, loss) for loss in LOSSES}

@@ -19,8 +19,9 @@ from plotarmour.training.runlog import last_step
 
 RUN_FORMAT = 1
 LOCK = ".lock"  # a folder in the run folder while a process trains it
-# Settings that change where or how long a session computes, or in which pieces, not what.
-NOT_IDENTITY = ("device", "max_minutes", "keep_every", "micro_batch_size", "grad_accum_steps", "micro_batch_is_auto")
+# Settings that change where, how long and in which pieces a session computes and what it writes, not what it learns.
+NOT_IDENTITY = ("device", "max_minutes", "checkpoint_interval", "keep_every", "log_interval", "micro_batch_size",
+                "grad_accum_steps", "micro_batch_is_auto")
 PIECES = ("micro_batch_size", "grad_accum_steps", "micro_batch_is_auto")
 EXTENDABLE = ("max_steps", "schedule_minutes", "patience")
 ENDED_BY = {"max_steps": "max_steps", "schedule_minutes": "schedule_minutes", "early stopping": "patience"}

@@ -17,7 +17,6 @@ from torch import nn
 from tqdm import tqdm
 
 from plotarmour.config import TrainingConfig
-from plotarmour.errors import UserError
 from plotarmour.files import write_json
 from plotarmour.machine import Machine, peak_memory, peak_memory_mib, unused
 from plotarmour.text.batches import Windows
@@ -59,8 +58,8 @@ def train(run: Path, model: nn.Module, windows: Windows, val_windows: Windows, t
         What DONE.json or STOPPED.json holds; its `reason` tells which.
 
     Raises:
-        UserError: a checkpoint beyond `max_steps`, rows that cannot be shared out, a step that does not fit into memory
-            even one row at a time, a disk that does not take a checkpoint.
+        UserError: rows that cannot be shared out, a step that does not fit into memory even one row at a time, a disk
+            that does not take a checkpoint.
         LostProcess: another process of this run has died, and this one is not the first.
     """
     session = _Session(run, model, windows, val_windows, token_bytes, config, machine, resume_from, ranks, begin_with,
@@ -94,9 +93,6 @@ class _Session:
         self.step, self.saved, self.is_new = 0, None, resume_from is None
         if resume_from is not None:
             self._load(resume_from)
-        if self.step > config.max_steps:
-            raise UserError(f"{run} has reached step {self.step}, beyond max_steps = {config.max_steps}; set max_steps "
-                            f"to at least {self.step}, or go back to a kept step with --from-step.")
         self.pace = Pace(self.state["elapsed_s"], self.state.pop("evaluation_s", 0.0), self.state.pop("save_s", 0.0))
         self.minutes = session_minutes(config.max_minutes)
         self.forecast = Forecast(config, self.pace, self.minutes)
@@ -125,6 +121,9 @@ class _Session:
                 self.save(best=True)
             self.model.train()
             reason = self._reached_end()  # killed after the last checkpoint, before DONE.json
+            if reason and self.state.get("evaluated_step", self.step) != self.step:
+                self.write_row(None, None, self.evaluate())  # this was not known to be the last step
+                self.save(self.state["best_step"] == self.step)
             if reason is None and self._out_of_patience():
                 reason = "early stopping"
             while reason is None:
@@ -169,7 +168,8 @@ class _Session:
         state = self.state
         with self.pace.timing("evaluation_s"):
             nats, n_tokens, n_bytes = self.ranks.sum(*self._evaluate_share())
-        state["val_loss"] = loss = nats / n_tokens
+        state["val_loss"], state["evaluated_step"] = nats / n_tokens, self.step
+        loss = state["val_loss"]
         if loss < state["best_val_loss"]:
             state.update(best_val_loss=loss, best_step=self.step, evaluations_without_improvement=0)
         else:
