@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 
 from plotarmour.config import TrainingConfig
 from plotarmour.training.pace import Pace
@@ -43,20 +44,20 @@ class Forecast:
         """The clock time at which this session ends, for a progress bar; empty before there is a pace."""
         return clock_time(self.session_left_s(step)) if self.pace.steps else ""
 
-    def line(self, step: int, memory: str, waited: float, hint: str) -> str | None:
+    def line(self, step: int, waited: float, memory: Callable[[], str], hint: Callable[[], str]) -> str | None:
         """Return what is to be said now, if anything.
 
         Args:
             step: reached.
-            memory: peak memory and its share, for people.
             waited: share of the session spent waiting for batches.
-            hint: what would use the machine better, or empty.
+            memory: tells the peak memory and its share, for people; asked once, since that takes a while.
+            hint: tells what would use the machine better, or nothing.
         """
         if self.pace.steps < TIMED_STEPS:
             return None
         left, now = self.left_s(step), self.pace.session_s
         if self.said_at is None:
-            line = self._first(step, left, memory, waited, hint)
+            line = self._first(step, left, waited, memory(), hint())
         elif now - self.said_at < QUIET_S or abs(now + left - self.said_end) < max(OFF_BY * (now + left), OFF_BY_S):
             return None
         else:
@@ -65,7 +66,7 @@ class Forecast:
         self.said_at, self.said_end = now, now + left
         return line
 
-    def _first(self, step: int, left: float, memory: str, waited: float, hint: str) -> str:
+    def _first(self, step: int, left: float, waited: float, memory: str, hint: str) -> str:
         t, took = self.config, self.pace.took
         evaluations, saves = coming(step, t)
         rate = self.pace.tokens_per_step / max(self.pace.step_s, 1e-9)

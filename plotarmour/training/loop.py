@@ -298,7 +298,8 @@ class _Session:
         if not self.ranks.is_first:
             return
         device, waited = self.machine.device, self.updates.waited_s / max(self.pace.session_s, 1e-9)
-        hint = unused(device, self.ranks.size, self.updates.micro_batch_size < self.updates.share)
-        line = self.forecast.line(self.step, peak_memory(device), waited, hint)
+        can_grow = self.updates.micro_batch_size < self.updates.share
+        line = self.forecast.line(self.step, waited, lambda: peak_memory(device),
+                                  lambda: unused(device, self.ranks.size, can_grow))
         if line:
             self.bar.write(f"{self.run.name}: {line}", file=sys.stderr)

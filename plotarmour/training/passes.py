@@ -43,7 +43,7 @@ def accumulate(model: nn.Module, micro_batches: list[tuple[Tensor, Tensor]], mac
     for i, (inputs, targets) in enumerate(micro_batches, first):
         if dropout_seed is not None:
             seed, step = dropout_seed
-            torch.manual_seed((seed * 1_000_003 + step) * 4099 + i)
+            _seed((seed * 1_000_003 + step) * 4099 + i, machine.device)
         # Pinned by the reader: the copy goes on while the GPU computes what came before.
         inputs, targets = (tensor.to(machine.device, non_blocking=True) for tensor in (inputs, targets))
         with machine.autocast:
@@ -51,6 +51,13 @@ def accumulate(model: nn.Module, micro_batches: list[tuple[Tensor, Tensor]], mac
         scaler.scale(nats / n_tokens).backward()
         total += nats.detach()
     return float(total) / n_tokens
+
+
+def _seed(number: int, device: torch.device) -> None:
+    """What `torch.manual_seed` does for these devices; it asks after all others too, which takes 0.4 ms each time."""
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
 
 
 @torch.no_grad()

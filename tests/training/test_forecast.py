@@ -22,6 +22,10 @@ def config(**settings):
                           | settings)
 
 
+def line_of(forecast, step, waited=0.0, memory="", hint=""):
+    return forecast.line(step, waited, lambda: memory, lambda: hint)
+
+
 def take(pace, clock, seconds, steps=1):
     for _ in range(steps):
         clock[0] += seconds
@@ -49,10 +53,10 @@ def test_the_forecast_adds_steps_evaluations_and_checkpoints(clock):
     forecast = Forecast(config(), pace, minutes=0)
     take(pace, clock, 60.0)  # the first one compiles, and does not count
     take(pace, clock, 2.0, 4)
-    assert forecast.line(5, "peak memory 1.0 of 2.0 GiB (50%)", 0.01, "") is None  # four steps are too few
+    assert line_of(forecast, 5, 0.01, "peak memory 1.0 of 2.0 GiB (50%)", "") is None  # four steps are too few
     take(pace, clock, 2.0)
     assert forecast.left_s(6) == pytest.approx(94 * 2 + 10 * 30 + 12 * 5)
-    line = forecast.line(6, "peak memory 1.0 of 2.0 GiB (50%)", 0.01, "a hint")
+    line = line_of(forecast, 6, 0.01, "peak memory 1.0 of 2.0 GiB (50%)", "a hint")
     assert line.startswith("9 min to go, until ")
     assert ("94 steps of 2 s, 10 evaluations of 30 s, up to 12 checkpoints of 5 s; 8 tokens/s; peak memory 1.0 of 2.0 "
             "GiB (50%); 1.0% of the time waiting for batches; a hint") in line
@@ -63,15 +67,15 @@ def test_it_is_said_again_only_where_it_turns_out_otherwise(clock):
     pace = Pace()
     forecast = Forecast(config(max_steps=1000), pace, minutes=0)
     take(pace, clock, 1.0, 6)
-    assert forecast.line(6, "", 0.0, "")
+    assert line_of(forecast, 6)
     take(pace, clock, 1.0, 100)
-    assert forecast.line(106, "", 0.0, "") is None  # as expected
+    assert line_of(forecast, 106) is None  # as expected
     take(pace, clock, 3.0, 30)
-    assert "now expected to take 21 min more" in forecast.line(136, "", 0.0, "")
+    assert "now expected to take 21 min more" in line_of(forecast, 136)
     take(pace, clock, 9.0, 6)
-    assert forecast.line(142, "", 0.0, "") is None  # within a minute of the last
+    assert line_of(forecast, 142) is None  # within a minute of the last
     take(pace, clock, 9.0, 10)
-    assert "instead of" in forecast.line(152, "", 0.0, "")
+    assert "instead of" in line_of(forecast, 152)
 
 
 def test_other_steps_make_a_new_pace(clock):
@@ -89,7 +93,7 @@ def test_a_time_budget_is_named_with_the_end_of_the_session(clock):
     pace = Pace()
     forecast = Forecast(config(max_steps=10_000), pace, minutes=10)
     take(pace, clock, 1.0, 6)
-    line = forecast.line(6, "", 0.0, "")
+    line = line_of(forecast, 6)
     assert line.startswith("2 h 47 min to go") and "this session stops after 10 minutes, the next one goes on" in line
     assert forecast.session_left_s(6) == 10 * 60 - 6
 
@@ -100,7 +104,7 @@ def test_a_schedule_by_the_clock_ends_the_forecast(clock):
     forecast = Forecast(config(max_steps=10_000, schedule_minutes=5.0), pace, minutes=0)
     take(pace, clock, 1.0, 6)
     assert forecast.left_s(6) == pytest.approx(300 - 100 - 6)  # the last evaluation and checkpoint are within
-    assert "the schedule ends after 5 minutes in all" in forecast.line(6, "", 0.0, "")
+    assert "the schedule ends after 5 minutes in all" in line_of(forecast, 6)
 
 
 def test_durations_for_people():
