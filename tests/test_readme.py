@@ -116,6 +116,22 @@ def test_the_memory_plan_is_as_good_as_the_committed_one(readme, root):
     assert f"the process grew by up to {grown:.1f} times as much" in text
 
 
+def test_what_the_training_loop_costs_is_as_committed(readme, root):
+    """Guards: a loop that is said to cost nothing after it was measured anew, and a forecast likewise."""
+    reference = root / "results" / "reference"
+    with (reference / "training_loop.csv").open(encoding="utf-8", newline="") as file:
+        rows = [{key: float(value) for key, value in row.items() if key not in ("recipe", "model")}
+                for row in csv.DictReader(file)]
+    ratios = [row["ratio_cross_entropy"] for row in rows]
+    shares = [row["share_batches"] + row["share_logging"] + row["share_checkpoints"] for row in rows]
+    assert (f"{min(ratios):.2f} to {max(ratios):.2f} times the tokens/s of a plain loop on a fixed batch; batches, log "
+            f"and checkpoints {100 * min(shares):.1f} to {100 * max(shares):.1f} % of the time") in readme
+    with (reference / "forecast.csv").open(encoding="utf-8", newline="") as file:
+        later = [row for row in csv.DictReader(file) if float(row["elapsed_s"]) >= 60]
+    off = max(abs(float(row["shown_s"]) / float(row["real_s"]) - 1) for row in later)
+    assert f"within {100 * off:.0f} % " in readme and off < 0.2
+
+
 def test_the_diagrams_are_there(readme):
     """Guards: the way of a story and one BDH pass lost in an edit."""
     assert readme.count("```mermaid") == 2
