@@ -59,12 +59,14 @@ from_step = -1  # kept step to go back to; -1: go on from the latest
 
 # %%
 from plotarmour.config import load_recipe
+from plotarmour.suite.launch import check_gpus
 from plotarmour.suite.steps import find_prepared, list_files, results_folder, train_recipe
 from plotarmour.suite.words import tell_ending, tell_recipe
 
 folder, changes = results_folder(recipe, results), [o for o in overrides.split(";") if o]
 data_folder = Path(tokens) if tokens else folder
 settings = load_recipe(recipe, model, changes)
+check_gpus(gpus, settings)
 print(tell_recipe(settings))
 
 # %% [markdown]

@@ -4,6 +4,7 @@ import argparse
 import errno
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 
@@ -46,6 +47,8 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def _complain(message: str) -> int:
-    if os.environ.get("RANK", "0") == "0":  # torchrun's other processes have met the same
+    if os.environ.get("RANK", "0") == "0":  # torchrun's other processes have mostly met the same
         print(f"error: {message}", file=sys.stderr)
+    else:
+        time.sleep(10)  # torchrun ends them all as soon as one has failed: the first one has yet to say this
     return 2

@@ -1,7 +1,7 @@
 """How many bytes training needs, by arithmetic alone: no model is built and nothing is allocated.
 
 Memory is fullest at one of a few moments. Each is written down here as the buffers that live then, after
-`models/tiled.py`, `models/recurrent.py`, `loss.py`, `training/loop.py` and `transformers`' GPT-2:
+`models/tiled.py`, `models/recurrent.py`, `loss.py`, `training/passes.py` and `transformers`' GPT-2:
 
     evaluation    no gradients, at most EVALUATION_ROWS rows
     loss          what forward keeps, a chunk of logits, the gradients of features and unembedding

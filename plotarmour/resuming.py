@@ -15,6 +15,7 @@ from plotarmour.training.checkpoint import (
     rewind,
     step_of,
 )
+from plotarmour.training.ranks import check_share
 from plotarmour.training.runlog import last_step
 
 RUN_FORMAT = 1
@@ -64,10 +65,7 @@ def check_folder(out: Path, info: dict, resume: str, from_step: int | None, exte
     """
     if resume not in ("auto", "never", "must"):
         raise UserError(f"--resume {resume!r} is unknown; expected auto, never or must.")
-    rows, processes = _identity(info)["rows_per_step"], info.get("processes", 1)
-    if rows % processes:
-        raise UserError(f"{rows} rows per step cannot be shared out evenly among {processes} processes; set "
-                        f"rows_per_step to a multiple of {processes}.")
+    check_share(_identity(info)["rows_per_step"], info.get("processes", 1))
     if not (out / "run.json").exists():
         asked = "--extend" if extend else f"--from-step {from_step}" if from_step is not None else "--resume must"
         if resume == "must" or from_step is not None or extend:

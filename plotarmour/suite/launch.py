@@ -20,10 +20,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from plotarmour.config import AUTO, Recipe
+from plotarmour.config import Recipe
 from plotarmour.errors import UserError
 from plotarmour.suite.relay import Relay
-from plotarmour.training.stopping import StopRequest, session_minutes
+from plotarmour.training.ranks import check_share
+from plotarmour.training.stopping import StopRequest
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "train.py"
 STOP_AT_EOF = "PLOTARMOUR_STOP_AT_EOF"  # set for the processes that are started here
@@ -41,9 +42,7 @@ def check_gpus(gpus: int, recipe: Recipe) -> None:
     t = recipe.training
     if not isinstance(gpus, int) or gpus < 1:
         raise UserError(f"gpus = {gpus!r} is no number of GPUs; expected 1 or more (papermill: -p gpus 2, not -r).")
-    if gpus > 1 and t.rows_per_step % gpus:
-        raise UserError(f"{t.rows_per_step} rows per step cannot be shared out evenly among {gpus} processes; set "
-                        f"rows_per_step to a multiple of {gpus}.")
+    check_share(t.rows_per_step, gpus)
     if gpus > 1 and t.device != "cpu":
         found = torch.cuda.device_count()
         most = max(found, 1)
@@ -75,7 +74,7 @@ def launch(recipe: Recipe, name: str, train: Path, val: Path, out: Path, overrid
         RuntimeError: they failed for another reason; their own words have been passed on.
         KeyboardInterrupt: interrupted before there was anything to save, or twice.
     """
-    options = [part for o in [*overrides, *_limit(recipe)] for part in ("--set", o)]
+    options = [part for o in overrides for part in ("--set", o)]
     options += ["--extend"] * extend + (["--from-step", str(from_step)] if from_step is not None else [])
     before = [_stamp(out / ending) for ending in ENDINGS]
     with tempfile.TemporaryDirectory(prefix="plotarmour_", ignore_cleanup_errors=True) as logs, StopRequest() as stop:
@@ -131,12 +130,6 @@ def stop_with_launcher() -> bool:
 
     threading.Thread(target=wait, daemon=True).start()
     return True
-
-
-def _limit(recipe: Recipe) -> list[str]:
-    """Kaggle's limit counts from the start of the notebook, of which the new processes know nothing."""
-    minutes = session_minutes(recipe.training.max_minutes)
-    return [f"max_minutes={minutes:.1f}"] if recipe.training.max_minutes == AUTO and minutes else []
 
 
 def _ending(out: Path, before: list, code: int) -> dict | None:

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.opt
     """
     folder = run / "checkpoints" / _name(step)
     tensors = {"model.safetensors": model_tensors(model), "optimizer.safetensors": _optimizer_tensors(model, optimizer)}
-    named, temporary, replaced = read_index(run), None, False
+    named, temporary, replaced, aside = read_index(run), None, False, unfinished(folder)
     if named.get("latest") != folder.name:
         named["previous"], named["latest"] = named.get("latest"), folder.name
     if best:
@@ -66,18 +67,22 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.opt
             sync_file(run / "log.csv")  # after a loss of power, the rows up to here are there like the checkpoint
         replaced = True
         if folder.exists():  # what an earlier start left of this step
-            _remove(folder)
+            os.replace(folder, aside)
         publish(temporary, folder)
         _write_index(run, named)
     except (OSError, SafetensorError) as error:
         if replaced and folder.name not in _named_on_disk(run):
             shutil.rmtree(folder, ignore_errors=True)
+        if aside.exists() and not folder.exists():
+            with suppress(OSError):
+                os.replace(aside, folder)
         what = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"{folder} cannot be written: {what}. Earlier checkpoints are intact: free some disk space, or "
                         "mend the disk or its permissions, and give the same command again.") from None
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
     _prune(run, keep_every)
     return folder
 

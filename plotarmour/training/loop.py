@@ -89,7 +89,7 @@ class _Session:
         self.updates = Updates(model, windows, config, machine, ranks)
         self.state = {"tokens_seen": 0, "elapsed_s": 0.0, "skipped_steps": 0, "scaler_overflows": 0,
                       "best_val_loss": math.inf, "best_step": 0, "evaluations_without_improvement": 0,
-                      "val_loss": None, "train_loss": None, "since_row": [0.0, 0]}
+                      "val_loss": None, "train_loss": None, "since_row": [0.0, 0], "non_finite_in_a_row": 0}
         self.step, self.saved, self.is_new = 0, None, resume_from is None
         if resume_from is not None:
             self._load(resume_from)
@@ -97,7 +97,6 @@ class _Session:
         self.minutes = session_minutes(config.max_minutes)
         self.forecast = Forecast(config, self.pace, self.minutes)
         self.val_rows, self.evaluation_rows = val_windows.first_rows(config.eval_tokens), EVALUATION_ROWS
-        self.non_finite = 0
         if machine.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(machine.device)
         if ranks.is_first:
@@ -134,7 +133,8 @@ class _Session:
                     self.write_row(rate, update.norm, evaluated)
                 best = bool(evaluated) and self.state["best_step"] == self.step
                 reason = self._reason_to_stop(end, bool(evaluated), stop.asked)
-                if reason != "non-finite" and (reason or best or self.step % self.config.checkpoint_interval == 0):
+                due = reason or self.step % self.config.checkpoint_interval == 0
+                if best or (due and reason != "non-finite"):
                     self.save(best)
                 if reason is None:
                     self._say_when_it_ends()
@@ -155,7 +155,7 @@ class _Session:
             state["since_row"] = [nats + update.loss * update.n_tokens, count + update.n_tokens]
         state["scaler_overflows"] += update.overflowed
         state["skipped_steps"] += update.skipped
-        self.non_finite = self.non_finite + 1 if update.skipped else 0
+        state["non_finite_in_a_row"] = state["non_finite_in_a_row"] + 1 if update.skipped else 0
         self.pace.count(update.n_tokens, time.perf_counter() - begun)
         end = self.forecast.ends(self.step)
         self.bar.set_postfix_str(f"loss {update.loss:.3f}, {self.pace.rate():,.0f} tokens/s"
@@ -167,7 +167,10 @@ class _Session:
         """Score the validation windows; return the columns of the log that say so."""
         state = self.state
         with self.pace.timing("evaluation_s"):
-            nats, n_tokens, n_bytes = self.ranks.sum(*self._evaluate_share())
+            share = self._evaluate_share()
+            failed, nats, n_tokens, n_bytes = self.ranks.sum(share is None, *(share or (0, 0, 0)))
+        if failed:  # said by all processes, so that the first one says it
+            raise too_large("evaluation")
         state["val_loss"], state["evaluated_step"] = nats / n_tokens, self.step
         loss = state["val_loss"]
         if loss < state["best_val_loss"]:
@@ -215,7 +218,7 @@ class _Session:
                  "val_loss": state["val_loss"], "best_step": state["best_step"],
                  "best_val_loss": state["best_val_loss"], "skipped_steps": state["skipped_steps"],
                  "scaler_overflows": state["scaler_overflows"],
-                 "peak_memory_mib": peak_memory_mib(self.machine.device), "last_checkpoint": self.saved,
+                 "peak_memory_mib": peak_memory_mib(self.machine.device), "last_checkpoint": self.saved or 0,
                  "micro_batch_size": self.updates.micro_batch_size, "input_wait_s": round(self.updates.waited_s, 2)}
         if self.ranks.is_first:
             write_json(self.run / ("DONE.json" if reason in DONE else "STOPPED.json"), final)
@@ -223,27 +226,26 @@ class _Session:
 
     def _load(self, checkpoint: Path) -> None:
         self.state = load_training(checkpoint, self.model, self.updates.optimizer)
+        self.state.setdefault("non_finite_in_a_row", 0)  # checkpoints of earlier versions do not say
         self.step = self.saved = self.state.pop("step")
         if not (self.run / "checkpoints" / f"step_{self.state['best_step']:08d}").is_dir():  # after going back
             self.state.update(best_step=self.step, best_val_loss=self.state["val_loss"])
         if self.updates.scaler.is_enabled():
             self.updates.scaler.load_state_dict(self.state["scaler"])
 
-    def _evaluate_share(self) -> tuple[float, int, int]:
-        """Score this process's share of the validation rows, in smaller batches where memory runs out."""
-        while True:
-            batches = [self.val_rows[i:i + self.evaluation_rows]
-                       for i in range(0, len(self.val_rows), self.evaluation_rows)]
+    def _evaluate_share(self) -> tuple[float, int, int] | None:
+        """Score this process's share of the validation rows, in smaller batches where memory runs out; None: no use."""
+        rows = self.val_rows[self.ranks.rank::self.ranks.size]  # whatever size memory leaves to a process
+        while self.evaluation_rows:
+            batches = [rows[i:i + self.evaluation_rows] for i in range(0, len(rows), self.evaluation_rows)]
             try:
-                return evaluate_windows(self.model, self.val_windows, batches[self.ranks.rank::self.ranks.size],
-                                        self.token_bytes, self.machine)
+                return evaluate_windows(self.model, self.val_windows, batches, self.token_bytes, self.machine)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            if self.evaluation_rows == 1:
-                raise too_large("evaluation")
             self.evaluation_rows //= 2
             release()
+        return None
 
     def _reached_end(self) -> str | None:
         """Why the schedule has ended, if it has."""
@@ -256,7 +258,7 @@ class _Session:
         limit = 60 * self.minutes - self._ahead_s()
         over = bool(self.minutes) and self.ranks.is_first and self.pace.session_s > limit
         asked, over = self.ranks.sum(signal_name is not None, over)
-        if self.non_finite == NON_FINITE_IN_A_ROW:
+        if self.state["non_finite_in_a_row"] >= NON_FINITE_IN_A_ROW:
             return "non-finite"
         if evaluated:  # the time that it took may have been the last
             end = end or self._reached_end()

@@ -102,6 +102,13 @@ class Ranks:
 ALONE = Ranks()
 
 
+def check_share(rows_per_step: int, processes: int) -> None:
+    """Raise `UserError` unless the rows of a step can be shared out evenly."""
+    if rows_per_step % processes:
+        raise UserError(f"{rows_per_step} rows per step cannot be shared out evenly among {processes} processes; set "
+                        f"rows_per_step to a multiple of {processes}.")
+
+
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
     """Join the other processes that torchrun has started; alone without torchrun.

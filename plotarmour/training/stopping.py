@@ -56,4 +56,7 @@ def session_minutes(max_minutes: float) -> float:
     limit = KAGGLE_MINUTES.get(os.environ.get("KAGGLE_KERNEL_RUN_TYPE", ""), min(KAGGLE_MINUTES.values()))
     import psutil
 
-    return max(1.0, limit - (time.time() - psutil.Process().create_time()) / 60)
+    this = psutil.Process()
+    # A notebook's kernel may be restarted, and a command may be started late: what started them is older.
+    began = min(process.create_time() for process in (this, *this.parents()))
+    return max(1.0, limit - (time.time() - began) / 60)

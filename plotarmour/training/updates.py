@@ -12,13 +12,12 @@ import torch
 from torch import nn
 
 from plotarmour.config import TrainingConfig
-from plotarmour.errors import UserError
 from plotarmour.machine import Machine
 from plotarmour.text.batches import Windows
 from plotarmour.training.fitting import is_out_of_memory, largest_divisor, release, too_large
 from plotarmour.training.input import Batches
 from plotarmour.training.passes import accumulate, make_optimizer
-from plotarmour.training.ranks import Ranks
+from plotarmour.training.ranks import Ranks, check_share
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,7 @@ class Updates:
         self.model, self.windows, self.config, self.machine, self.ranks = model, windows, config, machine, ranks
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-        if config.rows_per_step % ranks.size:
-            raise UserError(f"{config.rows_per_step} rows per step cannot be shared out evenly among {ranks.size} "
-                            f"processes; set rows_per_step to a multiple of {ranks.size}.")
+        check_share(config.rows_per_step, ranks.size)
         self.share = config.rows_per_step // ranks.size
         self.micro_batch_size, self._batches, self._waited_s = 0, None, 0.0
 
@@ -90,13 +87,24 @@ class Updates:
         scale, overflowed = scaler.get_scale(), False
         finite = math.isfinite(norm) and math.isfinite(loss)
         if finite or (scaler.is_enabled() and math.isfinite(loss)):  # the scaler skips an overflowed update
-            scaler.step(optimizer)
+            self._step()
             scaler.update()
             overflowed = scaler.get_scale() < scale
         elif scaler.is_enabled():
             scaler.update(scale)  # the loss is not scaled: what is wrong with it is not the scale's doing
         optimizer.zero_grad(set_to_none=True)
         return Update(loss, n_tokens, norm, overflowed, not (finite or overflowed))
+
+    def _step(self) -> None:
+        full = False
+        try:
+            self.scaler.step(self.optimizer)
+        except (RuntimeError, MemoryError) as error:  # AdamW makes its state at the first step
+            if not is_out_of_memory(error):
+                raise
+            full = True
+        if full:
+            raise too_large("the optimizer's state")
 
     def _gradients(self, step: int) -> tuple[float, int]:
         """Add up the gradients of a step; return its loss and its targets. Split it until it fits."""

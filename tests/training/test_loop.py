@@ -179,6 +179,28 @@ def test_a_non_finite_gradient_never_reaches_the_optimizer(small_recipe, token_f
     assert all(torch.isfinite(t).all() for t in model_tensors(loaded.model).values())
 
 
+def test_bad_steps_in_a_row_are_counted_across_sessions(small_recipe, token_files, tmp_path, monkeypatch):
+    """Guards: a run killed among bad steps that takes ten more of them, where a whole one has stopped."""
+    original, append = updates.accumulate, loop.RunLog.append
+
+    def poisoned(model, *rest):
+        loss = original(model, *rest)
+        next(model.parameters()).grad.fill_(math.nan)
+        return loss
+
+    def killed(log, **values):
+        append(log, **values)
+        if values["step"] == 8:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(updates, "accumulate", poisoned)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop.RunLog, "append", killed)
+        run(small_recipe, token_files, tmp_path / "run", max_steps=50)
+    final = run(small_recipe, token_files, tmp_path / "run", max_steps=50)
+    assert (final["reason"], final["step"], final["skipped_steps"]) == ("non-finite", 10, 10)
+
+
 def test_a_signal_finishes_the_step_and_saves(small_recipe, token_files, tmp_path, monkeypatch):
     """Guards: a session cut by SIGTERM that loses its work. A real signal to this process."""
     original = updates.accumulate

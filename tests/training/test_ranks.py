@@ -7,16 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+from plotarmour import runs
 from plotarmour.config import TrainingConfig, load_recipe
 from plotarmour.errors import UserError
 from plotarmour.machine import find_machine
 from plotarmour.runs import train_run
+from plotarmour.suite.words import tell_ending
 from plotarmour.training import ranks as ranks_module
-from plotarmour.training.ranks import ALONE, Ranks
+from plotarmour.training.ranks import ALONE, LostProcess, Ranks
 from plotarmour.training.updates import Updates
 
 SETTINGS = {"context_length": 24, "windows": "stream", "micro_batch_size": 2, "grad_accum_steps": 4, "max_steps": 20,
@@ -129,6 +132,21 @@ def test_rows_that_cannot_be_shared_out_are_refused(small_model):
     """Guards: rows that no GPU reads."""
     with pytest.raises(UserError, match="3 rows per step cannot be shared out evenly among 2 processes; set rows_per"):
         Updates(small_model, None, TrainingConfig(8, 1, 3, 10, 1e-3), find_machine("cpu"), Ranks(0, 2))
+
+
+def test_a_process_lost_before_the_first_checkpoint_is_told_like_any_other(root, token_files, tmp_path, monkeypatch):
+    """Guards: a traceback instead of "another process has died" in the first evaluation."""
+    class Lost(Ranks):
+        def first(self, act):
+            return act()
+
+        def sum(self, *numbers):
+            raise LostProcess("closed by peer")
+
+    monkeypatch.setattr(runs, "joined", lambda device: nullcontext(Lost(0, 2)))
+    final = alone(token_files, tmp_path / "run", "gpt2")
+    assert (final["reason"], final["step"], final["last_checkpoint"]) == ("lost a process", 0, 0)
+    assert "goes on from step 0" in " ".join(tell_ending(final, tmp_path / "run").split())
 
 
 def test_alone_nothing_is_asked_of_others():

@@ -12,8 +12,9 @@ from plotarmour.training.stopping import session_minutes
 
 @pytest.fixture
 def age(monkeypatch):
-    """Set how many minutes ago this process began."""
-    began = psutil.Process().create_time()
+    """Set how many minutes ago the oldest of the processes began that led to this one."""
+    this = psutil.Process()
+    began = min(process.create_time() for process in (this, *this.parents()))
     monkeypatch.setattr(stopping.time, "time", lambda: began)
     return lambda minutes: monkeypatch.setattr(stopping.time, "time", lambda: began + 60.0 * minutes)
 

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from plotarmour.runs import load_run, train_run
 from plotarmour.training import loop, updates
 from plotarmour.training.checkpoint import model_tensors
 from plotarmour.training.fitting import is_out_of_memory, largest_divisor
+from plotarmour.training.ranks import Ranks
 
 
 def run(recipe, files, out, **changes):
@@ -82,6 +84,16 @@ def test_one_row_that_does_not_fit_is_one_clear_line(small_recipe, token_files, 
         run(small_recipe, token_files, tmp_path / "run")
 
 
+def test_an_optimizer_that_does_not_fit_is_one_clear_line(small_recipe, token_files, tmp_path, monkeypatch):
+    """Guards: a traceback where weights and gradients fit, and AdamW's state does not."""
+    def step(scaler, optimizer):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.amp.GradScaler, "step", step)
+    with pytest.raises(UserError, match="the optimizer's state needs more memory than there is"):
+        run(small_recipe, token_files, tmp_path / "run")
+
+
 def test_another_error_is_not_taken_for_a_lack_of_memory(small_recipe, token_files, tmp_path, monkeypatch):
     """Guards: a bug that is retried with smaller and smaller micro-batches."""
     def broken(*args):
@@ -91,6 +103,7 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(small_recipe, token_fil
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         run(small_recipe, token_files, tmp_path / "run")
     assert not is_out_of_memory(ValueError("CUDA out of memory")) and is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))  # of what torch's allocator does not manage
 
 
 def test_the_largest_divisor_by_hand():
@@ -144,6 +157,34 @@ def test_evaluation_goes_on_in_smaller_batches(small_recipe, token_files, tmp_pa
     monkeypatch.setattr(loop, "evaluate_windows", evaluate_windows)
     final = run(small_recipe, token_files, tmp_path / "small")
     assert sizes == [8, 4, 2, 2, 2, 2] and final["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-6)
+
+
+def test_two_processes_evaluate_every_row_once_whatever_memory_they_have(monkeypatch):
+    """Guards: rows scored twice and rows left out where one of two GPUs is fuller. 20 rows; one has room for 2."""
+    scored = []
+
+    def evaluate_windows(model, windows, batches, token_bytes, room):
+        if max(map(len, batches)) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        scored.extend(row for batch in batches for row in batch)
+        return 0.0, 1, 1
+
+    monkeypatch.setattr(loop, "evaluate_windows", evaluate_windows)
+    for rank, room in ((0, 8), (1, 2)):
+        share = SimpleNamespace(val_rows=list(range(20)), ranks=Ranks(rank, 2), evaluation_rows=8, model=None,
+                                val_windows=None, token_bytes=None, machine=room)
+        assert loop._Session._evaluate_share(share) == (0.0, 1, 1)
+    assert sorted(scored) == list(range(20))
+
+
+def test_an_evaluation_that_fits_not_even_by_rows_is_one_clear_line(small_recipe, token_files, tmp_path, monkeypatch):
+    """Guards: a traceback, or halving for ever."""
+    def evaluate_windows(*args):
+        raise torch.OutOfMemoryError("CUDA error: out of memory")
+
+    monkeypatch.setattr(loop, "evaluate_windows", evaluate_windows)
+    with pytest.raises(UserError, match="evaluation needs more memory than there is, even one row at a time"):
+        run(small_recipe, token_files, tmp_path / "run")
 
 
 def test_auto_takes_what_the_plan_says_and_keeps_the_rows_of_a_step(small_recipe, token_files, tmp_path, monkeypatch):
