@@ -129,7 +129,8 @@ def test_what_the_training_loop_costs_is_as_committed(readme, root):
     with (reference / "forecast.csv").open(encoding="utf-8", newline="") as file:
         later = [row for row in csv.DictReader(file) if float(row["elapsed_s"]) >= 60]
     off = max(abs(float(row["shown_s"]) / float(row["real_s"]) - 1) for row in later)
-    assert f"within {100 * off:.0f} % " in readme and off < 0.2
+    stated = int(re.search(r"within (\d+) % of the real end", readme).group(1)) / 100
+    assert off <= stated < 0.2  # of every step; the rows are half a minute apart
 
 
 def test_the_diagrams_are_there(readme):

@@ -5,7 +5,6 @@ end is closed. That happens when somebody asks for it, and also when this proces
 trains on alone. torchrun itself gets no signal, which would give its processes 30 seconds.
 """
 
-import _thread
 import json
 import os
 import subprocess
@@ -24,7 +23,7 @@ from plotarmour.config import Recipe
 from plotarmour.errors import UserError
 from plotarmour.suite.relay import Relay
 from plotarmour.training.ranks import check_share
-from plotarmour.training.stopping import StopRequest
+from plotarmour.training.stopping import StopRequest, ask_to_stop
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "train.py"
 STOP_AT_EOF = "PLOTARMOUR_STOP_AT_EOF"  # set for the processes that are started here
@@ -126,7 +125,7 @@ def stop_with_launcher() -> bool:
         with suppress(OSError):  # not sys.stdin: at exit, Python would wait for whoever reads it
             while os.read(0, 1):
                 pass
-        _thread.interrupt_main()
+        ask_to_stop("SIGINT")  # no real one: it may be ignored, or come before anybody heeds it
 
     threading.Thread(target=wait, daemon=True).start()
     return True

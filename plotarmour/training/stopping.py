@@ -14,6 +14,14 @@ from plotarmour.machine import host
 KAGGLE_MINUTES = {"Interactive": 510.0, "Batch": 660.0}
 
 
+_asked_by_threads: list[str] = []
+
+
+def ask_to_stop(name: str) -> None:
+    """Ask what trains in this process, now or later, to stop as by a signal of this name; for other threads."""
+    _asked_by_threads.append(name)
+
+
 class StopRequest(contextlib.AbstractContextManager):
     """SIGINT and SIGTERM ask the loop to finish its step and save; a second one stops at once.
 
@@ -22,8 +30,12 @@ class StopRequest(contextlib.AbstractContextManager):
     """
 
     def __init__(self):
-        self.asked: str | None = None
+        self.signal: str | None = None
         self.before: dict = {}
+
+    @property
+    def asked(self) -> str | None:
+        return self.signal or next(iter(_asked_by_threads), None)
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # nobody else can
@@ -35,9 +47,9 @@ class StopRequest(contextlib.AbstractContextManager):
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame) -> None:
-        if self.asked:
+        if self.signal:
             raise KeyboardInterrupt
-        self.asked = signal.Signals(number).name
+        self.signal = signal.Signals(number).name
         if sys.stderr is not None and sys.stderr.isatty():  # os.write: print may be what was interrupted
             os.write(sys.stderr.fileno(), b"\nfinishing the step, then saving; once more stops at once\n")
 
