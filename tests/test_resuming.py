@@ -22,7 +22,7 @@ RECIPE = Recipe("small", "gpt2", DataConfig("bpe:400"),
 
 
 # That may be others from session to session; a dtype that was asked for counts as what is computed in.
-FREE = ("device", "dtype", "max_minutes", "keep_every", "micro_batch_is_auto")
+FREE = ("device", "dtype", "max_minutes", "checkpoint_interval", "keep_every", "log_interval", "micro_batch_is_auto")
 
 
 def changed(**settings):
