@@ -141,7 +141,8 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
             "params": sum(p.numel() for p in model.parameters()),
             "params_non_embedding": model.config.non_embedding_params,
             "vocab_size": made.vocab_size, "tokenizer": {"kind": made.kind, "sha256": made.sha256},
-            "train": _fingerprint(train_path, train_data), "val": _fingerprint(val_path, val_data),
+            "train": _fingerprint(train_path, train_data) | {"order_sha256": windows.order_sha256()},
+            "val": _fingerprint(val_path, val_data),
         }
 
         def claim() -> dict:

@@ -11,6 +11,7 @@ Two ways to cut:
                a story from its first token.
 """
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -93,6 +94,23 @@ class Windows:
             rows.append(self._window(int(self._order(epoch)[i]), epoch))
         return rows
 
+    def order_sha256(self) -> str:
+        """Hash the tokens and the order in which the first epoch reads them; later epochs follow by the same rule.
+
+        Returns:
+            SHA-256, hex, of the text's payload_sha256 and then of begin and end of every window as it is read,
+            little-endian int64. Runs with the same one see the same tokens in the same order.
+        """
+        order = self._order(0)
+        if self.kind == "stories":
+            windows = self._cuts[order]
+        else:
+            begins = self._phase(0) + order * self.context_length
+            windows = np.stack((begins, begins + self.context_length), axis=1)
+        hashed = hashlib.sha256(self.data.header["payload_sha256"].encode())
+        hashed.update(windows.astype("<i8").tobytes())
+        return hashed.hexdigest()
+
     def micro_batch(self, rows: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """Read rows as int64 (inputs, targets), each (B, T), T the longest row; padding is end-of-text and `IGNORE`."""
         end_of_text, T = self.data.header["end_of_text_id"], max(end - begin for begin, end in rows)
@@ -118,9 +136,17 @@ class Windows:
     def _window(self, i: int, epoch: int) -> tuple[int, int]:
         if self.kind == "stories":
             return int(self._cuts[i, 0]), int(self._cuts[i, 1])
-        word = int(Philox(key=np.array([self.seed, epoch], dtype=np.uint64), counter=1 << 64).random_raw())
-        begin = word % (self._last_phase + 1) + i * self.context_length
+        begin = self._phase(epoch) + i * self.context_length
         return begin, begin + self.context_length
+
+    def _phase(self, epoch: int) -> int:
+        """Where the first window of an epoch begins, for kind "stream"."""
+        known = self.__dict__.setdefault("_phases", {})
+        if epoch not in known:
+            known.clear()
+            word = int(Philox(key=np.array([self.seed, epoch], dtype=np.uint64), counter=1 << 64).random_raw())
+            known[epoch] = word % (self._last_phase + 1)
+        return known[epoch]
 
     def _order(self, epoch: int) -> np.ndarray:
         known = self.__dict__.setdefault("_orders", {})

@@ -1,3 +1,4 @@
+import hashlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,8 @@ def data(*stories, end=0):
     rows = [[*ids, end] for ids in stories]
     return SimpleNamespace(tokens=np.array(sum(rows, []), dtype=np.uint16), path="x.bin",
                            offsets=np.cumsum([0, *map(len, rows[:-1])]).astype(np.uint64),
-                           n_tokens=sum(map(len, rows)), header={"end_of_text_id": end})
+                           n_tokens=sum(map(len, rows)),
+                           header={"end_of_text_id": end, "payload_sha256": f"{hash(str(stories)):x}"})
 
 
 def test_a_batch_written_out_as_integers():
@@ -76,3 +78,17 @@ def test_a_text_shorter_than_a_context_is_refused():
     """Guards: an epoch of zero windows."""
     with pytest.raises(UserError, match="holds 4 tokens, fewer than one context of 8"):
         Windows(data([1, 2, 3]), 8, "stream", 0, 1)
+
+
+@pytest.mark.parametrize("kind", ["stream", "stories"])
+def test_the_hash_of_the_order_is_that_of_the_rows_as_they_are_read(kind):
+    """Guards: a hash that claims the same order for runs that read another one."""
+    stories = data(*[list(range(1 + 7 * i, 8 + 7 * i)) for i in range(30)])
+    windows = Windows(stories, 10, kind, seed=1, rows_per_step=1)
+    rows = [windows.rows_of(step)[0] for step in range(windows.per_epoch)]
+    expected = stories.header["payload_sha256"].encode() + np.array(rows, dtype="<i8").tobytes()
+    assert windows.order_sha256() == hashlib.sha256(expected).hexdigest()
+    same = Windows(stories, 10, kind, seed=1, rows_per_step=4)
+    others = [Windows(stories, 10, kind, 2, 1), Windows(stories, 20, kind, 1, 1),
+              Windows(data([5, 6, 7] * 80), 10, kind, 1, 1)]
+    assert same.order_sha256() == windows.order_sha256() not in {other.order_sha256() for other in others}
