@@ -9,11 +9,11 @@
 # %% [markdown]
 # # 3 · Compare on held-out stories
 #
-# **What you get:** perplexity and bits per byte of both models on every test story, beside what one gets without a
-# neural network, as table, CSVs and figures.
+# **What you get:** the verdict with its interval: perplexity and bits per byte of all runs on every test story, beside
+# what one gets without a neural network, as table, figures, CSVs and one page to hand on, `report.html`.
 #
-# **Time:** under a minute for `tiny`, a few for `laptop` on two CPU cores. **Hardware:** as for training.
-# **Needs:** the results folder with a trained `bdh` and `gpt2`. **Leaves behind:** the folder `comparison`.
+# **Time:** a minute for `tiny`, a few for `laptop` on two CPU cores. **Hardware:** as for training.
+# **Needs:** the results folder with trained runs, such as `bdh` and `gpt2`. **Leaves behind:** the folder `comparison`.
 
 # %% [markdown]
 # ## Set-up
@@ -40,14 +40,14 @@ print(report())
 # %% [markdown]
 # ## Parameters
 # The same recipe and results folder as before. On Kaggle, attach the outputs of the other notebooks and name their
-# folders.
+# run folders. Runs that differ only in their seed are put together.
 
 # %% tags=["parameters"]
 recipe = "tiny"  # name of a file in plotarmour/recipes, without .toml
 results = ""  # folder for the comparison; empty: results/RECIPE
 tokens = ""  # folder that notebook 1 wrote; empty: the results folder
-bdh_run = ""  # run folder of the BDH; empty: bdh in the results folder
-gpt2_run = ""  # run folder of the GPT-2; empty: gpt2 in the results folder
+runs = ""  # run folders separated by ; each a path, or a name in the results folder; empty: all that are there
+unfinished = False  # True: compare runs that have not ended, too; they are labelled
 
 # %% [markdown]
 # ## One real example
@@ -57,12 +57,14 @@ gpt2_run = ""  # run folder of the GPT-2; empty: gpt2 in the results folder
 # %%
 from plotarmour.evaluation.scoring import score_stories
 from plotarmour.runs import load_run
-from plotarmour.suite.steps import compare_runs, find_prepared, for_people, list_files, results_folder
+from plotarmour.suite.compare import compare_runs, find_runs
+from plotarmour.suite.steps import find_prepared, list_files, results_folder
+from plotarmour.suite.verdict import for_people
 from plotarmour.text.tokenfile import TokenFile
 
 folder = results_folder(recipe, results)
 paths = find_prepared(Path(tokens) if tokens else folder)
-runs = [Path(bdh_run or folder / "bdh"), Path(gpt2_run or folder / "gpt2")]
+run_folders = find_runs(folder, runs)
 test = TokenFile.open(paths["test"])
 
 # %%
@@ -70,19 +72,20 @@ import pandas as pd
 
 pieces = [test.tokenizer().decode([i]) for i in test.story(0)] + ["<|endoftext|>"]
 example = {"token": pieces}
-for run in map(load_run, runs):
-    [score] = score_stories(run.model, test, run.context_length, run.machine, stories=1, name=run.name)
+for run in map(load_run, run_folders[:4]):
+    [score] = score_stories(run.model, test, run.context_length, run.machine, stories=[0], name=run.name)
     example[f"nats ({run.name})"] = score.token_nats.round(2)
 pd.DataFrame(example).head(40).T
 
 # %% [markdown]
 # ## The work
-# Every test story is scored by both models on exactly the same tokens, given only its own story so far. Nats are added,
-# tokens counted, divided once. The floors are counted from the training tokens: uniform, single tokens, and pairs.
+# Every test story is scored by all runs on exactly the same tokens, given only its own story so far. Nats are added,
+# tokens counted, divided once. The floors are counted from the training tokens: uniform, single tokens, pairs, triples.
+# Before anything is reported, every model is checked for leaks: does it see what it is to foresee?
 
 # %%
-table = compare_runs(runs, paths["test"], folder / "comparison", paths["train"], paths.get("facts"),
-                     title=f"Test stories of recipe {recipe}")
+table = compare_runs(run_folders, paths["test"], folder / "comparison", paths["train"], paths.get("facts"),
+                     title=f"test stories of recipe {Path(recipe).stem}", unfinished=unfinished)
 for_people(table)
 
 # %%
@@ -91,14 +94,24 @@ display(Image(folder / "comparison" / "perplexity.png"))
 # %%
 display(Image(folder / "comparison" / "training_curves.png"))
 
+# %%
+if (folder / "comparison" / "differences.png").exists():
+    display(Image(folder / "comparison" / "differences.png"), Image(folder / "comparison" / "win_shares.png"))
+
+# %%
+display(Image(folder / "comparison" / "loss_by_position.png"))
+
+# %%
+pd.read_csv(folder / "comparison" / "checks.csv")
+
 # %% [markdown]
 # ## A second text
 # Only if notebook 1 was given an `extra_text`: its stories that also stand in the training text were left out.
 
 # %%
 if "extra" in paths:
-    extra = compare_runs(runs, paths["extra"], folder / "comparison_extra", paths["train"],
-                         title=f"Second text, recipe {recipe}")
+    extra = compare_runs(run_folders, paths["extra"], folder / "comparison_extra", paths["train"],
+                         title=f"second text, recipe {Path(recipe).stem}", unfinished=unfinished)
     display(for_people(extra), Image(folder / "comparison_extra" / "perplexity.png"))
 
 # %% [markdown]
@@ -112,7 +125,8 @@ print((folder / "comparison" / "summary.txt").read_text())
 
 # %% [markdown]
 # ## Files written
-# `stories_*.csv` holds a row per story (tokens, bytes, nats), so every number above can be recomputed.
+# `report.html` holds it all in one page, to hand on; `stories_*.csv` a row per story (tokens, bytes, nats), so that
+# every number above can be recomputed; `pairs.csv` the differences with their intervals.
 
 # %%
 print(list_files(folder / "comparison"))

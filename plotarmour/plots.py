@@ -23,7 +23,7 @@ def training_curves(runs: dict[str, tuple[str, pd.DataFrame]], path: Path, floor
         path: of the PNG.
         floor: loss of the bigram floor, drawn as a line.
     """
-    figure, (left, right) = _figure(10, 4.2, columns=2, sharey=True)
+    figure, (left, right) = new_figure(10, 4.2, columns=2, sharey=True)
     most_tokens, longest_s = (max(log[c].max() for _, log in runs.values()) for c in ("tokens_seen", "elapsed_s"))
     tokens, tokens_unit = (1e6, "million") if most_tokens >= 1e6 else (1e3, "thousand")
     seconds, time_unit = (60, "minutes") if longest_s >= 180 else (1, "seconds")
@@ -34,7 +34,7 @@ def training_curves(runs: dict[str, tuple[str, pd.DataFrame]], path: Path, floor
             axes.plot(x, log["train_loss"], color=color, alpha=0.25, linewidth=1)
             measured = log["val_loss"].notna()
             axes.plot(x[measured], log["val_loss"][measured], dash, color=color, linewidth=2, marker="o", markersize=3,
-                      label=f"{_label(name, kind)}: last {log['val_loss'][measured].iloc[-1]:.2f}")
+                      label=f"{arm_label(name, kind)}: last {log['val_loss'][measured].iloc[-1]:.2f}")
     for axes, label in ((left, f"training tokens ({tokens_unit})"), (right, f"time ({time_unit})")):
         if floor:
             axes.axhline(floor, color=GRAY, linewidth=1, linestyle="--")
@@ -53,36 +53,12 @@ def training_curves(runs: dict[str, tuple[str, pd.DataFrame]], path: Path, floor
     left.set_title("Validation loss (faint: training) against tokens", loc="left", fontsize=11)
     right.set_title("... and against time", loc="left", fontsize=11)
     right.legend(frameon=False, loc="upper right")
-    return _save(figure, path)
-
-
-def perplexity_bars(table: pd.DataFrame, path: Path, title: str = "") -> Path:
-    """Draw perplexity of runs and floors as bars on a logarithmic axis, best on top.
-
-    Args:
-        table: with columns name, perplexity and, for runs, model.
-        path: of the PNG.
-        title: says on what text.
-    """
-    figure, axes = _figure(8, 0.9 + 0.5 * len(table))
-    kinds = table["model"] if "model" in table else pd.Series([None] * len(table))
-    colors = [MODEL_COLORS.get(kind, GREEN if "corpus" in name else "#C4C4C4")
-              for name, kind in zip(table["name"], kinds, strict=True)]
-    bars = axes.barh(range(len(table)), table["perplexity"], color=colors)
-    axes.bar_label(bars, [f"{v:,.1f}" if v >= 10 else f"{v:.3f}" for v in table["perplexity"]], padding=4)
-    axes.set_yticks(range(len(table)), [_label(name, kind) if isinstance(kind, str) else name
-                                        for name, kind in zip(table["name"], kinds, strict=True)])
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlim(1, table["perplexity"].max() * 2.2)
-    axes.set_xlabel("perplexity on held-out stories (logarithmic; lower is better)")
-    axes.set_title(title or "Perplexity: models in colour, floors in gray", loc="left", fontsize=11)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def story_lengths(tokens_per_story: Sequence[int], path: Path, context_length: int | None = None) -> Path:
     """Draw a histogram of story lengths in tokens, with the context length as a line."""
-    figure, axes = _figure(8, 3.2)
+    figure, axes = new_figure(8, 3.2)
     axes.hist(tokens_per_story, bins=min(60, max(10, len(tokens_per_story) // 50)), color=BLUE)
     if context_length:
         axes.axvline(context_length, color=ORANGE, linewidth=2)
@@ -91,7 +67,7 @@ def story_lengths(tokens_per_story: Sequence[int], path: Path, context_length: i
     axes.set_xlabel("tokens per story")
     axes.set_ylabel("stories")
     axes.set_title("How long the stories are", loc="left", fontsize=11)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def coloured_tokens(pieces: Sequence[str]) -> str:
@@ -108,12 +84,14 @@ def coloured_tokens(pieces: Sequence[str]) -> str:
     return f'<div style="font-family:monospace;line-height:1.7;max-width:60em">{"".join(spans)}</div>'
 
 
-def _label(name: str, kind: str) -> str:
+def arm_label(name: str, kind: str) -> str:
+    """Return a run's or an arm's name as people know it: BDH, GPT-2, or its own with the model behind it."""
     shown = MODEL_NAMES.get(kind, kind)
     return shown if name in (kind, shown) else f"{name} ({shown})"
 
 
-def _figure(width: float, height: float, columns: int = 1, **options):
+def new_figure(width: float, height: float, columns: int = 1, **options):
+    """Return a figure of so many inches, and its axes: one, or an array of `columns`."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, columns, **options)
@@ -124,7 +102,8 @@ def _figure(width: float, height: float, columns: int = 1, **options):
     return figure, axes
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a PNG, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return path

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare runs on the same stories: totals, floors and figures."""
+"""Compare runs on the same stories: verdict with intervals, totals, floors, figures, a report."""
 
 import argparse
 import sys
@@ -8,29 +8,32 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plotarmour.errors import HelpFormatter, run_command
-from plotarmour.suite.steps import compare_runs, for_people
+from plotarmour.suite.compare import compare_runs
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, all of one tokenizer")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, all of one tokenizer; runs "
+                        "that differ only in their seed are put together")
     parser.add_argument("--data", type=Path, required=True, help="token file to score, best the test part")
     parser.add_argument("--out", type=Path, required=True, help="folder for the CSVs and figures")
-    parser.add_argument("--train", type=Path, help="training token file: adds uniform, unigram and bigram floors")
+    parser.add_argument("--train", type=Path, help="training token file: adds floors, and checks that stories are "
+                        "held out")
     parser.add_argument("--facts", type=Path, help=".facts.jsonl of the built-in corpus")
     parser.add_argument("--stride", type=int, help="tokens scored per sliding window in stories longer than the "
                         "context (default: half a context)")
     parser.add_argument("--title", default="", help="of the figure")
+    parser.add_argument("--unfinished", action="store_true", help="compare runs that have not ended, too, labelled")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     return parser
 
 
 def main() -> None:
     args = build_parser().parse_args()
-    table = compare_runs(args.runs, args.data, args.out, args.train, args.facts, args.stride, args.title,
-                         device=args.device)
-    print(for_people(table).to_string(index=False))
-    print(f"totals.csv, per-story rows and figures in {args.out}")
+    compare_runs(args.runs, args.data, args.out, args.train, args.facts, args.stride, args.title, device=args.device,
+                 unfinished=args.unfinished)
+    print((args.out / "summary.txt").read_text(encoding="utf-8"))
+    print(f"report.html, totals, per-story rows and figures in {args.out}")
 
 
 if __name__ == "__main__":

@@ -6,28 +6,36 @@ the closing end-of-text included), perplexity exp(loss), bits per byte nats / ln
 
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from plotarmour.errors import UserError
+from plotarmour.evaluation.facts import FACT_COLUMNS, CorpusFacts, fact_columns
 from plotarmour.evaluation.floors import count_floors
-from plotarmour.evaluation.scoring import StoryScore, score_stories
-from plotarmour.text.grammar import Story
+from plotarmour.evaluation.scoring import score_stories
+from plotarmour.flops import forward_flops_per_token, params_per_token, training_flops
 from plotarmour.text.stories import story_hash
 
 STORY_COLUMNS = ["story", "tokens", "bytes", "nats"]
+WHOLE_NUMBERS = ("params", "params_non_embedding", "params_per_token", "train_tokens", "steps", "checkpoint_step",
+                 "seed", "recall_tokens")
 
 
 @dataclass(frozen=True)
-class CorpusFacts:
-    """What the built-in corpus knows about a story: its exact nats, and the byte ranges of the recalled facts."""
+class Scores:
+    """All stories of a token file under one model.
 
-    nats: float
-    recalls: list[tuple[int, int]]
+    Attributes:
+        stories: a row per story, in order: story, tokens, bytes, nats; with facts also recall_tokens, recall_nats
+            (tokens that overlap a recalled word) and corpus_nats.
+        positions: a row per place in a story: position (0 is a story's first token), tokens (stories that have it),
+            nats (their sum).
+    """
+
+    stories: pd.DataFrame
+    positions: pd.DataFrame
 
 
 def totals(tokens: int, n_bytes: int, nats: float) -> dict[str, float]:
@@ -41,7 +49,8 @@ def totals(tokens: int, n_bytes: int, nats: float) -> dict[str, float]:
             "bits_per_byte": nats / math.log(2) / n_bytes}
 
 
-def evaluate_run(run, data, facts: dict[int, CorpusFacts] | None = None, stride: int | None = None) -> pd.DataFrame:
+def evaluate_run(run, data, facts: dict[int, CorpusFacts] | None = None, stride: int | None = None,
+                 unbounded: bool = False) -> Scores:
     """Score every story of a token file under a run.
 
     Args:
@@ -49,24 +58,29 @@ def evaluate_run(run, data, facts: dict[int, CorpusFacts] | None = None, stride:
         data: a `TokenFile` of the run's tokenizer.
         facts: by story hash, for stories of the built-in corpus.
         stride: of sliding windows, in tokens; half a context by default.
-
-    Returns:
-        One row per story in order: story, tokens, bytes, nats; with facts also recall_tokens and recall_nats (tokens
-        that overlap a recalled word) and corpus_nats.
+        unbounded: whether every token is given its whole story, through the model's state, instead of a window.
     """
-    sizes = run.tokenizer.token_bytes
-    rows = []
-    for score in score_stories(run.model, data, run.context_length, run.machine, stride, name=run.name):
-        row = [score.story, score.tokens, score.bytes, score.nats]
+    n = data.n_stories
+    columns = STORY_COLUMNS + (FACT_COLUMNS if facts else [])
+    table = np.zeros((n, len(columns)))
+    longest = int(_lengths(data).max())
+    nats, count = np.zeros(longest), np.zeros(longest, dtype=np.int64)
+    sizes = run.tokenizer.token_bytes if facts else None
+    for score in score_stories(run.model, data, None if unbounded else run.context_length, run.machine,
+                               None if unbounded else stride, name=run.name + (" unbounded" if unbounded else "")):
+        table[score.story, :4] = score.story, score.tokens, score.bytes, score.nats
+        nats[:score.tokens] += score.token_nats
+        count[:score.tokens] += 1
         if facts:
             known = facts.get(story_hash(run.tokenizer.decode(data.story(score.story))))
             if known is None:
                 raise UserError(f"story {score.story} of {data.path} is not in the facts file; expected the "
                                 ".facts.jsonl that was written with this text.")
-            row += _recall_columns(score, data, sizes, known)
-        rows.append(row)
-    columns = STORY_COLUMNS + (["recall_tokens", "recall_nats", "corpus_nats"] if facts else [])
-    return pd.DataFrame(rows, columns=columns).sort_values("story", ignore_index=True)
+            table[score.story, 4:] = fact_columns(score, data, sizes, known)
+    stories = pd.DataFrame(table, columns=columns)
+    stories = stories.astype({name: "int64" for name in ("story", "tokens", "bytes", "recall_tokens")
+                              if name in stories})
+    return Scores(stories, pd.DataFrame({"position": np.arange(longest), "tokens": count, "nats": nats}))
 
 
 def evaluate_floors(train_data, data) -> dict[str, pd.DataFrame]:
@@ -113,22 +127,24 @@ def comparison_table(scores: dict[str, pd.DataFrame], budgets: dict[str, dict]) 
         rows.append({"name": "the corpus itself", "stories": len(first), **sums, "over_corpus": 0.0,
                      "recall_tokens": recalls, "recall_loss": 0.0,
                      "other_loss": sums["nats"] / (sums["tokens"] - recalls)})
-    table = pd.DataFrame(rows).sort_values("loss", ignore_index=True)
-    for column in ("params", "params_non_embedding", "train_tokens", "steps", "checkpoint_step", "recall_tokens"):
+    table = pd.DataFrame(rows).sort_values("loss", ignore_index=True, kind="stable")
+    for column in WHOLE_NUMBERS:
         if column in table:
             table[column] = table[column].astype("Int64")  # floors have none: empty, not 0
     return table
 
 
 def budget_of(run) -> dict:
-    """Return what a run cost, from its folder: parameters, training tokens, seconds, memory, hardware.
+    """Return what a run cost, from its folder: parameters, training tokens, FLOPs, seconds, memory, hardware.
 
     Tokens, steps and seconds are those of the whole run; `checkpoint_step` is the step that was scored.
     """
-    final = next((json.loads((run.folder / name).read_text(encoding="utf-8"))
-                  for name in ("DONE.json", "STOPPED.json") if (run.folder / name).exists()), {})
-    return {"model": run.config.model, "params": run.info["params"],
-            "params_non_embedding": run.info["params_non_embedding"], "train_tokens": final.get("tokens_seen"),
+    final = _ending(run)
+    shape, T, tokens = run.model.config, run.context_length, final.get("tokens_seen")
+    return {"model": run.config.model, "seed": run.config.training.seed, "params": run.info["params"],
+            "params_non_embedding": run.info["params_non_embedding"], "params_per_token": params_per_token(shape),
+            "train_tokens": tokens, "flops_per_token": forward_flops_per_token(shape, T),
+            "train_flops": None if tokens is None else training_flops(shape, T, tokens),
             "steps": final.get("step"), "checkpoint_step": run.step, "train_s": final.get("elapsed_s"),
             "peak_memory_mib": final.get("peak_memory_mib"), "hardware": run.info["hardware"],
             "ended": final.get("reason", "unfinished")}
@@ -137,40 +153,27 @@ def budget_of(run) -> dict:
 def differences(runs: list) -> list[str]:
     """Say what makes a comparison of these runs unequal, one line each; empty where nothing does."""
     looked_at = {"training text": lambda run: run.info["train"]["payload_sha256"][:12],
-                 "seed": lambda run: run.config.training.seed, "context": lambda run: run.context_length,
+                 "seeds": lambda run: run.config.training.seed, "context": lambda run: run.context_length,
                  "rows per step": lambda run: run.config.training.rows_per_step,
                  "windows": lambda run: run.config.training.windows,
-                 "tokens": lambda run: budget_of(run)["train_tokens"], "end": lambda run: budget_of(run)["ended"]}
+                 "end": lambda run: _ending(run).get("reason", "unfinished")}
     found = []
     for what, value in looked_at.items():
         values = {run.name: value(run) for run in runs}
-        if len(set(values.values())) > 1:
+        if what == "seeds":  # several seeds are no difference where every kind of model has the same
+            values = {kind: sorted({value(run) for run in runs if run.config.model == kind})
+                      for kind in sorted({run.config.model for run in runs})}
+        if len({str(v) for v in values.values()}) > 1:
             found.append(f"{what}: " + ", ".join(f"{name} {v}" for name, v in values.items()))
     return found
 
 
-def write_facts(path: Path, stories: Iterable[Story]) -> Iterable[str]:
-    """Yield the texts of built-in stories while writing what the corpus knows about each to a JSON-lines file."""
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        for story in stories:
-            file.write(json.dumps({"hash": story_hash(story.text), "nats": story.nats, "recalls": story.recalls,
-                                   "facts": story.facts}) + "\n")
-            yield story.text
+def _ending(run) -> dict:
+    """How a run ended, or stopped for now; empty while it is under way."""
+    return next((json.loads((run.folder / name).read_text(encoding="utf-8"))
+                 for name in ("DONE.json", "STOPPED.json") if (run.folder / name).exists()), {})
 
 
-def read_facts(path: Path) -> dict[int, CorpusFacts]:
-    """Read what `write_facts` wrote, by story hash."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; expected the .facts.jsonl beside a text of tools/tell_stories.py.")
-    with path.open(encoding="utf-8") as file:
-        entries = (json.loads(line) for line in file)
-        return {e["hash"]: CorpusFacts(e["nats"], [tuple(r) for r in e["recalls"]]) for e in entries}
-
-
-def _recall_columns(score: StoryScore, data, sizes: np.ndarray, facts: CorpusFacts) -> list[float]:
-    ends = np.cumsum(sizes[np.asarray(data.story(score.story))])
-    starts = np.append(0, ends[:-1])
-    recalled = np.zeros(score.tokens, dtype=bool)  # the last one, end-of-text, never is
-    for begin, end in facts.recalls:
-        recalled[:-1] |= (starts < end) & (ends > begin)
-    return [int(recalled.sum()), float(score.token_nats[recalled].sum(dtype=np.float64)), facts.nats]
+def _lengths(data) -> np.ndarray:
+    """Tokens of every story, end-of-text included; int64 (n,)."""
+    return np.diff(np.asarray(data.offsets).astype(np.int64), append=data.n_tokens)

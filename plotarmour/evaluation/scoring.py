@@ -2,10 +2,11 @@
 
 The context of a story starts at the end-of-text token, and its closing end-of-text token is scored too: a story of n
 ids costs n + 1 tokens. Its bytes are those of its text alone. Stories longer than the context are scored by sliding
-windows: each window after the first sees context_length - stride tokens of the past and scores the next `stride`.
+windows: each window after the first sees context_length - stride tokens of the past and scores the next `stride`. A
+model that carries a state of any length (BDH) can also be scored *unbounded*: every token given its whole story.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from plotarmour.loss import IGNORE, token_nats
 from plotarmour.machine import Machine
 
 TOKENS_PER_BATCH = 4096
+PIECE = 4096  # tokens that are read at once where there is no context length: memory does not grow with the story
 
 
 @dataclass(frozen=True)
@@ -39,41 +41,46 @@ class StoryScore:
     token_nats: np.ndarray
 
 
-def score_stories(model: nn.Module, data, context_length: int, machine: Machine, stride: int | None = None,
-                  stories: int | None = None, name: str = "model") -> Iterator[StoryScore]:
+def score_stories(model: nn.Module, data, context_length: int | None, machine: Machine, stride: int | None = None,
+                  stories: Sequence[int] | None = None, name: str | None = "model") -> Iterator[StoryScore]:
     """Score the stories of a token file, in batches of similar length.
 
     Args:
         model: with `features` and `unembedding`, on the machine's device.
         data: a `TokenFile` (or `TokensInMemory`) of the model's tokenizer.
-        context_length: tokens a model sees at once.
+        context_length: tokens a model sees at once; None: all of a story, through the model's state.
         machine: device and dtype.
         stride: of sliding windows, in tokens; half a context by default.
-        stories: score only the first so many.
-        name: for the progress bar.
+        stories: score only these, by number.
+        name: for the progress bar; None: no bar.
 
     Yields:
-        A `StoryScore` per story; not in order.
+        A `StoryScore` per story; not in order. A few words of memory per story, and one batch, are held.
 
     Raises:
         UserError: a stride outside 1..context_length.
     """
-    stride = max(1, context_length // 2) if stride is None else stride
-    if not 1 <= stride <= context_length:
-        raise UserError(f"stride {stride} must be between 1 and the context length {context_length}.")
-    n = data.n_stories if stories is None else min(stories, data.n_stories)
-    ends = np.append(data.offsets[1:], data.n_tokens)
-    order = np.argsort((ends - data.offsets)[:n].astype(np.int64), kind="stable")
+    check_stride(stride, context_length)
+    lengths = np.append(data.offsets[1:], data.n_tokens).astype(np.int64) - np.asarray(data.offsets).astype(np.int64)
+    chosen = np.arange(data.n_stories) if stories is None else np.asarray(stories, dtype=np.int64)
+    order = chosen[np.argsort(lengths[chosen], kind="stable")]
     waiting: dict[int, list] = {}  # stories with windows still to come
-    with tqdm(total=n, desc=f"score {name}", unit="story", mininterval=1.0) as bar:
+    with tqdm(total=int(lengths[chosen].sum()), desc=f"score {name}", unit="token", unit_scale=True,
+              mininterval=1.0, disable=name is None) as bar:
         for batch in _batches(data, order, context_length, stride):
             for i, first, nats, last in _score_batch(model, batch, machine, data.header["end_of_text_id"]):
                 waiting.setdefault(i, []).append(nats[first:])
                 if last:
                     whole = np.concatenate(waiting.pop(i))
-                    bar.update()
+                    bar.update(len(whole))
                     yield StoryScore(i, len(whole), int(data.story_bytes[i]), float(whole.sum(dtype=np.float64)),
                                      whole)
+
+
+def check_stride(stride: int | None, context_length: int | None) -> None:
+    """Raise `UserError` unless sliding windows can go on by this stride."""
+    if stride is not None and not 1 <= stride <= (context_length or 0):
+        raise UserError(f"stride {stride} must be between 1 and the context length {context_length}.")
 
 
 def windows_of(n_targets: int, context_length: int, stride: int) -> list[tuple[int, int, int]]:
@@ -92,14 +99,15 @@ def windows_of(n_targets: int, context_length: int, stride: int) -> list[tuple[i
     return rows
 
 
-def _batches(data, order: np.ndarray, context_length: int, stride: int) -> Iterator[list[tuple]]:
+def _batches(data, order: np.ndarray, context_length: int | None, stride: int | None) -> Iterator[list[tuple]]:
     """Rows (story, first scored, inputs, targets, last window), short ones together, about TOKENS_PER_BATCH each."""
     end_of_text = data.header["end_of_text_id"]
     batch, longest = [], 0
     for i in order:
         ids = np.asarray(data.story(int(i)), dtype=np.int64)
         inputs, targets = np.append(end_of_text, ids), np.append(ids, end_of_text)
-        rows = windows_of(len(targets), context_length, stride)
+        T = context_length or len(targets)
+        rows = windows_of(len(targets), T, stride or max(1, T // 2))
         for begin, end, first in rows:
             if batch and max(longest, end - begin) * (len(batch) + 1) > TOKENS_PER_BATCH:
                 yield batch
@@ -117,8 +125,14 @@ def _score_batch(model: nn.Module, batch: list[tuple], machine: Machine, pad: in
     targets = torch.full((len(batch), T), IGNORE)
     for row, (_, _, x, y, _) in enumerate(batch):
         inputs[row, :len(x)], targets[row, :len(y)] = torch.from_numpy(x), torch.from_numpy(y)
+    inputs, targets = inputs.to(machine.device), targets.to(machine.device)
+    size = PIECE if len(batch) == 1 else T  # only a story on its own can be that long
+    state, pieces = model.initial_state(1) if T > size else None, []
     with machine.autocast:
-        features = model.features(inputs.to(machine.device))[0]
-        nats = token_nats(features, model.unembedding, targets.to(machine.device)).float().cpu().numpy()
+        for begin in range(0, T, size):
+            features, state = model.features(inputs[:, begin:begin + size], state)
+            nats = token_nats(features, model.unembedding, targets[:, begin:begin + size])
+            pieces.append(nats.float().cpu().numpy())
+    nats = np.concatenate(pieces, axis=1)
     for row, (i, first, x, _, last) in enumerate(batch):
         yield i, first, nats[row, :len(x)], last

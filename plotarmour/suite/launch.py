@@ -125,6 +125,8 @@ def stop_with_launcher() -> bool:
         with suppress(OSError):  # not sys.stdin: at exit, Python would wait for whoever reads it
             while os.read(0, 1):
                 pass
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(1.0)  # the first process hears it, too, and tells all why they stop, unless it is gone
         ask_to_stop("SIGINT")  # no real one: it may be ignored, or come before anybody heeds it
 
     threading.Thread(target=wait, daemon=True).start()

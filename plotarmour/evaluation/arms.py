@@ -1,0 +1,141 @@
+"""Arms of a comparison: runs that differ in nothing but their seed, and what two arms have in common."""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from plotarmour.errors import UserError
+from plotarmour.evaluation.uncertainty import Difference, compare_seeds, sign_test
+
+# How a run was computed, not what it learned: runs of one arm may differ in it.
+NOT_THE_RECIPE = ("seed", "device", "dtype", "max_minutes", "checkpoint_interval", "keep_every", "log_interval",
+                  "micro_batch_size", "grad_accum_steps", "micro_batch_is_auto")
+# What arms can be matched by: words for people, the budget's column, how far apart still counts as the same.
+MATCHINGS = (("core parameters", "params_non_embedding", 0.05), ("training tokens", "train_tokens", 0.02),
+             ("FLOPs per token", "flops_per_token", 0.05), ("training FLOPs", "train_flops", 0.05),
+             ("time", "train_s", 0.10))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs of one recipe.
+
+    Attributes:
+        name: what their names begin with.
+        model: "bdh" or "gpt2".
+        runs: their names, by seed.
+        seeds: of the runs.
+    """
+
+    name: str
+    model: str
+    runs: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+def group_runs(runs: list) -> list[Arm]:
+    """Put runs that differ only in their seed into arms, in the order of their first runs.
+
+    Args:
+        runs: of `plotarmour.runs.Run`; names differ.
+
+    Raises:
+        UserError: two runs that do not even differ in their seed.
+
+    Example:
+        Runs bdh_seed-1, gpt2_seed-1, bdh_seed-2 become the arms bdh (seeds 1, 2) and gpt2 (seed 1).
+    """
+    groups: dict[str, list] = {}
+    for run in runs:
+        training = {k: v for k, v in dataclasses.asdict(run.config.training).items() if k not in NOT_THE_RECIPE}
+        key = json.dumps([run.config.model, run.config.architecture, training, run.config.training.rows_per_step,
+                          run.info["train"]["payload_sha256"]], sort_keys=True)
+        groups.setdefault(key, []).append(run)
+    arms = []
+    for group in groups.values():
+        group.sort(key=lambda run: run.config.training.seed)
+        for one, other in zip(group, group[1:], strict=False):
+            if one.config.training.seed == other.config.training.seed:
+                raise UserError(f"{one.name} and {other.name} are the same run (seed {one.config.training.seed}); name "
+                                "it once, or train it with other seeds.")
+        arms.append(Arm(_common_name([run.name for run in group]), group[0].config.model,
+                        tuple(run.name for run in group), tuple(run.config.training.seed for run in group)))
+    names = [arm.name for arm in arms]
+    return [arm if names.count(arm.name) == 1 else dataclasses.replace(arm, name=arm.runs[0]) for arm in arms]
+
+
+def pairs_of(arms: list[Arm]) -> list[tuple[Arm, Arm]]:
+    """Return what is compared: every BDH with every other arm; without a BDH, or with nothing else, the first arm."""
+    ours = [arm for arm in arms if arm.model == "bdh"]
+    others = [arm for arm in arms if arm.model != "bdh"]
+    return [(a, b) for a in ours for b in others] if ours and others else [(arms[0], b) for b in arms[1:]]
+
+
+def arm_budget(arm: Arm, budgets: dict[str, dict]) -> dict[str, float]:
+    """Return the mean over an arm's runs of every budget that `MATCHINGS` names; NaN where one is not known."""
+    return {column: float(np.mean([np.nan if budgets[run].get(column) is None else float(budgets[run][column])
+                                   for run in arm.runs])) for _, column, _ in MATCHINGS}
+
+
+def compare_arms(arms: list[Arm], scores: dict[str, pd.DataFrame], budgets: dict[str, dict],
+                 same_order: bool) -> pd.DataFrame:
+    """Compare arms with 95 % intervals, and their runs seed by seed.
+
+    Args:
+        arms: of `group_runs`.
+        scores: by run name, the stories' rows.
+        budgets: by run name, of `budget_of`.
+        same_order: whether runs of one seed have read the same tokens in the same order.
+
+    Returns:
+        A row per pair: a, b, speaks_of ("recipes": seeds are drawn anew, then stories; "checkpoints": stories alone),
+        seeds_a, seeds_b (how many), difference of losses in nats per token, perplexity_ratio and bits_per_byte_ratio
+        with _low and _high, stories that a and b foresee better, ties, sign_p (sign test), and for every matching the
+        ratio a / b of the budgets and `matched`, those that are the same.
+    """
+    rows = []
+    for a, b in pairs_of(arms):
+        whole = len(a.runs) > 1 or len(b.runs) > 1
+        couples = [(run, b.runs[b.seeds.index(seed)]) for run, seed in zip(a.runs, a.seeds, strict=True)
+                   if seed in b.seeds]
+        if whole:
+            rows.append({"a": a.name, "b": b.name, "speaks_of": "recipes"}
+                        | _compared(a.runs, b.runs, scores, same_order and a.seeds == b.seeds)
+                        | _matched(arm_budget(a, budgets), arm_budget(b, budgets)))
+        for one, other in couples or ([] if whole else [(a.runs[0], b.runs[0])]):
+            single = [arm_budget(Arm(run, "", (run,), ()), budgets) for run in (one, other)]
+            rows.append({"a": one, "b": other, "speaks_of": "checkpoints"}
+                        | _compared([one], [other], scores, False) | _matched(*single))
+    return pd.DataFrame(rows)
+
+
+def _compared(runs_a, runs_b, scores: dict[str, pd.DataFrame], paired: bool) -> dict:
+    tokens = scores[runs_a[0]]["tokens"].to_numpy()
+    a, b = (np.stack([scores[run]["nats"].to_numpy() for run in runs]) for runs in (runs_a, runs_b))
+    found: Difference = compare_seeds(tokens, a, b, paired=paired)
+    signs = sign_test(tokens, a.mean(axis=0), b.mean(axis=0))
+    row = {"seeds_a": len(a), "seeds_b": len(b), "stories": len(tokens)}
+    for name, interval in (("difference", found.difference), ("perplexity_ratio", found.perplexity_ratio),
+                           ("bits_per_byte_ratio", found.ratio)):
+        row |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return row | {"a_better": signs.a_better, "b_better": signs.b_better, "ties": signs.ties, "sign_p": signs.p_value}
+
+
+def _matched(a: dict[str, float], b: dict[str, float]) -> dict:
+    ratios = {f"{column}_ratio": a[column] / b[column] for _, column, _ in MATCHINGS}
+    same = [words for words, column, tolerance in MATCHINGS if abs(a[column] / b[column] - 1) <= tolerance]
+    return ratios | {"matched": ", ".join(same)}
+
+
+def _common_name(names: list[str]) -> str:
+    """What names have in common, without a trailing seed."""
+    common = names[0]
+    while not all(name.startswith(common) for name in names):
+        common = common[:-1]
+    if len(names) > 1:
+        common = re.sub(r"[-_. ]*(seed|s)?[-_. =]*\d*$", "", common)
+    return common or names[0]
