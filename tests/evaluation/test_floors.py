@@ -117,6 +117,9 @@ def test_trigrams_counted_for_one_text_score_it_alike_and_no_other():
     assert len(floors.trigrams.keys) < len(count_floors(train).trigrams.keys)
     with pytest.raises(ValueError, match="these floors are for another text"):
         floors.story_nats(some_text(4))
+    floors = count_floors(train, data([1, 2]))  # histories (0, 0), (0, 1) and (1, 2), after which comes 0
+    with pytest.raises(ValueError, match="these floors are for another text"):
+        one(floors.trigram, 0, 2, 0)
 
 
 @pytest.mark.parametrize("most", [400, 150, 40])
@@ -154,6 +157,9 @@ def test_rows_of_the_floors_are_those_of_runs():
     for frame in found.values():
         assert list(frame.columns) == STORY_COLUMNS
         assert frame[["story", "tokens", "bytes"]].values.tolist() == [[0, 3, 4], [1, 2, 2]]
+        assert (frame.dtypes == ["int64", "int64", "int64", "float64"]).all()
+    assert found["trigram"]["nats"].tolist() == pytest.approx(
+        count_floors(data([1, 2, 1], vocab_size=4)).story_nats(data([1, 3], [2], vocab_size=4))["trigram"].tolist())
     assert found["uniform"]["nats"].tolist() == pytest.approx([3 * math.log(4), 2 * math.log(4)])
 
 
