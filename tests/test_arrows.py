@@ -16,6 +16,7 @@ MAY_KNOW = {
     "shapes": {"errors", "config", "models"},
     # follows their constants instead of copying them
     "memory": {"config", "errors", "loss", "machine", "models", "shapes", "training"},
+    "flops": {"models"},
     "resuming": {"errors", "config", "training"},
     "runs": BASIC | {"config", "machine", "memory", "resuming", "shapes", "text", "training"},
     "suite": BASIC | {"config", "machine", "loss", "plots", "text", "models", "training", "evaluation", "runs",

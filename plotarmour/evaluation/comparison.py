@@ -84,14 +84,15 @@ def evaluate_run(run, data, facts: dict[int, CorpusFacts] | None = None, stride:
 
 
 def evaluate_floors(train_data, data) -> dict[str, pd.DataFrame]:
-    """Score every story under the uniform, unigram and bigram floors of the training tokens; columns as for runs."""
-    floors, end = count_floors(train_data), data.header["end_of_text_id"]
-    rows = {"uniform": [], "unigram": [], "bigram": []}
-    for i in range(data.n_stories):
-        ids = np.asarray(data.story(i))
-        for name, nats in floors.story_nats(ids, end).items():
-            rows[name].append([i, len(ids) + 1, int(data.story_bytes[i]), nats])
-    return {name: pd.DataFrame(values, columns=STORY_COLUMNS) for name, values in rows.items()}
+    """Score every story under the floors of the training tokens; columns as for runs.
+
+    Returns:
+        By name: uniform, unigram, bigram, trigram.
+    """
+    floors = count_floors(train_data, data)
+    lengths = np.diff(np.append(data.offsets, data.n_tokens).astype(np.int64))
+    facts = {"story": np.arange(data.n_stories), "tokens": lengths, "bytes": data.story_bytes.astype(np.int64)}
+    return {name: pd.DataFrame(facts | {"nats": nats}) for name, nats in floors.story_nats(data).items()}
 
 
 def comparison_table(scores: dict[str, pd.DataFrame], budgets: dict[str, dict]) -> pd.DataFrame:

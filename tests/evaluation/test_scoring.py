@@ -1,34 +1,18 @@
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from in_memory import data, draw_stories
 
 from plotarmour.errors import UserError
-from plotarmour.evaluation.comparison import comparison_table, evaluate_floors, totals
-from plotarmour.evaluation.floors import count_floors
+from plotarmour.evaluation.comparison import comparison_table, totals
 from plotarmour.evaluation.scoring import score_stories, windows_of
 from plotarmour.machine import find_machine
 
 CPU = find_machine("cpu")
-
-
-def data(*stories, vocab_size=50, end=0):
-    """Stories as ids, two bytes per id, each closed by `end`, like a token file."""
-    rows = [[*ids, end] for ids in stories]
-    tokens = np.array(sum(rows, []), dtype=np.uint16)
-    offsets = np.cumsum([0, *map(len, rows[:-1])]).astype(np.uint64)
-    return SimpleNamespace(tokens=tokens, offsets=offsets, n_tokens=len(tokens), n_stories=len(rows),
-                           story=lambda i: tokens[int(offsets[i]):int(offsets[i]) + len(rows[i]) - 1],
-                           story_bytes=np.array([2 * len(s) for s in stories], dtype=np.uint32),
-                           header={"end_of_text_id": end, "vocab_size": vocab_size})
-
-
-def draw_stories(*lengths):
-    return [np.random.default_rng(n).integers(1, 50, n).tolist() for n in lengths]
 
 
 def test_nats_are_those_of_each_story_alone_with_its_closing_token(small_model):
@@ -76,32 +60,6 @@ def test_totals_by_hand():
     """
     found = totals(16, 32, 16 * math.log(4))
     assert (found["loss"], found["perplexity"], found["bits_per_byte"]) == pytest.approx((math.log(4), 4.0, 1.0))
-
-
-def test_floors_by_hand():
-    """Guards: floors that are no probabilities, or counted across story borders the wrong way.
-
-    Train on one story "1 2 1", vocabulary 0..3, 0 ends: tokens 1 2 1 0, N = 4, three types. Unigram of 1:
-    (2 + 3/4) / (4 + 3). Bigrams 0→1, 1→2, 2→1, 1→0: P(2|1) = (1 + 2·P(2)) / (2 + 2), P(2) = (1 + 3/4) / 7 = 1/4.
-    """
-    floors = count_floors(data([1, 2, 1], vocab_size=4))
-    assert floors.unigram.tolist() == pytest.approx([0.25, 2.75 / 7, 0.25, 0.75 / 7])
-    assert float(floors.bigram(np.array([1]), np.array([2]))[0]) == pytest.approx((1 + 2 * 0.25) / 4)
-    assert float(floors.bigram(np.array([3]), np.array([2]))[0]) == pytest.approx(0.25)  # history never seen
-    for history in range(4):
-        assert floors.bigram(np.full(4, history), np.arange(4)).sum() == pytest.approx(1.0)
-    scores = evaluate_floors(data([1, 2, 1], vocab_size=4), data([1, 3], vocab_size=4))
-    assert float(scores["uniform"]["nats"].sum()) == pytest.approx(3 * math.log(4))
-
-
-def test_floors_do_not_depend_on_the_block_size(monkeypatch):
-    """Guards: a pair lost between two blocks of counting."""
-    stories = data(*draw_stories(40, 3, 77, 12))
-    whole = count_floors(stories)
-    monkeypatch.setattr("plotarmour.evaluation.floors.BLOCK", 7)
-    parts = count_floors(stories)
-    for name in ("unigram", "pairs", "pair_counts", "history_counts", "history_types"):
-        np.testing.assert_array_equal(getattr(whole, name), getattr(parts, name))
 
 
 def test_a_comparison_on_other_tokens_is_refused():

@@ -1,0 +1,73 @@
+"""Counted FLOPs against those that torch counts of real models."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from plotarmour.flops import forward_flops_per_token, training_flops, weights_used_per_token
+from plotarmour.models.bdh import BDH, BDHConfig
+from plotarmour.models.gpt2 import GPT2, GPT2Config
+
+SMALL = {"bdh": BDHConfig(2, 4, 2, 4, vocab_size=5, dropout=0.0),
+         "gpt2": GPT2Config(2, 4, 2, vocab_size=5, context_length=3, dropout=0.0)}
+REAL = {"bdh": BDHConfig(3, 16, 2, 8, vocab_size=50, dropout=0.0),
+        "one pass": BDHConfig(1, 8, 4, 6, vocab_size=31, dropout=0.0),
+        "gpt2": GPT2Config(3, 16, 2, vocab_size=50, context_length=40, dropout=0.0),
+        "one layer": GPT2Config(1, 24, 4, vocab_size=31, context_length=64, dropout=0.0)}
+
+
+def counted(config, backward):
+    """FLOPs that torch counts for 2 rows of 24 tokens.
+
+    BDH by its formula, because torch does not see into the tiled form's own backward. GPT-2's attention by its
+    formula, too: fused kernels on a CPU are not counted, and those on a GPU take their scores twice.
+    """
+    torch.manual_seed(0)
+    model = BDH(config) if isinstance(config, BDHConfig) else GPT2(config)
+    if isinstance(config, BDHConfig):
+        model.form = "parallel"
+    inputs = torch.randint(config.vocab_size, (2, 24))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        if backward:
+            model(inputs).square().sum().backward()
+        else:
+            model(inputs)
+    return counter.get_total_flops()
+
+
+def test_by_hand():
+    """Guards: multiply-adds counted once, one head's neurons in place of all, the unembedding once per pass.
+
+    BDH: H·N·D = 64, H·(N + D) = 24, a pass 6 · 64 + 6 · 24 = 528, all 2 · 528 + 2 · 4 · 5. GPT-2: a layer
+    24 · 16 + 4 · 3 · 4 = 432, all 2 · 432 + 40.
+    """
+    assert {name: forward_flops_per_token(config, 3) for name, config in SMALL.items()} == {"bdh": 1096, "gpt2": 904}
+    assert training_flops(SMALL["gpt2"], 3, 1000) == 2_712_000
+    assert weights_used_per_token(SMALL["bdh"]) == 2 * 3 * 64
+    assert weights_used_per_token(SMALL["gpt2"]) == sum(
+        p.numel() for name, p in GPT2(SMALL["gpt2"]).named_parameters() if "wte" not in name and "wpe" not in name)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_forward_is_exactly_what_torch_counts(name):
+    """Guards: a product that the formula forgets, or one that the model no longer makes."""
+    assert 2 * 24 * forward_flops_per_token(REAL[name], 24) == counted(REAL[name], backward=False)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_training_is_three_times_forward(name):
+    """Guards: a backward counted once, or four times with recomputation.
+
+    Exactly so here: the first layer's inputs need gradients as well, because embeddings are trained.
+    """
+    assert training_flops(REAL[name], 24, 2 * 24) == counted(REAL[name], backward=True)
+
+
+def test_a_context_that_cannot_be_is_refused():
+    """Guards: FLOPs of a GPT-2 at positions it does not have."""
+    with pytest.raises(ValueError, match="context_length = 4 must be at most the 3 positions"):
+        forward_flops_per_token(SMALL["gpt2"], 4)
+    with pytest.raises(ValueError, match="context_length = 0 must be at least 1"):
+        training_flops(SMALL["bdh"], 0, 1)
+    assert forward_flops_per_token(SMALL["bdh"], 10**6) > 10**7
