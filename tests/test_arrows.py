@@ -20,7 +20,7 @@ MAY_KNOW = {
     "resuming": {"errors", "config", "training"},
     "runs": BASIC | {"config", "machine", "memory", "resuming", "shapes", "text", "training"},
     "suite": BASIC | {"config", "machine", "loss", "plots", "text", "models", "training", "evaluation", "runs",
-                      "resuming", "shapes", "memory"},
+                      "resuming", "shapes", "memory", "flops"},
 }
 
 

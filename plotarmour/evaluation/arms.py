@@ -14,6 +14,7 @@ from plotarmour.evaluation.uncertainty import Difference, compare_seeds, sign_te
 # How a run was computed, not what it learned: runs of one arm may differ in it.
 NOT_THE_RECIPE = ("seed", "device", "dtype", "max_minutes", "checkpoint_interval", "keep_every", "log_interval",
                   "micro_batch_size", "grad_accum_steps", "micro_batch_is_auto")
+UNBOUNDED = " unbounded"  # behind the name of a run that was scored with all of each story as context
 # What arms can be matched by: words for people, the budget's column, how far apart still counts as the same.
 MATCHINGS = (("core parameters", "params_non_embedding", 0.05), ("training tokens", "train_tokens", 0.02),
              ("FLOPs per token", "flops_per_token", 0.05), ("training FLOPs", "train_flops", 0.05),

@@ -4,7 +4,6 @@ One rule: add nats, count tokens, divide once, exponentiate once. Loss is nats /
 the closing end-of-text included), perplexity exp(loss), bits per byte nats / ln 2 / bytes of the stories' text.
 """
 
-import json
 import math
 from dataclasses import dataclass
 
@@ -15,7 +14,6 @@ from plotarmour.errors import UserError
 from plotarmour.evaluation.facts import FACT_COLUMNS, CorpusFacts, fact_columns
 from plotarmour.evaluation.floors import count_floors
 from plotarmour.evaluation.scoring import score_stories
-from plotarmour.flops import forward_flops_per_token, params_per_token, training_flops
 from plotarmour.text.stories import story_hash
 
 STORY_COLUMNS = ["story", "tokens", "bytes", "nats"]
@@ -133,46 +131,6 @@ def comparison_table(scores: dict[str, pd.DataFrame], budgets: dict[str, dict]) 
         if column in table:
             table[column] = table[column].astype("Int64")  # floors have none: empty, not 0
     return table
-
-
-def budget_of(run) -> dict:
-    """Return what a run cost, from its folder: parameters, training tokens, FLOPs, seconds, memory, hardware.
-
-    Tokens, steps and seconds are those of the whole run; `checkpoint_step` is the step that was scored.
-    """
-    final = _ending(run)
-    shape, T, tokens = run.model.config, run.context_length, final.get("tokens_seen")
-    return {"model": run.config.model, "seed": run.config.training.seed, "params": run.info["params"],
-            "params_non_embedding": run.info["params_non_embedding"], "params_per_token": params_per_token(shape),
-            "train_tokens": tokens, "flops_per_token": forward_flops_per_token(shape, T),
-            "train_flops": None if tokens is None else training_flops(shape, T, tokens),
-            "steps": final.get("step"), "checkpoint_step": run.step, "train_s": final.get("elapsed_s"),
-            "peak_memory_mib": final.get("peak_memory_mib"), "hardware": run.info["hardware"],
-            "ended": final.get("reason", "unfinished")}
-
-
-def differences(runs: list) -> list[str]:
-    """Say what makes a comparison of these runs unequal, one line each; empty where nothing does."""
-    looked_at = {"training text": lambda run: run.info["train"]["payload_sha256"][:12],
-                 "seeds": lambda run: run.config.training.seed, "context": lambda run: run.context_length,
-                 "rows per step": lambda run: run.config.training.rows_per_step,
-                 "windows": lambda run: run.config.training.windows,
-                 "end": lambda run: _ending(run).get("reason", "unfinished")}
-    found = []
-    for what, value in looked_at.items():
-        values = {run.name: value(run) for run in runs}
-        if what == "seeds":  # several seeds are no difference where every kind of model has the same
-            values = {kind: sorted({value(run) for run in runs if run.config.model == kind})
-                      for kind in sorted({run.config.model for run in runs})}
-        if len({str(v) for v in values.values()}) > 1:
-            found.append(f"{what}: " + ", ".join(f"{name} {v}" for name, v in values.items()))
-    return found
-
-
-def _ending(run) -> dict:
-    """How a run ended, or stopped for now; empty while it is under way."""
-    return next((json.loads((run.folder / name).read_text(encoding="utf-8"))
-                 for name in ("DONE.json", "STOPPED.json") if (run.folder / name).exists()), {})
 
 
 def _lengths(data) -> np.ndarray:

@@ -7,23 +7,22 @@ from pathlib import Path
 
 import pandas as pd
 
-from plotarmour import comparison_plots as figures
 from plotarmour.errors import UserError
-from plotarmour.evaluation.arms import Arm, compare_arms, group_runs, pairs_of
+from plotarmour.evaluation.arms import UNBOUNDED, Arm, compare_arms, group_runs, pairs_of
 from plotarmour.evaluation.checks import check_run, require
-from plotarmour.evaluation.comparison import budget_of, comparison_table, differences, evaluate_floors, evaluate_run
+from plotarmour.evaluation.comparison import comparison_table, evaluate_floors, evaluate_run
 from plotarmour.evaluation.facts import read_facts
 from plotarmour.evaluation.scoring import check_stride
 from plotarmour.evaluation.uncertainty import win_share_by_length
 from plotarmour.files import write_text
 from plotarmour.resuming import read_info
 from plotarmour.runs import Run, check_same_tokenizer, load_run
+from plotarmour.suite import figures
+from plotarmour.suite.budgets import budget_of, differences
 from plotarmour.suite.examples import different_stories, samples
 from plotarmour.suite.report import write_report
 from plotarmour.suite.verdict import arm_table, summarise
 from plotarmour.text.tokenfile import TokenFile
-
-UNBOUNDED = " unbounded"  # behind the name of a run that was scored with all of each story as context
 
 
 @dataclass(frozen=True)

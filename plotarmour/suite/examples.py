@@ -22,7 +22,7 @@ COLUMNS = ["story", "tokens", "a", "b", "nats_a", "nats_b", "better", "words", "
 
 def different_stories(arms: list[Arm], scores: dict[str, pd.DataFrame], data: TokenFile, which: str, device: str,
                       folders: list[Path]) -> pd.DataFrame:
-    """Find the stories whose nats differ most between the first runs of the first pair, and the words that did it.
+    """Find the stories whose nats per token differ most between the first runs of the first pair, and why
 
     Args:
         arms: of the comparison.
@@ -40,7 +40,7 @@ def different_stories(arms: list[Arm], scores: dict[str, pd.DataFrame], data: To
         return pd.DataFrame(columns=COLUMNS)
     names = (pairs[0][0].runs[0], pairs[0][1].runs[0])
     frames = [scores[name] for name in names]
-    gap = (frames[0]["nats"] - frames[1]["nats"]).to_numpy()
+    gap = ((frames[0]["nats"] - frames[1]["nats"]) / frames[0]["tokens"]).to_numpy()
     order = np.argsort(gap, kind="stable")
     count = min(EACH_WAY, len(gap) // 2)
     chosen = [int(i) for i in (*order[:count], *order[len(order) - count:][::-1])]

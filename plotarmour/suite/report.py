@@ -45,7 +45,7 @@ FIGURES = (
      "Perplexity on the held-out stories. Gray: what counting single tokens, pairs and triples gives without a neural "
      "network."),
     ("loss_by_position.png", "Where in a story",
-     "Loss by the place of a token in its story. A model that uses what it has read falls to the right."),
+     "Loss by the place of a token in its story: stories begin alike, and get harder to foresee as they go on."),
     ("win_shares.png", "Which stories",
      "In how many stories the first model of a pair needs fewer nats, by length of story; 95 % intervals."),
 )
@@ -89,7 +89,7 @@ def write_report(found, out: Path) -> Path:
 
 def _verdicts(found, names: dict[str, str], several: bool) -> str:
     told = [pair for _, pair in found.pairs.iterrows() if pair["speaks_of"] == "recipes" or not several]
-    lines = [f'<p><strong>{_t(_capital(verdict(pair, names)))}</strong></p>\n'
+    lines = [f'<p><strong>{_t(verdict(pair, names))}</strong></p>\n'
              f'<p class="small">{_t(how_sure(pair))}</p>' for pair in told]
     return '<div class="verdict">' + "\n".join(lines or ["<p>One arm alone: nothing to compare.</p>"]) + "</div>"
 
@@ -128,7 +128,7 @@ def _examples(found) -> list[str]:
         return []
     parts = ["<h2>Where they differ most</h2>",
              f'<p class="small">{_t(found.examples["a"].iat[0])} against {_t(found.examples["b"].iat[0])}: the stories '
-             "with the largest gaps in nats, and the words that cost the worse one most more.</p>"]
+             "with the largest gaps in nats per token, and the words that cost the worse one most more.</p>"]
     for row in found.examples.itertuples():
         parts.append(f"<details><summary>Story {row.story:,}, {row.tokens:,} tokens: {_t(row.better)} is better, "
                      f"{row.nats_a:,.1f} against {row.nats_b:,.1f} nats. {_t(row.words)}</summary>"
@@ -183,7 +183,3 @@ def _table(frame: pd.DataFrame, text: tuple[str, ...] = ()) -> str:
 
 def _t(value: object) -> str:
     return html.escape(str(value))
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

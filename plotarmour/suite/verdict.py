@@ -1,10 +1,11 @@
 """A comparison in words and in tables for people: the verdict with its interval, its denominators and its limits."""
 
+import dataclasses
 import math
 
 import pandas as pd
 
-from plotarmour.evaluation.arms import MATCHINGS, Arm
+from plotarmour.evaluation.arms import MATCHINGS, UNBOUNDED, Arm
 from plotarmour.plots import arm_label
 from plotarmour.training.loop import DONE
 
@@ -50,7 +51,9 @@ def arm_table(arms: list[Arm], table: pd.DataFrame) -> pd.DataFrame:
         bits_per_byte, loss_min, loss_max (over seeds).
     """
     by_name, rows, used = table.set_index("name"), [], set()
-    for arm in arms:
+    unbounded = [dataclasses.replace(arm, name=arm.name + UNBOUNDED, runs=tuple(run + UNBOUNDED for run in arm.runs))
+                 for arm in arms if all(run + UNBOUNDED in by_name.index for run in arm.runs)]
+    for arm in [*arms, *unbounded]:
         own = by_name.loc[list(arm.runs)]
         used |= set(arm.runs)
         loss = own["nats"].sum() / own["tokens"].sum()
@@ -87,7 +90,7 @@ def verdict(pair: pd.Series, names: dict[str, str]) -> str:
              f"{pair['perplexity_ratio_high'] - 1:+.1%})")
     found = (f"{a} foresees held-out stories better than {b}" if high < 0 else
              f"{a} foresees held-out stories worse than {b}" if low > 0 else
-             f"between {a} and {b} no difference can be told")
+             f"Between {a} and {b} no difference can be told")
     return f"{found} {about}, {_at_what_cost(pair)}."
 
 
@@ -120,7 +123,7 @@ def summarise(table: pd.DataFrame, what: str, unequal: list[str], arms: list[Arm
     names = arm_names(arms)
     for _, pair in (pairs if pairs is not None else pd.DataFrame()).iterrows():
         if pair["speaks_of"] == "recipes" or not several:
-            lines += ["", f"{_capital(verdict(pair, names))} {how_sure(pair)}"]
+            lines += ["", f"{verdict(pair, names)} {how_sure(pair)}"]
     lines.append("")
     if "over_corpus" in table and len(runs):
         low, high = runs["over_corpus"].min(), runs["over_corpus"].max()
@@ -169,8 +172,4 @@ def _size(value: float) -> str:
 
 def _p(value: float) -> str:
     return f"below {1e-6:.0e}" if value < 1e-6 else f"= {value:.2g}"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 

@@ -43,6 +43,29 @@ def test_long_stories_slide_by_the_stated_stride(small_model):
     assert score.nats == pytest.approx(sum(expected), rel=1e-5)
 
 
+@pytest.mark.parametrize("piece", [4096, 7])
+def test_without_a_context_length_every_token_is_given_its_whole_story(small_model, monkeypatch, piece):
+    """Guards: a "state of any length" that forgets, or is cut at the pieces that it is read in."""
+    monkeypatch.setattr("plotarmour.evaluation.scoring.PIECE", piece)
+    monkeypatch.setattr("plotarmour.evaluation.scoring.TOKENS_PER_BATCH", piece)
+    small_model.eval()
+    stories = draw_stories(45, 3, 60, 6)
+    found = {s.story: s for s in score_stories(small_model, data(*stories), None, CPU)}
+    for i, ids in enumerate(stories):
+        logits = small_model(torch.tensor([[0, *ids]]))[0]
+        expected = F.cross_entropy(logits, torch.tensor([*ids, 0]), reduction="none").detach()
+        np.testing.assert_allclose(found[i].token_nats, expected.numpy(), rtol=1e-3, atol=1e-5)
+
+
+def test_chosen_stories_are_scored_alone(small_model):
+    """Guards: numbers of stories that are their places in the choice."""
+    small_model.eval()
+    stories = data(*draw_stories(9, 30, 17, 5))
+    every = {s.story: s.nats for s in score_stories(small_model, stories, 64, CPU)}
+    some = {s.story: s.nats for s in score_stories(small_model, stories, 64, CPU, stories=[2, 0], name=None)}
+    assert some == pytest.approx({0: every[0], 2: every[2]}, rel=1e-5)
+
+
 @pytest.mark.parametrize(("n", "context", "stride"),
                          [(1, 8, 4), (8, 8, 4), (9, 8, 4), (50, 8, 8), (50, 8, 1), (23, 7, 3)])
 def test_windows_score_every_target_once(n, context, stride):

@@ -187,7 +187,7 @@ def win_shares(shares: dict[str, pd.DataFrame], path: Path) -> Path:
     axes.set_xticks(range(len(first)), [f"{low:,}–{high:,}" for low, high in
                                         zip(first["min_tokens"], first["max_tokens"], strict=True)])
     axes.axhline(50, color="#555555", linewidth=1)
-    axes.set_ylim(0, 100)
+    axes.set_ylim(-3, 103)
     axes.set_xlabel("tokens in the story")
     axes.set_ylabel("stories won (%)")
     axes.set_title("Share of stories that the first one foresees better", loc="left", fontsize=11)

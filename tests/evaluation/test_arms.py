@@ -1,0 +1,58 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from plotarmour.config import load_recipe
+from plotarmour.errors import UserError
+from plotarmour.evaluation.arms import compare_arms, group_runs, pairs_of
+
+
+def run(name, model, *settings):
+    return SimpleNamespace(name=name, config=load_recipe("tiny", model, list(settings)),
+                           info={"train": {"payload_sha256": "abc"}})
+
+
+def test_runs_that_differ_only_in_their_seed_are_one_arm():
+    """Guards: seeds taken for recipes, recipes taken for seeds."""
+    runs = [run("bdh_seed-1", "bdh", "seed=1"), run("gpt2_seed-1", "gpt2", "seed=1"),
+            run("gpt2-long_seed-1", "gpt2", "seed=1", "max_steps=4400"), run("bdh_seed-2", "bdh", "seed=2"),
+            run("gpt2_seed-2", "gpt2", "seed=2", "log_interval=5")]
+    arms = group_runs(runs)
+    assert [(arm.name, arm.runs, arm.seeds) for arm in arms] == [
+        ("bdh", ("bdh_seed-1", "bdh_seed-2"), (1, 2)), ("gpt2", ("gpt2_seed-1", "gpt2_seed-2"), (1, 2)),
+        ("gpt2-long_seed-1", ("gpt2-long_seed-1",), (1,))]
+    assert [(a.name, b.name) for a, b in pairs_of(arms)] == [("bdh", "gpt2"), ("bdh", "gpt2-long_seed-1")]
+
+
+def test_one_run_under_two_names_is_refused():
+    """Guards: an interval that shrinks because one run is counted twice."""
+    with pytest.raises(UserError, match="a and b are the same run"):
+        group_runs([run("a", "bdh"), run("b", "bdh")])
+
+
+def test_pairs_say_what_is_matched_and_what_the_interval_speaks_of():
+    """Guards: matchings that are claimed and not there; one seed's interval sold as the recipe's.
+
+    Two stories of 10 tokens. bdh costs 20 and 22 nats with seed 1, 24 and 26 with seed 2: 92 / 40 = 2.3 a token;
+    gpt2 30 and 30 with both: 3.0. The difference is -0.7.
+    """
+    arms = group_runs([run("bdh_seed-1", "bdh", "seed=1"), run("bdh_seed-2", "bdh", "seed=2"),
+                       run("gpt2_seed-1", "gpt2", "seed=1"), run("gpt2_seed-2", "gpt2", "seed=2")])
+    nats = {"bdh_seed-1": [20, 22], "bdh_seed-2": [24, 26], "gpt2_seed-1": [30, 30], "gpt2_seed-2": [30, 30]}
+    scores = {name: pd.DataFrame({"story": [0, 1], "tokens": 10, "bytes": 40, "nats": np.array(each, float)})
+              for name, each in nats.items()}
+    cheap = {"params_non_embedding": 100, "train_tokens": 1000, "flops_per_token": 10, "train_flops": 1e4,
+             "train_s": 60}
+    dear = cheap | {"params_non_embedding": 102, "flops_per_token": 20, "train_flops": 2e4, "train_s": None}
+    budgets = {name: dear if name.startswith("bdh") else cheap for name in nats}
+    pairs = compare_arms(arms, scores, budgets, same_order=True)
+    assert pairs["speaks_of"].tolist() == ["recipes", "checkpoints", "checkpoints"]
+    whole = pairs.iloc[0]
+    assert whole["difference"] == pytest.approx(-0.7) and whole["bits_per_byte_ratio"] == pytest.approx(2.3 / 3)
+    assert whole["perplexity_ratio"] == pytest.approx(np.exp(-0.7)) and whole["a_better"] == 2
+    assert whole["matched"] == "core parameters, training tokens"
+    assert whole["flops_per_token_ratio"] == 2 and np.isnan(whole["train_s_ratio"])
+    assert pairs.iloc[1][["a", "b"]].tolist() == ["bdh_seed-1", "gpt2_seed-1"]
+    assert pairs.iloc[1]["difference"] == pytest.approx(-0.9)
