@@ -56,10 +56,9 @@ def main() -> None:
     for arm, recipe, seconds in zip(arms, recipes, [around, *others], strict=True):
         ratio = statistics.median(own / base for own, base in zip(seconds, around, strict=True))
         ms = 1e3 * statistics.median(seconds) * recipe.training.tokens_per_step
-        steps = round(recipes[0].training.max_steps / ratio)
-        rows.append({"arm": arm, "step_ms": f"{ms:.1f}", "ratio": f"{ratio:.4f}", "steps_in_same_time": steps})
-        print(f"{arm}: a step takes {ratio:.3f} times the first arm's ({ms:.1f} ms here); {steps:,} steps in the time "
-              f"of its {recipes[0].training.max_steps:,}", flush=True)
+        rows.append({"arm": arm, "step_ms": f"{ms:.1f}", "ratio": f"{ratio:.4f}", "steps_per_step": f"{1 / ratio:.4f}"})
+        print(f"{arm}: a step takes {ratio:.3f} times the first arm's ({ms:.1f} ms here): {1 / ratio:.3f} times its "
+              "steps in the same time", flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
