@@ -1,9 +1,7 @@
 """The suite as a batch: the notebooks through papermill, headless, into one results folder."""
 
-import contextlib
 import csv
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +12,7 @@ from plotarmour.errors import UserError
 from plotarmour.shapes import model_config
 from plotarmour.suite.launch import check_gpus
 from plotarmour.suite.notebooks import ROOT, tidy_streams
+from plotarmour.suite.papermill import end_notebooks, last_words, start_notebook
 from plotarmour.suite.steps import require_text
 from plotarmour.text.sources import check_text
 from plotarmour.text.tokenizers import make_tokenizer
@@ -68,42 +67,32 @@ def run_suite(recipe: str, out: Path, text: Path | None = None, extra_text: Path
 
 
 def _execute(source: Path, executed: Path, parameters: dict[str, str | int], run_log: Path | None) -> None:
-    """Run one notebook in a papermill process of its own; its noise goes to a log beside the executed notebook.
+    """Run one notebook in a papermill process of its own.
 
     On a terminal, the last row of `run_log` is shown while the notebook trains.
     """
-    command = [sys.executable, "-m", "papermill", str(source), str(executed), "--cwd", str(ROOT), "--kernel", "python3",
-               "--no-progress-bar"]
-    for name, value in parameters.items():
-        command += ["-r" if isinstance(value, str) else "-p", name, str(value)]  # -r: text, whatever it looks like
-    log = executed.with_suffix(".log")
-    with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        try:
-            while process.poll() is None:
-                try:
-                    process.wait(timeout=2.0)
-                except subprocess.TimeoutExpired:
-                    if run_log and sys.stdout.isatty():
-                        print(f"\r{_progress(run_log):<79}", end="", flush=True)
-        except BaseException:  # interrupted: nobody must go on writing behind our back
-            process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=60.0)
-            process.kill()
-            raise
-        if run_log and sys.stdout.isatty():
-            print("\r" + " " * 79, end="\r")
-    if not process.returncode:
+    execution = start_notebook(source, executed, parameters)
+    try:
+        while execution.process.poll() is None:
+            try:
+                execution.process.wait(timeout=2.0)
+            except subprocess.TimeoutExpired:
+                if run_log and sys.stdout.isatty():
+                    print(f"\r{_progress(run_log):<79}", end="", flush=True)
+    except BaseException:  # interrupted: nobody must go on writing behind our back
+        end_notebooks([execution])
+        raise
+    if run_log and sys.stdout.isatty():
+        print("\r" + " " * 79, end="\r")
+    if not execution.process.returncode:
         tidy_streams(executed)
     else:
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        last = lines[-1] if lines else "no output"
+        last = last_words(execution.log)
         if "UserError: " in last:
             raise UserError(last.split("UserError: ", 1)[1])
         # Not the user's mistake: exit code 1.
-        raise SystemExit(f"error: {executed.name} failed: {last}\nSee {executed} and {log}; the same command goes on "
-                         "from there.")
+        raise SystemExit(f"error: {executed.name} failed: {last}\nSee {executed} and {execution.log}; the same command "
+                         "goes on from there.")
 
 
 def _progress(run_log: Path) -> str:
