@@ -5,13 +5,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import nbformat
 import psutil
 
-from plotarmour.suite.notebooks import ROOT
+from plotarmour.errors import UserError
+from plotarmour.suite.notebooks import ROOT, tidy_streams
 
 Value = int | float | bool | str  # what a parameter of a notebook can be
 SAVE_S = 60.0  # for a run that is asked to stop: to finish its step, save and end its notebook
@@ -52,6 +55,55 @@ def start_notebook(source: Path, executed: Path, parameters: dict[str, Value],
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                                    env=os.environ | (environment or {}), start_new_session=True)
     return Execution(process, executed, log)
+
+
+def run_notebook(source: Path, executed: Path, parameters: dict[str, Value],
+                 progress: Callable[[], str] | None = None) -> None:
+    """Run one notebook to its end.
+
+    Args:
+        source, executed, parameters: see `start_notebook`.
+        progress: says how far it is; shown on a terminal.
+
+    Raises:
+        UserError: that the notebook has met.
+        SystemExit: it failed for another reason: exit code 1.
+    """
+    execution, shown = start_notebook(source, executed, parameters), progress and sys.stdout.isatty()
+    try:
+        while execution.process.poll() is None:
+            try:
+                execution.process.wait(timeout=2.0)
+            except subprocess.TimeoutExpired:
+                if shown:
+                    print(f"\r{progress():<79}", end="", flush=True)
+    except BaseException:  # interrupted: nobody must go on writing behind our back
+        end_notebooks([execution])
+        raise
+    if shown:
+        print("\r" + " " * 79, end="\r")
+    if not execution.process.returncode:
+        tidy_streams(executed)
+        return
+    last = last_words(execution.log)
+    if "UserError: " in last:
+        raise UserError(last.split("UserError: ", 1)[1])
+    # Not the user's mistake: exit code 1.
+    raise SystemExit(f"error: {executed.name} failed: {last}\nSee {executed} and {execution.log}; the same command "
+                     "goes on from there.")
+
+
+def called_with(executed: Path) -> tuple[dict[str, Value], bool]:
+    """Return the parameters that an executed notebook was called with, and whether it came to its end.
+
+    Args:
+        executed: its path; no parameters, and False, where there is no such notebook.
+    """
+    try:
+        papermill = nbformat.read(executed, as_version=4).metadata.get("papermill", {})
+    except Exception:  # whatever is there is no notebook
+        return {}, False
+    return dict(papermill.get("parameters", {})), papermill.get("exception") is False
 
 
 def last_words(log: Path) -> str:
