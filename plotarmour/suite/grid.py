@@ -51,7 +51,7 @@ class Grid:
         notebook: whose parameters the columns are.
         defaults: of the notebook's parameters, by name.
         columns: of the CSV.
-        rows: those without a mistake.
+        rows: in its order.
     """
 
     path: Path
@@ -99,6 +99,9 @@ def read_grid(path: Path, notebook: Path) -> tuple[Grid, list[str]]:
             wrong.append(f"{path}, line {line}: {len(cells)} cells; expected {len(header)}, as in the header (a cell "
                          "with a comma stands in quotes)")
             continue
+        if not any(cells):
+            wrong.append(f"{path}, line {line}: all cells are empty; expected a run, or no line")
+            continue
         values, mistakes = _typed(dict(zip(header, cells, strict=True)), defaults)
         run = values.pop("run", "") or run_name(values, defaults)
         if not is_safe(run):
@@ -107,13 +110,14 @@ def read_grid(path: Path, notebook: Path) -> tuple[Grid, list[str]]:
         key = run.casefold()  # a system may not tell Run and run apart
         if key in seen:
             line_before, values_before = seen[key]
-            mistakes.append(f"the same as line {line_before}; leave it out" if values_before == values else
-                            f"its run has the name {run} of the one in line {line_before}; name each otherwise in the "
+            if values_before == values:
+                wrong.append(f"{path}, line {line}: the same as line {line_before}; leave it out")
+                continue
+            mistakes.append(f"its run has the name {run} of the one in line {line_before}; name each otherwise in the "
                             "column run")
         seen.setdefault(key, (line, values))
         wrong += [f"{path}, line {line}: {mistake}" for mistake in mistakes]
-        if not mistakes:
-            rows.append(Row(line, run, values))
+        rows.append(Row(line, run, values))  # also with a mistake: there may be others in its recipe
     return Grid(path, notebook, defaults, header, rows), wrong
 
 
@@ -219,8 +223,6 @@ def _typed(cells: dict[str, str], defaults: dict[str, Value]) -> tuple[dict[str,
             values[column] = _parse(text, kind) if kind in EXPECTED else text
         except (ValueError, KeyError):
             wrong.append(f"{column} = {text!r} is not {EXPECTED[kind]}")
-    if not any(cells.values()):
-        wrong.append("all cells are empty; expected a run, or no line")
     return values, wrong
 
 

@@ -15,6 +15,7 @@ ENDED = ("done", "stopped", "failed", "skipped")
 ORDER = ("running", "failed", "stopped", "done", "waiting", "skipped")  # what a small terminal shows first
 TAIL = 1 << 16  # bytes of a log that are read again and again; rows are short
 EVERY_S = 1.0
+NUMBERS = 46  # columns beside the name, and one that stays free
 
 
 class Table:
@@ -42,7 +43,8 @@ class Table:
             return
         self.drawn_at = time.monotonic()
         size = shutil.get_terminal_size()
-        lines = [line[:size.columns - 1] for line in table_lines(states, self.places, size.lines - 2)]
+        lines = [line[:size.columns - 1] for line in table_lines(states, self.places, size.lines - 2,
+                                                                      size.columns)]
         up = f"\x1b[{self.lines}A" if self.lines else ""
         gone = "\x1b[J" if self.lines > len(lines) else ""
         self.out.write(up + gone + "".join(f"\x1b[2K{line}\n" for line in lines))
@@ -64,15 +66,16 @@ def event_line(states: list[State], i: int, places: int) -> str:
     return f"{', '.join(part for part in told if part)} | {counts(states, places)}"
 
 
-def table_lines(states: list[State], places: int, height: int) -> list[str]:
+def table_lines(states: list[State], places: int, height: int, columns: int) -> list[str]:
     """Return the table, a header and a line per row, and below it how many are in which state.
 
     Args:
         states: of the rows.
         places: rows at a time.
         height: lines at most; where there are more rows, those that run and those that failed are shown first.
+        columns: of the terminal; of names that are too long, the end is shown: there they differ.
     """
-    width = max(len("run"), *(len(state.job.row.run) for state in states))
+    width = min(max(len("run"), *(len(state.job.row.run) for state in states)), max(8, columns - NUMBERS))
     lines = [f"{'run':<{width}}  {'state':<8}{'step':>16}{'val loss':>10}{'seconds':>9}"]
     room = max(1, height - 2)
     chosen = set(range(len(states)))
@@ -84,7 +87,9 @@ def table_lines(states: list[State], places: int, height: int) -> list[str]:
             steps = state.job.recipe.training.max_steps if state.job.recipe else None
             at = "" if step is None else f"{step:,}" + (f" of {steps:,}" if steps else "")
             seconds = f"{seconds_of(state):,.0f}" if state.begun is not None else ""
-            lines.append(f"{state.job.row.run:<{width}}  {state.status:<8}{at:>16}"
+            run = state.job.row.run
+            run = run if len(run) <= width else f"…{run[1 - width:]}"
+            lines.append(f"{run:<{width}}  {state.status:<8}{at:>16}"
                          f"{'' if loss is None else f'{loss:.4f}':>10}{seconds:>9}")
     hidden = len(states) - len(chosen)
     return [*lines, counts(states, places) + (f" ({hidden} rows not shown)" if hidden else "")]

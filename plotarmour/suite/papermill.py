@@ -47,7 +47,7 @@ def start_notebook(source: Path, executed: Path, parameters: dict[str, Value],
         environment: variables on top of this process's own.
     """
     command = [sys.executable, "-m", "papermill", str(source), str(executed), "--cwd", str(ROOT), "--kernel", "python3",
-               "--no-progress-bar"]
+               "--language", "python", "--no-progress-bar"]
     for name, value in parameters.items():
         command += ["-r" if isinstance(value, str) else "-p", name, str(value)]  # -r: text, whatever it looks like
     log = executed.with_suffix(".log")
