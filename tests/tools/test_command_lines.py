@@ -165,6 +165,8 @@ def test_bad_training_calls_give_one_line_and_leave_nothing(run_main, files, cas
 @pytest.mark.parametrize(("tool", "args", "message"), [
     ("run_suite", ["--recipe", "laptop", "--out", "OUT"], "needs a text; expected --text FILE"),
     ("run_suite", ["--recipe", "laptop", "--text", "nowhere.txt", "--out", "OUT"], "does not exist"),
+    ("run_suite", ["--grid", "nowhere.csv", "--out", "OUT"], "does not exist; expected a CSV for --grid"),
+    ("run_suite", ["--at-once", "2", "--out", "OUT"], "expected --grid CSV beside them"),
     ("evaluate", ["nowhere", "--data", "x.bin", "--out", "OUT"], "x.bin does not exist"),
     ("generate", ["nowhere"], "is not a run folder"),
     ("pre_tokenize", ["t.txt", "--tokenizer", "bpe:10", "--out", "x.bin"], "does not exist"),
