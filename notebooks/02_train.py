@@ -50,6 +50,7 @@ print(report())
 model = "bdh"  # bdh or gpt2
 recipe = "tiny"  # name of a file in plotarmour/recipes, without .toml
 results = ""  # folder for the run; empty: results/RECIPE
+run = ""  # name of the run folder; empty: the model
 tokens = ""  # folder that notebook 1 wrote, such as its output attached on Kaggle; empty: the results folder
 continue_from = ""  # run folder of an earlier session to go on from, such as an attached output; empty: none
 overrides = ""  # settings of the recipe to override, separated by ; (see tools/train.py, --set)
@@ -64,7 +65,7 @@ from plotarmour.suite.steps import find_prepared, list_files, results_folder, tr
 from plotarmour.suite.words import tell_ending, tell_recipe
 
 folder, changes = results_folder(recipe, results), [o for o in overrides.split(";") if o]
-data_folder = Path(tokens) if tokens else folder
+data_folder, run_folder = Path(tokens) if tokens else folder, folder / (run or model)
 settings = load_recipe(recipe, model, changes)
 check_gpus(gpus, settings)
 print(tell_recipe(settings))
@@ -103,7 +104,7 @@ print(describe_here(settings, data.header["vocab_size"], processes=gpus))
 # line is training. Validation text is never trained on, so a widening gap between the two is overfitting.
 
 # %%
-final = train_recipe(recipe, model, data_folder, folder / model, changes,
+final = train_recipe(recipe, model, data_folder, run_folder, changes,
                      Path(continue_from) if continue_from else None, gpus, extend, from_step)
 
 # %% [markdown]
@@ -111,12 +112,12 @@ final = train_recipe(recipe, model, data_folder, folder / model, changes,
 # The best checkpoint by validation loss is kept beside the latest; it is the one that notebook 3 scores.
 
 # %%
-print(tell_ending(final, folder / model))
+print(tell_ending(final, run_folder))
 
 # %%
 import pandas as pd
 
-log = pd.read_csv(folder / model / "log.csv", index_col="step")
+log = pd.read_csv(run_folder / "log.csv", index_col="step")
 measured = log[log["val_loss"].notna()].tail(12)
 measured[["tokens_seen", "elapsed_s", "val_loss", "val_perplexity", "val_bits_per_byte"]].round(3)
 
@@ -128,10 +129,10 @@ measured[["tokens_seen", "elapsed_s", "val_loss", "val_perplexity", "val_bits_pe
 from plotarmour.evaluation.sampling import generate
 from plotarmour.runs import load_run
 
-run = load_run(folder / model)
-prompt = run.tokenizer.encode("Once upon a time")
-new = generate(run.model, prompt, run.tokenizer.end_of_text_id, run.machine, max_new_tokens=160, top_p=0.95, seed=1)
-print(run.tokenizer.decode([*prompt, *new]))
+best = load_run(run_folder)
+prompt = best.tokenizer.encode("Once upon a time")
+new = generate(best.model, prompt, best.tokenizer.end_of_text_id, best.machine, max_new_tokens=160, top_p=0.95, seed=1)
+print(best.tokenizer.decode([*prompt, *new]))
 
 # %% [markdown]
 # ## Files written
@@ -139,15 +140,15 @@ print(run.tokenizer.decode([*prompt, *new]))
 # *Output*.
 
 # %%
-print(list_files(folder / model))
+print(list_files(run_folder))
 
 # %% [markdown]
-# To download, one small zip: log, settings, how it ended and figures, without weights. It is named after the model and
-# the UTC time of the last row of the log.
+# To download, one small zip: log, settings, how it ended and figures, without weights. It is named after the run folder
+# and the UTC time of the last row of the log.
 #
 # **Next:** the other model, then `03_compare`.
 
 # %%
 from plotarmour.suite.bundle import download_link
 
-download_link(folder / model)
+download_link(run_folder)

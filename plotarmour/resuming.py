@@ -77,7 +77,7 @@ def check_folder(out: Path, info: dict, resume: str, from_step: int | None, exte
     if resume == "never":
         raise UserError(f"{out} holds a run already; expected a new folder. Use another --out, or --resume auto.")
     before, now = _identity(read_info(out)), _identity(info)
-    differing = [key for key in now if before.get(key) != now[key] and not (extend and key in EXTENDABLE)]
+    differing = [key for key in differences(out, info) if not (extend and key in EXTENDABLE)]
     if differing:
         told = "; ".join(f"{key} was {before.get(key)}, now {now[key]}" for key in differing)
         other = set(differing) - set(EXTENDABLE)
@@ -87,6 +87,17 @@ def check_folder(out: Path, info: dict, resume: str, from_step: int | None, exte
                         f"{out} was begun otherwise: {told}. {remedy}")
     if from_step is None:
         _check_goes_on(out, before, now)
+
+
+def differences(out: Path, info: dict) -> list[str]:
+    """Return the names of what makes a run folder another run than one with this run.json.
+
+    Args:
+        out: a run folder.
+        info: run.json as it would be.
+    """
+    before, now = _identity(read_info(out)), _identity(info)
+    return [key for key in now if before.get(key) != now[key]]
 
 
 def checkpoint_to_resume(out: Path, resume: str, from_step: int | None, max_steps: int) -> Path | None:

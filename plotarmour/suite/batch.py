@@ -1,11 +1,7 @@
 """The suite as a batch: the notebooks through papermill, headless, into one results folder."""
 
-import contextlib
 import csv
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +9,8 @@ from plotarmour.config import MODELS, load_recipe
 from plotarmour.errors import UserError
 from plotarmour.shapes import model_config
 from plotarmour.suite.launch import check_gpus
-from plotarmour.suite.notebooks import ROOT, tidy_streams
+from plotarmour.suite.notebooks import ROOT
+from plotarmour.suite.papermill import run_notebook
 from plotarmour.suite.steps import require_text
 from plotarmour.text.sources import check_text
 from plotarmour.text.tokenizers import make_tokenizer
@@ -58,52 +55,14 @@ def run_suite(recipe: str, out: Path, text: Path | None = None, extra_text: Path
         print(f"{label} ...", flush=True)
         log = out / parameters["model"] / "log.csv" if "model" in parameters else None
         try:
-            _execute(ROOT / "notebooks" / f"{name}.ipynb", notebooks / f"{executed}.ipynb", parameters, log)
+            run_notebook(ROOT / "notebooks" / f"{name}.ipynb", notebooks / f"{executed}.ipynb", parameters,
+                         (lambda log=log: _progress(log)) if log else None)
         except UserError:
             if i == 1 and new:  # nothing was made yet: a mistake in the text leaves nothing behind
                 shutil.rmtree(out)
             raise
         print(f"{label} done in {time.perf_counter() - before:.0f} s", flush=True)
     print(f"suite {recipe} done in {time.perf_counter() - start:.0f} s: {out}")
-
-
-def _execute(source: Path, executed: Path, parameters: dict[str, str | int], run_log: Path | None) -> None:
-    """Run one notebook in a papermill process of its own; its noise goes to a log beside the executed notebook.
-
-    On a terminal, the last row of `run_log` is shown while the notebook trains.
-    """
-    command = [sys.executable, "-m", "papermill", str(source), str(executed), "--cwd", str(ROOT), "--kernel", "python3",
-               "--no-progress-bar"]
-    for name, value in parameters.items():
-        command += ["-r" if isinstance(value, str) else "-p", name, str(value)]  # -r: text, whatever it looks like
-    log = executed.with_suffix(".log")
-    with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        try:
-            while process.poll() is None:
-                try:
-                    process.wait(timeout=2.0)
-                except subprocess.TimeoutExpired:
-                    if run_log and sys.stdout.isatty():
-                        print(f"\r{_progress(run_log):<79}", end="", flush=True)
-        except BaseException:  # interrupted: nobody must go on writing behind our back
-            process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=60.0)
-            process.kill()
-            raise
-        if run_log and sys.stdout.isatty():
-            print("\r" + " " * 79, end="\r")
-    if not process.returncode:
-        tidy_streams(executed)
-    else:
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        last = lines[-1] if lines else "no output"
-        if "UserError: " in last:
-            raise UserError(last.split("UserError: ", 1)[1])
-        # Not the user's mistake: exit code 1.
-        raise SystemExit(f"error: {executed.name} failed: {last}\nSee {executed} and {log}; the same command goes on "
-                         "from there.")
 
 
 def _progress(run_log: Path) -> str:
