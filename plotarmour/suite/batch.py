@@ -48,7 +48,8 @@ def run_suite(recipe: str, out: Path, text: Path | None = None, extra_text: Path
     texts = {"text": str(text.resolve()) if text else "", "extra_text": str(extra_text.resolve()) if extra_text else ""}
     plan = [("01_pretokenize", "01_pretokenize", shared | texts)]
     plan += [("02_train", f"02_train_{model}", shared | {"model": model, "gpus": gpus}) for model in MODELS]
-    plan += [("03_compare", "03_compare", {"recipe": shared["recipe"], "results": shared["results"]})]
+    plan += [("03_compare", "03_compare", {"recipe": shared["recipe"], "results": shared["results"],
+                                            "runs": ";".join(MODELS)})]
     start = time.perf_counter()
     for i, (name, executed, parameters) in enumerate(plan, 1):
         before, label = time.perf_counter(), f"[{i}/{len(plan)}] {executed}"
