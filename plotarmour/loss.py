@@ -8,6 +8,7 @@ from torch import Tensor
 
 IGNORE = -100  # target of a position that is padding
 CHUNK_LOGITS = 2**25  # logits per chunk: 128 MiB in float32
+SMALL_CHUNK_LOGITS = 2**21  # without gradients: 8 MiB, which the heap keeps and a cache half holds
 
 
 def summed_nats(features: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
@@ -44,14 +45,19 @@ def token_nats(features: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor
     Products are made in float32 also under autocast: a half-precision logit of 16 is off by up to 0.06.
     """
     wide = torch.promote_types(features.dtype, torch.float32)
-    flat, table, wanted = features.flatten(0, 1).to(wide), unembedding.to(wide), targets.flatten()
+    nats = torch.zeros(targets.shape, dtype=wide, device=targets.device)
+    costs = targets != IGNORE
+    flat, table, wanted = features[costs].to(wide), unembedding.to(wide), targets[costs]
     with torch.autocast(features.device.type, enabled=False):
-        nats = [_chunk_nats(flat[i:j] @ table.T, wanted[i:j])[0] for i, j in _chunks(len(flat), len(table))]
-    return torch.cat(nats).view(targets.shape)
+        found = [_chunk_nats(flat[i:j] @ table.T, wanted[i:j])[0]
+                 for i, j in _chunks(len(flat), len(table), SMALL_CHUNK_LOGITS)]
+    if found:
+        nats[costs] = torch.cat(found)
+    return nats
 
 
-def _chunks(rows: int, vocab_size: int) -> list[tuple[int, int]]:
-    size = max(1, CHUNK_LOGITS // vocab_size)
+def _chunks(rows: int, vocab_size: int, logits: int = CHUNK_LOGITS) -> list[tuple[int, int]]:
+    size = max(1, logits // vocab_size)
     return [(i, min(i + size, rows)) for i in range(0, rows, size)]
 
 

@@ -133,6 +133,24 @@ def test_what_the_training_loop_costs_is_as_committed(readme, root):
     assert off <= stated < 0.2  # of every step; the rows are half a minute apart
 
 
+def test_intervals_hold_as_often_as_is_said(readme, root):
+    """Guards: a coverage that nobody simulated; scoring's speed likewise."""
+    reference = root / "results" / "reference"
+    with (reference / "bootstrap_coverage.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    def held(method, seeds):
+        found = [100 * float(r["holds_difference"]) for r in rows if (r["method"], r["seeds"]) == (method, seeds)]
+        return f"{min(found):.1f} to {max(found):.1f} %" if len(found) > 1 else f"{found[0]:.1f} %"
+
+    assert f"| one seed | {held('stories', '1')} |" in readme and f"| three seeds | {held('seeds', '3')} |" in readme
+    assert f"| three seeds, drawn anew (not used) | {held('resampled', '3')} |" in readme
+    assert all(93 <= 100 * float(r["holds_difference"]) <= 97 for r in rows if r["method"] in ("stories", "seeds"))
+    with (reference / "scoring.csv").open(encoding="utf-8", newline="") as file:
+        speed = {row["model"]: float(row["ratio"]) for row in csv.DictReader(file)}
+    assert f"{speed['gpt2']:.2f} (GPT-2) and {speed['bdh']:.2f} times (BDH) the tokens/s" in readme
+
+
 def test_the_diagrams_are_there(readme):
     """Guards: the way of a story and one BDH pass lost in an edit."""
     assert readme.count("```mermaid") == 2

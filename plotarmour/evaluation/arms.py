@@ -93,7 +93,7 @@ def compare_arms(arms: list[Arm], scores: dict[str, pd.DataFrame], budgets: dict
         same_order: whether runs of one seed have read the same tokens in the same order.
 
     Returns:
-        A row per pair: a, b, speaks_of ("recipes": seeds are drawn anew, then stories; "checkpoints": stories alone),
+        A row per pair: a, b, speaks_of ("recipes": other seeds and stories, "checkpoints": other stories alone),
         seeds_a, seeds_b (how many), difference of losses in nats per token, perplexity_ratio and bits_per_byte_ratio
         with _low and _high, stories that a and b foresee better, ties, sign_p (sign test), and for every matching the
         ratio a / b of the budgets and `matched`, those that are the same.

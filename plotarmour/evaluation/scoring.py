@@ -123,8 +123,8 @@ def _score_batch(model: nn.Module, batch: list[tuple], machine: Machine, pad: in
     T = max(len(inputs) for _, _, inputs, _, _ in batch)
     inputs = torch.full((len(batch), T), pad)  # padding stands behind: causal models never see it
     targets = torch.full((len(batch), T), IGNORE)
-    for row, (_, _, x, y, _) in enumerate(batch):
-        inputs[row, :len(x)], targets[row, :len(y)] = torch.from_numpy(x), torch.from_numpy(y)
+    for row, (_, first, x, y, _) in enumerate(batch):  # what another window scores costs nothing here
+        inputs[row, :len(x)], targets[row, first:len(y)] = torch.from_numpy(x), torch.from_numpy(y[first:])
     inputs, targets = inputs.to(machine.device), targets.to(machine.device)
     size = PIECE if len(batch) == 1 else T  # only a story on its own can be that long
     state, pieces = model.initial_state(1) if T > size else None, []
