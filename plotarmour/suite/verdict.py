@@ -102,8 +102,8 @@ def how_sure(pair: pd.Series) -> str:
         return (f"One seed each: the interval comes from drawing stories anew and speaks of these two checkpoints, not "
                 f"of the recipes. {wins}")
     few = min(pair["seeds_a"], pair["seeds_b"])
-    return (f"{pair['seeds_a']} and {pair['seeds_b']} seeds: the interval holds what other stories and other seeds would "
-            f"change, and speaks of the recipes; {few} seeds are few, and it is as wide as they make it. {wins}")
+    return (f"{pair['seeds_a']} and {pair['seeds_b']} seeds: the interval holds what other stories and other seeds "
+            f"would change, and speaks of the recipes; {few} seeds are few, and it is as wide as they make it. {wins}")
 
 
 def summarise(table: pd.DataFrame, what: str, unequal: list[str], arms: list[Arm] = (),
