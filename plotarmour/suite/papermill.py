@@ -103,7 +103,7 @@ def called_with(executed: Path) -> tuple[dict[str, Value], bool]:
         papermill = nbformat.read(executed, as_version=4).metadata.get("papermill", {})
     except Exception:  # whatever is there is no notebook
         return {}, False
-    return dict(papermill.get("parameters", {})), papermill.get("exception") is False
+    return dict(papermill.get("parameters", {})), bool(papermill.get("end_time")) and not papermill.get("exception")
 
 
 def last_words(log: Path) -> str:

@@ -16,9 +16,10 @@ from plotarmour.suite import grid_state
 from plotarmour.suite.grid import is_safe, parameters_of, read_grid, run_name
 from plotarmour.suite.grid_plan import data_parameters, plan_grid, slots
 from plotarmour.suite.grid_runs import tell_failures
-from plotarmour.suite.grid_state import State, find_state, judge, stamps, write_summary
+from plotarmour.suite.grid_state import State, find_state, judge, stamps, summary_row, write_summary
 from plotarmour.suite.grid_table import Table, event_line, table_lines, time_left
 from plotarmour.suite.notebooks import ROOT
+from plotarmour.suite.papermill import called_with
 from plotarmour.suite.steps import prepare
 from plotarmour.suite.tuning import compare_rates, tell_rates, write_rates
 from plotarmour.training.runlog import COLUMNS
@@ -199,6 +200,18 @@ def test_notebook_1_gets_what_makes_tokens_and_nothing_else(written, tmp_path):
     assert jobs[0].parameters["overrides"].endswith("eval_interval=5;n_head=8;n_embd=24;context_length=40")
 
 
+@pytest.mark.parametrize(("said", "whole"), [
+    ({"end_time": "2026-11-21T16:09:58", "exception": None}, True), ({"end_time": "2026", "exception": True}, False),
+    ({"end_time": None, "exception": None}, False),
+])
+def test_an_executed_notebook_says_how_it_was_called_and_whether_it_is_whole(tmp_path, said, whole):
+    """Guards: notebook 1 run anew at every start of a grid; one that failed taken for one that has made everything."""
+    notebook = nbformat.v4.new_notebook(metadata={"papermill": {"parameters": {"recipe": "tiny"}} | said})
+    nbformat.write(notebook, tmp_path / "n.ipynb")
+    assert called_with(tmp_path / "n.ipynb") == ({"recipe": "tiny"}, whole)
+    assert called_with(tmp_path / "nowhere.ipynb") == ({}, False)
+
+
 def test_only_a_done_of_the_same_settings_and_tokens_is_done(rates):
     """Guards: a row that is skipped for another one's result; a finished one that is trained again."""
     _, jobs = rates
@@ -251,6 +264,7 @@ def test_the_summary_has_a_tidy_row_for_every_run(rates, tmp_path):
     assert (rows[0]["tokens_seen"], rows[0]["best_val_loss"]) == ("12345678901", "0.333333333")
     assert rows[1]["step"] == "7" and rows[1]["hardware"] == "CPU, 2 threads" and rows[1]["learning_rate"] == "0.01"
     assert rows[2]["reason"] == "line 1 line 2" and rows[2]["best_val_loss"] == "" and rows[2]["learning_rate"] == "0.1"
+    assert summary_row(State(replace(jobs[0], recipe=None)), grid)["model"] == "bdh"  # the grid's own, where else?
     assert [line.split(":")[0] for line in tell_failures(states)][:2] == [
         "bdh_learning_rate-0.01 stopped", "bdh_learning_rate-0.1 failed"]
 
