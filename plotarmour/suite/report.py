@@ -157,8 +157,8 @@ def _protocol(found) -> str:
               f"stories longer than the context of {run.context_length:,} tokens by sliding windows that go on by "
               f"{stride:,}. Runs of one seed read the same tokens in the same order (the same hash), as far as both "
               "go. Intervals are 95 %, by a bootstrap over stories that draws the same ones for both sides; with "
-              "several seeds, the half-width of Student's t over seeds is added in quadrature, since to draw three seeds anew "
-              "would hold the truth in far fewer cases than it claims.</p>")
+              "several seeds, the half-width of Student's t over seeds is added in quadrature, since drawing three "
+              "seeds anew would hold the truth in far fewer cases than it claims.</p>")
 
 
 def _budget_note(found) -> str:
