@@ -116,7 +116,7 @@ if "extra" in paths:
 
 # %% [markdown]
 # ## What it means
-# Lower is better, and only models below the bigram floor have learned anything about stories. On the built-in corpus
+# Lower is better, and a model that is not below the best floor is no better than counting. On the built-in corpus
 # the corpus itself stands first: no honest model can beat it, so a model listed above it has a leak. `loss on facts`
 # counts only words that the story so far determines (who, where, which object), `loss elsewhere` the free choices.
 

@@ -168,13 +168,13 @@ def _write(found: Comparison, out: Path, scores: dict[str, pd.DataFrame], positi
     if shares:
         write_csv(pd.concat([frame.assign(pair=name) for name, frame in shares.items()], ignore_index=True),
                   out / "win_shares.csv")
-    floor = found.table.loc[found.table["name"] == "bigram floor", "loss"]
+    floors = found.table.loc[found.table["name"].str.endswith(" floor"), ["name", "loss"]]  # the best first
     contexts = {run.context_length for run in found.runs}
     logs = {run.name: pd.read_csv(run.folder / "log.csv") for run in found.runs}
     per_token = {arm.name: 3 * budgets[arm.runs[0]]["flops_per_token"] for arm in found.arms}
     figures.perplexities(found.arms, found.by_arm, found.table, out / "perplexity.png", found.title)
     figures.learning_curves(found.arms, logs, per_token, out / "training_curves.png",
-                            None if floor.empty else float(floor.iloc[0]))
+                            None if floors.empty else tuple(floors.iloc[0]))
     figures.loss_by_position(found.arms, positions, out / "loss_by_position.png",
                              contexts.pop() if len(contexts) == 1 else None)
     if shares:

@@ -27,7 +27,7 @@ def styles(arms: list[Arm]) -> dict[str, dict]:
 
 
 def learning_curves(arms: list[Arm], logs: dict[str, pd.DataFrame], flops_per_token: dict[str, float], path: Path,
-                    floor: float | None = None) -> Path:
+                    floor: tuple[str, float] | None = None) -> Path:
     """Draw validation loss against training tokens, FLOPs and time: a thick line per arm, a thin one per seed.
 
     Args:
@@ -35,7 +35,7 @@ def learning_curves(arms: list[Arm], logs: dict[str, pd.DataFrame], flops_per_to
         logs: by run name, the rows of log.csv.
         flops_per_token: by arm name, training FLOPs per token.
         path: of the PNG.
-        floor: loss of the bigram floor on the test stories, drawn as a line.
+        floor: name and loss of the best floor on the test stories, drawn as a line.
     """
     figure, panels = new_figure(13, 4.4, columns=3, sharey=True)
     drawn, style = [], styles(arms)
@@ -58,13 +58,13 @@ def learning_curves(arms: list[Arm], logs: dict[str, pd.DataFrame], flops_per_to
     labels = ("training tokens (million)", "training FLOPs (10¹²)", "time (minutes)")
     for panel, label in zip(panels, labels, strict=True):
         if floor:
-            panel.axhline(floor, color=GRAY, linewidth=1, linestyle=(0, (1, 2)))
+            panel.axhline(floor[1], color=GRAY, linewidth=1, linestyle=(0, (1, 2)))
         panel.set_xlabel(label)
         panel.set_xlim(left=0)
     if floor:
-        panels[0].annotate("bigram floor (test)", (0.99, floor), xycoords=("axes fraction", "data"), ha="right",
+        panels[0].annotate(f"{floor[0]} (test)", (0.99, floor[1]), xycoords=("axes fraction", "data"), ha="right",
                            va="bottom", color="#555555", fontsize=9)
-    shown = drawn + ([floor] if floor else [])
+    shown = drawn + ([floor[1]] if floor else [])
     margin = 0.08 * (max(shown) - min(shown)) + 0.01
     panels[0].set_ylim(min(shown) - margin, max(shown) + margin)
     panels[0].set_ylabel("validation loss (nats per token)")
@@ -88,7 +88,7 @@ def perplexities(arms: list[Arm], by_arm: pd.DataFrame, by_run: pd.DataFrame, pa
     style, known = styles(arms), {arm.name: arm for arm in arms}
     points = by_run.set_index("name")["perplexity"]
     colors = [style[name]["color"] if name in style else GREEN if "corpus" in name else
-              BLUE if "unbounded" in name else "#C4C4C4" for name in by_arm["name"]]
+              COLORS["bdh"][1] if "unbounded" in name else "#C4C4C4" for name in by_arm["name"]]
     bars = axes.barh(range(len(by_arm)), by_arm["perplexity"], color=colors)
     axes.bar_label(bars, [f"{v:,.1f}" if v >= 10 else f"{v:.3f}" for v in by_arm["perplexity"]], padding=8)
     for i, name in enumerate(by_arm["name"]):
@@ -128,7 +128,7 @@ def differences_forest(arms: list[Arm], pairs: pd.DataFrame, path: Path) -> Path
         f"{names.get(row['a'], row['a'])} against {names.get(row['b'], row['b'])}"
         + (f"\n({row['seeds_a']} and {row['seeds_b']} seeds)" if row["speaks_of"] == "recipes" else "")
         for _, row in pairs.iterrows()], fontsize=9)
-    axes.invert_yaxis()
+    axes.set_ylim(len(pairs) - 0.4, -0.6)
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, -1), max(high, 1))
     axes.set_xlabel("difference in perplexity (%), 95 % interval: left of 0, the first one is better")

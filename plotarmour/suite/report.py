@@ -14,8 +14,9 @@ from plotarmour.suite.verdict import (
     arm_names,
     denominators,
     for_people,
+    headline,
     how_sure,
-    verdict,
+    spoken_of,
 )
 
 STYLE = """
@@ -29,7 +30,8 @@ h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 td.text { text-align: left; white-space: normal; min-width: 12rem; }
-figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } figcaption { font-size: .9rem; color: #444; }
+figure { margin: 1rem 0; } img { width: 100%; min-width: 34rem; height: auto; }
+figcaption { font-size: .9rem; color: #444; }
 .sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 1rem; }
 .side { border-top: 4px solid #888; padding-top: .3rem; font-size: .92rem; white-space: pre-wrap; }
 details { margin: .6rem 0; } summary { cursor: pointer; }
@@ -62,7 +64,7 @@ def write_report(found, out: Path) -> Path:
     several = any(len(arm.runs) > 1 for arm in found.arms)
     parts = [f"<h1>{_t(' and '.join(dict.fromkeys(names.values())) if len(names) < 3 else 'BDH and GPT-2')}: "
              f"{_t(found.title)}</h1>"]
-    parts.append(_verdicts(found, names, several))
+    parts.append(_verdicts(found, names))
     parts += ["<h2>The numbers</h2>", _table(for_people(found.by_arm if several else found.table)),
               f'<p class="small">{_t(denominators(found.table))} Perplexity is exp(loss). '
               f"{_t(_budget_note(found))}</p>"]
@@ -87,18 +89,18 @@ def write_report(found, out: Path) -> Path:
     return out / "report.html"
 
 
-def _verdicts(found, names: dict[str, str], several: bool) -> str:
-    told = [pair for _, pair in found.pairs.iterrows() if pair["speaks_of"] == "recipes" or not several]
-    lines = [f'<p><strong>{_t(verdict(pair, names))}</strong></p>\n'
-             f'<p class="small">{_t(how_sure(pair))}</p>' for pair in told]
-    return '<div class="verdict">' + "\n".join(lines or ["<p>One arm alone: nothing to compare.</p>"]) + "</div>"
+def _verdicts(found, names: dict[str, str]) -> str:
+    if not len(found.pairs):
+        return '<div class="verdict"><p>One arm alone: nothing to compare.</p></div>'
+    details = "".join(f"<li>{_t(how_sure(pair, names))}</li>" for _, pair in spoken_of(found.pairs).iterrows())
+    return (f'<div class="verdict"><p><strong>{_t(headline(found.pairs, names))}</strong></p></div>\n'
+            f'<ul class="small">{details}</ul>')
 
 
 def _matchings(found, names: dict[str, str]) -> str:
     columns = {f"{column}_ratio": words for words, column, _ in MATCHINGS}
     rows = []
-    chosen = found.pairs[found.pairs["speaks_of"] == "recipes"]
-    for _, pair in (chosen if len(chosen) else found.pairs).iterrows():
+    for _, pair in spoken_of(found.pairs).iterrows():
         rows.append({"pair": f"{names.get(pair['a'], pair['a'])} against {names.get(pair['b'], pair['b'])}",
                      "the same": pair["matched"] or "nothing",
                      **{words: "" if pd.isna(pair[c]) else f"× {pair[c]:.2f}" for c, words in columns.items()},
@@ -169,8 +171,9 @@ def _budget_note(found) -> str:
 
 def _figure(path: Path, heading: str, caption: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
-    return (f'<h2>{_t(heading)}</h2><figure><img src="data:image/png;base64,{data}" alt="{_t(heading)}: {_t(caption)}">'
-            f"<figcaption>{_t(caption)}</figcaption></figure>")
+    return (f'<h2>{_t(heading)}</h2><figure><div class="scroll">'
+            f'<img src="data:image/png;base64,{data}" alt="{_t(heading)}: {_t(caption)}">'
+            f"</div><figcaption>{_t(caption)}</figcaption></figure>")
 
 
 def _table(frame: pd.DataFrame, text: tuple[str, ...] = ()) -> str:

@@ -25,11 +25,11 @@ FORMATS = {"core params": "{:,.0f}", "all params": "{:,.0f}", "params used per t
 
 def for_people(table: pd.DataFrame) -> pd.DataFrame:
     """Return the columns of a comparison that people compare, rounded."""
-    columns = {"name": "name", "seeds": "seeds", "params_non_embedding": "core params", "params": "all params",
+    columns = {"name": "name", "seeds": "seeds", "loss": "loss", "perplexity": "perplexity",
+               "bits_per_byte": "bits/byte", "over_corpus": "over corpus", "recall_loss": "loss on facts",
+               "other_loss": "loss elsewhere", "params_non_embedding": "core params", "params": "all params",
                "params_per_token": "params used per token", "train_tokens": "trained on", "train_flops": "FLOPs",
-               "train_s": "seconds", "peak_memory_mib": "MiB", "checkpoint_step": "step scored", "loss": "loss",
-               "perplexity": "perplexity", "bits_per_byte": "bits/byte", "over_corpus": "over corpus",
-               "recall_loss": "loss on facts", "other_loss": "loss elsewhere"}
+               "train_s": "seconds", "peak_memory_mib": "MiB", "checkpoint_step": "step scored"}
     shown = table[[c for c in columns if c in table]].rename(columns=columns)
     for column, form in FORMATS.items():
         if column in shown:
@@ -76,34 +76,46 @@ def arm_table(arms: list[Arm], table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values("loss", ignore_index=True, kind="stable")
 
 
-def verdict(pair: pd.Series, names: dict[str, str]) -> str:
-    """Say in one sentence what a row of pairs.csv found, with its interval and at what cost.
+def headline(pairs: pd.DataFrame, names: dict[str, str]) -> str:
+    """Say in one sentence what all pairs of a comparison found, each with its interval.
 
     Args:
-        pair: a row of `compare_arms`.
+        pairs: of `compare_arms`.
         names: by arm, as people know it.
+
+    Example:
+        "BDH's perplexity on held-out stories is 24 % lower (95 % interval 22 to 26 %) than that of GPT-2, at the same
+        core parameters and training tokens, with 2.08 times the training FLOPs and 1.66 times the time."
     """
+    told = spoken_of(pairs)
+    parts = []
+    for i, (_, pair) in enumerate(told.iterrows()):
+        a, b = names.get(pair["a"], pair["a"]), names.get(pair["b"], pair["b"])
+        who = f"{a}'s perplexity on held-out stories is " if i == 0 or pair["a"] != told.iloc[i - 1]["a"] else ""
+        parts.append(f"{who}{_by_how_much(pair)} {b}, {_at_what_cost(pair)}")
+    return "; ".join(parts) + "."
+
+
+def how_sure(pair: pd.Series, names: dict[str, str]) -> str:
+    """Say in nats what a row of pairs.csv found, and what its interval speaks of."""
     a, b = names.get(pair["a"], pair["a"]), names.get(pair["b"], pair["b"])
-    low, high = pair["difference_low"], pair["difference_high"]
-    about = (f"({_size(pair['difference'])} nats per token, 95 % interval {low:+.4f} to {high:+.4f}; perplexity "
-             f"{pair['perplexity_ratio'] - 1:+.1%}, interval {pair['perplexity_ratio_low'] - 1:+.1%} to "
-             f"{pair['perplexity_ratio_high'] - 1:+.1%})")
-    found = (f"{a} foresees held-out stories better than {b}" if high < 0 else
-             f"{a} foresees held-out stories worse than {b}" if low > 0 else
-             f"Between {a} and {b} no difference can be told")
-    return f"{found} {about}, {_at_what_cost(pair)}."
-
-
-def how_sure(pair: pd.Series) -> str:
-    """Say what the interval of a row of pairs.csv speaks of."""
-    wins = (f"Of {pair['stories']:,} stories, {pair['a_better']:,} cost {pair['a']} fewer nats and "
-            f"{pair['b_better']:,} cost {pair['b']} fewer (sign test: p {_p(pair['sign_p'])}).")
+    found = (f"{a} against {b}: {pair['difference']:+.4f} nats per token (95 % interval "
+             f"{pair['difference_low']:+.4f} to {pair['difference_high']:+.4f}).")
+    wins = (f"Of {pair['stories']:,} stories, {pair['a_better']:,} cost the first one fewer nats and "
+            f"{pair['b_better']:,} the second (sign test: p {_p(pair['sign_p'])}).")
     if pair["speaks_of"] == "checkpoints":
-        return (f"One seed each: the interval comes from drawing stories anew and speaks of these two checkpoints, not "
-                f"of the recipes. {wins}")
+        return (f"{found} One seed each: the interval comes from drawing stories anew and speaks of these two "
+                f"checkpoints, not of the recipes. {wins}")
     few = min(pair["seeds_a"], pair["seeds_b"])
-    return (f"{pair['seeds_a']} and {pair['seeds_b']} seeds: the interval holds what other stories and other seeds "
-            f"would change, and speaks of the recipes; {few} seeds are few, and it is as wide as they make it. {wins}")
+    return (f"{found} {pair['seeds_a']} and {pair['seeds_b']} seeds: the interval holds what other stories and other "
+            f"seeds would change, and speaks of the recipes; {few} seeds are few, and it is as wide as they make it. "
+            f"{wins}")
+
+
+def spoken_of(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of pairs.csv that a verdict rests on: recipes, or checkpoints where no recipe has two seeds."""
+    whole = pairs[pairs["speaks_of"] == "recipes"]
+    return whole if len(whole) else pairs
 
 
 def summarise(table: pd.DataFrame, what: str, unequal: list[str], arms: list[Arm] = (),
@@ -120,20 +132,22 @@ def summarise(table: pd.DataFrame, what: str, unequal: list[str], arms: list[Arm
     several = any(len(arm.runs) > 1 for arm in arms)
     lines = [what, "", for_people(arm_table(arms, table) if several else table).to_string(index=False), ""]
     lines.append(denominators(table))
-    names = arm_names(arms)
-    for _, pair in (pairs if pairs is not None else pd.DataFrame()).iterrows():
-        if pair["speaks_of"] == "recipes" or not several:
-            lines += ["", f"{verdict(pair, names)} {how_sure(pair)}"]
+    if pairs is not None and len(pairs):
+        names = arm_names(arms)
+        lines += ["", headline(pairs, names)]
+        lines += [how_sure(pair, names) for _, pair in spoken_of(pairs).iterrows()]
     lines.append("")
     if "over_corpus" in table and len(runs):
         low, high = runs["over_corpus"].min(), runs["over_corpus"].max()
         lines.append(f"The corpus knows its own exact nats: the models need {low:.1%} to {high:.1%} more."
                      + (" A model below the corpus sees what it must predict: this is a LEAK." if low < 0 else ""))
-    floor = table.loc[table["name"] == "bigram floor", "loss"]
-    if len(floor) and len(runs):
-        above = [name for name, loss in zip(runs["name"], runs["loss"], strict=True) if loss >= float(floor.iloc[0])]
-        lines.append(f"{' and '.join(above)} did not beat the bigram floor: trained too briefly." if above else
-                     "Every run is below the bigram floor.")
+    floors = table[table["name"].str.endswith(" floor")]
+    if len(floors) and len(runs):
+        best = floors.iloc[0]  # the table is sorted
+        above = [name for name, loss in zip(runs["name"], runs["loss"], strict=True) if loss >= best["loss"]]
+        known = f"the {best['name']} ({best['perplexity']:.2f})"
+        lines.append(f"{' and '.join(above)} did not beat {known}: no better than counting." if above else
+                     f"Every run is below {known}.")
     if checks is not None:
         lines.append(f"{len(checks)} leak checks passed (checks.csv)." if checks["passed"].all() else
                      f"{(~checks['passed']).sum()} of {len(checks)} leak checks FAILED (checks.csv).")
@@ -154,20 +168,26 @@ def arm_names(arms: list[Arm]) -> dict[str, str]:
     return {arm.name: arm_label(arm.name, arm.model) for arm in arms}
 
 
+def _by_how_much(pair: pd.Series) -> str:
+    change, ends = 100 * (pair["perplexity_ratio"] - 1), [100 * (pair[f"perplexity_ratio_{end}"] - 1)
+                                                          for end in ("low", "high")]
+    if ends[0] < 0 < ends[1]:
+        return f"not to be told apart ({change:+.1f} %, 95 % interval {ends[0]:+.1f} to {ends[1]:+.1f} %) from that of"
+    (low, high), word = sorted(map(abs, ends)), "lower" if change < 0 else "higher"
+    return f"{abs(change):.1f} % {word} (95 % interval {low:.1f} to {high:.1f} %) than that of"
+
+
 def _at_what_cost(pair: pd.Series) -> str:
     same = [words for words, _, _ in MATCHINGS if words in pair["matched"].split(", ")]
-    other = [f"{pair[f'{column}_ratio']:.2f} times the {words}" for words, column, _ in MATCHINGS
-             if words not in same and pd.notna(pair[f"{column}_ratio"])]
+    known = [(words, pair[f"{column}_ratio"]) for words, column, _ in MATCHINGS if pd.notna(pair[f"{column}_ratio"])]
+    other = [f"{ratio:.2f} times the {words}" for words, ratio in known if words not in same
+             and not (words == "FLOPs per token" and "training tokens" in same)]  # the same as training FLOPs
     parts = ([f"at the same {_listed(same)}"] if same else []) + ([f"with {_listed(other)}"] if other else [])
-    return " and ".join(parts) or "at budgets that are not known"
+    return ", ".join(parts) or "at budgets that are not known"
 
 
 def _listed(words: list[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-def _size(value: float) -> str:
-    return f"{value:+.4f}"
 
 
 def _p(value: float) -> str:
