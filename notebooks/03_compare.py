@@ -57,7 +57,7 @@ unfinished = False  # True: compare runs that have not ended, too; they are labe
 # %%
 from plotarmour.evaluation.scoring import score_stories
 from plotarmour.runs import load_run
-from plotarmour.suite.compare import compare_runs, find_runs
+from plotarmour.suite.compare import check_together, compare_runs, find_runs
 from plotarmour.suite.steps import find_prepared, list_files, results_folder
 from plotarmour.suite.verdict import for_people
 from plotarmour.text.tokenfile import TokenFile
@@ -65,6 +65,7 @@ from plotarmour.text.tokenfile import TokenFile
 folder = results_folder(recipe, results)
 paths = find_prepared(Path(tokens) if tokens else folder)
 run_folders = find_runs(folder, runs)
+check_together(run_folders, unfinished)
 test = TokenFile.open(paths["test"])
 
 # %%

@@ -188,9 +188,7 @@ def load_run(folder: str | Path, which: str | int = "best", device: str = "auto"
     """
     folder = Path(folder)
     info = read_info(folder)
-    stored = info["recipe"]
-    recipe = Recipe(stored["name"], stored["model"], DataConfig(**stored["data"]),
-                    TrainingConfig(**stored["training"]), stored["architecture"])
+    recipe = recipe_of(info)
     tokenizer_text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     tokenizer = Tokenizer(tokenizer_text, info["tokenizer"]["kind"])
     if tokenizer.sha256 != info["tokenizer"]["sha256"]:
@@ -208,6 +206,13 @@ def load_run(folder: str | Path, which: str | int = "best", device: str = "auto"
         warnings.warn(f"{folder} is not finished: this is its checkpoint of step {step:,}. Go on with the command that "
                       "started it.", stacklevel=2)
     return Run(folder, model.to(machine.device).eval(), tokenizer, recipe, info, step, machine)
+
+
+def recipe_of(info: dict) -> Recipe:
+    """Return the resolved recipe that a run.json holds."""
+    stored = info["recipe"]
+    return Recipe(stored["name"], stored["model"], DataConfig(**stored["data"]), TrainingConfig(**stored["training"]),
+                  stored["architecture"])
 
 
 def check_same_tokenizer(data: TokenFile | TokensInMemory, sha256: str, owner: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass
 
@@ -16,9 +17,9 @@ NOT_THE_RECIPE = ("seed", "device", "dtype", "max_minutes", "checkpoint_interval
                   "micro_batch_size", "grad_accum_steps", "micro_batch_is_auto")
 UNBOUNDED = " unbounded"  # behind the name of a run that was scored with all of each story as context
 # What arms can be matched by: words for people, the budget's column, how far apart still counts as the same.
-MATCHINGS = (("core parameters", "params_non_embedding", 0.05), ("training tokens", "train_tokens", 0.02),
-             ("FLOPs per token", "flops_per_token", 0.05), ("training FLOPs", "train_flops", 0.05),
-             ("time", "train_s", 0.10))
+MATCHINGS = (("core parameters", "params_non_embedding", 0.05), ("parameters in all", "params", 0.05),
+             ("training tokens", "train_tokens", 0.02), ("FLOPs per token", "flops_per_token", 0.05),
+             ("training FLOPs", "train_flops", 0.05), ("time", "train_s", 0.10))
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def group_runs(runs: list) -> list[Arm]:
     """Put runs that differ only in their seed into arms, in the order of their first runs.
 
     Args:
-        runs: of `plotarmour.runs.Run`; names differ.
+        runs: with name, config and info, like `plotarmour.runs.Run`; names differ.
 
     Raises:
         UserError: two runs that do not even differ in their seed.
@@ -76,12 +77,6 @@ def pairs_of(arms: list[Arm]) -> list[tuple[Arm, Arm]]:
     return [(a, b) for a in ours for b in others] if ours and others else [(arms[0], b) for b in arms[1:]]
 
 
-def arm_budget(arm: Arm, budgets: dict[str, dict]) -> dict[str, float]:
-    """Return the mean over an arm's runs of every budget that `MATCHINGS` names; NaN where one is not known."""
-    return {column: float(np.mean([np.nan if budgets[run].get(column) is None else float(budgets[run][column])
-                                   for run in arm.runs])) for _, column, _ in MATCHINGS}
-
-
 def compare_arms(arms: list[Arm], scores: dict[str, pd.DataFrame], budgets: dict[str, dict],
                  same_order: bool) -> pd.DataFrame:
     """Compare arms with 95 % intervals, and their runs seed by seed.
@@ -89,28 +84,28 @@ def compare_arms(arms: list[Arm], scores: dict[str, pd.DataFrame], budgets: dict
     Args:
         arms: of `group_runs`.
         scores: by run name, the stories' rows.
-        budgets: by run name, of `budget_of`.
+        budgets: by run name: the columns of `MATCHINGS`, and hardware.
         same_order: whether runs of one seed have read the same tokens in the same order.
 
     Returns:
-        A row per pair: a, b, speaks_of ("recipes": other seeds and stories, "checkpoints": other stories alone),
-        seeds_a, seeds_b (how many), difference of losses in nats per token, perplexity_ratio and bits_per_byte_ratio
-        with _low and _high, stories that a and b foresee better, ties, sign_p (sign test), and for every matching the
-        ratio a / b of the budgets and `matched`, those that are the same.
+        A row per pair of arms, and below it a row per pair of their runs of one seed: a, b, is_arms (the former),
+        speaks_of ("recipes": other seeds and stories; "checkpoints": other stories alone; "a recipe and a checkpoint":
+        one side has one seed), seeds_a, seeds_b (how many), difference of losses in nats per token, perplexity_ratio
+        and bits_per_byte_ratio with _low and _high, stories that a and b foresee better, ties, sign_p (sign test over
+        stories), and for every matching the ratio a / b of the budgets and `matched`, those that are the same.
     """
     rows = []
     for a, b in pairs_of(arms):
-        whole = len(a.runs) > 1 or len(b.runs) > 1
+        several = (len(a.runs) > 1) + (len(b.runs) > 1)
+        rows.append({"a": a.name, "b": b.name, "is_arms": True,
+                     "speaks_of": ("checkpoints", "a recipe and a checkpoint", "recipes")[several]}
+                    | _compared(a.runs, b.runs, scores, same_order and a.seeds == b.seeds)
+                    | _matched(a.runs, b.runs, budgets))
         couples = [(run, b.runs[b.seeds.index(seed)]) for run, seed in zip(a.runs, a.seeds, strict=True)
                    if seed in b.seeds]
-        if whole:
-            rows.append({"a": a.name, "b": b.name, "speaks_of": "recipes"}
-                        | _compared(a.runs, b.runs, scores, same_order and a.seeds == b.seeds)
-                        | _matched(arm_budget(a, budgets), arm_budget(b, budgets)))
-        for one, other in couples or ([] if whole else [(a.runs[0], b.runs[0])]):
-            single = [arm_budget(Arm(run, "", (run,), ()), budgets) for run in (one, other)]
-            rows.append({"a": one, "b": other, "speaks_of": "checkpoints"}
-                        | _compared([one], [other], scores, False) | _matched(*single))
+        for one, other in couples if several else []:
+            rows.append({"a": one, "b": other, "is_arms": False, "speaks_of": "checkpoints"}
+                        | _compared([one], [other], scores, False) | _matched([one], [other], budgets))
     return pd.DataFrame(rows)
 
 
@@ -126,10 +121,17 @@ def _compared(runs_a, runs_b, scores: dict[str, pd.DataFrame], paired: bool) -> 
     return row | {"a_better": signs.a_better, "b_better": signs.b_better, "ties": signs.ties, "sign_p": signs.p_value}
 
 
-def _matched(a: dict[str, float], b: dict[str, float]) -> dict:
-    ratios = {f"{column}_ratio": a[column] / b[column] for _, column, _ in MATCHINGS}
-    same = [words for words, column, tolerance in MATCHINGS if abs(a[column] / b[column] - 1) <= tolerance]
-    return ratios | {"matched": ", ".join(same)}
+def _matched(runs_a, runs_b, budgets: dict[str, dict]) -> dict:
+    """Ratios of mean budgets, NaN where one is not known, and what is the same."""
+    ratios = {}
+    for _, column, _ in MATCHINGS:
+        a, b = (np.mean([np.nan if budgets[run].get(column) is None else float(budgets[run][column]) for run in runs])
+                for runs in (runs_a, runs_b))
+        ratios[column] = float(a / b) if b else math.nan
+    if len({budgets[run].get("hardware") for run in (*runs_a, *runs_b)}) > 1:
+        ratios["train_s"] = math.nan  # seconds of different machines say nothing of each other
+    same = [words for words, column, tolerance in MATCHINGS if abs(ratios[column] - 1) <= tolerance]
+    return {f"{column}_ratio": ratio for column, ratio in ratios.items()} | {"matched": ", ".join(same)}
 
 
 def _common_name(names: list[str]) -> str:
@@ -138,5 +140,5 @@ def _common_name(names: list[str]) -> str:
     while not all(name.startswith(common) for name in names):
         common = common[:-1]
     if len(names) > 1:
-        common = re.sub(r"[-_. ]*(seed|s)?[-_. =]*\d*$", "", common)
+        common = re.sub(r"[-_. ](seed|s)?[-_. =]?\d*$", "", common) or common
     return common or names[0]

@@ -117,7 +117,7 @@ def comparison_table(scores: dict[str, pd.DataFrame], budgets: dict[str, dict]) 
         if "corpus_nats" in frame:
             recalled, count = float(frame["recall_nats"].sum()), int(frame["recall_tokens"].sum())
             row |= {"over_corpus": sums["nats"] / float(frame["corpus_nats"].sum()) - 1.0,
-                    "recall_tokens": count, "recall_loss": recalled / count,
+                    "recall_tokens": count, "recall_loss": recalled / count if count else math.nan,
                     "other_loss": (sums["nats"] - recalled) / (sums["tokens"] - count)}
         rows.append(row)
     if "corpus_nats" in first:

@@ -36,9 +36,13 @@ def read_facts(path: Path) -> dict[int, CorpusFacts]:
     """Read what `write_facts` wrote, by story hash."""
     if not path.is_file():
         raise UserError(f"{path} does not exist; expected the .facts.jsonl beside a text of tools/tell_stories.py.")
-    with path.open(encoding="utf-8") as file:
-        entries = (json.loads(line) for line in file)
-        return {e["hash"]: CorpusFacts(e["nats"], [tuple(r) for r in e["recalls"]]) for e in entries}
+    try:
+        with path.open(encoding="utf-8") as file:
+            entries = (json.loads(line) for line in file)
+            return {e["hash"]: CorpusFacts(e["nats"], [tuple(r) for r in e["recalls"]]) for e in entries}
+    except (ValueError, KeyError, TypeError):  # no UTF-8, no JSON, or of something else
+        raise UserError(f"{path} does not hold facts; expected the .facts.jsonl beside a text of "
+                        "tools/tell_stories.py.") from None
 
 
 def fact_columns(score: StoryScore, data, sizes: np.ndarray, facts: CorpusFacts) -> list[float]:

@@ -31,6 +31,8 @@ def differences(runs: list) -> list[str]:
                  "context": lambda run: f"{run.context_length:,}",
                  "rows per step": lambda run: f"{run.config.training.rows_per_step:,}",
                  "windows": lambda run: run.config.training.windows,
+                 "hardware": lambda run: run.info["hardware"], "dtype": lambda run: run.info["dtype"],
+                 "processes": lambda run: run.info.get("processes", 1),
                  "tokens": lambda run: f"{_ending(run).get('tokens_seen') or 0:,}",
                  "end": lambda run: _ending(run).get("reason", "unfinished")}
     found = []

@@ -5,8 +5,10 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
+from plotarmour.config import Recipe
 from plotarmour.errors import UserError
 from plotarmour.evaluation.arms import UNBOUNDED, Arm, compare_arms, group_runs, pairs_of
 from plotarmour.evaluation.checks import check_run, require
@@ -16,13 +18,17 @@ from plotarmour.evaluation.scoring import check_stride
 from plotarmour.evaluation.uncertainty import win_share_by_length
 from plotarmour.files import write_text
 from plotarmour.resuming import read_info
-from plotarmour.runs import Run, check_same_tokenizer, load_run
+from plotarmour.runs import Run, check_same_tokenizer, load_run, recipe_of
 from plotarmour.suite import figures
 from plotarmour.suite.budgets import budget_of, differences
 from plotarmour.suite.examples import different_stories, samples
 from plotarmour.suite.report import write_report
 from plotarmour.suite.verdict import arm_table, summarise
 from plotarmour.text.tokenfile import TokenFile
+
+OUTPUTS = ("report.html", "summary.txt", "totals.csv", "arms.csv", "pairs.csv", "checks.csv", "positions.csv",
+           "win_shares.csv", "different_stories.csv", "samples.csv", "perplexity.png", "training_curves.png",
+           "loss_by_position.png", "differences.png", "win_shares.png")
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class Comparison:
         samples: what each arm writes, from the same prompts and seeds.
         runs: without their weights.
         stride: of sliding windows; None: half a context.
+        same_order: whether runs of one seed have read the same tokens in the same order, by their hashes.
+        part: of a split that the stories are: "train", "val" or "test"; None where that is not known.
     """
 
     title: str
@@ -54,6 +62,17 @@ class Comparison:
     samples: pd.DataFrame
     runs: list[Run]
     stride: int | None
+    same_order: bool
+    part: str | None
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run before it is loaded: enough to tell arms apart."""
+
+    name: str
+    config: Recipe
+    info: dict
 
 
 def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None = None, facts: Path | None = None,
@@ -61,8 +80,8 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
                  unfinished: bool = False) -> pd.DataFrame:
     """Score every story of a token file under some runs and the floors, and write tables, figures and a report.
 
-    Runs that differ only in their seed are one arm of the comparison. Nothing is written where a leak check fails but
-    checks.csv.
+    Runs that differ only in their seed are one arm of the comparison. Where a leak check fails, nothing is written but
+    checks.csv, and what an earlier comparison has left in the folder is gone.
 
     Args:
         folders: of the runs; their names must differ.
@@ -85,48 +104,47 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
         UserError: one run twice, tokenizers that differ, stories that a run was trained on, floors of another text, a
             run that has not ended, a model that sees what it must foresee.
     """
-    folders = [folder.resolve() for folder in folders]
-    _check_names(folders)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; expected a folder for --out.")
-    infos = {folder: read_info(folder) for folder in folders}
-    if not unfinished:
-        _check_ended(folders)
-    _check_tokenizers(infos)
+    folders = [folder.resolve() for folder in folders]
+    planned = check_together(folders, unfinished)
+    arms = group_runs(planned)
     test, known = TokenFile.open(data), read_facts(facts) if facts else None
-    if not test.n_stories:
-        raise UserError(f"{data} holds no story; expected test stories.")
+    if test.n_stories < min(2, len(folders)) or not test.n_stories:
+        raise UserError(f"{data} holds {test.n_stories} stories; expected test stories, at least two for a comparison.")
     train_data = TokenFile.open(train) if train is not None else None
-    for folder, info in infos.items():
-        check_same_tokenizer(test, info["tokenizer"]["sha256"], str(folder))
-        check_stride(stride, info["recipe"]["training"]["context_length"])
-        _check_unseen(folder.name, info, data, test, train, train_data)
-    scores, positions, budgets, checks, runs = {}, [], {}, [], []
-    for folder in folders:  # one model in memory at a time
+    for folder, run in zip(folders, planned, strict=True):
+        check_same_tokenizer(test, run.info["tokenizer"]["sha256"], str(folder))
+        check_stride(stride, run.config.training.context_length)
+        _check_unseen(run, data, test, train, train_data)
+    _clear(out)
+    scores, positions, budgets, runs, tested = {}, [], {}, [], pd.DataFrame()
+    for folder in folders:
         run = load_run(folder, which, device)
-        found = evaluate_run(run, test, known, stride)
-        checks.append(check_run(run, test, found.stories, train_data, stride))
-        scores[run.name], budgets[run.name] = found.stories, budget_of(run)
-        positions.append(found.positions.assign(run=run.name))
-        if _is_unbounded(run) and int(found.stories["tokens"].max()) > run.context_length:
-            whole = evaluate_run(run, test, known, unbounded=True)
-            scores[run.name + UNBOUNDED] = whole.stories
-            positions.append(whole.positions.assign(run=run.name + UNBOUNDED))
+        budgets[run.name] = budget_of(run)
+        for unbounded in (False, True) if _forgets_nothing(run, test) else (False,):
+            name = run.name + UNBOUNDED * unbounded
+            found = evaluate_run(run, test, known, stride, unbounded)
+            scores[name] = found.stories
+            positions.append(found.positions.assign(run=name))
+            checks = check_run(run, test, found.stories, train_data, stride, unbounded)
+            tested = pd.concat([tested, checks], ignore_index=True)
+            write_csv(tested, out / "checks.csv")
+            require(checks)
         runs.append(dataclasses.replace(run, model=None))
-    tested = pd.concat(checks, ignore_index=True)
-    write_csv(tested, out / "checks.csv")
-    require(tested)
+        del run  # one model in memory at a time
+    print(f"{len(tested)} leak checks passed", flush=True)
     if train_data is not None:
         scores |= {f"{name} floor": frame for name, frame in evaluate_floors(train_data, test).items()}
-    print(f"{len(tested)} leak checks passed", flush=True)
-    table, arms = comparison_table(scores, budgets), group_runs(runs)
-    same_order = len({run.info["train"].get("order_sha256", run.config.training.seed) for run in runs}) \
-        <= len({run.config.training.seed for run in runs})
+    table, unequal = comparison_table(scores, budgets), differences(runs)
+    orders = {(run.config.training.seed, run.info["train"].get("order_sha256")) for run in runs}
+    same_order = len({seed for seed, _ in orders}) == len(orders) and None not in {order for _, order in orders}
     pairs = compare_arms(arms, scores, budgets, same_order) if len(arms) > 1 else pd.DataFrame()
     found = Comparison(
-        title or f"{data}: every story, {which} checkpoints", table, arms, arm_table(arms, table), pairs, tested,
-        differences(runs), different_stories(arms, scores, test, which, device, folders),
-        samples(arms, folders, which, device, test), runs, stride)
+        title or f"{data.name}, {which} checkpoints", table, arms, arm_table(arms, table), pairs, tested, unequal,
+        different_stories(arms, scores, test, which, device, folders, stride),
+        samples(arms, folders, which, device, test) if len(arms) > 1 else pd.DataFrame(), runs, stride, same_order,
+        test.header.get("part"))
     _write(found, out, scores, pd.concat(positions, ignore_index=True), budgets)
     return table
 
@@ -149,6 +167,26 @@ def find_runs(folder: Path, named: str = "") -> list[Path]:
     return found
 
 
+def check_together(folders: list[Path], unfinished: bool = False) -> list[PlannedRun]:
+    """Check, before any model is loaded, that runs can be compared.
+
+    Args:
+        folders: of the runs.
+        unfinished: whether runs that have not ended may be compared.
+
+    Raises:
+        UserError: one run twice, tokenizers that differ, a run that has not ended, no run folder.
+    """
+    folders = [folder.resolve() for folder in folders]
+    _check_names(folders)
+    infos = [read_info(folder) for folder in folders]
+    if not unfinished:
+        _check_ended(folders)
+    runs = [PlannedRun(folder.name, recipe_of(info), info) for folder, info in zip(folders, infos, strict=True)]
+    _check_tokenizers(runs)
+    return runs
+
+
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
     """Write a table atomically, numbers with nine significant digits."""
     write_text(path, frame.to_csv(index=False, float_format="%.9g", lineterminator="\n"))
@@ -156,10 +194,8 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
 
 def _write(found: Comparison, out: Path, scores: dict[str, pd.DataFrame], positions: pd.DataFrame,
            budgets: dict[str, dict]) -> None:
-    for stale in (*out.glob("stories_*.csv"), *out.glob("*.png")):  # of an earlier comparison in this folder
-        stale.unlink()
     for name, frame in scores.items():
-        write_csv(frame, out / f"stories_{name.replace(' ', '_')}.csv")
+        write_csv(frame, _stories_path(out, name))
     positions = positions[["run", "position", "tokens", "nats"]]
     shares = {f"{a.name} against {b.name}": _shares(a, b, scores) for a, b in pairs_of(found.arms)}
     for name, frame in (("totals", found.table), ("arms", found.by_arm), ("pairs", found.pairs),
@@ -185,14 +221,29 @@ def _write(found: Comparison, out: Path, scores: dict[str, pd.DataFrame], positi
     write_report(found, out)
 
 
+def _clear(out: Path) -> None:
+    """Remove what an earlier comparison has left in a folder, and nothing else."""
+    if (out / "totals.csv").exists():
+        for name in pd.read_csv(out / "totals.csv", usecols=["name"], dtype=str)["name"]:
+            _stories_path(out, name).unlink(missing_ok=True)
+    for name in OUTPUTS:
+        (out / name).unlink(missing_ok=True)
+
+
+def _stories_path(out: Path, name: str) -> Path:
+    return out / f"stories_{name.replace(' ', '_')}.csv"
+
+
 def _shares(a: Arm, b: Arm, scores: dict[str, pd.DataFrame]) -> pd.DataFrame:
     tokens = scores[a.runs[0]]["tokens"].to_numpy()
     nats = [sum(scores[run]["nats"].to_numpy() for run in arm.runs) / len(arm.runs) for arm in (a, b)]
     return win_share_by_length(tokens, *nats, n_bins=min(6, max(1, len(tokens) // 20)))
 
 
-def _is_unbounded(run: Run) -> bool:
-    return run.model.context_length is None
+def _forgets_nothing(run: Run, data: TokenFile) -> bool:
+    """Whether a model could see more of these stories than a context."""
+    longest = int(np.diff(np.asarray(data.offsets).astype(np.int64), append=data.n_tokens).max())
+    return run.model.context_length is None and longest > run.context_length
 
 
 def _check_names(folders: list[Path]) -> None:
@@ -213,18 +264,18 @@ def _check_ended(folders: list[Path]) -> None:
                         "compare what there is.")
 
 
-def _check_tokenizers(infos: dict[Path, dict]) -> None:
-    kinds = {info["tokenizer"]["sha256"]: f"{folder.name} has {info['tokenizer']['kind']} "
-             f"{info['tokenizer']['sha256'][:12]}" for folder, info in infos.items()}
+def _check_tokenizers(runs: list[PlannedRun]) -> None:
+    kinds = {run.info["tokenizer"]["sha256"]: f"{run.name} has {run.info['tokenizer']['kind']} "
+             f"{run.info['tokenizer']['sha256'][:12]}" for run in runs}
     if len(kinds) > 1:
         raise UserError(f"runs of different tokenizers cannot be set side by side ({', '.join(kinds.values())}): their "
                         "tokens differ, and with them loss and perplexity. Score each by tools/evaluate.py on its own "
                         "token file of one text, and compare bits_per_byte.")
 
 
-def _check_unseen(name: str, info: dict, data: Path, test: TokenFile, train: Path | None,
+def _check_unseen(run: PlannedRun, data: Path, test: TokenFile, train: Path | None,
                   train_data: TokenFile | None) -> None:
-    learned = info["train"]["payload_sha256"]
+    name, info, learned = run.name, run.info, run.info["train"]["payload_sha256"]
     if learned in _fingerprints(test):
         raise UserError(f"{name} was trained on {data}; expected stories it has not seen: the test part.")
     if info["val"]["payload_sha256"] in _fingerprints(test):

@@ -13,6 +13,7 @@ from plotarmour.text.tokenfile import TokenFile
 
 EACH_WAY = 3  # stories
 WORDS = 6  # that are named per story
+MOST_CHARACTERS = 5_000  # of a story that are shown
 PROMPT = "Once upon a time"
 BEGINNINGS = 2  # of test stories, as prompts
 BEGINNING_TOKENS = 16
@@ -21,7 +22,7 @@ COLUMNS = ["story", "tokens", "a", "b", "nats_a", "nats_b", "better", "words", "
 
 
 def different_stories(arms: list[Arm], scores: dict[str, pd.DataFrame], data: TokenFile, which: str, device: str,
-                      folders: list[Path]) -> pd.DataFrame:
+                      folders: list[Path], stride: int | None = None) -> pd.DataFrame:
     """Find the stories whose nats per token differ most between the first runs of the first pair, and why
 
     Args:
@@ -30,6 +31,7 @@ def different_stories(arms: list[Arm], scores: dict[str, pd.DataFrame], data: To
         data: that was scored.
         which, device: as in `load_run`.
         folders: of the runs.
+        stride: of sliding windows, as in `scores`.
 
     Returns:
         A row per story: its number, tokens, both runs and their nats, which is better, the words that cost the other
@@ -46,7 +48,7 @@ def different_stories(arms: list[Arm], scores: dict[str, pd.DataFrame], data: To
     chosen = [int(i) for i in (*order[:count], *order[len(order) - count:][::-1])]
     runs = [load_run(next(folder for folder in folders if folder.name == name), which, device) for name in names]
     token_nats = [{score.story: score.token_nats for score in
-                   score_stories(run.model, data, run.context_length, run.machine, stories=chosen, name=None)}
+                   score_stories(run.model, data, run.context_length, run.machine, stride, chosen, name=None)}
                   for run in runs]
     rows = []
     for i in chosen:
@@ -55,7 +57,7 @@ def different_stories(arms: list[Arm], scores: dict[str, pd.DataFrame], data: To
         words = sorted(_words(runs[0], data.story(i), sign * more), key=lambda word: -word[1])[:WORDS]
         rows.append([i, int(frames[0]["tokens"].iat[i]), *names, *(float(frame["nats"].iat[i]) for frame in frames),
                      names[0] if gap[i] < 0 else names[1], ", ".join(f"{word} {nats:+.1f}" for word, nats in words),
-                     runs[0].tokenizer.decode(data.story(i))])
+                     _cut(runs[0].tokenizer.decode(data.story(i)))])
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -78,6 +80,10 @@ def samples(arms: list[Arm], folders: list[Path], which: str, device: str, data:
                            temperature=TEMPERATURE, seed=SEED, max_new_tokens=max(1, min(SAMPLE_TOKENS, room)))
             rows.append([run.tokenizer.decode(ids), arm.name, SEED, run.tokenizer.decode(new)])
     return pd.DataFrame(rows, columns=["prompt", "arm", "seed", "text"])
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " ..."
 
 
 def _words(run: Run, ids: np.ndarray, values: np.ndarray) -> list[tuple[str, float]]:

@@ -12,7 +12,7 @@ from plotarmour.plots import BLUE, GRAY, GREEN, ORANGE, arm_label, new_figure, s
 COLORS = {"bdh": (BLUE, "#56B4E9", "#004A75"), "gpt2": (ORANGE, "#CC79A7", "#E69F00", "#7A3500")}
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D")
-FEW = 20  # stories: fewer than that reach a position, and the curve ends
+FEW = 20  # stories: fewer than that reach a position, and the curve ends (with fewer stories in all: a quarter)
 
 
 def styles(arms: list[Arm]) -> dict[str, dict]:
@@ -42,6 +42,8 @@ def learning_curves(arms: list[Arm], logs: dict[str, pd.DataFrame], flops_per_to
     for arm in arms:
         own = {"color": style[arm.name]["color"], "linestyle": style[arm.name]["linestyle"]}
         rows = [logs[run][logs[run]["val_loss"].notna()] for run in arm.runs]
+        if not min(map(len, rows)):
+            continue  # a log without a validation
         for log in rows:
             drawn += log["val_loss"].iloc[int(len(log) > 3):].tolist()
         # The mean is taken by evaluations, which runs of one arm make at the same steps; a longer one is cut.
@@ -64,7 +66,7 @@ def learning_curves(arms: list[Arm], logs: dict[str, pd.DataFrame], flops_per_to
     if floor:
         panels[0].annotate(f"{floor[0]} (test)", (0.99, floor[1]), xycoords=("axes fraction", "data"), ha="right",
                            va="bottom", color="#555555", fontsize=9)
-    shown = drawn + ([floor[1]] if floor else [])
+    shown = (drawn + ([floor[1]] if floor else [])) or [0.0]
     margin = 0.08 * (max(shown) - min(shown)) + 0.01
     panels[0].set_ylim(min(shown) - margin, max(shown) + margin)
     panels[0].set_ylabel("validation loss (nats per token)")
@@ -149,7 +151,7 @@ def loss_by_position(arms: list[Arm], positions: pd.DataFrame, path: Path, conte
     style = styles(arms)
     for arm in arms:
         own = positions[positions["run"].isin(arm.runs)].groupby("position")[["tokens", "nats"]].sum()
-        own = own[own["tokens"] >= FEW * len(arm.runs)]
+        own = own[own["tokens"] >= min(FEW * len(arm.runs), own["tokens"].max() / 4)]
         if own.empty:
             continue
         edges = np.unique(np.round(np.geomspace(1, len(own) + 1, 40)).astype(int)) - 1

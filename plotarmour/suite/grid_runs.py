@@ -1,5 +1,6 @@
 """The rows of a grid, each in a papermill process of its own: one after the other, or some at a time."""
 
+import csv
 import os
 import sys
 import time
@@ -16,7 +17,9 @@ from plotarmour.suite.notebooks import ROOT, tidy_streams
 from plotarmour.suite.papermill import Execution, called_with, end_notebooks, last_words, run_notebook, start_notebook
 from plotarmour.suite.steps import prepare
 from plotarmour.suite.tuning import write_rates
+from plotarmour.text.unfinished import locked
 
+LOCK = ".lock"  # a folder in the results folder while a grid runs
 LOOK_S = 0.2  # between two looks at who is still running
 
 
@@ -43,13 +46,16 @@ def run_grid(path: Path, notebook: Path, recipe: str, out: Path, text: Path | No
         UserError: mistakes in the grid, before anything is started; text that does not become token files.
     """
     grid, jobs = plan_grid(path, notebook, recipe, out, text, extra_text, overrides, gpus, at_once)
-    (out / "notebooks").mkdir(parents=True, exist_ok=True)
-    if jobs[0].recipe is not None:
-        _prepare(jobs, out, text, extra_text)
-    states = _run_rows(jobs, grid, out, slots(at_once, jobs, _cpus()))
-    rates = write_rates(states, out)
-    if rates:
-        print(rates)
+    places = slots(at_once, jobs, _cpus())
+    with locked(out / LOCK, out):  # two starts at a time would run rows twice
+        check_summary(out / "summary.csv", jobs)
+        (out / "notebooks").mkdir(parents=True, exist_ok=True)
+        if jobs[0].recipe is not None:
+            _prepare(jobs, out, text, extra_text)
+        states = _run_rows(jobs, grid, out, places)
+        rates = write_rates(states, out)
+        if rates:
+            print(rates)
     return states
 
 
@@ -64,6 +70,17 @@ def tell_failures(states: list[State]) -> list[str]:
             lines.append(f"{state.job.row.run} {state.status}{': ' * bool(state.reason)}{state.reason}; the same "
                          "command goes on with it")
     return lines
+
+
+def check_summary(path: Path, jobs: list[Job]) -> None:
+    """Raise `UserError` where a folder holds another grid's summary: it would be written over."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", newline="") as file:
+        names = [row.get("run") for row in csv.DictReader(file)]
+    if names and not {job.row.run for job in jobs} & set(names):
+        raise UserError(f"{path} is of another grid (its first run: {names[0]}); expected a folder of its own for this "
+                        "one. Use another --out.")
 
 
 def _prepare(jobs: list[Job], out: Path, text: Path | None, extra_text: Path | None) -> None:

@@ -14,6 +14,7 @@ from plotarmour.suite.grid_plan import Job
 from plotarmour.suite.papermill import Value, called_with
 from plotarmour.suite.steps import find_prepared
 from plotarmour.text.tokenfile import TokenFile
+from plotarmour.training.checkpoint import latest_whole_step
 
 ENDINGS = ("DONE.json", "STOPPED.json")
 DEAD = ("DeadKernelError", "Kernel died")
@@ -42,7 +43,7 @@ class State:
 
 def find_state(job: Job) -> State:
     """What an earlier start has left of a row."""
-    if (done := read_ending(job, "DONE.json")) is not None:
+    if (done := read_ending(job, "DONE.json")) is not None and _has_weights(job, done):
         return State(job, "skipped", str(done["reason"]))
     if (stopped := read_ending(job, "STOPPED.json")) is not None:
         return State(job, "stopped", str(stopped["reason"]))
@@ -79,6 +80,11 @@ def is_of(job: Job) -> bool:
         return False
 
 
+def _has_weights(job: Job, done: dict) -> bool:
+    """Whether the checkpoint that a DONE.json speaks of is there: the zip to download holds none."""
+    return job.recipe is None or latest_whole_step(job.folder) == done.get("step")
+
+
 def stamps(job: Job) -> list[tuple[int, int] | None]:
     """By which it shows whether a DONE.json or STOPPED.json is a new one."""
     paths = [job.folder / name for name in ENDINGS]
@@ -96,6 +102,8 @@ def judge(job: Job, before: list, code: int | None, said: str, interrupted: bool
         interrupted: whether it was ended from here.
     """
     if (done := read_ending(job, "DONE.json")) is not None:
+        if not _has_weights(job, done):
+            return "failed", f"its last checkpoint in {job.folder} is missing or damaged"
         return "done", str(done["reason"])
     if stamps(job)[1] not in (None, before[1]) and (stopped := read_ending(job, "STOPPED.json")) is not None:
         return "stopped", str(stopped["reason"])

@@ -130,17 +130,27 @@ def end_notebooks(executions: list[Execution]) -> None:
                         if any("ipykernel" in part for part in member.cmdline()):
                             member.send_signal(signal.SIGINT)
             _wait(executions, SAVE_S)
+            _look_again(executions, families)
             for run in executions:
                 if run.process.poll() is None:
                     run.process.send_signal(signal.SIGINT)
             _wait(executions, QUIT_S)
     finally:
+        _look_again(executions, families)
         for family in families.values():
             for member in family:
                 with suppress(psutil.Error):  # psutil knows a process by its start, too: no other one is hit
                     member.kill()
         for run in executions:
             run.process.wait()
+
+
+def _look_again(executions: list[Execution], families: dict[int, list[psutil.Process]]) -> None:
+    """Add who was born since: an interrupt may come before there is a kernel."""
+    for run in executions:
+        if run.process.poll() is None:
+            known = families.setdefault(run.process.pid, [])
+            known += [member for member in _family(run.process.pid) if member not in known]
 
 
 def _family(pid: int) -> list[psutil.Process]:

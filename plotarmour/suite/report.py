@@ -8,7 +8,7 @@ import pandas as pd
 
 from plotarmour.evaluation.arms import MATCHINGS
 from plotarmour.files import write_text
-from plotarmour.plots import MODEL_COLORS
+from plotarmour.plots import MODEL_COLORS, MODEL_NAMES
 from plotarmour.suite.verdict import (
     NOT_CLAIMED,
     arm_names,
@@ -62,8 +62,8 @@ def write_report(found, out: Path) -> Path:
     """
     names = arm_names(found.arms)
     several = any(len(arm.runs) > 1 for arm in found.arms)
-    parts = [f"<h1>{_t(' and '.join(dict.fromkeys(names.values())) if len(names) < 3 else 'BDH and GPT-2')}: "
-             f"{_t(found.title)}</h1>"]
+    kinds = dict.fromkeys(MODEL_NAMES.get(arm.model, arm.model) for arm in found.arms)
+    parts = [f"<h1>{_t(' and '.join(names.values() if len(names) < 3 else kinds))}: {_t(found.title)}</h1>"]
     parts.append(_verdicts(found, names))
     parts += ["<h2>The numbers</h2>", _table(for_people(found.by_arm if several else found.table)),
               f'<p class="small">{_t(denominators(found.table))} Perplexity is exp(loss). '
@@ -107,9 +107,9 @@ def _matchings(found, names: dict[str, str]) -> str:
                      "perplexity": f"{pair['perplexity_ratio'] - 1:+.1%} ({pair['perplexity_ratio_low'] - 1:+.1%} to "
                                    f"{pair['perplexity_ratio_high'] - 1:+.1%})"})
     return (_table(pd.DataFrame(rows), text=("the same",))
-            + '<p class="small">Budgets of the first as a multiple of the second\'s. No pair is equal in everything: '
-              "BDH goes through one set of weights several times, so that equal parameters are more work, and equal "
-              "work is fewer parameters.</p>")
+            + '<p class="small">Budgets of the first as a multiple of the second\'s'
+            + (". BDH goes through one set of weights several times: equal parameters are more work, and equal work is "
+               "fewer parameters" if len({arm.model for arm in found.arms}) > 1 else "") + ".</p>")
 
 
 def _samples(found, names: dict[str, str]) -> list[str]:
@@ -150,17 +150,23 @@ def _protocol(found) -> str:
                      "context": f"{t.context_length:,}", "seeds": ", ".join(map(str, arm.seeds)),
                      "order of the data (hash)": ", ".join(sorted(orders)), "dtype": run.info["dtype"],
                      "hardware": run.info["hardware"]})
-    run = found.runs[0]
-    stride = found.stride or run.context_length // 2
-    return (_table(pd.DataFrame(rows), text=("shape", "order of the data (hash)"))
-            + f"<p>Tokenizer {_t(run.info['tokenizer']['kind'])}, {run.info['vocab_size']:,} entries, the same for "
-              f"all, learned from the training part only. Every choice (learning rate, which checkpoint) rests on the "
-              f"validation part; only the test part is reported. Each story is scored alone, from its first token; "
-              f"stories longer than the context of {run.context_length:,} tokens by sliding windows that go on by "
-              f"{stride:,}. Runs of one seed read the same tokens in the same order (the same hash), as far as both "
-              "go. Intervals are 95 %, by a bootstrap over stories that draws the same ones for both sides; with "
-              "several seeds, the half-width of Student's t over seeds is added in quadrature, since drawing three "
-              "seeds anew would hold the truth in far fewer cases than it claims.</p>")
+    run, kind = found.runs[0], found.runs[0].info["tokenizer"]["kind"]
+    strides = sorted({found.stride or r.context_length // 2 for r in found.runs})
+    learned = " learned from the training part only," if kind.startswith("bpe:") else ""
+    scored = {"test": "What is reported is the test part.", "val": "What is reported is the VALIDATION part, on which "
+              "choices rest: no verdict."}.get(found.part, "What is reported is the text named above.")
+    order = ("Runs of one seed read the same tokens in the same order (the same hash), as far as both go." if
+             found.same_order else "That runs of one seed read the same tokens in the same order is NOT shown: hashes "
+             "differ, or are missing.")
+    seeds = (" With several seeds, the half-width of Student's t over seeds is added in quadrature, since drawing so "
+             "few seeds anew would hold the truth in far fewer cases than it claims."
+             if any(len(arm.runs) > 1 for arm in found.arms) else "")
+    told = (f"Tokenizer {kind},{learned} {run.info['vocab_size']:,} entries, the same for all. Which checkpoint is "
+            f"scored rests on the validation part. {scored} Each story is scored alone, from its first token; stories "
+            f"longer than the context by sliding windows that go on by {', '.join(map(str, strides))} tokens, but in "
+            f"rows called unbounded, where every token is given its whole story. {order} Intervals are 95 %, by a "
+            f"bootstrap over stories that draws the same ones for both sides.{seeds}")
+    return _table(pd.DataFrame(rows), text=("shape", "order of the data (hash)")) + f"<p>{_t(told)}</p>"
 
 
 def _budget_note(found) -> str:

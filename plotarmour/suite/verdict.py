@@ -11,12 +11,19 @@ from plotarmour.training.loop import DONE
 
 NOT_CLAIMED = (
     "what larger models, longer training or other texts would give: small models on little text, as in the table",
-    "what another learning rate, schedule, width or depth would have made of either model; what was tried is in the "
+    "what another learning rate, schedule, width or depth would have made of either model; what was used is in the "
     "protocol",
-    "that two models are equal in every respect: no single pair is matched in parameters, FLOPs and time at once, so "
-    "read the pairs together",
+    "that two models were given the same of everything, where a pair is not matched in it; read the pairs together",
     "anything about text that reads well: perplexity on stories of the same kind is all that is measured",
 )
+SPEAKS = {
+    "checkpoints": "One seed each: the interval comes from drawing stories anew and speaks of these two checkpoints, "
+                   "not of the recipes.",
+    "a recipe and a checkpoint": "{seeds_a} and {seeds_b} seeds: of the side with one seed the interval knows this "
+                                 "checkpoint alone, and so it is too narrow to speak of both recipes.",
+    "recipes": "{seeds_a} and {seeds_b} seeds: the interval holds what other stories and other seeds would change, and "
+               "speaks of the recipes. So few seeds make it wide.",
+}
 FORMATS = {"core params": "{:,.0f}", "all params": "{:,.0f}", "params used per token": "{:,.0f}",
            "trained on": "{:,.0f} tokens", "FLOPs": "{:.2e}", "step scored": "{:,.0f}", "seconds": "{:,.0f}",
            "MiB": "{:,.0f}", "loss": "{:.4f}", "perplexity": "{:,.3f}", "bits/byte": "{:.4f}",
@@ -68,6 +75,8 @@ def arm_table(arms: list[Arm], table: pd.DataFrame) -> pd.DataFrame:
         for column in ("over_corpus", "recall_loss", "other_loss"):
             if column in own:
                 row[column] = own[column].mean()
+        if "ended" in own:  # the first that has not, if any
+            row["ended"] = next((end for end in own["ended"] if end not in DONE), own["ended"].iloc[0])
         rows.append(row)
     rest = table[~table["name"].isin(used)]
     columns = [c for c in ("name", "model", "tokens", "bytes", "loss", "perplexity", "bits_per_byte", "over_corpus",
@@ -101,21 +110,15 @@ def how_sure(pair: pd.Series, names: dict[str, str]) -> str:
     a, b = names.get(pair["a"], pair["a"]), names.get(pair["b"], pair["b"])
     found = (f"{a} against {b}: {pair['difference']:+.4f} nats per token (95 % interval "
              f"{pair['difference_low']:+.4f} to {pair['difference_high']:+.4f}).")
+    of_these = " over stories, for these very runs" if max(pair["seeds_a"], pair["seeds_b"]) > 1 else ""
     wins = (f"Of {pair['stories']:,} stories, {pair['a_better']:,} cost the first one fewer nats and "
-            f"{pair['b_better']:,} the second (sign test: p {_p(pair['sign_p'])}).")
-    if pair["speaks_of"] == "checkpoints":
-        return (f"{found} One seed each: the interval comes from drawing stories anew and speaks of these two "
-                f"checkpoints, not of the recipes. {wins}")
-    few = min(pair["seeds_a"], pair["seeds_b"])
-    return (f"{found} {pair['seeds_a']} and {pair['seeds_b']} seeds: the interval holds what other stories and other "
-            f"seeds would change, and speaks of the recipes; {few} seeds are few, and it is as wide as they make it. "
-            f"{wins}")
+            f"{pair['b_better']:,} the second (sign test{of_these}: p {_p(pair['sign_p'])}).")
+    return f"{found} {SPEAKS[pair['speaks_of']].format(**pair)} {wins}"
 
 
 def spoken_of(pairs: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of pairs.csv that a verdict rests on: recipes, or checkpoints where no recipe has two seeds."""
-    whole = pairs[pairs["speaks_of"] == "recipes"]
-    return whole if len(whole) else pairs
+    """Return the rows of pairs.csv that a verdict rests on: a pair of arms each."""
+    return pairs[pairs["is_arms"]]
 
 
 def summarise(table: pd.DataFrame, what: str, unequal: list[str], arms: list[Arm] = (),
@@ -171,7 +174,7 @@ def arm_names(arms: list[Arm]) -> dict[str, str]:
 def _by_how_much(pair: pd.Series) -> str:
     change, ends = 100 * (pair["perplexity_ratio"] - 1), [100 * (pair[f"perplexity_ratio_{end}"] - 1)
                                                           for end in ("low", "high")]
-    if ends[0] < 0 < ends[1]:
+    if ends[0] <= 0 <= ends[1]:
         return f"not to be told apart ({change:+.1f} %, 95 % interval {ends[0]:+.1f} to {ends[1]:+.1f} %) from that of"
     (low, high), word = sorted(map(abs, ends)), "lower" if change < 0 else "higher"
     return f"{abs(change):.1f} % {word} (95 % interval {low:.1f} to {high:.1f} %) than that of"

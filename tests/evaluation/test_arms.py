@@ -49,6 +49,7 @@ def test_pairs_say_what_is_matched_and_what_the_interval_speaks_of():
     budgets = {name: dear if name.startswith("bdh") else cheap for name in nats}
     pairs = compare_arms(arms, scores, budgets, same_order=True)
     assert pairs["speaks_of"].tolist() == ["recipes", "checkpoints", "checkpoints"]
+    assert pairs["is_arms"].tolist() == [True, False, False]
     whole = pairs.iloc[0]
     assert whole["difference"] == pytest.approx(-0.7) and whole["bits_per_byte_ratio"] == pytest.approx(2.3 / 3)
     assert whole["perplexity_ratio"] == pytest.approx(np.exp(-0.7)) and whole["a_better"] == 2

@@ -33,6 +33,22 @@ class SeesOneAhead(nn.Module):
         return (0.1 * seen if self.honest else 0.1 * seen + self.unembedding[ahead]), None
 
 
+class SeesOneAheadLate(SeesOneAhead):
+    """Sees one token ahead from its 26th place on only, as behind the edge of a tile."""
+
+    def features(self, inputs, state=None):
+        honest = 0.1 * self.table[inputs].cumsum(1)
+        ahead = self.unembedding[torch.roll(inputs, -1, 1)]
+        return honest + ahead * (torch.arange(inputs.shape[1]) > 25)[None, :, None], None
+
+
+class IsNotANumber(SeesOneAhead):
+    """Overflows, as float16 may."""
+
+    def features(self, inputs, state=None):
+        return super().features(inputs)[0] * torch.nan, None
+
+
 class SeesTheWholeBatch(SeesOneAhead):
     """Its features carry a mean over all rows and places: stories cost something else among others."""
 
@@ -47,11 +63,11 @@ class SeesItsWholeStory(SeesOneAhead):
         return super().features(inputs)[0] + self.table[inputs].mean(1, keepdim=True), None
 
 
-def run_of(model):
+def run_of(model, context_length=64, takes_pieces=True):
     sizes = np.full(V, 2)
     sizes[0] = 0
-    return SimpleNamespace(model=model.eval(), name="cheat", context_length=64, machine=CPU,
-                           tokenizer=SimpleNamespace(token_bytes=sizes))
+    return SimpleNamespace(model=model.eval(), name="cheat", context_length=context_length, machine=CPU,
+                           tokenizer=SimpleNamespace(token_bytes=sizes, takes_pieces=takes_pieces))
 
 
 class Data(Stories):
@@ -105,6 +121,39 @@ def test_a_model_whose_nats_depend_on_the_batch_is_refused(data):
     """Guards: padding or other stories that are seen."""
     run = run_of(SeesTheWholeBatch(honest=True))
     assert "alone or in a batch" in failed(run, data, scored(run, data))
+
+
+@pytest.mark.parametrize(("kind", "context_length"), [(SeesOneAhead, 16), (SeesOneAheadLate, 64)])
+def test_a_leak_at_any_place_and_in_a_short_context_is_seen(data, kind, context_length):
+    """Guards: checks that look at the first tokens of a long window only."""
+    run = run_of(kind(honest=False), context_length)
+    assert "sum of probabilities" in failed(run, data, scored(run, data))
+
+
+def test_what_is_not_a_number_passes_no_check(data):
+    """Guards: a maximum that passes over NaN."""
+    run = run_of(IsNotANumber(honest=True))
+    assert {"later tokens", "sum of probabilities", "alone or in a batch"} <= failed(run, data, scored(run, data))
+
+
+def test_bytes_are_not_counted_with_tokenizers_whose_ids_do_not_tell(small_model, data):
+    """Guards: an honest comparison that is refused for a tokenizer that marks words instead of spelling blanks."""
+    run = run_of(small_model, takes_pieces=False)
+    scores = scored(run, data)
+    scores["bytes"] += 1
+    assert failed(run, data, scores) == set()
+
+
+def test_unbounded_scoring_is_checked_too(small_model, data):
+    """Guards: a row of a comparison that nobody has looked at."""
+    run = run_of(small_model)
+    rows = [(s.story, s.tokens, s.bytes, s.nats) for s in score_stories(run.model, data, None, CPU, name=None)] \
+        if small_model.context_length is None else []
+    if rows:
+        scores = pd.DataFrame(rows, columns=["story", "tokens", "bytes", "nats"]).sort_values("story",
+                                                                                             ignore_index=True)
+        checks = check_run(run, data, scores, unbounded=True)
+        assert checks["passed"].all() and set(checks["run"]) == {"cheat unbounded"} and len(checks) == 3
 
 
 def test_a_model_without_a_causal_mask_is_refused(data):

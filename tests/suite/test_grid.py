@@ -6,6 +6,7 @@ import json
 import os
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -15,13 +16,14 @@ from plotarmour.errors import UserError
 from plotarmour.suite import grid_state
 from plotarmour.suite.grid import is_safe, parameters_of, read_grid, run_name
 from plotarmour.suite.grid_plan import data_parameters, plan_grid, slots
-from plotarmour.suite.grid_runs import tell_failures
+from plotarmour.suite.grid_runs import check_summary, tell_failures
 from plotarmour.suite.grid_state import State, find_state, judge, stamps, summary_row, write_summary
 from plotarmour.suite.grid_table import Table, event_line, table_lines, time_left
 from plotarmour.suite.notebooks import ROOT
 from plotarmour.suite.papermill import called_with
 from plotarmour.suite.steps import prepare
 from plotarmour.suite.tuning import compare_rates, tell_rates, write_rates
+from plotarmour.training.manifest import FILES, write_manifest, write_sealed
 from plotarmour.training.runlog import COLUMNS
 
 TRAIN = ROOT / "notebooks" / "02_train.ipynb"
@@ -67,6 +69,12 @@ def end(job, name="DONE.json", **changes):
         "train": {"payload_sha256": info["payload_sha256"]}, "val": {"payload_sha256": val["payload_sha256"]},
         "dtype": "float32", "params": 1000, "params_non_embedding": 600, "hardware": "CPU, 2 threads"}))
     (job.folder / name).write_text(json.dumps(FINAL | changes))
+    checkpoint = job.folder / "checkpoints" / f"step_{FINAL['step']:08d}"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    for file in FILES:
+        (checkpoint / file).write_bytes(b"weights")
+    write_manifest(checkpoint, FINAL["step"])
+    write_sealed(checkpoint.parent / "index.json", dict.fromkeys(("latest", "previous", "best"), checkpoint.name))
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +231,10 @@ def test_only_a_done_of_the_same_settings_and_tokens_is_done(rates):
     assert find_state(replace(job, recipe=other)).status == "waiting"
     elsewhere = replace(job.recipe, training=replace(job.recipe.training, device="cpu", log_interval=3))
     assert find_state(replace(job, recipe=elsewhere)).status == "skipped"
+    (job.folder / "checkpoints" / "step_00000020" / "model.safetensors").unlink()
+    assert find_state(job).status == "waiting", "the zip to download has no weights, either"
+    assert judge(job, stamps(job), 0, "") == ("failed", f"its last checkpoint in {job.folder} is missing or damaged")
+    end(job)
     (job.folder / "DONE.json").write_text('{"reason": "max_')
     assert find_state(job).status == "waiting"
     end(job)
@@ -329,3 +341,14 @@ def test_the_best_rate_is_chosen_on_validation_and_an_edge_is_said(rates, tmp_pa
         end(job)
     assert compare_rates([find_state(job) for job in seeds]) == []
     assert write_rates([], tmp_path) == "" and not (tmp_path / "learning_rates.csv").exists()
+
+
+def test_a_folder_with_another_grids_summary_is_refused(tmp_path):
+    """Guards: learning rates, found in hours, written over by the next grid in the same folder."""
+    path = tmp_path / "summary.csv"
+    path.write_text("run,status\nbdh_lr-0.1,done\n")
+    jobs = [SimpleNamespace(row=SimpleNamespace(run=name)) for name in ("bdh_seed-1", "bdh_seed-2")]
+    with pytest.raises(UserError, match="is of another grid .its first run: bdh_lr-0.1.*Use another --out"):
+        check_summary(path, jobs)
+    path.write_text("run,status\nbdh_seed-1,done\nold,failed\n")
+    check_summary(path, jobs)  # a grid that was changed

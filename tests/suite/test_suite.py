@@ -45,7 +45,8 @@ def test_the_suite_leaves_executed_notebooks_tables_and_figures(suite):
         outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
         assert outputs and not any(o.output_type == "error" for o in outputs)
     assert {"totals.csv", "summary.txt", "stories_bdh.csv", "stories_gpt2.csv", "stories_bigram_floor.csv",
-            "perplexity.png", "training_curves.png", "report.html", "pairs.csv", "checks.csv"} <= {p.name for p in (suite / "comparison").iterdir()}
+            "perplexity.png", "training_curves.png", "report.html", "pairs.csv", "checks.csv"} <= {
+                p.name for p in (suite / "comparison").iterdir()}
     assert all(json.loads((suite / m / "DONE.json").read_text())["reason"] == "max_steps" for m in ("bdh", "gpt2"))
     assert not [p for p in suite.rglob("*") if "unfinished" in p.name]
 

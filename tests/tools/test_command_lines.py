@@ -287,9 +287,12 @@ def test_choosing_on_the_scored_stories_is_said_and_old_rows_go(run_main, two_ru
     """Guards: validation stories reported as held out; rows of an earlier comparison beside new totals."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "stories_old.csv").write_text("story,tokens,bytes,nats\n")
+    (tmp_path / "out" / "totals.csv").write_text("name,loss\nold,3.0\n")
+    (tmp_path / "out" / "holiday.png").write_text("not ours")
     with pytest.warns(UserWarning, match="chosen on; a verdict needs the test part"):
         code, _, _ = run_main("evaluate", two_runs[0], "--data", token_files["val"], "--out", tmp_path / "out")
     assert code == 0 and [p.name for p in (tmp_path / "out").glob("stories_*.csv")] == ["stories_bdh.csv"]
+    assert (tmp_path / "out" / "holiday.png").exists()
 
 
 def test_help_names_defaults_and_no_none(root):
