@@ -7,7 +7,10 @@ import re
 import shlex
 import statistics
 
+import pandas as pd
 import pytest
+
+from plotarmour.suite.verdict import headline
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +53,27 @@ def test_every_link_leads_somewhere(readme, root):
 
 def test_the_tables_show_the_committed_numbers(readme, root):
     """Guards: a table that was not updated with its CSV."""
-    for folder in ("laptop", "laptop_extra", "tiny"):
-        with (root / "results" / "reference" / folder / "totals.csv").open(encoding="utf-8", newline="") as file:
+    for path in ("finals/comparison/arms", "finals/comparison_extra/arms", "tiny/totals"):
+        with (root / "results" / "reference" / f"{path}.csv").open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 loss, perplexity, bits = (float(row[c]) for c in ("loss", "perplexity", "bits_per_byte"))
                 shown = f"{loss:.3f} | {perplexity:,.2f} | {bits:.3f}"
-                assert shown in readme, (folder, row["name"], shown)
+                assert shown in readme, (path, row["name"], shown)
+
+
+def test_the_verdict_is_that_of_the_committed_pairs(readme, root):
+    """Guards: a sentence that outlives its numbers; learning rates that were not the ones tried."""
+    text = " ".join(readme.replace("\n> ", "\n").split())
+    names = {"bdh": "BDH", "gpt2": "GPT-2"} | {f"gpt2-{kind}": f"gpt2-{kind} (GPT-2)" for kind in ("time", "flops")}
+    for folder in ("comparison", "comparison_extra"):
+        pairs = pd.read_csv(root / "results" / "reference" / "finals" / folder / "pairs.csv")
+        assert headline(pairs, names) in text, folder
+    checks = pd.read_csv(root / "results" / "reference" / "finals" / "comparison" / "checks.csv")
+    assert checks["passed"].all()
+    rates = pd.read_csv(root / "results" / "reference" / "learning_rates" / "summary.csv")
+    for model in ("bdh", "gpt2"):
+        losses = rates.loc[rates["model"] == model].sort_values("learning_rate")["best_val_loss"]
+        assert " | ".join(f"{loss:.3f}" for loss in losses) in text, model
 
 
 def test_the_speeds_are_the_committed_ones(readme, root):
