@@ -11,13 +11,12 @@ the arm's time to the mean of the first arm's blocks before and after it.
 """
 
 import argparse
-import csv
 import dataclasses
 import statistics
 import tempfile
 from pathlib import Path
 
-from training_loop import ROOT, Plain
+from training_loop import ROOT, Plain, write_rows
 
 from plotarmour.config import load_recipe
 from plotarmour.errors import run_command
@@ -59,11 +58,7 @@ def main() -> None:
         rows.append({"arm": arm, "step_ms": f"{ms:.1f}", "ratio": f"{ratio:.4f}", "steps_per_step": f"{1 / ratio:.4f}"})
         print(f"{arm}: a step takes {ratio:.3f} times the first arm's ({ms:.1f} ms here): {1 / ratio:.3f} times its "
               "steps in the same time", flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(rows, args.out)
 
 
 def _of_one_length(recipe):

@@ -8,7 +8,6 @@ the largest difference of a story's nats.
 """
 
 import argparse
-import csv
 import statistics
 import tempfile
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from training_loop import ROOT
+from training_loop import ROOT, write_rows
 
 from plotarmour.config import load_recipe
 from plotarmour.errors import run_command
@@ -96,11 +95,7 @@ def main() -> None:
                          "apart": f"{apart:.1e}"})
             print(f"{name}: {ratio:.2f} times the tokens/s of the plain parallel forward ({tokens / ours_s:,.0f} a "
                   f"second here); nats apart by at most {apart:.1e} of themselves", flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(rows, args.out)
 
 
 if __name__ == "__main__":

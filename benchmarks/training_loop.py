@@ -122,6 +122,15 @@ def measure(recipe: Recipe, files: dict[str, Path], blocks: int, every: int) -> 
         "tokens_per_s": 1 / statistics.median(per_token), "step_ms": 1e3 * tokens * statistics.median(per_token)}
 
 
+def write_rows(rows: list[dict], path: Path) -> None:
+    """Write rows of one kind as CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", default="tiny,laptop", help="comma-separated (default: tiny,laptop)")
@@ -144,11 +153,7 @@ def main() -> None:
                       f"{found['ratio_summed_nats']:.3f} with our loss in both; batches {found['share_batches']:.2%}, "
                       f"logging {found['share_logging']:.2%}, checkpoints {found['share_checkpoints']:.2%}, together "
                       f"{together:.2%} of the time; a step has {found['step_ms']:.0f} ms", flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(rows, args.out)
 
 
 if __name__ == "__main__":

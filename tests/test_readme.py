@@ -74,6 +74,14 @@ def test_the_verdict_is_that_of_the_committed_pairs(readme, root):
     for model in ("bdh", "gpt2"):
         losses = rates.loc[rates["model"] == model].sort_values("learning_rate")["best_val_loss"]
         assert " | ".join(f"{loss:.3f}" for loss in losses) in text, model
+    best = rates.groupby("model")["best_val_loss"].min()
+    finals = pd.read_csv(root / "results" / "reference" / "finals" / "summary.csv").set_index("run")["best_val_loss"]
+    finals = finals.groupby(lambda run: run.split("_")[0]).mean()
+    long = {model: pd.read_csv(root / "results" / "reference" / "laptop" / f"log_{model}.csv")["val_loss"].min()
+            for model in ("bdh", "gpt2")}
+    gaps = [each["gpt2"] - each["bdh"] for each in (best, finals, long)]
+    for gap, said in zip(gaps, ("one seed: {} nats", "seeds: {};", "rate 6e-3: {})"), strict=True):
+        assert said.format(f"{gap:.2f}") in text
 
 
 def test_the_speeds_are_the_committed_ones(readme, root):

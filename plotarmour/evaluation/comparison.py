@@ -13,7 +13,7 @@ import pandas as pd
 from plotarmour.errors import UserError
 from plotarmour.evaluation.facts import FACT_COLUMNS, CorpusFacts, fact_columns
 from plotarmour.evaluation.floors import count_floors
-from plotarmour.evaluation.scoring import score_stories
+from plotarmour.evaluation.scoring import score_stories, story_tokens
 from plotarmour.text.stories import story_hash
 
 STORY_COLUMNS = ["story", "tokens", "bytes", "nats"]
@@ -61,7 +61,7 @@ def evaluate_run(run, data, facts: dict[int, CorpusFacts] | None = None, stride:
     n = data.n_stories
     columns = STORY_COLUMNS + (FACT_COLUMNS if facts else [])
     table = np.zeros((n, len(columns)))
-    longest = int(_lengths(data).max())
+    longest = int(story_tokens(data).max())
     nats, count = np.zeros(longest), np.zeros(longest, dtype=np.int64)
     sizes = run.tokenizer.token_bytes if facts else None
     for score in score_stories(run.model, data, None if unbounded else run.context_length, run.machine,
@@ -88,8 +88,8 @@ def evaluate_floors(train_data, data) -> dict[str, pd.DataFrame]:
         By name: uniform, unigram, bigram, trigram.
     """
     floors = count_floors(train_data, data)
-    lengths = np.diff(np.append(data.offsets, data.n_tokens).astype(np.int64))
-    facts = {"story": np.arange(data.n_stories), "tokens": lengths, "bytes": data.story_bytes.astype(np.int64)}
+    facts = {"story": np.arange(data.n_stories), "tokens": story_tokens(data),
+             "bytes": data.story_bytes.astype(np.int64)}
     return {name: pd.DataFrame(facts | {"nats": nats}) for name, nats in floors.story_nats(data).items()}
 
 
@@ -131,8 +131,3 @@ def comparison_table(scores: dict[str, pd.DataFrame], budgets: dict[str, dict]) 
         if column in table:
             table[column] = table[column].astype("Int64")  # floors have none: empty, not 0
     return table
-
-
-def _lengths(data) -> np.ndarray:
-    """Tokens of every story, end-of-text included; int64 (n,)."""
-    return np.diff(np.asarray(data.offsets).astype(np.int64), append=data.n_tokens)

@@ -61,7 +61,7 @@ def score_stories(model: nn.Module, data, context_length: int | None, machine: M
         UserError: a stride outside 1..context_length.
     """
     check_stride(stride, context_length)
-    lengths = np.append(data.offsets[1:], data.n_tokens).astype(np.int64) - np.asarray(data.offsets).astype(np.int64)
+    lengths = story_tokens(data)
     chosen = np.arange(data.n_stories) if stories is None else np.asarray(stories, dtype=np.int64)
     order = chosen[np.argsort(lengths[chosen], kind="stable")]
     waiting: dict[int, list] = {}  # stories with windows still to come
@@ -75,6 +75,11 @@ def score_stories(model: nn.Module, data, context_length: int | None, machine: M
                     bar.update(len(whole))
                     yield StoryScore(i, len(whole), int(data.story_bytes[i]), float(whole.sum(dtype=np.float64)),
                                      whole)
+
+
+def story_tokens(data) -> np.ndarray:
+    """Return the tokens of every story of a token file, its closing end-of-text included; int64 (n_stories,)."""
+    return np.diff(np.append(data.offsets, data.n_tokens).astype(np.int64))
 
 
 def check_stride(stride: int | None, context_length: int | None) -> None:

@@ -5,7 +5,6 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from plotarmour.config import Recipe
@@ -14,7 +13,7 @@ from plotarmour.evaluation.arms import UNBOUNDED, Arm, compare_arms, group_runs,
 from plotarmour.evaluation.checks import check_run, require
 from plotarmour.evaluation.comparison import comparison_table, evaluate_floors, evaluate_run
 from plotarmour.evaluation.facts import read_facts
-from plotarmour.evaluation.scoring import check_stride
+from plotarmour.evaluation.scoring import check_stride, story_tokens
 from plotarmour.evaluation.uncertainty import win_share_by_length
 from plotarmour.files import write_text
 from plotarmour.resuming import read_info
@@ -216,8 +215,8 @@ def _write(found: Comparison, out: Path, scores: dict[str, pd.DataFrame], positi
     if shares:
         figures.differences_forest(found.arms, found.pairs, out / "differences.png")
         figures.win_shares(shares, out / "win_shares.png")
-    write_text(out / "summary.txt", summarise(found.table, found.title, found.unequal, found.arms, found.pairs,
-                                              found.checks))
+    write_text(out / "summary.txt", summarise(found.table, found.title, found.unequal, found.arms, found.by_arm,
+                                              found.pairs, found.checks))
     write_report(found, out)
 
 
@@ -242,8 +241,7 @@ def _shares(a: Arm, b: Arm, scores: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 def _forgets_nothing(run: Run, data: TokenFile) -> bool:
     """Whether a model could see more of these stories than a context."""
-    longest = int(np.diff(np.asarray(data.offsets).astype(np.int64), append=data.n_tokens).max())
-    return run.model.context_length is None and longest > run.context_length
+    return run.model.context_length is None and int(story_tokens(data).max()) > run.context_length
 
 
 def _check_names(folders: list[Path]) -> None:

