@@ -52,9 +52,9 @@ FIGURES = (
      "In how many stories the first model of a pair needs fewer nats, by length of story; 95 % intervals."),
 )
 
-BUDGETS = ("FLOPs are counted from the structure: two for every multiply-add of a matrix product, shared weights once "
-           "per pass, attention included, backward twice the forward; recomputation is not counted. Seconds and memory are "
-           "as measured, so they depend on the machine and on what else it did.")
+BUDGETS = ("FLOPs are counted from the structure: two for every multiply-add of a matrix product, shared weights "
+           "once per pass, attention included, backward twice the forward; recomputation is not counted. Seconds and "
+           "memory are as measured, so they depend on the machine and on what else it did.")
 
 
 def write_report(found, out: Path) -> Path:
