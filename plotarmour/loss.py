@@ -4,6 +4,7 @@ One rule for every metric: add nats, count tokens, divide once, exponentiate onc
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100  # target of a position that is padding
@@ -35,7 +36,13 @@ def summed_nats(features: Tensor, unembedding: Tensor, targets: Tensor) -> Tenso
     if torch.is_autocast_enabled(features.device.type):
         features = features.to(torch.get_autocast_dtype(features.device.type))
     unembedding = unembedding.to(features.dtype)
-    return _SummedNats.apply(features.flatten(0, 1), unembedding, targets.flatten(), torch.is_grad_enabled())
+    features, targets, may_ignore = features.flatten(0, 1), targets.flatten(), True
+    if features.device.type == "cpu":  # a GPU would have to stop and tell how many rows cost something
+        scored = (targets != IGNORE).nonzero().squeeze(1)
+        if len(scored) < len(targets):
+            features, targets = features.index_select(0, scored), targets[scored]
+        may_ignore = False
+    return _SummedNats.apply(features, unembedding, targets, torch.is_grad_enabled(), may_ignore)
 
 
 @torch.no_grad()
@@ -49,45 +56,50 @@ def token_nats(features: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor
     costs = targets != IGNORE
     flat, table, wanted = features[costs].to(wide), unembedding.to(wide), targets[costs]
     with torch.autocast(features.device.type, enabled=False):
-        found = [_chunk_nats(flat[i:j] @ table.T, wanted[i:j])[0]
+        found = [_nats(_log_probs(flat[i:j] @ table.T), wanted[i:j])
                  for i, j in _chunks(len(flat), len(table), SMALL_CHUNK_LOGITS)]
-    if found:
-        nats[costs] = torch.cat(found)
+    nats[costs] = torch.cat(found)
     return nats
 
 
 def _chunks(rows: int, vocab_size: int, logits: int = CHUNK_LOGITS) -> list[tuple[int, int]]:
+    """[begin, end) of each chunk; a single empty one where there are no rows."""
     size = max(1, logits // vocab_size)
-    return [(i, min(i + size, rows)) for i in range(0, rows, size)]
+    return [(i, min(i + size, rows)) for i in range(0, max(rows, 1), size)]
 
 
-def _chunk_nats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Nats (n,), float32 log-normalizers (n, 1) and safe indices (n, 1) for logits (n, V)."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)
-    index = targets.clamp(min=0).unsqueeze(1)
-    nats = (normalizer - logits.gather(1, index)).squeeze(1)
-    return nats.masked_fill(targets == IGNORE, 0.0), normalizer, index
+def _log_probs(logits: Tensor) -> Tensor:
+    """Log-probabilities (n, V) of logits (n, V), in float32 or wider."""
+    return torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _nats(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """Nats (n,) of targets (n,); 0 where the target is `IGNORE`."""
+    return F.nll_loss(log_probs, targets, ignore_index=IGNORE, reduction="none")
 
 
 class _SummedNats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features, unembedding, targets, with_gradient):
-        total = 0.0
-        wide = torch.float64 if features.dtype == torch.float64 else torch.float32
+    def forward(ctx, features, unembedding, targets, with_gradient, may_ignore):
+        total, d_unembedding = 0.0, None
         d_features = torch.empty_like(features) if with_gradient else None
-        d_unembedding = torch.zeros(unembedding.shape, dtype=wide, device=features.device) if with_gradient else None
+        wide = torch.promote_types(features.dtype, torch.float32)
         with torch.autocast(features.device.type, enabled=False):
             for i, j in _chunks(len(features), len(unembedding)):
-                logits = features[i:j] @ unembedding.T
-                nats, normalizer, index = _chunk_nats(logits, targets[i:j])
-                total = total + nats.sum()
+                d = _log_probs(features[i:j] @ unembedding.T)
+                total = total + _nats(d, targets[i:j]).sum()
                 if with_gradient:
-                    d = torch.exp(logits.to(wide) - normalizer)
-                    d.scatter_add_(1, index, torch.full_like(index, -1, dtype=wide))
-                    d = d.masked_fill_((targets[i:j] == IGNORE).unsqueeze(1), 0.0).to(features.dtype)
-                    d_features[i:j] = d @ unembedding
-                    d_unembedding += d.T @ features[i:j]
+                    # In place: the gradient by the logits is the probabilities, less one at each target.
+                    index = targets[i:j].clamp(min=0).unsqueeze(1)
+                    d = d.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=wide)).to(features.dtype)
+                    kept, d_kept = features[i:j], d @ unembedding
+                    if may_ignore:  # rows that cost nothing are cleared where they are C wide, not V
+                        ignored = (targets[i:j] == IGNORE).unsqueeze(1)
+                        kept, d_kept = kept.masked_fill(ignored, 0.0), d_kept.masked_fill_(ignored, 0.0)
+                    d_features[i:j] = d_kept
+                    part = (d.T @ kept).to(wide)
+                    d_unembedding = part if d_unembedding is None else d_unembedding.add_(part)
+                del d  # before the next chunk's logits
         ctx.save_for_backward(d_features, d_unembedding)
         ctx.dtypes = features.dtype, unembedding.dtype
         return total
@@ -95,4 +107,4 @@ class _SummedNats(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale):
         d_features, d_unembedding = ctx.saved_tensors
-        return (d_features * scale.to(d_features.dtype)), (d_unembedding * scale).to(ctx.dtypes[1]), None, None
+        return (d_features * scale.to(d_features.dtype)), (d_unembedding * scale).to(ctx.dtypes[1]), None, None, None

@@ -269,11 +269,8 @@ def _loss(n_tokens: int, D: int, V: int, size: int, gradient: bool) -> int:
     """`loss.summed_nats`: copies in half precision, gradients, and the fullest chunk."""
     half = size < WIDE
     n = min(n_tokens, max(1, CHUNK_LOGITS // V))
-    chunk = V * n * (half * size + 2 * WIDE)  # logits, and the temporaries of their logsumexp
+    chunk = V * n * (size + (1 + half) * WIDE)  # logits, the same in float32, log-probabilities
     if gradient:
-        following = min(n_tokens - n, n)
-        first = n * (size + 2 * WIDE)  # logits, less their normalizer, exponential
-        later = n * size + following * (size + 2 * WIDE) if following else 0  # beside the gradient of the chunk before
-        product = 2 * n * size + (size + half * WIDE) * D  # logits, their gradient, a part of the unembedding's
-        chunk = V * max(first, later, product) + (size * n_tokens + WIDE * V) * D
+        product = V * (n * size + (size + half * WIDE) * D)  # their gradient, a part of the unembedding's
+        chunk = max(chunk, product) + (size * n_tokens + WIDE * V) * D
     return chunk + half * size * (n_tokens + V) * D

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import plotarmour.loss
-from plotarmour.loss import IGNORE, summed_nats, token_nats
+from plotarmour.loss import IGNORE, _SummedNats, summed_nats, token_nats
 
 
 @pytest.fixture
@@ -30,6 +30,25 @@ def test_value_and_gradients_equal_cross_entropy_in_any_chunking(case, chunk, mo
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found * 0.3, (features, unembedding)), wanted)
     torch.testing.assert_close(token_nats(features, unembedding, targets).sum(), expected.detach())
+
+
+def test_rows_that_cost_nothing_are_masked_as_they_are_left_out(case):
+    """Guards: a GPU, which masks padded rows, and a CPU, which leaves them out, that train differently."""
+    features, unembedding, targets = case
+    left_out = summed_nats(features, unembedding, targets)
+    masked = _SummedNats.apply(features.flatten(0, 1), unembedding, targets.flatten(), True, True)
+    torch.testing.assert_close(masked, left_out)
+    torch.testing.assert_close(torch.autograd.grad(masked, (features, unembedding)),
+                               torch.autograd.grad(left_out, (features, unembedding)))
+
+
+def test_padding_alone_costs_nothing_and_teaches_nothing(case):
+    """Guards: a batch without a single target that is an error."""
+    features, unembedding, targets = case
+    nothing = summed_nats(features, unembedding, targets.fill_(IGNORE))
+    assert nothing.item() == 0
+    assert all(not grad.any() for grad in torch.autograd.grad(nothing, (features, unembedding)))
+    assert not token_nats(features, unembedding, targets).any()
 
 
 def test_gradcheck_passes(case):

@@ -1,4 +1,4 @@
-"""What happens to a batch: gradients added up over micro-batches, a validation loss, the optimizer's groups."""
+"""What happens to a batch: gradients added up and clipped, a validation loss, the optimizer's groups."""
 
 import numpy as np
 import torch
@@ -51,6 +51,14 @@ def accumulate(model: nn.Module, micro_batches: list[tuple[Tensor, Tensor]], mac
         scaler.scale(nats / n_tokens).backward()
         total += nats.detach()
     return float(total) / n_tokens
+
+
+def clip_gradients(model: nn.Module, limit: float) -> float:
+    """Scale all gradients down until their norm is `limit`, if it is over it; 0: never. Return the norm before."""
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    if limit and norm > limit:  # most steps of a run are under it: no pass over the gradients for them
+        nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+    return float(norm)
 
 
 def _seed(number: int, device: torch.device) -> None:

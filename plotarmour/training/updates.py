@@ -16,7 +16,7 @@ from plotarmour.machine import Machine
 from plotarmour.text.batches import Windows
 from plotarmour.training.fitting import is_out_of_memory, largest_divisor, release, too_large
 from plotarmour.training.input import Batches
-from plotarmour.training.passes import accumulate, make_optimizer
+from plotarmour.training.passes import accumulate, clip_gradients, make_optimizer
 from plotarmour.training.ranks import Ranks, check_share
 
 
@@ -83,7 +83,7 @@ class Updates:
             group["lr"] = learning_rate
         loss, n_tokens = self._gradients(step)
         scaler.unscale_(optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf))
+        norm = clip_gradients(self.model, self.config.grad_clip)
         scale, overflowed = scaler.get_scale(), False
         finite = math.isfinite(norm) and math.isfinite(loss)
         if finite or (scaler.is_enabled() and math.isfinite(loss)):  # the scaler skips an overflowed update

@@ -15,7 +15,7 @@ from plotarmour.machine import find_machine
 from plotarmour.runs import load_run, train_run
 from plotarmour.training import loop, pace, updates
 from plotarmour.training.checkpoint import model_tensors, read_index, rewind
-from plotarmour.training.passes import accumulate, make_optimizer
+from plotarmour.training.passes import accumulate, clip_gradients, make_optimizer
 from plotarmour.training.runlog import COLUMNS
 
 TIMING = ("utc", "elapsed_s", "tokens_per_s", "peak_memory_mib")
@@ -68,6 +68,20 @@ def test_one_steps_numbers_are_pinned(small_model):
 
 
 PINNED = {"BDH": [3.905440012613932, 3.6481653849283853], "GPT2": [3.9156058629353843, 3.7569847106933594]}
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.01, 1e6])
+def test_gradients_are_clipped_as_torch_clips_them(small_model, limit):
+    """Guards: a norm under the limit that is scaled up, one over it that is kept, 0 that clips to nothing."""
+    inputs = torch.arange(24).view(2, 12) % 50
+    accumulate(small_model, [(inputs, inputs + 1)], CPU, scaler())
+    before = [p.grad.clone() for p in small_model.parameters()]
+    norm = clip_gradients(small_model, limit)
+    clipped = [p.grad for p in small_model.parameters()]
+    for parameter, gradient in zip(small_model.parameters(), before, strict=True):
+        parameter.grad = gradient
+    assert norm == float(torch.nn.utils.clip_grad_norm_(small_model.parameters(), limit or math.inf)) > 0.01
+    assert all(torch.equal(found, p.grad) for found, p in zip(clipped, small_model.parameters(), strict=True))
 
 
 def test_decay_is_on_matrices_only(small_model):
