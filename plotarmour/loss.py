@@ -97,9 +97,9 @@ class _SummedNats(torch.autograd.Function):
                         ignored = (targets[i:j] == IGNORE).unsqueeze(1)
                         kept, d_kept = kept.masked_fill(ignored, 0.0), d_kept.masked_fill_(ignored, 0.0)
                     d_features[i:j] = d_kept
-                    part = (d.T @ kept).to(wide)
-                    d_unembedding = part if d_unembedding is None else d_unembedding.add_(part)
-                del d  # before the next chunk's logits
+                    part = d.T @ kept
+                    d_unembedding = part.to(wide) if d_unembedding is None else d_unembedding.add_(part)
+                d = part = None  # before the next chunk's logits
         ctx.save_for_backward(d_features, d_unembedding)
         ctx.dtypes = features.dtype, unembedding.dtype
         return total

@@ -56,9 +56,10 @@ def accumulate(model: nn.Module, micro_batches: list[tuple[Tensor, Tensor]], mac
 def clip_gradients(model: nn.Module, limit: float) -> float:
     """Scale all gradients down until their norm is `limit`, if it is over it; 0: never. Return the norm before."""
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    if limit and norm > limit:  # most steps of a run are under it: no pass over the gradients for them
+    before = float(norm)
+    if limit and before > limit:  # most steps of a run are under it: no pass over the gradients for them
         nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
-    return float(norm)
+    return before
 
 
 def _seed(number: int, device: torch.device) -> None:
