@@ -114,6 +114,16 @@ def test_runs_of_different_tokenizers_are_refused(token_files, runs, tmp_path):
         compare_runs([runs[0], other], token_files["test"], tmp_path / "out")
 
 
+def test_too_few_stories_to_compare_on_are_refused(token_files, runs, tmp_path):
+    """Guards: an interval over a single story, which has no width."""
+    text = tmp_path / "one.txt"
+    text.write_text("A new tale, and the only one.")
+    [one] = pre_tokenize([text], str(token_files["train"]), tmp_path / "one.bin")
+    with pytest.raises(UserError, match="one.bin holds 1 stories; expected test stories, at least two"):
+        compare_runs(runs[:2], one, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_file_with_training_stories_is_refused_by_name(token_files, runs, tmp_path):
     """Guards: held-out stories that were not."""
     data = TokenFile.open(token_files["train"])
