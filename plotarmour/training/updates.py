@@ -19,6 +19,8 @@ from plotarmour.training.input import Batches
 from plotarmour.training.passes import accumulate, clip_gradients, make_optimizer
 from plotarmour.training.ranks import Ranks, check_share
 
+LEAST_SCALE = 1.0  # of the loss under float16: 16 overflows in a row below GradScaler's first one
+
 
 @dataclass(frozen=True)
 class Update:
@@ -84,14 +86,17 @@ class Updates:
         loss, n_tokens = self._gradients(step)
         scaler.unscale_(optimizer)
         norm = clip_gradients(self.model, self.config.grad_clip)
-        scale, overflowed = scaler.get_scale(), False
         finite = math.isfinite(norm) and math.isfinite(loss)
-        if finite or (scaler.is_enabled() and math.isfinite(loss)):  # the scaler skips an overflowed update
+        scale = scaler.get_scale()
+        # A loss is not scaled: what is wrong with it is not the scale's doing. Nor is a gradient that overflows at the
+        # least scale: that is counted as not finite, so that it ends the run, and no scale is left that gradients
+        # vanish under.
+        overflowed = scaler.is_enabled() and not finite and math.isfinite(loss) and scale > LEAST_SCALE
+        if finite:
             self._step()
             scaler.update()
-            overflowed = scaler.get_scale() < scale
         elif scaler.is_enabled():
-            scaler.update(scale)  # the loss is not scaled: what is wrong with it is not the scale's doing
+            scaler.update(scale * scaler.get_backoff_factor() if overflowed else scale)
         optimizer.zero_grad(set_to_none=True)
         return Update(loss, n_tokens, norm, overflowed, not (finite or overflowed))
 

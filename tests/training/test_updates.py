@@ -9,11 +9,16 @@ import torch
 
 from plotarmour.config import load_recipe
 from plotarmour.errors import UserError
+from plotarmour.machine import Machine
+from plotarmour.models.gpt2 import GPT2, GPT2Config
 from plotarmour.runs import load_run, train_run
+from plotarmour.text.batches import Windows
+from plotarmour.text.tokenfile import TokenFile
 from plotarmour.training import loop, updates
 from plotarmour.training.checkpoint import model_tensors
 from plotarmour.training.fitting import is_out_of_memory, largest_divisor
-from plotarmour.training.ranks import Ranks
+from plotarmour.training.ranks import ALONE, Ranks
+from plotarmour.training.updates import Updates
 
 
 def run(recipe, files, out, **changes):
@@ -219,3 +224,62 @@ def test_auto_takes_the_most_rows_that_leave_a_reserve(monkeypatch):
     monkeypatch.setattr(runs, "memory_bytes", lambda device: 10 * 2**30)
     assert runs._what_fits(load_recipe("kaggle_t4", "gpt2", ["micro_batch_size=auto"]), 50257, cpu, 2) < chosen[2]
     assert runs._what_fits(load_recipe("kaggle_t4", "gpt2"), 50257, cpu, 1) is None
+
+
+def float16_updates(model, token_files, monkeypatch, spoil):
+    """Updates under a GradScaler, on a CPU; `spoil` is done to the gradients of every step."""
+    recipe = load_recipe("tiny", "gpt2", ["micro_batch_size=2", "max_steps=40", "warmup_steps=0", "context_length=24"])
+    windows = Windows(TokenFile.open(token_files["train"]), 24, "stream", 0, 2)
+    taken = Updates(model, windows, recipe.training, Machine(torch.device("cpu"), torch.float16, "", ""), ALONE)
+    taken.begin(0, 2)
+    original = updates.accumulate
+
+    def accumulate(*args):
+        loss = original(*args)
+        spoil(list(model.parameters()))
+        return loss
+
+    monkeypatch.setattr(updates, "accumulate", accumulate)
+    return taken
+
+
+def small_gpt2(token_files):
+    torch.manual_seed(0)
+    return GPT2(GPT2Config(1, 16, 2, TokenFile.open(token_files["train"]).header["vocab_size"], 24, 0.0)).train()
+
+
+def test_gradients_that_overflow_for_ever_end_the_run_at_a_scale_that_still_trains(token_files, monkeypatch):
+    """Guards: a NaN that counts as an overflow of float16 each time, while checkpoints keep a scale of 1e-39."""
+    model = small_gpt2(token_files)
+
+    def spoil(parameters):
+        parameters[0].grad.view(-1)[0] = torch.inf
+
+    taken = float16_updates(model, token_files, monkeypatch, spoil)
+    before = [p.detach().clone() for p in model.parameters()]
+    found = [taken.take(step, 1e-3) for step in range(26)]
+    taken.close()
+    assert [update.overflowed for update in found] == [True] * 16 + [False] * 10
+    assert [update.skipped for update in found] == [False] * 16 + [True] * 10
+    assert taken.scaler.get_scale() == 1.0
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_norm_that_overflows_moves_nothing(token_files, monkeypatch):
+    """Guards: AdamW stepping on its momentum where each gradient is finite but their norm is not."""
+    model = small_gpt2(token_files)
+    taken = float16_updates(model, token_files, monkeypatch, lambda parameters: None)
+    assert not taken.take(0, 1e-3).overflowed  # there is a momentum now
+    original, before = updates.accumulate, [p.detach().clone() for p in model.parameters()]
+
+    def accumulate(*args):
+        loss = original(*args)
+        for parameter in model.parameters():
+            parameter.grad.fill_(1e34)
+        return loss
+
+    monkeypatch.setattr(updates, "accumulate", accumulate)
+    update = taken.take(1, 1e-3)
+    taken.close()
+    assert update.overflowed and not update.skipped and taken.scaler.get_scale() == 2.0**15
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
