@@ -86,17 +86,18 @@ class _SummedNats(torch.autograd.Function):
         wide = torch.promote_types(features.dtype, torch.float32)
         with torch.autocast(features.device.type, enabled=False):
             for i, j in _chunks(len(features), len(unembedding)):
-                d = _log_probs(features[i:j] @ unembedding.T)
+                kept = features[i:j]
+                if may_ignore:  # rows that cost nothing are cleared where they are C wide, not V
+                    ignored = (targets[i:j] == IGNORE).unsqueeze(1)
+                    kept = kept.masked_fill(ignored, 0.0)
+                d = _log_probs(kept @ unembedding.T)
                 total = total + _nats(d, targets[i:j]).sum()
                 if with_gradient:
                     # In place: the gradient by the logits is the probabilities, less one at each target.
                     index = targets[i:j].clamp(min=0).unsqueeze(1)
                     d = d.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=wide)).to(features.dtype)
-                    kept, d_kept = features[i:j], d @ unembedding
-                    if may_ignore:  # rows that cost nothing are cleared where they are C wide, not V
-                        ignored = (targets[i:j] == IGNORE).unsqueeze(1)
-                        kept, d_kept = kept.masked_fill(ignored, 0.0), d_kept.masked_fill_(ignored, 0.0)
-                    d_features[i:j] = d_kept
+                    d_kept = d @ unembedding
+                    d_features[i:j] = d_kept.masked_fill_(ignored, 0.0) if may_ignore else d_kept
                     part = d.T @ kept
                     d_unembedding = part.to(wide) if d_unembedding is None else d_unembedding.add_(part)
                 d = part = None  # before the next chunk's logits
