@@ -57,7 +57,7 @@ from plotarmour.config import load_recipe
 from plotarmour.suite.steps import list_files, prepare, results_folder
 
 folder = results_folder(recipe, results)
-settings = load_recipe(recipe, "bdh", [o for o in overrides.split(";") if o])
+settings = load_recipe(recipe, "bdh", [o for o in overrides.split(";") if o.strip()])
 print(settings.data)
 
 # %% [markdown]

@@ -64,7 +64,7 @@ from plotarmour.suite.launch import check_gpus
 from plotarmour.suite.steps import find_prepared, list_files, results_folder, train_recipe
 from plotarmour.suite.words import tell_ending, tell_recipe
 
-folder, changes = results_folder(recipe, results), [o for o in overrides.split(";") if o]
+folder, changes = results_folder(recipe, results), [o for o in overrides.split(";") if o.strip()]
 data_folder, run_folder = Path(tokens) if tokens else folder, folder / (run or model)
 settings = load_recipe(recipe, model, changes)
 check_gpus(gpus, settings)

@@ -138,12 +138,14 @@ def load_recipe(name: str, model: str, overrides: list[str] = ()) -> Recipe:
     del known["training"]["micro_batch_is_auto"]
     complaints, chosen = [], set()
     for override in overrides:
-        key, equals, value = override.partition("=")
+        key, equals, value = (part.strip() for part in override.partition("="))  # a=1; b=2 in a notebook
         section = next((s for s in known if key in known[s]), None)
         if not equals or section is None:
             keys = [k for s in known.values() for k in s]
-            complaints.append(f"--set {override}: " + (f"unknown key {key!r}{_closest(key, keys)}" if equals else
-                                                       "expected key=value") + f"; keys are {', '.join(sorted(keys))}")
+            near = _closest(key, keys)
+            complaints.append(f"--set {override.strip()}: "
+                              + (f"unknown key {key!r}{near}" if equals else "expected key=value")
+                              + ("" if near and equals else f"; keys are {', '.join(sorted(keys))}"))
             continue
         sections[section][key] = _parse(value, known[section][key])
         chosen.add(key)

@@ -41,7 +41,7 @@ def test_all_complaints_come_at_once():
         load_recipe("tiny", "bdh", ["micro_batch_size=0", "schedule=step", "beta1=1.5"])
     assert all(word in str(caught.value) for word in ("micro_batch_size = 0", "schedule = 'step'", "beta1 = 1.5"))
     with pytest.raises(UserError) as caught:
-        load_recipe("tiny", "bdh", ["max_step=5", "learning_rate=fast", "n_embd"])
+        load_recipe("tiny", "bdh", ["max_step=5", " learning_rate=fast", "n_embd"])  # as after "; " in a notebook
     assert all(word in str(caught.value) for word in ("did you mean 'max_steps'", "'fast' is not a number",
                                                       "expected key=value"))
 

@@ -158,7 +158,7 @@ def parameters_of(notebook: Path) -> dict[str, Value]:
 
 def settings_of(overrides: str) -> list[str]:
     """Split a parameter `overrides` into settings, as the notebooks do."""
-    return [setting for setting in overrides.split(";") if setting]
+    return [setting for setting in overrides.split(";") if setting.strip()]
 
 
 def run_name(values: dict[str, Value], defaults: dict[str, Value]) -> str:
