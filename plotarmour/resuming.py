@@ -50,6 +50,11 @@ def read_info(folder: Path) -> dict:
     if not isinstance(info, dict) or not needed <= set(info):
         raise UserError(f"{folder} is not a run of this program: its run.json says nothing of "
                         f"{', '.join(sorted(needed - set(info)))}. Name another folder.")
+    try:
+        _identity(info)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {error} is not as this program writes it. Restore it from a copy, or start "
+                        "anew with another --out.") from None
     return info
 
 
@@ -130,16 +135,20 @@ def go_back(out: Path, step: int) -> None:
 
 
 def note_changes(out: Path, info: dict, step: int) -> None:
-    """Note in run.json how a run is longer, or cut into other pieces, from a step on."""
-    before, now = ({**_training(i), "processes": i.get("processes", 1)} for i in (read_info(out), info))
-    changed = {key: [before[key], now[key]] for key in (*EXTENDABLE, *PIECES, "processes") if before[key] != now[key]}
+    """Note in run.json how a run is longer, cut into other pieces, or on another machine or program, from a step on."""
+    before, now = ({**_training(i), **_place(i)} for i in (read_info(out), info))
+    changed = {key: [before.get(key), now[key]] for key in (*EXTENDABLE, *NOT_IDENTITY, *_place(info))
+               if before.get(key) != now[key]}
     if not changed:
         return
-    longer = set(changed) & set(EXTENDABLE)
+    longer, elsewhere = set(changed) & set(EXTENDABLE), [key for key in _place(info) if key in changed]
+    if elsewhere:
+        print("other than before, so that the same bits are not promised: "
+              + "; ".join(f"{key} was {changed[key][0]}, now {changed[key][1]}" for key in elsewhere), flush=True)
     if longer - {"patience"}:
         print("the learning rate follows the new schedule from here on: it may go up again (--from-step goes back to a "
               "kept step before it fell)", flush=True)
-    holds = {"recipe": info["recipe"], "processes": info["processes"]}
+    holds = {key: info[key] for key in ("recipe", "processes", "device", "hardware", "versions") if key in info}
     record_change(out, step, "--extend" if longer else "settings", holds, **changed)
 
 
@@ -176,6 +185,11 @@ def _training(info: dict) -> dict:
     """The training settings of a run.json; those it does not know yet have their defaults."""
     known = {field.name for field in dataclasses.fields(TrainingConfig)}
     return dataclasses.asdict(TrainingConfig(**{k: v for k, v in info["recipe"]["training"].items() if k in known}))
+
+
+def _place(info: dict) -> dict[str, object]:
+    """Where and by what a run.json's run is computed, flat."""
+    return {"processes": info.get("processes", 1), "hardware": info.get("hardware"), **(info.get("versions") or {})}
 
 
 def _identity(info: dict) -> dict[str, object]:

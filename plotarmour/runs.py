@@ -165,6 +165,7 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
                 write_text(out / "tokenizer.json", made.json)
             else:
                 print(f"continuing {out} from {checkpoint.name}", flush=True)
+                _restore(out / "tokenizer.json", made.json)
                 note_changes(out, info, step_of(checkpoint))
             return {"checkpoint": checkpoint, "begin_with": _what_fits(recipe, made.vocab_size, machine, ranks.size)}
 
@@ -248,6 +249,13 @@ def _what_fits(recipe: Recipe, vocab_size: int, machine: Machine, processes: int
     budget = memory_bytes(machine.device) // shared - RESERVE
     split = largest_split(recipe, vocab_size, machine.dtype, machine.device.type, budget)
     return split.training.micro_batch_size if split else 1
+
+
+def _restore(path: Path, text: str) -> None:
+    """Write a file of the run folder again if it is not what it was written as."""
+    if not path.is_file() or path.read_bytes() != text.encode():
+        warnings.warn(f"{path} was damaged or missing: written again.", stacklevel=2)
+        write_text(path, text)
 
 
 def _done(out: Path) -> dict:

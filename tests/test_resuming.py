@@ -1,3 +1,4 @@
+import csv
 import dataclasses
 import json
 import shutil
@@ -45,6 +46,11 @@ def contents(folder):
 
 def bits(run):
     return [(find_checkpoint(run, "latest") / name).read_bytes() for name in FILES[:2]]
+
+
+def rows_of(run):
+    with (run / "log.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def rates(run):
@@ -258,5 +264,60 @@ def test_a_run_from_before_these_settings_goes_on_with_the_same_bits(run, finish
     assert contents(run) == before
     assert train(token_files, run, from_step=3)["step"] == 6
     assert bits(run) == bits(finished) and last_step(run / "log.csv") == 6
-    assert [change["why"] for change in info_of(run)["changes"]] == ["--from-step"]
+    assert [change["why"] for change in info_of(run)["changes"]] == ["--from-step", "settings"]  # max_minutes
     assert train(token_files, run, {"max_steps": 7}, extend=True)["step"] == 7
+
+
+def test_going_back_takes_the_best_of_then(token_files, tmp_path):
+    """Guards: a step named the best that was never evaluated, or with the validation loss of another one."""
+    out, settings = tmp_path / "run", {"max_steps": 12, "keep_every": 3, "eval_interval": 5, "checkpoint_interval": 3}
+    train(token_files, out, settings)
+    stopped = train(token_files, out, settings | {"max_minutes": 1e-7}, from_step=3)
+    index = json.loads((out / "checkpoints" / "index.json").read_text())
+    assert stopped["best_step"] == 0 and index["best"] == "step_00000000"  # nothing else was evaluated by then
+
+    out, settings = tmp_path / "other", settings | {"keep_every": 9, "eval_interval": 6}
+    train(token_files, out, settings)
+    [row] = [row for row in rows_of(out) if row["step"] == "6"]
+    stopped = train(token_files, out, settings | {"max_minutes": 1e-7}, from_step=9)  # the best was 6, which is gone
+    assert stopped["step"] == 10 and stopped["best_step"] == 9
+    assert stopped["best_val_loss"] == stopped["val_loss"] < 6
+    assert stopped["val_loss"] != pytest.approx(float(row["val_loss"]), abs=1e-6)
+
+
+def test_another_machine_or_program_is_noted_and_said(run, capsys):
+    """Guards: a run that says it was computed by one commit on one machine, where two took part."""
+    info = info_of(run)
+    new = info | {"hardware": "another", "versions": info["versions"] | {"torch": "9.9"}}
+    new["recipe"] = info["recipe"] | {"training": info["recipe"]["training"] | {"keep_every": 0}}
+    note_changes(run, new, 6)
+    [noted] = info_of(run)["changes"]
+    assert (noted["torch"][1], noted["hardware"][1], noted["keep_every"]) == ("9.9", "another", [3, 0])
+    assert "same bits are not promised: hardware was" in capsys.readouterr().out
+    assert info_of(run)["versions"]["torch"] == "9.9" and info_of(run)["hardware"] == "another"
+
+
+def test_a_damaged_tokenizer_is_written_again(run, token_files):
+    """Guards: a run that ends well and cannot be loaded."""
+    path = run / "tokenizer.json"
+    before = path.read_bytes()
+    path.write_bytes(before[:100] + b"X" + before[101:])
+    with pytest.warns(UserWarning, match="tokenizer.json was damaged or missing: written again"):
+        train(token_files, run, {"max_steps": 7}, extend=True)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("recipe", [{}, [], {"training": {}}, {"training": {"seed": 1}, "model": "gpt2"}])
+def test_a_run_json_with_a_broken_inside_is_one_line(run, token_files, recipe):
+    """Guards: a traceback from whatever key is looked up first."""
+    (run / "run.json").write_text(json.dumps(info_of(run) | {"recipe": recipe}))
+    with pytest.raises(UserError, match="run.json is damaged: .* Restore it from a copy"):
+        train(token_files, run)
+
+
+def test_lost_rows_of_the_log_are_said(run, token_files):
+    """Guards: a log that begins in the middle, of which nobody was told."""
+    text = (run / "log.csv").read_text()
+    (run / "log.csv").write_text(text.splitlines()[0] + "\n")
+    with pytest.warns(UserWarning, match="log.csv has lost rows: found 0 up to step 6, the checkpoint knows of 7"):
+        train(token_files, run, {"max_steps": 7}, extend=True)

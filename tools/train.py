@@ -16,8 +16,8 @@ from plotarmour.errors import HelpFormatter, run_command
 
 WHAT_NOW = {
     "non-finite": "loss or gradients were not finite ten steps in a row, and no update was made of them. The last good "
-                  "checkpoint is of step {last_checkpoint:,}; try a lower learning_rate, or go further back "
-                  "with --from-step",
+                  "checkpoint is of step {last_checkpoint:,}. Going on from there is likely to meet the same: start "
+                  "anew in another --out, with a lower learning_rate",
     "lost a process": "another process of this run has died; the same command goes on from the checkpoint of step "
                       "{last_checkpoint:,}",
 }

@@ -16,8 +16,8 @@ ENDED = {"max_steps": "done: all steps taken", "schedule_minutes": "done: the sc
 RESUME = ("Run the cell again: it goes on from step {last_checkpoint:,}. In a new session, attach this one's output "
           "first, and set continue_from to its run folder {run}.")
 NEXT = {"non-finite": "Ten steps in a row were not finite, and no update was made of them; the checkpoint of step "
-                      "{last_checkpoint:,} is the last good one. Set from_step to an earlier kept step, or start anew "
-                      "in another results folder with a lower learning_rate in overrides.",
+                      "{last_checkpoint:,} is the last good one. Going on from there is likely to "
+                      "meet the same: start anew in another results folder with a lower learning_rate in overrides.",
         "lost a process": "What it said, if anything, stands above the curves. " + RESUME}
 
 

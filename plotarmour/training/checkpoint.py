@@ -88,12 +88,11 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.opt
 
 
 def rewind(run: Path, step: int) -> None:
-    """Go back to a kept step: the index names it, what came later goes. `best` stays if it is not later."""
+    """Go back to a kept step: the index names it, what came later goes. `best` is what was the best then."""
     for name in ("DONE.json", "STOPPED.json"):
         (run / name).unlink(missing_ok=True)
-    best, chosen = read_index(run).get("best"), _name(step)
-    kept = best if best and best <= chosen else chosen
-    _write_index(run, {"previous": None, "latest": chosen, "best": kept})
+    chosen = _name(step)
+    _write_index(run, _index_from(run, [run / "checkpoints" / chosen]))
     for folder in checkpoint_folders(run):
         if folder.name > chosen:
             _remove(folder)

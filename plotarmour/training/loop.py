@@ -103,7 +103,7 @@ class _Session:
             for name in ("DONE.json", "STOPPED.json"):
                 (run / name).unlink(missing_ok=True)
             warn_of_low_disk(run, model, self.step, config)
-            self.log = RunLog(run / "log.csv", -1 if self.is_new else self.step)
+            self.log = RunLog(run / "log.csv", -1 if self.is_new else self.step, self.state.pop("log_rows", None))
         asked, used = self.state.pop("split", (None, None))
         # A split that memory has forced holds as long as the recipe asks for the same: the bits depend on it.
         self.updates.begin(self.step, used if asked == config.micro_batch_size else
@@ -118,6 +118,8 @@ class _Session:
             if self.is_new:
                 self.write_row(None, None, self.evaluate())
                 self.save(best=True)
+            elif self.state["best_val_loss"] == math.inf:  # went back to a step that was not evaluated, its best is gone
+                self.evaluate()
             self.model.train()
             reason = self._reached_end()  # killed after the last checkpoint, before DONE.json
             if reason and self.state.get("evaluated_step", self.step) != self.step:
@@ -204,6 +206,7 @@ class _Session:
             scaler = self.updates.scaler
             extra = {"scaler": scaler.state_dict()} if scaler.is_enabled() else {}
             extra |= {"elapsed_s": self.pace.elapsed_s} | self.pace.took
+            extra["log_rows"] = self.log.n_rows
             extra["split"] = [self.config.micro_batch_size, self.updates.micro_batch_size]
             with self.pace.timing("save_s"):
                 save_checkpoint(self.run, self.step, self.model, self.updates.optimizer, self.state | extra, best,
@@ -229,7 +232,8 @@ class _Session:
         self.state.setdefault("non_finite_in_a_row", 0)  # checkpoints of earlier versions do not say
         self.step = self.saved = self.state.pop("step")
         if not (self.run / "checkpoints" / f"step_{self.state['best_step']:08d}").is_dir():  # after going back
-            self.state.update(best_step=self.step, best_val_loss=self.state["val_loss"])
+            known = self.state.get("evaluated_step", self.step) == self.step
+            self.state.update(best_step=self.step, best_val_loss=self.state["val_loss"] if known else math.inf)
         if self.updates.scaler.is_enabled():
             self.updates.scaler.load_state_dict(self.state["scaler"])
 

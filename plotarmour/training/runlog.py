@@ -1,7 +1,6 @@
 """`log.csv`: one row per logged step, in a fixed order of columns; empty means not measured."""
 
-import csv
-import io
+import warnings
 from pathlib import Path
 
 from plotarmour.errors import UserError
@@ -10,6 +9,7 @@ from plotarmour.files import write_text
 COLUMNS = ("utc", "step", "epoch", "tokens_seen", "elapsed_s", "learning_rate", "train_loss", "grad_norm", "val_loss",
            "val_perplexity", "val_bits_per_byte", "tokens_per_s", "peak_memory_mib", "skipped_steps",
            "scaler_overflows")
+HEADER = ",".join(COLUMNS)
 
 
 class RunLog:
@@ -18,14 +18,21 @@ class RunLog:
     Args:
         path: of log.csv.
         step: the step that training continues from; later rows are moved to log.cut.csv beside it.
+        n_rows: rows when that checkpoint was saved, if known; fewer are warned of, more are moved, too.
+
+    Attributes:
+        n_rows: rows now.
     """
 
-    def __init__(self, path: Path, step: int):
-        self.path = path
+    def __init__(self, path: Path, step: int, n_rows: int | None = None):
+        self.path, self.n_rows = path, 0
         if path.exists():
-            self._cut(step)
+            self._cut(step, n_rows)
         else:
-            write_text(path, _lines([COLUMNS]))
+            write_text(path, HEADER + "\n")
+        if n_rows is not None and self.n_rows < n_rows:
+            warnings.warn(f"{path} has lost rows: found {self.n_rows} up to step {step:,}, the checkpoint knows of "
+                          f"{n_rows}. Training goes on; what was measured then is gone.", stacklevel=2)
 
     def append(self, **values: object) -> None:
         """Write one row at once, values by column name.
@@ -39,49 +46,52 @@ class RunLog:
         row = ["" if values.get(c) is None else _short(values[c]) for c in COLUMNS]
         try:
             with self.path.open("a", encoding="utf-8", newline="") as file:
-                file.write(_lines([row]))
+                file.write(",".join(row) + "\n")
                 file.flush()
+            self.n_rows += 1
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror}. Free some disk space, or mend the disk "
                             "or its permissions, and give the same command again: it goes on from the latest "
                             "checkpoint.") from None
 
-    def _cut(self, step: int) -> None:
-        text = self.path.read_text(encoding="utf-8", errors="replace")  # after a loss of power, a tail of anything
-        torn = bool(text) and not text.endswith("\n")
-        header, *rows = list(csv.reader(io.StringIO(text, newline=""))) or [list(COLUMNS)]
-        whole = [_is_row(row) and not (torn and i == len(rows) - 1) for i, row in enumerate(rows)]
-        kept = [row for row, fine in zip(rows, whole, strict=True) if fine and int(row[1]) <= step]
-        cut = [row for row, fine in zip(rows, whole, strict=True) if not (fine and int(row[1]) <= step)]
+    def _cut(self, step: int, n_rows: int | None) -> None:
+        *lines, torn = _read(self.path).split("\n")  # after a loss of power, a tail of anything
+        header, rest = (lines[0], lines[1:]) if lines else (HEADER, [])
+        kept = [line for line in rest if (at := _step(line)) is not None and at <= step][:n_rows]
+        known, cut = set(kept), []
+        for line in rest + [torn] * bool(torn):
+            if line in known:
+                known.remove(line)
+            else:
+                cut.append(line)
+        self.n_rows = len(kept)
         if cut:
             cut_path = self.path.with_name("log.cut.csv")
-            before = cut_path.read_text(encoding="utf-8") if cut_path.exists() else _lines([header])
+            before = _read(cut_path) if cut_path.exists() else header + "\n"
             # A start that was killed here had kept them already; no two rows have the same time and measurements.
-            known = set(before.splitlines())
-            new = "".join(line for row in cut if (line := _lines([row])).rstrip("\n") not in known)
+            there = set(before.split("\n"))
+            new = "".join(line + "\n" for line in cut if line not in there)
             if new:
                 write_text(cut_path, before + new)
-            write_text(self.path, _lines([header, *kept]))
+            write_text(self.path, "".join(line + "\n" for line in [header, *kept]))
 
 
 def last_step(path: Path) -> int | None:
     """Return the step of the last whole row, or None."""
-    if not path.exists():
-        return None
+    steps = [_step(line) for line in _read(path).split("\n")[:-1]] if path.exists() else []
+    return next((step for step in reversed(steps) if step is not None), None)
+
+
+def _read(path: Path) -> str:
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        steps = [int(row[1]) for row in csv.reader(file) if _is_row(row)]
-    return steps[-1] if steps else None
+        return file.read()
 
 
-def _is_row(row: list[str]) -> bool:
-    return len(row) == len(COLUMNS) and row[1].isascii() and row[1].isdigit()
+def _step(line: str) -> int | None:
+    """The step of a line of the log; None for what is no row. No column holds commas or quotes."""
+    row = line.split(",")
+    return int(row[1]) if len(row) == len(COLUMNS) and row[1].isascii() and row[1].isdigit() else None
 
 
 def _short(value: object) -> str:
     return f"{value:.7g}" if isinstance(value, float) else str(value)
-
-
-def _lines(rows) -> str:
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(rows)
-    return out.getvalue()
