@@ -73,7 +73,7 @@ print(tell_recipe(settings))
 # %% [markdown]
 # ## One real example
 # What the model reads (inputs) and what it must predict at each place (targets): the same tokens, shifted by exactly
-# one. The context begins with the end-of-text token.
+# one. Where the row begins with a new story, the end-of-text token comes first.
 
 # %%
 from plotarmour.text.batches import Windows
@@ -101,7 +101,8 @@ print(describe_here(settings, data.header["vocab_size"], processes=gpus))
 # will be done; the bar shows loss, tokens per second and the time of the end.
 #
 # The figure is redrawn as `log.csv` grows: left against tokens, right against time; points are validation, the faint
-# line is training. Validation text is never trained on, so a widening gap between the two is overfitting.
+# line is training. Later it leaves out the first, steep part. Validation text is never trained on, so a widening gap
+# between the two is overfitting.
 
 # %%
 final = train_recipe(recipe, model, data_folder, run_folder, changes,

@@ -53,8 +53,8 @@ def read_info(folder: Path) -> dict:
     try:
         _identity(info)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: {error} is not as this program writes it. Restore it from a copy, or start "
-                        "anew with another --out.") from None
+        raise UserError(f"{path} is damaged: {error} is not as this program writes it. Restore it from a copy, or "
+                        "start anew with another --out.") from None
     return info
 
 
@@ -70,6 +70,8 @@ def check_folder(out: Path, info: dict, resume: str, from_step: int | None, exte
     """
     if resume not in ("auto", "never", "must"):
         raise UserError(f"--resume {resume!r} is unknown; expected auto, never or must.")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; expected a new or empty folder, or a run's, for --out.")
     check_share(_identity(info)["rows_per_step"], info.get("processes", 1))
     if not (out / "run.json").exists():
         asked = "--extend" if extend else f"--from-step {from_step}" if from_step is not None else "--resume must"

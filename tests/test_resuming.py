@@ -315,6 +315,12 @@ def test_a_run_json_with_a_broken_inside_is_one_line(run, token_files, recipe):
         train(token_files, run)
 
 
+def test_a_file_as_run_folder_is_refused(run, token_files):
+    """Guards: "Not a directory" of a file that nobody named."""
+    with pytest.raises(UserError, match="log.csv is a file; expected a new or empty folder"):
+        train(token_files, run / "log.csv")
+
+
 def test_lost_rows_of_the_log_are_said(run, token_files):
     """Guards: a log that begins in the middle, of which nobody was told."""
     text = (run / "log.csv").read_text()

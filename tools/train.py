@@ -47,6 +47,7 @@ def main() -> None:
     recipe = load_recipe(args.recipe, args.model, args.overrides)
     from plotarmour.runs import train_run
     from plotarmour.suite.launch import stop_with_launcher
+    from plotarmour.suite.words import UNTRAINED
     from plotarmour.training.loop import DONE
     from plotarmour.training.ranks import LostProcess, ToldElsewhere
 
@@ -67,7 +68,7 @@ def main() -> None:
     if is_first and not launched:  # a notebook says so itself
         print(f"{args.out}: {reason} at step {final['step']:,} after {final['tokens_seen']:,} tokens and "
               f"{final['elapsed_s']:,.0f} s; best validation loss {final['best_val_loss']:.4f} at step "
-              f"{final['best_step']:,}")
+              f"{final['best_step']:,}{UNTRAINED if final['best_step'] == 0 < final['step'] else ''}")
         if reason not in DONE:
             print(WHAT_NOW.get(reason, "not finished: the same command goes on from here").format(**final))
     sys.stdout.flush()

@@ -135,6 +135,9 @@ def _bring(run: Path, out: Path) -> None:
     if out.exists():
         print(f"{out} is there already: going on with it, not with another copy of {run}")
         return
+    within = sorted(path.parent.name for path in run.glob("*/run.json")) if not (run / "run.json").exists() else []
+    if within:
+        raise UserError(f"{run} is no run folder, but holds {', '.join(within)}: name one of these in continue_from.")
     read_info(run)
     temporary = unfinished(out)
     try:

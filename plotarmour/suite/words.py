@@ -20,6 +20,8 @@ NEXT = {"non-finite": "Ten steps in a row were not finite, and no update was mad
                       "meet the same: start anew in another results folder with a lower learning_rate in overrides.",
         "lost a process": "What it said, if anything, stands above the curves. " + RESUME}
 
+UNTRAINED = ", before any training: not better, or not evaluated, since"
+
 
 def tell_recipe(recipe: Recipe) -> str:
     """Tell all settings of a resolved recipe, grouped by what they are about, in lines of at most 100 characters."""
@@ -47,12 +49,13 @@ def tell_ending(final: dict, run: Path) -> str:
         run: its folder.
     """
     reason, best = final["reason"], final["best_val_loss"]
+    untrained = UNTRAINED if final["best_step"] == 0 < final["step"] else ""
     is_done = ENDED.get(reason, "").startswith("done")
     rows = {run.name: ENDED.get(reason, f"stopped by {reason}"),
             "trained": f"{final['step']:,} steps, {final['tokens_seen']:,} tokens, {duration(final['elapsed_s'])} over "
                        "all sessions",
             "best": f"validation loss {best:.4f} (perplexity {math.exp(min(best, 700)):,.2f}) at step "
-                    f"{final['best_step']:,}" if math.isfinite(best) else "never evaluated"}
+                    f"{final['best_step']:,}{untrained}" if math.isfinite(best) else "never evaluated"}
     if final.get("input_wait_s") is not None:
         rows["waited"] = f"{final['input_wait_s']:.1f} s for batches, in the last session"
     if final.get("peak_memory_mib"):

@@ -60,6 +60,9 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.opt
             save_file(values, temporary / name)
             _check_readable(temporary / name, values)
         (temporary / "state.json").write_text(json.dumps(state | {"step": step}, indent=2) + "\n", encoding="utf-8")
+        for name in tensors:  # safetensors lets nobody else read them
+            with suppress(OSError):
+                shutil.copymode(temporary / "state.json", temporary / name)
         for name in (*tensors, "state.json"):
             sync_file(temporary / name)
         write_manifest(temporary, step)  # synced, and the folder with it
@@ -154,13 +157,19 @@ def find_checkpoint(run: Path, which: str | int) -> Path:
     if folder is None or not folder.is_dir():
         kept = sorted(p.name for p in checkpoint_folders(run))
         raise UserError(f"{run} has no {which if isinstance(which, str) else f'step-{which}'} checkpoint; "
-                        f"found {', '.join(kept) or 'none'}.")
+                        f"found {', '.join(kept) or 'none'}." + " Kept are the latest two, the best, and multiples of "
+                        "keep_every, if that is set." * isinstance(which, int))
     damage = damage_of(folder)
     if damage:
         others = [p.name for p in checkpoint_folders(run) if p != folder and damage_of(p) is None]
-        remedy = {"latest": "Give the command that trained it again: it goes on from the one before",
-                  "best": "Name the latest instead (tools/evaluate.py --checkpoint latest), or train again from one "
-                          "before it with --from-step"}.get(which, "Name one of these")
+        if not others:
+            remedy = "Restore the folder from a copy, or start anew with another --out"
+        elif which == "best" and read_index(run).get("latest") in others:
+            remedy = "The latest is: tools/evaluate.py --checkpoint latest scores it"
+        elif which in ("latest", "best"):
+            remedy = "Give the command that trained it again: it goes on from the one before"
+        else:
+            remedy = "Name one of these"
         raise UserError(f"{damage}. Whole checkpoints: {', '.join(others) or 'none'}. {remedy}.")
     return folder
 
@@ -186,8 +195,8 @@ def find_checkpoint_to_resume(run: Path) -> Path | None:
     # Later ones than the latest are what a killed --from-step has left of the future that it gave up.
     whole = [folder for folder in checkpoint_folders(run) if folder.name < latest.name and damage_of(folder) is None]
     if not whole:
-        raise UserError(f"{damage}, and {run} has no whole checkpoint before it: {_complaints(run)}. Restore the "
-                        "folder from a copy, or start anew with another --out.")
+        raise UserError(f"{run} has no whole checkpoint: {_complaints(run)}. Restore the folder from a copy, or start "
+                        "anew with another --out.")
     _write_index(run, _index_from(run, whole))
     warnings.warn(f"{damage}: going on from the checkpoint of step {step_of(whole[0]):,} instead.", stacklevel=2)
     return whole[0]

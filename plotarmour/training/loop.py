@@ -118,7 +118,7 @@ class _Session:
             if self.is_new:
                 self.write_row(None, None, self.evaluate())
                 self.save(best=True)
-            elif self.state["best_val_loss"] == math.inf:  # went back to a step that was not evaluated, its best is gone
+            elif self.state["best_val_loss"] == math.inf:  # went back to a step not evaluated, the best is gone
                 self.evaluate()
             self.model.train()
             reason = self._reached_end()  # killed after the last checkpoint, before DONE.json

@@ -3,11 +3,13 @@ import shutil
 
 import pytest
 
+from plotarmour.config import load_recipe
 from plotarmour.errors import UserError
 from plotarmour.suite import steps
 from plotarmour.suite.steps import train_recipe
 
-INFO = {"format": 1, "recipe": {}, "tokenizer": {}, "vocab_size": 1, "train": {}, "val": {}, "dtype": "float32"}
+INFO = {"format": 1, "recipe": load_recipe("tiny", "bdh").to_dict(), "tokenizer": {"sha256": "0"}, "vocab_size": 1,
+        "train": {"payload_sha256": "1"}, "val": {"payload_sha256": "2"}, "dtype": "float32"}
 
 
 @pytest.fixture
@@ -55,6 +57,13 @@ def test_an_attached_output_that_cannot_be_read_is_one_line(called, attached, tm
     with pytest.raises(UserError, match="cannot be copied.*Check its permissions") as refused:
         train_recipe("tiny", "bdh", tmp_path, tmp_path / "out", continue_from=attached)
     assert "\n" not in str(refused.value) and [path.name for path in tmp_path.iterdir()] == ["input"] and not called
+
+
+def test_a_folder_of_runs_names_those_within(called, attached, tmp_path):
+    """Guards: an attached output that holds the run folder, of which is said that it is none."""
+    with pytest.raises(UserError, match=f"is no run folder, but holds {attached.name}: name one of these"):
+        train_recipe("tiny", "bdh", tmp_path, tmp_path / "out", continue_from=attached.parent)
+    assert not called
 
 
 def test_parameters_reach_training_as_what_they_are(called, tmp_path):

@@ -342,11 +342,36 @@ def test_a_manifest_of_other_files_or_another_step_is_damage(saved, change):
     assert "MANIFEST.json is damaged" in damage_of(path.parent)
 
 
+def test_a_damaged_best_names_what_really_helps(saved):
+    """Guards: advice to take the latest where that is the damaged one, or where nothing is whole."""
+    index = read_index(saved)
+    folders = saved / "checkpoints"
+    (folders / index["best"] / "state.json").write_text("{}")
+    helps = "goes on from the one before" if index["best"] == index["latest"] else "--checkpoint latest scores it"
+    with pytest.raises(UserError, match=helps):
+        find_checkpoint(saved, "best")
+    (folders / index["latest"] / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="Give the command that trained it again: it goes on from the one before"):
+        find_checkpoint(saved, "best")
+    for folder in folders.glob("step_*"):
+        (folder / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="Whole checkpoints: none. Restore the folder from a copy"):
+        find_checkpoint(saved, "best")
+    with pytest.raises(UserError, match="has no step-7 checkpoint; .* multiples of keep_every"):
+        find_checkpoint(saved, 7)
+
+
+def test_weights_can_be_read_by_whoever_can_read_the_rest(saved):
+    """Guards: safetensors' 0600, with which nobody else on a shared machine can score a run."""
+    files = list((saved / "checkpoints").glob("step_*/*"))
+    assert files and len({path.stat().st_mode for path in files}) == 1
+
+
 def test_where_none_is_whole_nothing_starts_over(saved):
     """Guards: a run of days that silently begins at step 0."""
     for folder in (saved / "checkpoints").glob("step_*"):
         (folder / "state.json").write_text("{}")
-    with pytest.raises(UserError, match="no whole checkpoint before it.*state.json.*Restore the folder from a copy"):
+    with pytest.raises(UserError, match="has no whole checkpoint: .*state.json.*Restore the folder from a copy"):
         find_checkpoint_to_resume(saved)
     (saved / INDEX).unlink()
     with pytest.raises(UserError, match="none of .* is whole"):
@@ -407,7 +432,7 @@ def test_other_weights_than_the_best_are_never_scored_instead(small_recipe, toke
     path = tmp_path / "run" / "checkpoints" / f"step_{final['best_step']:08d}" / "model.safetensors"
     raw = path.read_bytes()
     path.write_bytes(raw[:-4] + bytes(4))
-    with pytest.raises(UserError, match="model.safetensors is damaged .*Whole .*step_.*checkpoint latest"):
+    with pytest.raises(UserError, match="model.safetensors is damaged .*Whole .*step_.*Give the command"):
         load_run(tmp_path / "run")
     path.write_bytes(raw)
     (tmp_path / "run" / INDEX).write_text("{}")

@@ -56,7 +56,8 @@ def test_a_start_killed_while_it_cuts_keeps_every_row_once(tmp_path, monkeypatch
     assert steps(path) == ["1", "2"] and steps(tmp_path / "log.cut.csv") == ["3", "4", "3"]
 
 
-@pytest.mark.parametrize("tail", ["{row}", "2026-01-01T00:00:00Z,thr", "\0\0\0\0", "\0" * 200_000, "\udcff\udc80,1,,\n", "a,b,c\n"])
+@pytest.mark.parametrize("tail", ["{row}", "2026-01-01T00:00:00Z,thr", "\0\0\0\0", "\0" * 200_000, "\udcff\udc80,1,,\n",
+                                  "a,b,c\n"])
 def test_a_torn_or_rotten_tail_never_stays(tmp_path, tail):
     """Guards: half a number that looks whole; a log that cannot be read, so that a run cannot go on."""
     path = tmp_path / "log.csv"
