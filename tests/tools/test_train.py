@@ -152,6 +152,27 @@ def test_a_disk_that_is_too_small_for_the_checkpoints_is_told_at_the_start(run_m
         run_main("train", *arguments(token_files, tmp_path / "kept", {"keep_every": 1, "max_steps": 20}))
 
 
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_token_file_damaged_behind_its_header_is_one_line(run_main, token_files, tmp_path, part):
+    """Guards: a traceback out of the thread that reads, for bits that flipped on the disk."""
+    from plotarmour.text.tokenfile import TokenFile
+
+    files = {name: shutil.copy(token_files[name], tmp_path) for name in ("train", "val")}
+    offset, length = TokenFile.open(files[part]).header["sections"]["tokens"]
+    with open(files[part], "r+b") as file:
+        file.seek(offset)
+        ids = file.read(length)
+        file.seek(offset)
+        file.write(bytes(byte | 0x40 * (i % 2) for i, byte in enumerate(ids)))  # one bit of every id's upper byte
+    code, _, err = run_main("train", *arguments(files, tmp_path / "new"))
+    *bar, said = err.splitlines()
+    assert code == 2 and said.startswith(f"error: {files[part]} is damaged: found id 16,") and "Traceback" not in err
+    assert f"expected ids in [0, 400). Look with tools/pre_tokenize.py --verify {files[part]}, make the" in said
+    assert not any("error" in line for line in bar)
+    code, _, err = run_main("pre_tokenize", "--verify", files[part])
+    assert code == 2 and "tokens in block 0" in err  # the command that was named says the same
+
+
 def test_a_run_is_extended_on_the_command_line(run_main, run, token_files):
     """Guards: --extend that is parsed and not passed on."""
     code, out, _ = run_main("train", *arguments(token_files, run, {"max_steps": 6}, "--extend"))
