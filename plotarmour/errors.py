@@ -12,6 +12,8 @@ from collections.abc import Callable
 USER_OS_ERRORS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENOSPC,
                   errno.ENAMETOOLONG, errno.EEXIST, errno.ELOOP, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
+OTHERS_WAIT_S = 10.0  # before one of torchrun's processes beside the first says what it has met
+
 
 class UserError(ValueError):
     """A mistake that the user can mend. The message says what was found, what was expected and what to do."""
@@ -47,8 +49,20 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def _complain(message: str) -> int:
-    if os.environ.get("RANK", "0") == "0":  # torchrun's other processes have mostly met the same
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
         print(f"error: {message}", file=sys.stderr)
     else:
-        time.sleep(10)  # torchrun ends them all as soon as one has failed: the first one has yet to say this
+        # Torchrun ends them all as soon as one has failed. Mostly the first has met the same and ends this sleep by
+        # saying so; what this one alone has met, nobody else will say (they wait for it, `outwait_others`).
+        time.sleep(OTHERS_WAIT_S)
+        print(f"error: process {rank}: {message}", file=sys.stderr, flush=True)
     return 2
+
+
+def outwait_others() -> None:
+    """In one of torchrun's processes, before it ends because another is lost: let that one say why.
+
+    Torchrun ends this wait as soon as another has failed; one that was killed has nothing to say, and ends it at once.
+    """
+    time.sleep(OTHERS_WAIT_S + 5.0)

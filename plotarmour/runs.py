@@ -41,6 +41,7 @@ from plotarmour.text.tokenizers import Tokenizer, make_tokenizer
 from plotarmour.text.unfinished import locked
 from plotarmour.text.unfinished import tidy as tidy_lock
 from plotarmour.training.checkpoint import find_checkpoint, load_model, step_of, tidy
+from plotarmour.training.fitting import within_memory
 from plotarmour.training.loop import train
 from plotarmour.training.ranks import joined
 
@@ -118,7 +119,8 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
 
     Raises:
         UserError: data that do not fit each other or the recipe, validation stories that stand in the training text,
-            a run folder of another run or one that another process trains, or a disk that does not take a checkpoint.
+            a run folder of another run or one that another process trains, too little memory, or a disk that does not
+            take a checkpoint.
         LostProcess: under torchrun, in all processes but the first: another one has died.
     """
     train_data, val_data = (open_data(path, tokenizer, recipe.data.stories) for path in (train_path, val_path))
@@ -131,7 +133,8 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
     windows = Windows(train_data, t.context_length, t.windows, t.seed, t.rows_per_step)
     val_windows = Windows(val_data, t.context_length, t.windows, t.seed, t.rows_per_step)
     machine = find_machine(t.device, t.dtype)
-    model = build_model(recipe, made.vocab_size)
+    with within_memory("the model"):
+        model = build_model(recipe, made.vocab_size)
     with joined(machine.device.type) as ranks, ExitStack() as held:
         info = {
             "format": RUN_FORMAT, "started": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -172,8 +175,9 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
         found = ranks.first(claim)
         if "done" in found:
             return found["done"]
-        return train(out, model.to(machine.device), windows, val_windows, made.token_bytes, t, machine,
-                     found["checkpoint"], ranks, found["begin_with"], on_row)
+        with within_memory("training"):  # steps are split as far as they go; a model and an optimizer's state are not
+            return train(out, model.to(machine.device), windows, val_windows, made.token_bytes, t, machine,
+                         found["checkpoint"], ranks, found["begin_with"], on_row)
 
 
 def load_run(folder: str | Path, which: str | int = "best", device: str = "auto") -> Run:
@@ -185,7 +189,7 @@ def load_run(folder: str | Path, which: str | int = "best", device: str = "auto"
         device: "auto", "cpu" or "cuda".
 
     Raises:
-        UserError: no run folder, one of a newer version, or a damaged checkpoint.
+        UserError: no run folder, one of a newer version, a damaged checkpoint, or too little memory.
     """
     folder = Path(folder)
     info = read_info(folder)
@@ -200,13 +204,15 @@ def load_run(folder: str | Path, which: str | int = "best", device: str = "auto"
     machine = find_machine(device)
     if machine.device.type == "cuda":  # a CPU scores any run in float32
         machine = find_machine(device, recipe.training.dtype)
-    model = build_model(recipe, info["vocab_size"])
-    load_model(checkpoint, model)
+    with within_memory("the model"):
+        model = build_model(recipe, info["vocab_size"])
+        load_model(checkpoint, model)
+        model = model.to(machine.device).eval()
     step = step_of(checkpoint)
     if not (folder / "DONE.json").exists():
         warnings.warn(f"{folder} is not finished: this is its checkpoint of step {step:,}. Go on with the command that "
                       "started it.", stacklevel=2)
-    return Run(folder, model.to(machine.device).eval(), tokenizer, recipe, info, step, machine)
+    return Run(folder, model, tokenizer, recipe, info, step, machine)
 
 
 def recipe_of(info: dict) -> Recipe:

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plotarmour.config import MODELS, load_recipe, recipe_names
-from plotarmour.errors import HelpFormatter, run_command
+from plotarmour.errors import HelpFormatter, outwait_others, run_command
 
 WHAT_NOW = {
     "non-finite": "loss or gradients were not finite ten steps in a row, and no update was made of them. The last good "
@@ -51,11 +51,14 @@ def main() -> None:
     from plotarmour.training.loop import DONE
     from plotarmour.training.ranks import LostProcess, ToldElsewhere
 
-    launched = stop_with_launcher()
+    launched, is_first = stop_with_launcher(), os.environ.get("RANK", "0") == "0"
     try:
         final = train_run(recipe, args.train, args.val, args.out, args.resume, args.from_step, args.tokenizer,
                           args.extend)
     except LostProcess:
+        if is_first:  # before there was anything to train: in training it says so itself, and saves
+            print("another process of this run has died before training began", file=sys.stderr, flush=True)
+        outwait_others()
         sys.exit(1)  # the first process says so, unless it is the one that was lost
     except ToldElsewhere:
         sys.exit(0)  # torchrun ends them all as soon as one fails, and the first has something to say
@@ -64,7 +67,6 @@ def main() -> None:
         code = 130
     elif reason in ("non-finite", "lost a process"):
         code = 1
-    is_first = os.environ.get("RANK", "0") == "0"
     if is_first and not launched:  # a notebook says so itself
         print(f"{args.out}: {reason} at step {final['step']:,} after {final['tokens_seen']:,} tokens and "
               f"{final['elapsed_s']:,.0f} s; best validation loss {final['best_val_loss']:.4f} at step "
@@ -72,6 +74,8 @@ def main() -> None:
         if reason not in DONE:
             print(WHAT_NOW.get(reason, "not finished: the same command goes on from here").format(**final))
     sys.stdout.flush()
+    if is_first and reason == "lost a process":
+        outwait_others()
     sys.exit(code if is_first else 0)  # as above: the first may still be saving
 
 

@@ -123,10 +123,11 @@ class BDH(nn.Module):
             Features (B, T, n_embd), and the state after the last token (None where none came in).
 
         Raises:
-            ValueError: ids outside the vocabulary; a state of another model, batch, dtype or device.
+            ValueError: ids outside the vocabulary (unseen in training on a GPU: `check_ids`); a state of another
+                model, batch, dtype or device.
         """
         (B, T), c = inputs.shape if inputs.dim() == 2 else (0, 0), self.config
-        check_ids(inputs, c.vocab_size)
+        check_ids(inputs, c.vocab_size, self.training)
         if state is not None:
             self._check_state(state, B)
         v = normalize(self.embed(inputs))[0]  # (B, T, D)

@@ -177,10 +177,10 @@ class GPT2(nn.Module):
             Features (B, T, n_embd), and the state after the last token (None where none came in).
 
         Raises:
-            ValueError: ids outside the vocabulary; more tokens than positions; a state of another model, batch, dtype
-                (also: made under another autocast) or device.
+            ValueError: ids outside the vocabulary (unseen in training on a GPU: `check_ids`); more tokens than
+                positions; a state of another model, batch, dtype (also: made under another autocast) or device.
         """
-        check_ids(inputs, self.config.vocab_size)
+        check_ids(inputs, self.config.vocab_size, self.training)
         if state is not None:
             self._check_state(state, len(inputs))
         tokens = inputs.shape[1] + (state.position if state is not None else 0)

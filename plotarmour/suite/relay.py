@@ -52,7 +52,7 @@ class Relay:
         for rank in range(1, processes):
             for path in self._logs_of(rank, "stderr"):
                 for line in path.read_bytes().split(b"\n"):
-                    text = last_state(_text(line))
+                    text = last_state(_text(line)).replace(f"{ERROR}process {rank}: ", ERROR, 1)
                     if text and text not in said:
                         said.add(text)
                         self.say(f"[process {rank}] {text}")

@@ -112,7 +112,11 @@ class Windows:
         return hashed.hexdigest()
 
     def micro_batch(self, rows: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Read rows as int64 (inputs, targets), each (B, T), T the longest row; padding is end-of-text and `IGNORE`."""
+        """Read rows as int64 (inputs, targets), each (B, T), T the longest row; padding is end-of-text and `IGNORE`.
+
+        Raises:
+            UserError: an id outside the vocabulary: the file is damaged.
+        """
         end_of_text, T = self.data.header["end_of_text_id"], max(end - begin for begin, end in rows)
         inputs = np.full((len(rows), T), end_of_text, dtype=np.int64)
         targets = np.full((len(rows), T), IGNORE, dtype=np.int64)
@@ -120,6 +124,8 @@ class Windows:
             targets[row, :end - begin] = self.data.tokens[begin:end]
             first = 0 if begin else 1  # nothing stands before the first story: its input stays end-of-text
             inputs[row, first:end - begin] = self.data.tokens[begin + first - 1:end - 1]
+        # Here, where ids lie in RAM, read by a thread of its own: a GPU that is asked for them makes the CPU wait.
+        self._check_ids(max(int(inputs.max()), int(targets.max())))
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
     def first_rows(self, n_tokens: int) -> list[tuple[int, int]]:
@@ -132,6 +138,14 @@ class Windows:
             if count >= n_tokens:
                 break
         return rows
+
+    def _check_ids(self, most: int) -> None:
+        """Raise `UserError` if the largest id of a batch is none: opening a file checks its header, not its tokens."""
+        size, path = self.data.header["vocab_size"], self.data.path
+        if most >= size:
+            raise UserError(f"{path} is damaged: found id {most:,} among its tokens, expected ids in [0, {size:,}). "
+                            f"Look with tools/pre_tokenize.py --verify {path}, make the file again with "
+                            "tools/pre_tokenize.py, and give the same command again.")
 
     def _window(self, i: int, epoch: int) -> tuple[int, int]:
         if self.kind == "stories":

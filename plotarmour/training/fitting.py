@@ -3,6 +3,8 @@
 import gc
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -41,6 +43,25 @@ def too_large(what: str) -> UserError:
     """Return the complaint that something does not fit into memory even one row at a time."""
     return UserError(f"{what} needs more memory than there is, even one row at a time; set a shorter context_length or "
                      "a smaller model (tools/doctor.py --recipe R plans what fits).")
+
+
+@contextmanager
+def within_memory(what: str) -> Iterator[None]:
+    """Raise `UserError` where what is done inside runs out of memory: for what cannot be split any further.
+
+    Args:
+        what: for the message, such as "the model".
+    """
+    full = False
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        full = True
+    if full:  # not in the except clause: there the error holds what was made until then
+        raise UserError(f"{what} needs more memory than there is; choose a smaller model or a shorter context_length "
+                        "(tools/doctor.py --recipe R plans what fits), or free some.")
 
 
 def warn_of_low_disk(run: Path, model: nn.Module, step: int, config: TrainingConfig) -> None:

@@ -1,12 +1,14 @@
 """What both models owe: causality, a state that continues, branches and is saved, inputs that are refused by name."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from plotarmour.loss import summed_nats
+from plotarmour.models.checks import check_ids
 
 
 def draw(*shape):
@@ -119,6 +121,27 @@ def test_inputs_that_are_no_ids_are_refused_by_name(small_model, inputs, message
     for state in (None, small_model.initial_state(1)):
         with pytest.raises(ValueError, match=message):
             small_model.features(inputs, state)
+
+
+def test_only_in_training_are_ids_beyond_ram_taken_as_they_are(small_model, monkeypatch):
+    """Guards: a CPU that waits for the GPU in every micro-batch; a GPU process killed by ids that scoring was given.
+
+    No GPU here: values of a meta tensor cannot be fetched, as fetching those of a GPU's would wait.
+    """
+    beyond, called = torch.zeros(2, 3, dtype=torch.int64, device="meta"), []
+    check_ids(beyond, 50, in_training=True)
+    with pytest.raises(NotImplementedError, match="no data"):
+        check_ids(beyond, 50)
+    for wrong in (beyond[0], beyond.int()):  # what needs no values is refused in any case
+        with pytest.raises(ValueError, match="expected int64"):
+            check_ids(wrong, 50, in_training=True)
+    with pytest.raises(ValueError, match="found id 50"):  # in RAM nobody waits
+        small_model.train().features(torch.tensor([[3, 50]]))
+    module = sys.modules[type(small_model).__module__]
+    monkeypatch.setattr(module, "check_ids", lambda *args: called.append(args[1:]))
+    for mode in (True, False):
+        small_model.train(mode).features(draw(1, 2))
+    assert called == [(50, True), (50, False)]
 
 
 @torch.no_grad()

@@ -42,6 +42,19 @@ if os.environ["RANK"] == "0":
     sys.exit("{said}")
 """
 
+ALONE_FAILS = """
+import os, runpy, sys
+sys.path.insert(0, {root!r})
+from plotarmour import errors
+from plotarmour.text.batches import Windows
+errors.OTHERS_WAIT_S = 2
+def fail(*args):
+    raise OSError(5, "Input/output error", "/data/t.train.bin")
+if os.environ["RANK"] == "1":
+    Windows.micro_batch = fail
+runpy.run_path({train!r}, run_name="__main__")
+"""
+
 
 def start(token_files, out, settings=SETTINGS[:1], **options):
     return launch(load_recipe("tiny", "bdh", settings), "tiny", token_files["train"], token_files["val"], out,
@@ -110,6 +123,16 @@ def test_a_users_mistake_arrives_in_one_line(token_files, tmp_path, tool, capfd)
     with pytest.raises(UserError) as refused:
         start(token_files, tmp_path)
     assert str(refused.value) == "found this; expected that." and capfd.readouterr().err == ""
+
+
+def test_what_the_second_process_alone_has_met_is_passed_on(root, token_files, tmp_path, tool, capfd):
+    """Guards: a notebook that says "lost a process" of a disk that fails, and is started again for ever."""
+    tool(ALONE_FAILS, train=str(root / "tools" / "train.py"))
+    final = start(token_files, tmp_path / "run", [*SETTINGS, "max_steps=8"])
+    assert final["reason"] == "lost a process"
+    lines = [line for line in capfd.readouterr().err.splitlines() if "/data/t.train.bin" in line]
+    assert lines == ["[process 1] error: /data/t.train.bin: Input/output error. Check the path, its permissions and "
+                     "the disk."]
 
 
 def test_more_gpus_than_there_are_is_one_line_before_anything_starts(monkeypatch):

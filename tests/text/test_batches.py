@@ -15,7 +15,8 @@ def data(*stories, end=0):
     return SimpleNamespace(tokens=np.array(sum(rows, []), dtype=np.uint16), path="x.bin",
                            offsets=np.cumsum([0, *map(len, rows[:-1])]).astype(np.uint64),
                            n_tokens=sum(map(len, rows)),
-                           header={"end_of_text_id": end, "payload_sha256": f"{hash(str(stories)):x}"})
+                           header={"end_of_text_id": end, "vocab_size": 400,
+                                   "payload_sha256": f"{hash(str(stories)):x}"})
 
 
 def test_a_batch_written_out_as_integers():
@@ -25,6 +26,17 @@ def test_a_batch_written_out_as_integers():
     assert inputs.tolist() == [[0, 5, 6, 7], [0, 8, 9, 0]]
     assert targets.tolist() == [[5, 6, 7, 0], [8, 9, 0, IGNORE]]
     assert inputs.dtype == targets.dtype == torch.int64
+
+
+@pytest.mark.parametrize("place", [0, 3, 6])
+def test_an_id_outside_the_vocabulary_is_a_damaged_file(place):
+    """Guards: bits that flipped on the disk and become an index error in the model, on a GPU a dead process."""
+    stories = data([5, 6, 399], [8, 9])
+    windows = Windows(stories, context_length=4, kind="stories", seed=0, rows_per_step=2)
+    windows.micro_batch([(0, 4), (4, 7)])  # 399 is one
+    stories.tokens[place] = 400
+    with pytest.raises(UserError, match=r"x.bin is damaged: found id 400 .* expected ids in \[0, 400\)"):
+        windows.micro_batch([(0, 4), (4, 7)])
 
 
 def test_the_input_of_every_target_is_the_token_before_it():

@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from plotarmour.errors import UserError
 from plotarmour.runs import LOCK
 from plotarmour.training.manifest import read_sealed, write_sealed
 
@@ -150,6 +152,70 @@ def test_a_disk_that_is_too_small_for_the_checkpoints_is_told_at_the_start(run_m
     assert run_main("train", *arguments(token_files, tmp_path / "roomy"))[0] == 0
     with pytest.warns(UserWarning, match=r"need up to \d+ MB more"):  # every second step's is kept
         run_main("train", *arguments(token_files, tmp_path / "kept", {"keep_every": 1, "max_steps": 20}))
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_token_file_damaged_behind_its_header_is_one_line(run_main, token_files, tmp_path, part):
+    """Guards: a traceback out of the thread that reads, for bits that flipped on the disk."""
+    from plotarmour.text.tokenfile import TokenFile
+
+    files = {name: shutil.copy(token_files[name], tmp_path) for name in ("train", "val")}
+    offset, length = TokenFile.open(files[part]).header["sections"]["tokens"]
+    with open(files[part], "r+b") as file:
+        file.seek(offset)
+        ids = file.read(length)
+        file.seek(offset)
+        file.write(bytes(byte | 0x40 * (i % 2) for i, byte in enumerate(ids)))  # one bit of every id's upper byte
+    code, _, err = run_main("train", *arguments(files, tmp_path / "new"))
+    *bar, said = err.splitlines()
+    assert code == 2 and said.startswith(f"error: {files[part]} is damaged: found id 16,") and "Traceback" not in err
+    assert f"expected ids in [0, 400). Look with tools/pre_tokenize.py --verify {files[part]}, make the" in said
+    assert not any("error" in line for line in bar)
+    code, _, err = run_main("pre_tokenize", "--verify", files[part])
+    assert code == 2 and "tokens in block 0" in err  # the command that was named says the same
+
+
+def too_much(*args):
+    """What the allocator says of 4 PiB, at once: more than a process can address."""
+    torch.empty(2**50)
+
+
+def test_a_model_that_does_not_fit_into_memory_is_one_line_and_makes_no_run(run_main, token_files, tmp_path):
+    """Guards: a traceback out of the allocator. The first weights alone would take 16 PiB: refused at once."""
+    size = {"n_head": 2, "mlp_internal_dim_multiplier": 2**44}
+    args = [arg.replace("gpt2", "bdh") if isinstance(arg, str) else arg
+            for arg in arguments(token_files, tmp_path / "new", size)]
+    code, _, err = run_main("train", *args)
+    assert (code, err.count("\n")) == (2, 1) and list(tmp_path.iterdir()) == []
+    assert err.startswith("error: the model needs more memory than there is; choose a smaller model"), err
+
+
+@pytest.mark.parametrize("what", ["load_training", "make_optimizer"])
+def test_training_that_does_not_fit_into_memory_is_one_line_and_keeps_the_run(run_main, run, token_files, monkeypatch,
+                                                                              what):
+    """Guards: a traceback for an optimizer's state that does not fit, where a run goes on; a checkpoint lost by it."""
+    from plotarmour.training import loop, updates
+
+    saved = {path: found for path, found in contents(run / "checkpoints").items() if found[0]}
+    monkeypatch.setattr(loop if what == "load_training" else updates, what, too_much)
+    code, _, err = run_main("train", *arguments(token_files, run, {"max_steps": 6}, "--extend"))
+    assert (code, err.count("\n")) == (2, 1), err
+    assert err.startswith("error: training needs more memory than there is; choose a smaller model"), err
+    assert {path: found for path, found in contents(run / "checkpoints").items() if found[0]} == saved
+    monkeypatch.undo()
+    assert run_main("train", *arguments(token_files, run, {"max_steps": 6}, "--extend"))[0] == 0
+
+
+def test_a_trained_model_that_does_not_fit_into_memory_is_the_users_mistake(run, monkeypatch):
+    """Guards: a traceback where a large run is scored on a small machine; other errors said to be memory's."""
+    from plotarmour import runs
+
+    monkeypatch.setattr(runs, "load_model", too_much)
+    with pytest.raises(UserError, match="the model needs more memory than there is"):
+        runs.load_run(run)
+    monkeypatch.setattr(runs, "load_model", lambda *args: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        runs.load_run(run)
 
 
 def test_a_run_is_extended_on_the_command_line(run_main, run, token_files):

@@ -27,12 +27,26 @@ SETTINGS = {"context_length": 24, "windows": "stream", "micro_batch_size": 2, "g
             "checkpoint_interval": 4, "n_layer": 2, "n_embd": 32, "n_head": 2, "dropout": 0.1, "device": "cpu"}
 
 
-def start(root, files, out, model, **changes):
-    """Start tools/train.py in two processes under torchrun."""
+ALONE_FAILS = """
+import os, runpy, sys
+sys.path.insert(0, {root!r})
+from plotarmour import errors, runs
+from plotarmour.text.batches import Windows
+errors.OTHERS_WAIT_S = {wait_s}
+def fail(*args):
+    raise OSError(5, "Input/output error", "/data/t.train.bin")
+if os.environ["RANK"] == "1":
+    {where} = fail
+runpy.run_path({tool!r}, run_name="__main__")
+"""
+
+
+def start(root, files, out, model, tool=None, processes=2, **changes):
+    """Start tools/train.py (or another tool with its arguments) in some processes under torchrun."""
     settings = [word for key, value in (SETTINGS | changes).items() for word in ("--set", f"{key}={value}")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               str(root / "tools" / "train.py"), "--recipe", "tiny", "--model", model, "--train", str(files["train"]),
-               "--val", str(files["val"]), "--out", str(out), *settings]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+               str(tool or root / "tools" / "train.py"), "--recipe", "tiny", "--model", model,
+               "--train", str(files["train"]), "--val", str(files["val"]), "--out", str(out), *settings]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
 
@@ -126,6 +140,22 @@ def test_a_users_mistake_is_said_once(root, token_files, tmp_path):
     assert process.returncode == 1 and said.count("error: ") == 1, said
     assert "is not empty and not a run folder" in said
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(("where", "processes", "first_says"), [
+    ("Windows.micro_batch", 3, "another process of this run has died; the same command goes on from the checkpoint"),
+    ("runs._fingerprint", 2, "another process of this run has died before training began"),
+])
+def test_what_the_second_process_alone_has_met_is_said(where, processes, first_says, root, token_files, tmp_path):
+    """Guards: a disk that fails under one process, of which the user hears only that "another process has died"."""
+    tool = tmp_path / "tool.py"
+    tool.write_text(ALONE_FAILS.format(root=str(root), tool=str(root / "tools" / "train.py"), where=where,
+                                       wait_s=6))  # longer than the others would take to end
+    process = start(root, token_files, tmp_path / "run", "gpt2", tool, processes, grad_accum_steps=3)
+    said, _ = process.communicate(timeout=120)
+    line = "error: process 1: /data/t.train.bin: Input/output error. Check the path, its permissions and the disk.\n"
+    assert process.returncode == 1 and said.count(line) == said.count("error: process") == 1, said
+    assert first_says in said[:said.index(line)]
 
 
 def test_rows_that_cannot_be_shared_out_are_refused(small_model):
