@@ -21,6 +21,7 @@ from numpy.random import Philox
 from torch import Tensor
 
 from plotarmour.errors import UserError
+from plotarmour.text.tokenfile import check_largest_id
 
 IGNORE = -100  # as in plotarmour.loss; text and loss do not know each other
 WINDOWS = ("stream", "stories")
@@ -125,7 +126,7 @@ class Windows:
             first = 0 if begin else 1  # nothing stands before the first story: its input stays end-of-text
             inputs[row, first:end - begin] = self.data.tokens[begin + first - 1:end - 1]
         # Here, where ids lie in RAM, read by a thread of its own: a GPU that is asked for them makes the CPU wait.
-        self._check_ids(max(int(inputs.max()), int(targets.max())))
+        check_largest_id(self.data, max(int(inputs.max()), int(targets.max())))
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
     def first_rows(self, n_tokens: int) -> list[tuple[int, int]]:
@@ -138,14 +139,6 @@ class Windows:
             if count >= n_tokens:
                 break
         return rows
-
-    def _check_ids(self, most: int) -> None:
-        """Raise `UserError` if the largest id of a batch is none: opening a file checks its header, not its tokens."""
-        size, path = self.data.header["vocab_size"], self.data.path
-        if most >= size:
-            raise UserError(f"{path} is damaged: found id {most:,} among its tokens, expected ids in [0, {size:,}). "
-                            f"Look with tools/pre_tokenize.py --verify {path}, make the file again with "
-                            "tools/pre_tokenize.py, and give the same command again.")
 
     def _window(self, i: int, epoch: int) -> tuple[int, int]:
         if self.kind == "stories":

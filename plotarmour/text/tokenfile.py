@@ -93,9 +93,15 @@ class TokenFile:
         return self.header["n_stories"]
 
     def story(self, i: int) -> np.ndarray:
-        """Return the ids of story `i`, without its end-of-text id, as stored (uint16 or uint32)."""
+        """Return the ids of story `i`, without its end-of-text id, as stored (uint16 or uint32).
+
+        Raises:
+            UserError: an id outside the vocabulary: the file is damaged.
+        """
         end = int(self.offsets[i + 1]) if i + 1 < self.n_stories else self.n_tokens
-        return self.tokens[int(self.offsets[i]):end - 1]
+        ids = self.tokens[int(self.offsets[i]):end - 1]
+        check_largest_id(self, int(ids.max(initial=0)))
+        return ids
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer that travels in the file.
@@ -155,6 +161,15 @@ class TokenFile:
         if not length:  # nothing to map: a file is never published so, but a reader must not crash
             return np.zeros(0, dtype)
         return np.memmap(self.path, mode="r", dtype=dtype, offset=offset, shape=(length // dtype.itemsize,))
+
+
+def check_largest_id(data, most: int) -> None:
+    """Raise `UserError` unless the largest of some ids read from a token file is one: opening it checks no tokens."""
+    size = data.header["vocab_size"]
+    if most >= size:
+        raise UserError(f"{data.path} is damaged: found id {most:,} among its tokens, expected ids in [0, {size:,}). "
+                        f"Look with tools/pre_tokenize.py --verify {data.path}, make the file again with "
+                        "tools/pre_tokenize.py, and give the same command again.")
 
 
 def read_header(path: Path) -> dict:

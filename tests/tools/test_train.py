@@ -154,18 +154,33 @@ def test_a_disk_that_is_too_small_for_the_checkpoints_is_told_at_the_start(run_m
         run_main("train", *arguments(token_files, tmp_path / "kept", {"keep_every": 1, "max_steps": 20}))
 
 
-@pytest.mark.parametrize("part", ["train", "val"])
-def test_a_token_file_damaged_behind_its_header_is_one_line(run_main, token_files, tmp_path, part):
-    """Guards: a traceback out of the thread that reads, for bits that flipped on the disk."""
+def flip_high_bits(path):
+    """One bit of every id's upper byte."""
     from plotarmour.text.tokenfile import TokenFile
 
-    files = {name: shutil.copy(token_files[name], tmp_path) for name in ("train", "val")}
-    offset, length = TokenFile.open(files[part]).header["sections"]["tokens"]
-    with open(files[part], "r+b") as file:
+    offset, length = TokenFile.open(path).header["sections"]["tokens"]
+    with open(path, "r+b") as file:
         file.seek(offset)
         ids = file.read(length)
         file.seek(offset)
-        file.write(bytes(byte | 0x40 * (i % 2) for i, byte in enumerate(ids)))  # one bit of every id's upper byte
+        file.write(bytes(byte | 0x40 * (i % 2) for i, byte in enumerate(ids)))
+
+
+def test_a_damaged_file_to_score_is_one_line(run_main, run, token_files, tmp_path):
+    """Guards: a traceback out of the model for a test file whose header is whole."""
+    path = shutil.copy(token_files["test"], tmp_path)
+    flip_high_bits(path)
+    with pytest.warns(UserWarning, match="not finished"):
+        code, _, err = run_main("evaluate", run, "--unfinished", "--data", path, "--out", tmp_path / "scores")
+    assert code == 2 and err.splitlines()[-1].startswith(f"error: {path} is damaged: found id 16,"), err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_token_file_damaged_behind_its_header_is_one_line(run_main, token_files, tmp_path, part):
+    """Guards: a traceback out of the thread that reads, for bits that flipped on the disk."""
+    files = {name: shutil.copy(token_files[name], tmp_path) for name in ("train", "val")}
+    flip_high_bits(files[part])
     code, _, err = run_main("train", *arguments(files, tmp_path / "new"))
     *bar, said = err.splitlines()
     assert code == 2 and said.startswith(f"error: {files[part]} is damaged: found id 16,") and "Traceback" not in err
