@@ -56,7 +56,8 @@ def build(recipe: Recipe, vocab_size: int, machine: Machine) -> tuple[Callable, 
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     n_tokens = (EVALUATION_ROWS + t.rows_per_step + 1) * t.context_length
     data = SimpleNamespace(tokens=np.random.default_rng(0).integers(0, vocab_size, n_tokens), n_tokens=n_tokens,
-                           offsets=np.zeros(1, np.uint64), header={"end_of_text_id": 0}, path="drawn")
+                           offsets=np.zeros(1, np.uint64), header={"end_of_text_id": 0, "vocab_size": vocab_size},
+                           path="drawn")
     windows = Windows(data, t.context_length, "stream", 0, t.rows_per_step)
     rows = windows.first_rows(min(t.eval_tokens, EVALUATION_ROWS * t.context_length))
     token_bytes = np.ones(vocab_size, np.int32)
