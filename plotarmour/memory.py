@@ -269,8 +269,11 @@ def _loss(n_tokens: int, D: int, V: int, size: int, gradient: bool) -> int:
     """`loss.summed_nats`: copies in half precision, gradients, and the fullest chunk."""
     half = size < WIDE
     n = min(n_tokens, max(1, CHUNK_LOGITS // V))
-    chunk = V * n * (size + (1 + half) * WIDE)  # logits, the same in float32, log-probabilities
+    logit = size + (1 + half) * WIDE  # beside it the same in float32, and a log-probability
+    chunk = V * n * logit
     if gradient:
-        product = V * (n * size + (size + half * WIDE) * D)  # their gradient, a part of the unembedding's
-        chunk = max(chunk, product) + (size * n_tokens + WIDE * V) * D
+        following = min(n_tokens - n, n)  # beside the unembedding's gradient that the first chunk has begun
+        first = V * max(n * logit, n * size + (size + half * WIDE) * D)
+        later = V * (max(following * logit, following * size + size * D) + WIDE * D) if following else 0
+        chunk = max(first, later) + size * n_tokens * D
     return chunk + half * size * (n_tokens + V) * D
