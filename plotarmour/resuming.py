@@ -23,7 +23,6 @@ LOCK = ".lock"  # a folder in the run folder while a process trains it
 # Settings that change where, how long and in which pieces a session computes and what it writes, not what it learns.
 NOT_IDENTITY = ("device", "max_minutes", "checkpoint_interval", "keep_every", "log_interval", "micro_batch_size",
                 "grad_accum_steps", "micro_batch_is_auto")
-PIECES = ("micro_batch_size", "grad_accum_steps", "micro_batch_is_auto")
 EXTENDABLE = ("max_steps", "schedule_minutes", "patience")
 ENDED_BY = {"max_steps": "max_steps", "schedule_minutes": "schedule_minutes", "early stopping": "patience"}
 
@@ -89,7 +88,7 @@ def check_folder(out: Path, info: dict, resume: str, from_step: int | None, exte
         told = "; ".join(f"{key} was {before.get(key)}, now {now[key]}" for key in differing)
         other = set(differing) - set(EXTENDABLE)
         remedy = "Use another --out." if other else (
-            "Leave that as it was, or add --extend to go on with it as it is now; run.json notes the change.")
+            "Leave that as it was, or add --extend to go on longer, with a higher one; run.json notes the change.")
         raise UserError(f"{out} is a different run: {told}. {remedy}" if other else
                         f"{out} was begun otherwise: {told}. {remedy}")
     if from_step is None:
