@@ -21,7 +21,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from plotarmour.evaluation.uncertainty import Difference, Interval, compare_seeds, compare_stories
+from plotarmour.evaluation.statistics import Difference, Interval, compare_seeds, compare_stories
 
 LOG_LENGTH, LOG_SPREAD = 5.23, 0.31  # of ln(tokens): median 187
 LOSS_A, LOSS_B = 2.57, 2.84  # true: Σ nats / Σ tokens of infinitely many stories and seeds

@@ -15,10 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from plotarmour import runs
+from plotarmour import run as runs
 from plotarmour.config import load_recipe
 from plotarmour.suite.steps import prepare
-from plotarmour.training.forecast import Forecast
+from plotarmour.training.progress import Forecast
 
 FIRST_S, EVERY_S = 60.0, 30.0
 

@@ -45,7 +45,7 @@ def models(device, contexts: list[int]):
     from published_bdh import PublishedBDH
 
     from plotarmour.models.bdh import BDH, BDHConfig
-    from plotarmour.models.gpt2 import GPT2, GPT2Config
+    from plotarmour.models.hf import GPT2, GPT2Config
 
     torch.manual_seed(0)
     bdh = BDH(BDHConfig(**SHAPE, mlp_internal_dim_multiplier=MULTIPLIER, vocab_size=VOCABULARY, dropout=0.0))
@@ -87,7 +87,7 @@ def against_transformers(device, tokens: int, rounds: int) -> list[dict]:
     """Greedy decoding by our sampler and by `transformers.generate`, the same GPT-2: tokens and speed."""
     import torch
 
-    from plotarmour.evaluation.sampling import generate
+    from plotarmour.evaluation.generation import generate
     from plotarmour.machine import find_machine
 
     _, _, gpt2 = models(device, [tokens + 64])
@@ -174,10 +174,10 @@ def trained_run(folder: Path, data: Path, tokens: int) -> list[dict]:
     """Activity of a trained run on text it has not seen, per pass, and what it saves."""
     import torch
 
+    from plotarmour.data.token_file import TokenFile
     from plotarmour.models import recurrent
     from plotarmour.models.tiled import normalize
-    from plotarmour.runs import load_run
-    from plotarmour.text.tokenfile import TokenFile
+    from plotarmour.run import load_run
 
     run, file = load_run(folder), TokenFile.open(data)
     length = run.config.training.context_length

@@ -25,10 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from plotarmour.config import Recipe, load_recipe
+from plotarmour.data.batches import Windows
 from plotarmour.machine import Machine
 from plotarmour.memory import plan_training
 from plotarmour.shapes import build_model
-from plotarmour.text.batches import Windows
 from plotarmour.training.passes import EVALUATION_ROWS, accumulate, evaluate_windows, make_optimizer
 
 COLUMNS = ("recipe", "model", "vocab_size", "dtype", "settings", "device", "moment", "planned_mib", "measured_mib",

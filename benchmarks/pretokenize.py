@@ -44,8 +44,8 @@ import json, sys, time
 root, text, vocabulary, library = sys.argv[1:]
 sys.path.insert(0, root)
 from pathlib import Path
-from plotarmour.text.chunks import Reading, read_chunks
-from plotarmour.text.sources import HashingReader, Source
+from plotarmour.data.chunks import Reading, read_chunks
+from plotarmour.data.readers import HashingReader, Source
 source = Source(Path(text), "text")
 if library == "fastokens":
     import fastokens
@@ -101,7 +101,7 @@ import sys
 root, ours, plain = sys.argv[1:]
 sys.path.insert(0, root)
 import numpy as np
-from plotarmour.text.tokenfile import TokenFile
+from plotarmour.data.token_file import TokenFile
 print(np.array_equal(TokenFile.open(ours).tokens, np.memmap(plain, np.uint16, "r")))
 """
 
@@ -109,7 +109,7 @@ OPEN = """
 import json, sys, time
 root, path = sys.argv[1:]
 sys.path.insert(0, root)
-from plotarmour.text.tokenfile import TokenFile
+from plotarmour.data.token_file import TokenFile
 def rss():  # MiB, Linux
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) / 1024
 before = rss()

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from training_loop import ROOT, Plain, write_rows
 
+from plotarmour.cli import run_command
 from plotarmour.config import load_recipe
-from plotarmour.errors import run_command
+from plotarmour.data.token_file import TokenFile
 from plotarmour.suite.steps import prepare
-from plotarmour.text.tokenfile import TokenFile
 
 ARMS = ["bdh", "gpt2", "gpt2;n_layer=5;n_embd=184"]
 

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pretokenize import ROOT
 
-from plotarmour.text import pipeline, pretokenize
-from plotarmour.text.pretokenize import pre_tokenize
-from plotarmour.text.tokenfile import TokenFile
-from plotarmour.text.tokenizers import load_tokenizer
+from plotarmour.data import pipeline, pretokenize
+from plotarmour.data.pretokenize import pre_tokenize
+from plotarmour.data.token_file import TokenFile
+from plotarmour.data.tokenizer import load_tokenizer
 
 BLOCKS = (1, 2, 3, 5, 13, 64, 100, 1000, 4096, 10_007, 2**16, 2**21)
 ODD = ["é", "e\u0301", "😀", "👩‍🚀", "\r\n", "\x00", "<|endoftext|>", " ", "  ", "\u3000", "'s", "don't", "42", "\t",

@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from training_loop import ROOT, write_rows
 
+from plotarmour.cli import run_command
 from plotarmour.config import load_recipe
-from plotarmour.errors import run_command
+from plotarmour.data.token_file import TokenFile
 from plotarmour.evaluation import scoring
 from plotarmour.loss import IGNORE
 from plotarmour.machine import find_machine
 from plotarmour.shapes import build_model
 from plotarmour.suite.steps import prepare
-from plotarmour.text.tokenfile import TokenFile
 
 
 def padded(batch: list[tuple], end_of_text: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,15 +32,15 @@ def make_token_files(folder: Path) -> dict[str, Path]:
     """
     import torch
 
-    import plotarmour.runs  # noqa: F401, once, for all the forks
+    import plotarmour.run  # noqa: F401, once, for all the forks
 
     torch.set_num_threads(1)
     pid = os.fork()
     if not pid:
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # its progress bar
+            from plotarmour.data.pretokenize import pre_tokenize
             from plotarmour.suite.steps import tell_corpus
-            from plotarmour.text.pretokenize import pre_tokenize
 
             text, _ = tell_corpus(folder / "built-in.txt", 300, 0, (0, 1))
             pre_tokenize([text], "bpe:400", folder / "tokens.bin", "80:10:10")
@@ -131,7 +131,7 @@ def wait_for(condition: Callable[[], bool], then_s: float) -> None:
 
 
 def logged_step(run: Path) -> int:
-    from plotarmour.training.runlog import last_step
+    from plotarmour.training.log import last_step
 
     return last_step(run / "log.csv") or 0
 

@@ -26,13 +26,13 @@ sys.path.insert(0, str(ROOT))
 import torch
 import torch.nn.functional as F
 
-from plotarmour import runs
+from plotarmour import run as runs
 from plotarmour.config import Recipe, load_recipe
+from plotarmour.data.batches import Windows
+from plotarmour.data.token_file import TokenFile
 from plotarmour.loss import IGNORE, summed_nats
 from plotarmour.shapes import build_model
 from plotarmour.suite.steps import prepare
-from plotarmour.text.batches import Windows
-from plotarmour.text.tokenfile import TokenFile
 from plotarmour.training import loop
 from plotarmour.training.passes import make_optimizer
 

@@ -76,7 +76,7 @@ print(list_files(folder))
 # training part are one piece; rare ones are spelled.
 
 # %%
-from plotarmour.text.tokenfile import TokenFile
+from plotarmour.data.token_file import TokenFile
 
 files = {part: TokenFile.open(path) for part, path in paths.items() if path.suffix == ".bin"}
 tokenizer, story = files["test"].tokenizer(), files["test"].story(0)
@@ -85,7 +85,7 @@ print(tokenizer.decode(story))
 # %%
 from IPython.display import HTML
 
-from plotarmour.plots import coloured_tokens
+from plotarmour.report.plots import coloured_tokens
 
 HTML(coloured_tokens([tokenizer.decode([i]) for i in story]))
 
@@ -104,7 +104,7 @@ pd.DataFrame.from_dict(rows, orient="index")
 # %%
 import numpy as np
 
-from plotarmour.plots import story_lengths
+from plotarmour.report.plots import story_lengths
 
 lengths = np.diff(np.append(files["train"].offsets, files["train"].n_tokens))
 figure = story_lengths(lengths, folder / "figures" / "story_lengths.png", settings.training.context_length)
@@ -116,7 +116,7 @@ display(Image(figure))
 # `03_compare`.
 
 # %%
-from plotarmour.text.corpus import token_counts
+from plotarmour.data.corpus import token_counts
 
 counts = token_counts(files["train"])
 top = np.argsort(-counts, kind="stable")[:15]
@@ -132,7 +132,7 @@ pd.DataFrame({"token": [repr(tokenizer.decode([i])) for i in top], "times": coun
 # minutes.
 
 # %%
-from plotarmour.text.duplicates import find_duplicates
+from plotarmour.data.duplicates import find_duplicates
 
 copies = find_duplicates(files, folder / "duplicates.csv")
 print(copies.table())

@@ -60,9 +60,9 @@ from_step = -1  # kept step to go back to; -1: go on from the latest
 
 # %%
 from plotarmour.config import load_recipe
-from plotarmour.suite.launch import check_gpus
+from plotarmour.suite.messages import tell_ending, tell_recipe
+from plotarmour.suite.multi_gpu import check_gpus
 from plotarmour.suite.steps import find_prepared, list_files, results_folder, train_recipe
-from plotarmour.suite.words import tell_ending, tell_recipe
 
 folder, changes = results_folder(recipe, results), [o for o in overrides.split(";") if o.strip()]
 data_folder, run_folder = Path(tokens) if tokens else folder, folder / (run or model)
@@ -76,8 +76,8 @@ print(tell_recipe(settings))
 # one. Where the row begins with a new story, the end-of-text token comes first.
 
 # %%
-from plotarmour.text.batches import Windows
-from plotarmour.text.tokenfile import TokenFile
+from plotarmour.data.batches import Windows
+from plotarmour.data.token_file import TokenFile
 
 data, t = TokenFile.open(find_prepared(data_folder)["train"]), settings.training
 windows = Windows(data, t.context_length, t.windows, t.seed, t.rows_per_step)
@@ -127,8 +127,8 @@ measured[["tokens_seen", "elapsed_s", "val_loss", "val_perplexity", "val_bits_pe
 # The best checkpoint continues the beginning of a story. Same seed, same story.
 
 # %%
-from plotarmour.evaluation.sampling import generate
-from plotarmour.runs import load_run
+from plotarmour.evaluation.generation import generate
+from plotarmour.run import load_run
 
 best = load_run(run_folder)
 prompt = best.tokenizer.encode("Once upon a time")

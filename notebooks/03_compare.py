@@ -55,12 +55,12 @@ unfinished = False  # True: compare runs that have not ended, too; they are labe
 # costs. One nat is a factor of 2.7.
 
 # %%
+from plotarmour.data.token_file import TokenFile
 from plotarmour.evaluation.scoring import score_stories
-from plotarmour.runs import load_run
-from plotarmour.suite.compare import check_together, compare_runs, find_runs
+from plotarmour.report.compare import check_together, compare_runs, find_runs
+from plotarmour.report.verdict import for_people
+from plotarmour.run import load_run
 from plotarmour.suite.steps import find_prepared, list_files, results_folder
-from plotarmour.suite.verdict import for_people
-from plotarmour.text.tokenfile import TokenFile
 
 folder = results_folder(recipe, results)
 paths = find_prepared(Path(tokens) if tokens else folder)

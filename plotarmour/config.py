@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from plotarmour.errors import UserError
+from plotarmour.cli import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
 MODELS = ("bdh", "gpt2")

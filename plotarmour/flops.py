@@ -1,6 +1,6 @@
 """Training compute by arithmetic alone: the FLOPs that a model's structure asks for.
 
-Counted are matrix products, two FLOPs per multiply-add, in the formulas of `models/bdh.py` and `models/gpt2.py`:
+Counted are matrix products, two FLOPs per multiply-add, in the formulas of `models/bdh.py` and `models/hf.py`:
 
     BDH, per pass       x, y and the decoder, 2·H·N·D each; scores 2·T·H·N, values 2·T·H·D
     GPT-2, per layer    four matrices of 12·D² together, 24·D²; scores and values 2·T·D each
@@ -17,7 +17,7 @@ Source: Chowdhery et al. 2022 (PaLM), appendix B; Kaplan et al. 2020, section 2.
 """
 
 from plotarmour.models.bdh import BDHConfig
-from plotarmour.models.gpt2 import GPT2Config
+from plotarmour.models.hf import GPT2Config
 
 
 def forward_flops_per_token(config: BDHConfig | GPT2Config, context_length: int) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import plotarmour
-from plotarmour.errors import UserError
+from plotarmour.cli import UserError
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,17 @@ from functools import partial
 
 import torch
 
+from plotarmour.cli import UserError
 from plotarmour.config import Recipe, TrainingConfig
-from plotarmour.errors import UserError
 from plotarmour.loss import CHUNK_LOGITS
 from plotarmour.machine import find_machine, memory_bytes
 from plotarmour.models.bdh import BDHConfig
-from plotarmour.models.gpt2 import GPT2Config
+from plotarmour.models.hf import GPT2Config
 from plotarmour.models.recurrent import CHUNK
-from plotarmour.models.rotation import ROWS
+from plotarmour.models.rotary import ROWS
 from plotarmour.models.tiled import Tiling
 from plotarmour.shapes import model_config
-from plotarmour.training.fitting import largest_divisor
+from plotarmour.training.out_of_memory import largest_divisor
 from plotarmour.training.passes import EVALUATION_ROWS
 
 WIDE = 4  # bytes of a float32: weights, gradients, optimizer state, and all sums

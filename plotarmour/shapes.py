@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
+from plotarmour.cli import UserError
 from plotarmour.config import Recipe
-from plotarmour.errors import UserError
 from plotarmour.models.bdh import BDH, BDHConfig
-from plotarmour.models.gpt2 import GPT2, GPT2Config
+from plotarmour.models.hf import GPT2, GPT2Config
 
 
 def model_config(recipe: Recipe, vocab_size: int) -> BDHConfig | GPT2Config:

@@ -25,8 +25,8 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def token_files(tmp_path_factory) -> dict[str, Path]:
     """Token files of 300 short built-in stories in BPE-400, with their text and facts."""
+    from plotarmour.data.pretokenize import pre_tokenize
     from plotarmour.suite.steps import tell_corpus
-    from plotarmour.text.pretokenize import pre_tokenize
 
     folder = tmp_path_factory.mktemp("tokens")
     text, facts = tell_corpus(folder / "built-in.txt", 300, 0, (0, 1))
@@ -55,7 +55,7 @@ def small_model(request):
     import torch
 
     from plotarmour.models.bdh import BDH, BDHConfig
-    from plotarmour.models.gpt2 import GPT2, GPT2Config
+    from plotarmour.models.hf import GPT2, GPT2Config
 
     torch.manual_seed(0)
     if request.param == "bdh":

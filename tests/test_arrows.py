@@ -6,21 +6,22 @@ import sys
 
 import pytest
 
-BASIC = {"errors", "files"}
+BASIC = {"cli", "files"}
 MAY_KNOW = {
-    "errors": set(), "files": set(), "config": {"errors"}, "machine": {"errors"}, "loss": set(), "plots": set(),
-    "text": BASIC, "models": set(),
-    "crawl": BASIC | {"text"},
-    "training": BASIC | {"config", "machine", "loss", "text"},
-    "evaluation": BASIC | {"config", "machine", "loss", "text"},
-    "shapes": {"errors", "config", "models"},
+    "cli": set(), "files": set(), "config": {"cli"}, "machine": {"cli"}, "loss": set(),
+    "data": BASIC, "models": set(),
+    "crawl": BASIC | {"data"},
+    "training": BASIC | {"config", "machine", "loss", "data"},
+    "evaluation": BASIC | {"config", "machine", "loss", "data"},
+    "shapes": {"cli", "config", "models"},
     # follows their constants instead of copying them
-    "memory": {"config", "errors", "loss", "machine", "models", "shapes", "training"},
+    "memory": {"config", "cli", "loss", "machine", "models", "shapes", "training"},
     "flops": {"models"},
-    "resuming": {"errors", "config", "training"},
-    "runs": BASIC | {"config", "machine", "memory", "resuming", "shapes", "text", "training"},
-    "suite": BASIC | {"config", "machine", "loss", "plots", "text", "models", "training", "evaluation", "runs",
-                      "resuming", "shapes", "memory", "flops"},
+    "resume": {"cli", "config", "training"},
+    "run": BASIC | {"config", "machine", "memory", "resume", "shapes", "data", "training"},
+    "report": BASIC | {"config", "machine", "data", "training", "evaluation", "run", "resume", "flops"},
+    "suite": BASIC | {"config", "machine", "loss", "data", "models", "training", "evaluation", "report", "run",
+                      "resume", "shapes", "memory"},
 }
 
 
@@ -56,11 +57,11 @@ def test_a_wrong_arrow_is_noticed(tmp_path):
     """Guards: the test above passing because it looks at nothing."""
     room = tmp_path / "plotarmour" / "models"
     room.mkdir(parents=True)
-    (room / "bdh.py").write_text("def f():\n    from plotarmour.text.batches import Windows\n    import tools.train\n")
+    (room / "bdh.py").write_text("def f():\n    from plotarmour.data.batches import Windows\n    import tools.train\n")
     assert len(list(wrong_arrows(tmp_path))) == 2
 
 
-@pytest.mark.parametrize("module", ["plotarmour.config", "plotarmour.text.pretokenize", "plotarmour.memory",
+@pytest.mark.parametrize("module", ["plotarmour.config", "plotarmour.data.pretokenize", "plotarmour.memory",
                                     "plotarmour.suite.steps"])
 def test_importing_a_module_does_nothing(module, root, tmp_path):
     """Guards: device probing, folders and output at import."""

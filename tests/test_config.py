@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 
+from plotarmour.cli import UserError
 from plotarmour.config import AUTO, TrainingConfig, load_recipe, recipe_names
-from plotarmour.errors import UserError
 from plotarmour.machine import dtype_for
 from plotarmour.shapes import build_model, model_config
 

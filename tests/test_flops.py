@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from plotarmour.flops import forward_flops_per_token, training_flops, weights_used_per_token
 from plotarmour.models.bdh import BDH, BDHConfig
-from plotarmour.models.gpt2 import GPT2, GPT2Config
+from plotarmour.models.hf import GPT2, GPT2Config
 
 SMALL = {"bdh": BDHConfig(2, 4, 2, 4, vocab_size=5, dropout=0.0),
          "gpt2": GPT2Config(2, 4, 2, vocab_size=5, context_length=3, dropout=0.0)}

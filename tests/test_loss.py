@@ -73,6 +73,6 @@ def test_shapes_that_do_not_fit_are_refused():
 
 def test_the_padding_mark_is_the_same_in_batches_and_loss():
     """Guards: two rooms that do not know each other drifting apart."""
-    from plotarmour.text import batches
+    from plotarmour.data import batches
 
     assert batches.IGNORE == IGNORE

@@ -10,7 +10,7 @@ import statistics
 import pandas as pd
 import pytest
 
-from plotarmour.suite.verdict import headline
+from plotarmour.report.verdict import headline
 
 
 @pytest.fixture(scope="module")

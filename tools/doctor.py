@@ -7,8 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from plotarmour.cli import HelpFormatter, UserError, run_command
 from plotarmour.config import MODELS, load_recipe, recipe_names
-from plotarmour.errors import HelpFormatter, UserError, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,8 +40,8 @@ def main() -> None:
     asked = [f"{key}={value}" for key, value in (("device", args.device), ("dtype", args.dtype)) if value is not None]
     models = [args.model] if args.model else MODELS
     recipes = [load_recipe(args.recipe, model, [*args.overrides, *asked]) for model in models]
+    from plotarmour.data.tokenizer import vocab_size_of
     from plotarmour.memory import describe_here
-    from plotarmour.text.tokenizers import vocab_size_of
 
     for recipe in recipes:
         size = vocab_size_of(recipe.data.tokenizer) if args.vocab_size is None else args.vocab_size

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.errors import HelpFormatter, run_command
+from plotarmour.cli import HelpFormatter, run_command
 
 HUB = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
 FILES = {("v2", "train"): "TinyStoriesV2-GPT4-train.txt", ("v2", "valid"): "TinyStoriesV2-GPT4-valid.txt",

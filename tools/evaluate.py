@@ -7,9 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.errors import HelpFormatter, run_command
-from plotarmour.suite.compare import compare_runs
-from plotarmour.suite.verdict import for_people
+from plotarmour.cli import HelpFormatter, run_command
+from plotarmour.report.compare import compare_runs
+from plotarmour.report.verdict import for_people
 
 
 def build_parser() -> argparse.ArgumentParser:

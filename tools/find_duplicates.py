@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.errors import HelpFormatter, UserError, run_command
+from plotarmour.cli import HelpFormatter, UserError, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,8 +32,8 @@ def main() -> None:
         raise UserError(f"--out {args.out} does not end in .csv; expected a table's name, such as duplicates.csv.")
     if args.out and args.out.exists() and not args.force:
         raise UserError(f"{args.out} exists already; expected a new name. Use another --out, or --force to replace it.")
-    from plotarmour.text.duplicates import find_duplicates
-    from plotarmour.text.tokenfile import TokenFile
+    from plotarmour.data.duplicates import find_duplicates
+    from plotarmour.data.token_file import TokenFile
 
     if len({path.resolve() for path in args.files}) < len(args.files):
         raise UserError("a token file is named twice; all of its stories would be copies. Name each once.")

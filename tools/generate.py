@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.errors import HelpFormatter, run_command
+from plotarmour.cli import HelpFormatter, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,8 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    from plotarmour.evaluation.sampling import generate
-    from plotarmour.runs import load_run
+    from plotarmour.evaluation.generation import generate
+    from plotarmour.run import load_run
 
     run = load_run(args.run, device=args.device)
     prompt = run.tokenizer.encode(args.prompt)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.errors import HelpFormatter, run_command
+from plotarmour.cli import HelpFormatter, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    from plotarmour.text.imports import import_bin
+    from plotarmour.data.import_bin import import_bin
 
     made = import_bin(args.ids, args.tokenizer, args.out, args.dtype, args.format, args.end_of_text, args.story_tokens,
                       args.force)

@@ -11,10 +11,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from plotarmour.errors import HelpFormatter, UserError, run_command
-from plotarmour.text.encoders import BACKENDS
-from plotarmour.text.pretokenize import BPE_BYTES, pre_tokenize
-from plotarmour.text.tokenfile import TokenFile
+from plotarmour.cli import HelpFormatter, UserError, run_command
+from plotarmour.data.encoders import BACKENDS
+from plotarmour.data.pretokenize import BPE_BYTES, pre_tokenize
+from plotarmour.data.token_file import TokenFile
 
 BARS = 40  # characters
 

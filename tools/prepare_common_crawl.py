@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.errors import HelpFormatter, UserError, run_command
+from plotarmour.cli import HelpFormatter, UserError, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from plotarmour.cli import HelpFormatter, UserError, run_command
 from plotarmour.config import recipe_names
-from plotarmour.errors import HelpFormatter, UserError, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:

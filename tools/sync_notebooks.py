@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.errors import UserError, run_command
+from plotarmour.cli import UserError, run_command
 from plotarmour.files import write_text
 from plotarmour.suite.notebooks import generate_notebook, out_of_step
 

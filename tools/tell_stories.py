@@ -7,9 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.errors import HelpFormatter, UserError, run_command
+from plotarmour.cli import HelpFormatter, UserError, run_command
+from plotarmour.data.tales import TOKENS_PER_STORY, events_for_tokens
 from plotarmour.suite.steps import tell_corpus
-from plotarmour.text.grammar import TOKENS_PER_STORY, events_for_tokens
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from plotarmour.cli import HelpFormatter, outwait_others, run_command
 from plotarmour.config import MODELS, load_recipe, recipe_names
-from plotarmour.errors import HelpFormatter, outwait_others, run_command
 
 WHAT_NOW = {
     "non-finite": "loss or gradients were not finite ten steps in a row, and no update was made of them. The last good "
@@ -45,11 +45,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = build_parser().parse_args()
     recipe = load_recipe(args.recipe, args.model, args.overrides)
-    from plotarmour.runs import train_run
-    from plotarmour.suite.launch import stop_with_launcher
-    from plotarmour.suite.words import UNTRAINED
+    from plotarmour.run import train_run
+    from plotarmour.suite.messages import UNTRAINED
+    from plotarmour.suite.multi_gpu import stop_with_launcher
+    from plotarmour.training.distributed import LostProcess, ToldElsewhere
     from plotarmour.training.loop import DONE
-    from plotarmour.training.ranks import LostProcess, ToldElsewhere
 
     launched, is_first = stop_with_launcher(), os.environ.get("RANK", "0") == "0"
     try:

@@ -16,16 +16,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from plotarmour.cli import UserError
 from plotarmour.crawl.downloads import download
 from plotarmour.crawl.pages import REASONS, PageRules, check_language, require, why_dropped
 from plotarmour.crawl.wet import read_wet
 from plotarmour.crawl.wetlist import Wet, check_file
-from plotarmour.errors import UserError
+from plotarmour.data.chunks import read_stories
+from plotarmour.data.readers import Source
+from plotarmour.data.stories import SEPARATOR, story_hash
+from plotarmour.data.unfinished import say
 from plotarmour.files import publish, unfinished, write_json, write_text
-from plotarmour.text.chunks import read_stories
-from plotarmour.text.sources import Source
-from plotarmour.text.stories import SEPARATOR, story_hash
-from plotarmour.text.unfinished import say
 
 
 @dataclass(frozen=True)

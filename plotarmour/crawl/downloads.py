@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from plotarmour.cli import UserError
 from plotarmour.crawl.partfile import BLOCK, Download, PartFile
-from plotarmour.errors import UserError
-from plotarmour.text.unfinished import say
+from plotarmour.data.unfinished import say
 
 if TYPE_CHECKING:
     import requests

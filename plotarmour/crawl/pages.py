@@ -1,7 +1,7 @@
 """Which pages of the web are worth reading: one language, long enough, not repetitive.
 
 Lengths, letters and repetition follow the rules for MassiveText (Rae et al. 2021, arXiv 2112.11446, appendix A.1.1 and
-table A1), with its thresholds. Differences: words are those of `plotarmour.text.stories.normalise` (lower-case, without
+table A1), with its thresholds. Differences: words are those of `plotarmour.data.stories.normalise` (lower-case, without
 punctuation), a first occurrence never counts as a repeat, and its rules for paragraphs are absent, for extracted text
 has none; so are those that only fit English. Words stand between blanks: languages written without them are refused.
 """
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from plotarmour.errors import UserError
-from plotarmour.text.stories import SEPARATOR, normalise
+from plotarmour.cli import UserError
+from plotarmour.data.stories import SEPARATOR, normalise
 
 if TYPE_CHECKING:
     from py3langid.langid import LanguageIdentifier

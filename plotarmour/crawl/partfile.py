@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from plotarmour.errors import UserError
+from plotarmour.cli import UserError
+from plotarmour.data.unfinished import say
 from plotarmour.files import publish, write_json
-from plotarmour.text.unfinished import say
 
 BLOCK = 2**18
 

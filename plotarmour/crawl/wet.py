@@ -5,9 +5,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from plotarmour.cli import UserError
 from plotarmour.crawl.pages import require
 from plotarmour.crawl.wetlist import check_file
-from plotarmour.errors import UserError
 
 GZIP = b"\x1f\x8b"
 

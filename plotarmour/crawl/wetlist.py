@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from plotarmour.cli import UserError
 from plotarmour.crawl.downloads import download
-from plotarmour.errors import UserError
 
 COMMON_CRAWL = "https://data.commoncrawl.org/"
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from plotarmour.errors import UserError
-from plotarmour.evaluation.uncertainty import Difference, compare_seeds, sign_test
+from plotarmour.cli import UserError
+from plotarmour.evaluation.statistics import Difference, compare_seeds, sign_test
 
 # How a run was computed, not what it learned: runs of one arm may differ in it.
 NOT_THE_RECIPE = ("seed", "device", "dtype", "max_minutes", "checkpoint_interval", "keep_every", "log_interval",
@@ -43,7 +43,7 @@ def group_runs(runs: list) -> list[Arm]:
     """Put runs that differ only in their seed into arms, in the order of their first runs.
 
     Args:
-        runs: with name, config and info, like `plotarmour.runs.Run`; names differ.
+        runs: with name, config and info, like `plotarmour.run.Run`; names differ.
 
     Raises:
         UserError: two runs that do not even differ in their seed.

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from plotarmour.errors import UserError
+from plotarmour.cli import UserError
 from plotarmour.loss import IGNORE, token_nats
 from plotarmour.machine import Machine
 

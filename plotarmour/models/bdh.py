@@ -34,7 +34,7 @@ from plotarmour.models import recurrent
 from plotarmour.models.checks import check_ids, check_state
 from plotarmour.models.dropout import CounterDropout
 from plotarmour.models.recurrent import BDHState, read, read_one
-from plotarmour.models.rotation import Rotation, rotate
+from plotarmour.models.rotary import Rotation, rotate
 from plotarmour.models.tiled import Setting, Tiling, Weights, normalize, run_passes
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plotarmour.models.dropout import CounterDropout
-from plotarmour.models.rotation import Rotation, rotate
+from plotarmour.models.rotary import Rotation, rotate
 from plotarmour.models.tiled import Scratch, Setting, Tiling, Weights, normalize, pass_forward
 
 CHUNK = 256  # tokens

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from plotarmour.models.dropout import CounterDropout
-from plotarmour.models.rotation import rotate_into
+from plotarmour.models.rotary import rotate_into
 
 EPS = 1e-5
 TILE_ELEMENTS = 2**19  # of one (rows · T, neurons) tile on a CPU: 2 MiB in float32, which stays in its cache

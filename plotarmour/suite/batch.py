@@ -5,15 +5,15 @@ import shutil
 import time
 from pathlib import Path
 
+from plotarmour.cli import UserError
 from plotarmour.config import MODELS, load_recipe
-from plotarmour.errors import UserError
+from plotarmour.data.readers import check_text
+from plotarmour.data.tokenizer import make_tokenizer
 from plotarmour.shapes import model_config
-from plotarmour.suite.launch import check_gpus
+from plotarmour.suite.multi_gpu import check_gpus
 from plotarmour.suite.notebooks import ROOT
 from plotarmour.suite.papermill import run_notebook
 from plotarmour.suite.steps import require_text
-from plotarmour.text.sources import check_text
-from plotarmour.text.tokenizers import make_tokenizer
 
 
 def run_suite(recipe: str, out: Path, text: Path | None = None, extra_text: Path | None = None,

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from plotarmour.errors import UserError
+from plotarmour.cli import UserError
 from plotarmour.files import publish, unfinished
 
 FILES = ("log.csv", "log.cut.csv", "run.json", "DONE.json", "STOPPED.json")

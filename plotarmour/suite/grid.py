@@ -15,7 +15,7 @@ from pathlib import Path
 
 import nbformat
 
-from plotarmour.errors import UserError
+from plotarmour.cli import UserError
 from plotarmour.suite.papermill import Value
 
 EXPECTED = {bool: "True or False", int: "a whole number", float: "a number"}

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 
+from plotarmour.cli import UserError
 from plotarmour.config import DataConfig, Recipe, load_recipe
-from plotarmour.errors import UserError
+from plotarmour.data.readers import check_text
+from plotarmour.data.tokenizer import make_tokenizer
 from plotarmour.shapes import model_config
 from plotarmour.suite.grid import Grid, Row, read_grid, settings_of
-from plotarmour.suite.launch import check_gpus
+from plotarmour.suite.multi_gpu import check_gpus
 from plotarmour.suite.papermill import Value
 from plotarmour.suite.steps import require_text
-from plotarmour.text.sources import check_text
-from plotarmour.text.tokenizers import make_tokenizer
 
 LOOKS = ("context_length", "windows")  # what notebook 1 reads of the training settings
 

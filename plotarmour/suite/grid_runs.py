@@ -8,16 +8,16 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from plotarmour.errors import UserError
+from plotarmour.cli import UserError
+from plotarmour.data.unfinished import locked
 from plotarmour.suite.grid import Grid
 from plotarmour.suite.grid_plan import Job, data_parameters, plan_grid, slots
 from plotarmour.suite.grid_state import State, find_state, judge, stamps, write_summary
 from plotarmour.suite.grid_table import Table
+from plotarmour.suite.learning_rates import write_rates
 from plotarmour.suite.notebooks import ROOT, tidy_streams
 from plotarmour.suite.papermill import Execution, called_with, end_notebooks, last_words, run_notebook, start_notebook
 from plotarmour.suite.steps import prepare
-from plotarmour.suite.tuning import write_rates
-from plotarmour.text.unfinished import locked
 
 LOCK = ".lock"  # a folder in the results folder while a grid runs
 LOOK_S = 0.2  # between two looks at who is still running

@@ -6,14 +6,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from plotarmour.errors import UserError
+from plotarmour.cli import UserError
+from plotarmour.data.token_file import TokenFile
 from plotarmour.files import write_text
-from plotarmour.resuming import differences, read_info
+from plotarmour.resume import differences, read_info
 from plotarmour.suite.grid import Grid
 from plotarmour.suite.grid_plan import Job
 from plotarmour.suite.papermill import Value, called_with
 from plotarmour.suite.steps import find_prepared
-from plotarmour.text.tokenfile import TokenFile
 from plotarmour.training.checkpoint import latest_whole_step
 
 ENDINGS = ("DONE.json", "STOPPED.json")

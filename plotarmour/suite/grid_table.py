@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 from plotarmour.suite.grid_state import State, read_ending
-from plotarmour.training.forecast import duration
-from plotarmour.training.runlog import COLUMNS
+from plotarmour.training.log import COLUMNS
+from plotarmour.training.progress import duration
 
 ENDED = ("done", "stopped", "failed", "skipped")
 ORDER = ("running", "failed", "stopped", "done", "waiting", "skipped")  # what a small terminal shows first

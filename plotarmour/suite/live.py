@@ -17,10 +17,10 @@ from typing import Any, TextIO
 
 import pandas as pd
 
-from plotarmour.errors import UserError
-from plotarmour.plots import training_curves
+from plotarmour.cli import UserError
+from plotarmour.report.plots import training_curves
 from plotarmour.suite.relay import last_state
-from plotarmour.training.runlog import COLUMNS
+from plotarmour.training.log import COLUMNS
 
 EVERY_S = 30.0
 SHARE = 0.01  # of the time, at most, goes into drawing

@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 import psutil
 
-from plotarmour.errors import UserError
+from plotarmour.cli import UserError
 from plotarmour.suite.notebooks import ROOT, tidy_streams
 
 Value = int | float | bool | str  # what a parameter of a notebook can be

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 BAR_EVERY_S = 5.0  # a notebook keeps every state
-ERROR = "error: "  # how plotarmour.errors begins a user's mistake
+ERROR = "error: "  # how plotarmour.cli begins a user's mistake
 
 
 class Relay:

@@ -3,20 +3,20 @@
 import shutil
 from pathlib import Path
 
+from plotarmour.cli import UserError
 from plotarmour.config import Recipe, load_recipe
-from plotarmour.errors import UserError
-from plotarmour.evaluation.facts import write_facts
+from plotarmour.data.batches import Windows
+from plotarmour.data.facts import write_facts
+from plotarmour.data.pretokenize import part_path, pre_tokenize
+from plotarmour.data.stories import PARTS, SEPARATOR, parse_split
+from plotarmour.data.tales import tell_stories
+from plotarmour.data.token_file import TokenFile
 from plotarmour.files import publish, unfinished, write_text
 from plotarmour.machine import host
-from plotarmour.resuming import read_info
-from plotarmour.runs import train_run
-from plotarmour.suite.launch import check_gpus, launch
+from plotarmour.resume import read_info
+from plotarmour.run import train_run
 from plotarmour.suite.live import LiveCurves
-from plotarmour.text.batches import Windows
-from plotarmour.text.grammar import tell_stories
-from plotarmour.text.pretokenize import part_path, pre_tokenize
-from plotarmour.text.stories import PARTS, SEPARATOR, parse_split
-from plotarmour.text.tokenfile import TokenFile
+from plotarmour.suite.multi_gpu import check_gpus, launch
 
 OPTIONAL = {"extra": "tokens.extra.bin", "facts": "built-in.facts.jsonl"}  # not every recipe has them
 
@@ -100,7 +100,7 @@ def find_prepared(folder: Path) -> dict[str, Path]:
 
 def train_recipe(name: str, model: str, data_folder: Path, out: Path, overrides: list[str] = (),
                  continue_from: Path | None = None, gpus: int = 1, extend: bool = False, from_step: int = -1) -> dict:
-    """Train one model of a recipe on prepared token files; see `plotarmour.runs.train_run`.
+    """Train one model of a recipe on prepared token files; see `plotarmour.run.train_run`.
 
     In a notebook, the curves are drawn meanwhile.
 

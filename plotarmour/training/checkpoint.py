@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from plotarmour.errors import UserError
+from plotarmour.cli import UserError
 from plotarmour.files import publish, sync_file, unfinished
 from plotarmour.training.manifest import Damaged, damage_of, read_sealed, write_manifest, write_sealed
 

@@ -17,20 +17,20 @@ from torch import nn
 from tqdm import tqdm
 
 from plotarmour.config import TrainingConfig
+from plotarmour.data.batches import Windows
 from plotarmour.files import write_json
 from plotarmour.machine import Machine, peak_memory, peak_memory_mib, unused
-from plotarmour.text.batches import Windows
 from plotarmour.training.changes import record_change
 from plotarmour.training.checkpoint import load_training, save_checkpoint
-from plotarmour.training.fitting import is_out_of_memory, release, too_large, warn_of_low_disk
-from plotarmour.training.forecast import Forecast
+from plotarmour.training.distributed import ALONE, LostProcess, Ranks
+from plotarmour.training.log import RunLog
+from plotarmour.training.out_of_memory import is_out_of_memory, release, too_large, warn_of_low_disk
 from plotarmour.training.pace import Pace
 from plotarmour.training.passes import EVALUATION_ROWS, evaluate_windows
-from plotarmour.training.ranks import ALONE, LostProcess, Ranks
-from plotarmour.training.runlog import RunLog
+from plotarmour.training.progress import Forecast
 from plotarmour.training.schedule import learning_rate
+from plotarmour.training.step import Update, Updates
 from plotarmour.training.stopping import StopRequest, session_minutes
-from plotarmour.training.updates import Update, Updates
 
 NON_FINITE_IN_A_ROW = 10
 DONE = ("max_steps", "schedule_minutes", "early stopping")  # reasons for DONE.json; all others are for STOPPED.json

@@ -11,7 +11,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from plotarmour.errors import UserError
+from plotarmour.cli import UserError
 from plotarmour.files import write_text
 
 FORMAT = 1

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from plotarmour.config import TrainingConfig
+from plotarmour.data.batches import Windows
 from plotarmour.loss import IGNORE, summed_nats
 from plotarmour.machine import Machine
-from plotarmour.text.batches import Windows
 
 EVALUATION_ROWS = 8
 

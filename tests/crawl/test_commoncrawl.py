@@ -11,15 +11,15 @@ import pytest
 from made_wet import pages, write_wet
 from web import Site, serving
 
+from plotarmour.cli import UserError, run_command
 from plotarmour.crawl import commoncrawl
 from plotarmour.crawl.commoncrawl import Crawl, prepare_common_crawl
 from plotarmour.crawl.pages import PageRules, check_language, ngram_fractions, repeated_lines, why_dropped
 from plotarmour.crawl.wet import read_wet
 from plotarmour.crawl.wetlist import Wet, list_wets
-from plotarmour.errors import UserError, run_command
-from plotarmour.text.chunks import read_stories
-from plotarmour.text.sources import Source
-from plotarmour.text.stories import normalise
+from plotarmour.data.chunks import read_stories
+from plotarmour.data.readers import Source
+from plotarmour.data.stories import normalise
 
 MADE = pages(1200)
 

@@ -10,9 +10,9 @@ import time
 import pytest
 from web import Site, serving
 
+from plotarmour.cli import UserError
 from plotarmour.crawl import partfile
 from plotarmour.crawl.downloads import download
-from plotarmour.errors import UserError
 
 CONTENT = random.Random(0).randbytes(1_000_003)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from plotarmour.cli import UserError
 from plotarmour.config import load_recipe
-from plotarmour.errors import UserError
 from plotarmour.evaluation.arms import compare_arms, group_runs, pairs_of
 
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from in_memory import data, draw_stories
 
-from plotarmour.errors import UserError
-from plotarmour.evaluation.comparison import comparison_table, totals
+from plotarmour.cli import UserError
+from plotarmour.evaluation.metrics import comparison_table, totals
 from plotarmour.evaluation.scoring import score_stories, windows_of
 from plotarmour.machine import find_machine
 

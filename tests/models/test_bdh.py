@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from plotarmour.models.bdh import BDH, BDHConfig
-from plotarmour.models.rotation import Rotation, rotate
+from plotarmour.models.rotary import Rotation, rotate
 
 CASES = ("small", "wide", "deep")
 

@@ -8,7 +8,7 @@ from plotarmour.loss import summed_nats
 from plotarmour.models import recurrent
 from plotarmour.models.bdh import BDH, BDHConfig
 from plotarmour.models.recurrent import BDHState, activity
-from plotarmour.models.rotation import Rotation
+from plotarmour.models.rotary import Rotation
 from plotarmour.models.tiled import Weights, normalize
 
 

@@ -10,7 +10,7 @@ from plotarmour.loss import summed_nats
 from plotarmour.models import tiled
 from plotarmour.models.bdh import BDH, BDHConfig
 from plotarmour.models.dropout import CounterDropout
-from plotarmour.models.rotation import Rotation
+from plotarmour.models.rotary import Rotation
 from plotarmour.models.tiled import Setting, Tiling, run_passes
 
 

@@ -3,10 +3,10 @@ import zipfile
 
 import pytest
 
-from plotarmour.errors import UserError
+from plotarmour.cli import UserError
 from plotarmour.suite.bundle import download_link, pack_run
-from plotarmour.suite.words import tell_ending
-from plotarmour.training.runlog import RunLog
+from plotarmour.suite.messages import tell_ending
+from plotarmour.training.log import RunLog
 
 FINAL = {"reason": "max_steps", "step": 2200, "tokens_seen": 926179, "elapsed_s": 83.0, "train_loss": 0.5,
          "val_loss": 0.6, "best_step": 2000, "best_val_loss": 0.5, "skipped_steps": 0, "scaler_overflows": 0,

@@ -3,8 +3,8 @@ import shutil
 
 import pytest
 
+from plotarmour.cli import UserError
 from plotarmour.config import load_recipe
-from plotarmour.errors import UserError
 from plotarmour.suite import steps
 from plotarmour.suite.steps import train_recipe
 

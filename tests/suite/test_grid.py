@@ -12,19 +12,19 @@ import nbformat
 import pytest
 import torch
 
-from plotarmour.errors import UserError
+from plotarmour.cli import UserError
 from plotarmour.suite import grid_state
 from plotarmour.suite.grid import is_safe, parameters_of, read_grid, run_name
 from plotarmour.suite.grid_plan import data_parameters, plan_grid, slots
 from plotarmour.suite.grid_runs import check_summary, tell_failures
 from plotarmour.suite.grid_state import State, find_state, judge, stamps, summary_row, write_summary
 from plotarmour.suite.grid_table import Table, event_line, table_lines, time_left
+from plotarmour.suite.learning_rates import compare_rates, tell_rates, write_rates
 from plotarmour.suite.notebooks import ROOT
 from plotarmour.suite.papermill import called_with
 from plotarmour.suite.steps import prepare
-from plotarmour.suite.tuning import compare_rates, tell_rates, write_rates
+from plotarmour.training.log import COLUMNS
 from plotarmour.training.manifest import FILES, write_manifest, write_sealed
-from plotarmour.training.runlog import COLUMNS
 
 TRAIN = ROOT / "notebooks" / "02_train.ipynb"
 SMALL = ["corpus_stories=300", "tokenizer=bpe:400", "split=8:1:1", "n_embd=16", "max_steps=20", "warmup_steps=2",
@@ -250,7 +250,7 @@ def test_a_row_is_judged_by_its_folder_and_not_by_papermill(rates):
     before = stamps(job)
     assert judge(job, before, 0, "Executing: 100%")[0] == "failed"
     assert judge(job, before, 1, "nbclient.exceptions.DeadKernelError: Kernel died")[1].startswith("its kernel was")
-    assert judge(job, before, 1, "plotarmour.errors.UserError: found this.") == ("failed", "found this.")
+    assert judge(job, before, 1, "plotarmour.cli.UserError: found this.") == ("failed", "found this.")
     assert judge(job, before, None, "", interrupted=True) == ("stopped", "interrupted")
     end(job, "STOPPED.json", reason="time budget")
     assert judge(job, before, 1, "") == ("stopped", "time budget")

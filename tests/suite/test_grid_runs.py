@@ -35,7 +35,7 @@ if trouble == "late":
 """
 TRAINS = FIRST + """
 from plotarmour.config import load_recipe
-from plotarmour.runs import train_run
+from plotarmour.run import train_run
 from plotarmour.suite.steps import find_prepared
 rows, data = [], find_prepared(Path(results))
 def strike():

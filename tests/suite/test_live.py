@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
-from plotarmour.errors import UserError
-from plotarmour.plots import training_curves
+from plotarmour.cli import UserError
+from plotarmour.report.plots import training_curves
 from plotarmour.suite import live
 from plotarmour.suite.live import LiveBar, LiveCurves, read_rows
-from plotarmour.training.runlog import RunLog
+from plotarmour.training.log import RunLog
 
 CELL = """
 import sys, time
@@ -20,7 +20,7 @@ sys.path.insert(0, {root!r})
 from pathlib import Path
 from tqdm import tqdm
 from plotarmour.suite.live import LiveCurves
-from plotarmour.training.runlog import RunLog
+from plotarmour.training.log import RunLog
 
 log = RunLog(Path("{run}") / "log.csv", -1)
 with LiveCurves("bdh", Path("{run}"), every_s=0.0) as curves:

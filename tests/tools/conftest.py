@@ -7,7 +7,7 @@ import pytest
 @pytest.fixture
 def run_main(root, monkeypatch, capsys):
     """Call a tool's main in this process (a fresh one costs seconds of imports): returns exit code, stdout, stderr."""
-    from plotarmour.errors import run_command
+    from plotarmour.cli import run_command
 
     def run(tool, *args):
         spec = importlib.util.spec_from_file_location(f"tool_{tool}", root / "tools" / f"{tool}.py")

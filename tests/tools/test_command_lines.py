@@ -140,7 +140,7 @@ BAD_CALLS = {
 @pytest.mark.parametrize("case", BAD_CALLS)
 def test_bad_training_calls_give_one_line_and_leave_nothing(run_main, files, case):
     """Guards: hours lost to a typing mistake; leftovers in the run folder."""
-    from plotarmour.text.pretokenize import pre_tokenize
+    from plotarmour.data.pretokenize import pre_tokenize
 
     message, changes = BAD_CALLS[case]
     short, under = files["tmp"] / "short.bin", files["tmp"] / "file" / "run"
@@ -201,7 +201,7 @@ def test_other_bad_calls_give_one_line(run_main, tmp_path, monkeypatch, root, to
 def two_runs(token_files, tmp_path_factory):
     """A BDH and a GPT-2 of one step."""
     from plotarmour.config import load_recipe
-    from plotarmour.runs import train_run
+    from plotarmour.run import train_run
 
     folder = tmp_path_factory.mktemp("runs")
     for model in ("bdh", "gpt2"):
@@ -238,7 +238,7 @@ def test_a_story_beyond_the_positions_follows_slide_to(run_main, two_runs):
 def test_unequal_runs_are_named_in_the_summary(run_main, two_runs, token_files, tmp_path):
     """Guards: a verdict over runs of different length without a word."""
     from plotarmour.config import load_recipe
-    from plotarmour.runs import train_run
+    from plotarmour.run import train_run
 
     longer = load_recipe("tiny", "gpt2", ["max_steps=2", "warmup_steps=0", "n_embd=16", "eval_tokens=100"])
     train_run(longer, token_files["train"], token_files["val"], tmp_path / "longer")
@@ -264,7 +264,7 @@ def test_a_run_goes_on_from_an_attached_read_only_output(token_files, two_runs, 
 
 def test_a_run_trained_from_text_is_known_by_its_text(run_main, token_files, tmp_path):
     """Guards: floors refused for a run of the slow fallback, and its training text scored as held out."""
-    from plotarmour.text.pretokenize import pre_tokenize
+    from plotarmour.data.pretokenize import pre_tokenize
 
     text, other = tmp_path / "text.txt", tmp_path / "other.txt"
     stories = token_files["text"].read_text().split("<|endoftext|>")
@@ -330,7 +330,7 @@ def test_parts_are_searched_for_copies(run_main, token_files, tmp_path):
 
 def test_bare_ids_become_a_token_file_that_tools_read(run_main, token_files, tmp_path):
     """Guards: an import that shows nothing of what it read, or that the next tool cannot read."""
-    from plotarmour.text.tokenfile import TokenFile
+    from plotarmour.data.token_file import TokenFile
 
     raw, out = tmp_path / "train.bin", tmp_path / "x.bin"
     raw.write_bytes(TokenFile.open(token_files["val"]).tokens.tobytes())

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from plotarmour.errors import UserError
-from plotarmour.runs import LOCK
+from plotarmour.cli import UserError
+from plotarmour.run import LOCK
 from plotarmour.training.manifest import read_sealed, write_sealed
 
 SMALL = {"max_steps": 4, "warmup_steps": 1, "n_embd": 16, "eval_tokens": 100, "eval_interval": 2,
@@ -33,7 +33,7 @@ def contents(folder):
 def finished(token_files, tmp_path_factory):
     """A run of 4 steps, never to be changed."""
     from plotarmour.config import load_recipe
-    from plotarmour.runs import train_run
+    from plotarmour.run import train_run
 
     out = tmp_path_factory.mktemp("train") / "run"
     recipe = load_recipe("tiny", "gpt2", [f"{key}={value}" for key, value in SMALL.items()])
@@ -119,9 +119,9 @@ def test_a_recipe_that_cannot_be_is_one_line_and_makes_no_folder(run_main, token
 @pytest.mark.skipif(os.name != "posix", reason="how a process is held")
 def test_a_run_that_another_process_trains_is_named_with_pid_and_time(run_main, run, token_files):
     """Guards: two programs that write one log and one index; a lock that does not say who holds it."""
-    from plotarmour.text.unfinished import locked
+    from plotarmour.data.unfinished import locked
 
-    hold = ("import sys, pathlib; sys.path.insert(0, sys.argv[1]); from plotarmour.text.unfinished import locked\n"
+    hold = ("import sys, pathlib; sys.path.insert(0, sys.argv[1]); from plotarmour.data.unfinished import locked\n"
             "out = pathlib.Path(sys.argv[2])\nwith locked(out / '.lock', out): print('held', flush=True); input()")
     root = os.path.dirname(os.path.dirname(sys.modules["plotarmour"].__file__))
     other = subprocess.Popen([sys.executable, "-c", hold, root, str(run)], stdin=subprocess.PIPE,
@@ -156,7 +156,7 @@ def test_a_disk_that_is_too_small_for_the_checkpoints_is_told_at_the_start(run_m
 
 def flip_high_bits(path):
     """One bit of every id's upper byte."""
-    from plotarmour.text.tokenfile import TokenFile
+    from plotarmour.data.token_file import TokenFile
 
     offset, length = TokenFile.open(path).header["sections"]["tokens"]
     with open(path, "r+b") as file:
@@ -209,7 +209,8 @@ def test_a_model_that_does_not_fit_into_memory_is_one_line_and_makes_no_run(run_
 def test_training_that_does_not_fit_into_memory_is_one_line_and_keeps_the_run(run_main, run, token_files, monkeypatch,
                                                                               what):
     """Guards: a traceback for an optimizer's state that does not fit, where a run goes on; a checkpoint lost by it."""
-    from plotarmour.training import loop, updates
+    from plotarmour.training import loop
+    from plotarmour.training import step as updates
 
     saved = {path: found for path, found in contents(run / "checkpoints").items() if found[0]}
     monkeypatch.setattr(loop if what == "load_training" else updates, what, too_much)
@@ -223,7 +224,7 @@ def test_training_that_does_not_fit_into_memory_is_one_line_and_keeps_the_run(ru
 
 def test_a_trained_model_that_does_not_fit_into_memory_is_the_users_mistake(run, monkeypatch):
     """Guards: a traceback where a large run is scored on a small machine; other errors said to be memory's."""
-    from plotarmour import runs
+    from plotarmour import run as runs
 
     monkeypatch.setattr(runs, "load_model", too_much)
     with pytest.raises(UserError, match="the model needs more memory than there is"):

@@ -13,7 +13,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that only the work of a run moves, by the seconds of TAKES_S."""
-    from plotarmour.training import loop, pace, updates
+    from plotarmour.training import loop, pace
+    from plotarmour.training import step as updates
 
     clock = Clock()
 

@@ -13,10 +13,11 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from plotarmour.errors import UserError, run_command
+from plotarmour.cli import UserError, run_command
 from plotarmour.files import write_json
-from plotarmour.runs import LOCK, load_run, train_run
-from plotarmour.training import checkpoint, loop, updates
+from plotarmour.run import LOCK, load_run, train_run
+from plotarmour.training import checkpoint, loop
+from plotarmour.training import step as updates
 from plotarmour.training.checkpoint import (
     find_checkpoint,
     find_checkpoint_to_resume,

@@ -8,15 +8,16 @@ import signal
 import pytest
 import torch
 
+from plotarmour.cli import UserError
 from plotarmour.config import TrainingConfig, load_recipe
-from plotarmour.errors import UserError
 from plotarmour.loss import IGNORE
 from plotarmour.machine import find_machine
-from plotarmour.runs import load_run, train_run
-from plotarmour.training import loop, pace, updates
+from plotarmour.run import load_run, train_run
+from plotarmour.training import loop, pace
+from plotarmour.training import step as updates
 from plotarmour.training.checkpoint import model_tensors, read_index, rewind
+from plotarmour.training.log import COLUMNS
 from plotarmour.training.passes import accumulate, clip_gradients, make_optimizer
-from plotarmour.training.runlog import COLUMNS
 
 TIMING = ("utc", "elapsed_s", "tokens_per_s", "peak_memory_mib")
 CPU = find_machine("cpu")
@@ -144,8 +145,8 @@ def test_training_learns_and_leaves_what_the_design_lists(small_recipe, token_fi
 
 def test_two_models_with_one_seed_read_the_same_tokens(token_files):
     """Guards: an order that depends on the model, which makes the comparison unfair."""
-    from plotarmour.text.batches import Windows
-    from plotarmour.text.tokenfile import TokenFile
+    from plotarmour.data.batches import Windows
+    from plotarmour.data.token_file import TokenFile
 
     data, read = TokenFile.open(token_files["train"]), []
     for model in ("bdh", "gpt2"):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from plotarmour.config import TrainingConfig
-from plotarmour.runs import train_run
+from plotarmour.run import train_run
 from plotarmour.training.schedule import learning_rate
 
 COSINE = TrainingConfig(8, 1, 1, 10, 1.0, warmup_steps=2, final_learning_rate_fraction=0.0)

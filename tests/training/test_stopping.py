@@ -5,7 +5,7 @@ import psutil
 import pytest
 
 from plotarmour.config import AUTO
-from plotarmour.runs import train_run
+from plotarmour.run import train_run
 from plotarmour.training import stopping
 from plotarmour.training.stopping import session_minutes
 

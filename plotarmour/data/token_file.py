@@ -1,0 +1,209 @@
+"""Token files (`*.bin`): the tokens of a text, self-describing, memory-mapped, published only whole.
+
+    bytes      what
+    0..4096    magic "PLOTARM\\x01", format version (uint32), length of the JSON header (uint32), the header padded
+               with blanks, CRC-32 of bytes 0..4092 (uint32)
+    4096..     tokens: per story its ids, then one end-of-text id (uint16 while every id fits, else uint32)
+    offsets    uint64 per story: where its ids begin, counted in tokens
+    lengths    uint32 per story: its UTF-8 bytes
+    checks     uint32 CRC-32 per 4 MiB block of the tokens, then of offsets and lengths together
+    tokenizer  its own JSON: the file can be decoded with nothing else at hand
+
+Little-endian throughout. `sections` in the header gives offset and bytes of each; `payload_sha256` covers everything
+after the first 4,096 bytes.
+"""
+
+import hashlib
+import json
+import struct
+import zlib
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from plotarmour.cli import UserError
+from plotarmour.data.tokenizer import Tokenizer
+
+MAGIC = b"PLOTARM\x01"
+FORMAT_VERSION = 1
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+HEADER_BYTES = 4096
+CRC_BLOCK = 4 * 2**20
+_FIXED = struct.Struct("<8sII")
+
+
+def header_block(header: dict) -> bytes:
+    """Return the first 4,096 bytes of a token file."""
+    text = json.dumps(header, ensure_ascii=False).encode()
+    room = HEADER_BYTES - _FIXED.size - 4
+    if len(text) > room:
+        raise UserError(f"the header needs {len(text)} bytes, {room} fit; join the source files into one.")
+    block = _FIXED.pack(MAGIC, FORMAT_VERSION, len(text)) + text.ljust(room)
+    return block + struct.pack("<I", zlib.crc32(block))
+
+
+class TokenFile:
+    """A token file, mapped read-only. Use `TokenFile.open`.
+
+    Attributes:
+        path: of the file.
+        header: as documented in the module.
+        tokens: uint16 or uint32 (n_tokens,), read-only memmap.
+        offsets: uint64 (n_stories,), token index where each story begins.
+        story_bytes: uint32 (n_stories,), UTF-8 bytes of each story.
+    """
+
+    def __init__(self, path: Path, header: dict):
+        self.path, self.header = path, header
+        self.tokens = self._map("tokens", DTYPES[header["dtype"]])
+
+    @classmethod
+    def open(cls, path: str | Path) -> "TokenFile":
+        """Check header and sizes, then map the file, in milliseconds.
+
+        Raises:
+            UserError: no token file, a damaged or truncated one, or one of a newer format.
+        """
+        path = Path(path)
+        header = read_header(path)
+        size = path.stat().st_size
+        end = max(offset + length for offset, length in header["sections"].values())
+        if size != end:  # reading past the end of a truncated mapped file kills the process
+            raise UserError(f"{path} is {'truncated' if size < end else 'too long'}: {size:,} bytes, its header says "
+                            f"{end:,}. Make it again with tools/pre_tokenize.py.")
+        return cls(path, header)
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        self._check_index()
+        return self._map("offsets", np.dtype("<u8"))
+
+    @cached_property
+    def story_bytes(self) -> np.ndarray:
+        self._check_index()
+        return self._map("lengths", np.dtype("<u4"))
+
+    @property
+    def n_tokens(self) -> int:
+        return self.header["n_tokens"]
+
+    @property
+    def n_stories(self) -> int:
+        return self.header["n_stories"]
+
+    def story(self, i: int) -> np.ndarray:
+        """Return the ids of story `i`, without its end-of-text id, as stored (uint16 or uint32).
+
+        Raises:
+            UserError: an id outside the vocabulary: the file is damaged.
+        """
+        end = int(self.offsets[i + 1]) if i + 1 < self.n_stories else self.n_tokens
+        ids = self.tokens[int(self.offsets[i]):end - 1]
+        check_largest_id(self, int(ids.max(initial=0)))
+        return ids
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer that travels in the file.
+
+        Raises:
+            UserError: its bytes do not have the hash that the header states.
+        """
+        text = bytes(self._map("tokenizer", np.dtype("u1"))).decode()
+        if hashlib.sha256(text.encode()).hexdigest() != self.header["tokenizer"]["sha256"]:
+            raise UserError(f"{self.path}: the tokenizer inside is damaged. Make the file again.")
+        return Tokenizer(text, self.header["tokenizer"]["kind"])
+
+    def verify(self) -> None:
+        """Read everything and compare it with its hash and checks.
+
+        Raises:
+            UserError: which 4 MiB block is damaged, or that another part is.
+        """
+        digest = hashlib.sha256()
+        with self.path.open("rb") as file:
+            file.seek(HEADER_BYTES)
+            while block := file.read(CRC_BLOCK):
+                digest.update(block)
+        if digest.hexdigest() == self.header["payload_sha256"]:
+            return
+        crcs = self._checks()
+        for i in range(-(-self.tokens.nbytes // CRC_BLOCK)):
+            if zlib.crc32(self.tokens.view("u1")[i * CRC_BLOCK:(i + 1) * CRC_BLOCK]) != crcs[i]:
+                raise UserError(f"{self.path} is damaged: tokens in block {i} (4 MiB each) do not match their CRC-32. "
+                                "Make it again with tools/pre_tokenize.py.")
+        raise UserError(f"{self.path} is damaged: its content does not have the SHA-256 that the header states. "
+                        "Make it again with tools/pre_tokenize.py.")
+
+    def _checks(self) -> np.ndarray:
+        """CRC-32 of each block: first of the tokens, then of the index."""
+        stored = self._map("checks", np.dtype("<u4"))
+        if zlib.crc32(stored) != self.header["checks_crc32"]:
+            raise UserError(f"{self.path} is damaged: its checks do not match their own CRC-32. Make it again with "
+                            "tools/pre_tokenize.py.")
+        return stored
+
+    def _check_index(self) -> None:
+        """Compare the index with its CRC-32s before anything is read by it; 12 bytes a story, once."""
+        if "_index_checked" in self.__dict__:
+            return
+        crcs = self._checks()[-(-self.tokens.nbytes // CRC_BLOCK):]
+        start, size = self.header["sections"]["offsets"][0], 12 * self.n_stories
+        index = np.memmap(self.path, mode="r", dtype="u1", offset=start, shape=(size,))
+        for i, crc in enumerate(crcs):
+            if zlib.crc32(index[i * CRC_BLOCK:(i + 1) * CRC_BLOCK]) != crc:
+                raise UserError(f"{self.path} is damaged: its index of stories does not match its CRC-32. Make it "
+                                "again with tools/pre_tokenize.py.")
+        self._index_checked = True
+
+    def _map(self, section: str, dtype: np.dtype) -> np.ndarray:
+        offset, length = self.header["sections"][section]
+        if not length:  # nothing to map: a file is never published so, but a reader must not crash
+            return np.zeros(0, dtype)
+        return np.memmap(self.path, mode="r", dtype=dtype, offset=offset, shape=(length // dtype.itemsize,))
+
+
+def check_largest_id(data, most: int) -> None:
+    """Raise `UserError` unless the largest of some ids read from a token file is one: opening it checks no tokens."""
+    size = data.header["vocab_size"]
+    if most >= size:
+        raise UserError(f"{data.path} is damaged: found id {most:,} among its tokens, expected ids in [0, {size:,}). "
+                        f"Look with tools/pre_tokenize.py --verify {data.path}, make the file again with "
+                        "tools/pre_tokenize.py, and give the same command again.")
+
+
+def read_header(path: Path) -> dict:
+    """Return the checked header of a token file.
+
+    Raises:
+        UserError: missing, a folder, another kind of file, a newer format, or a damaged header.
+    """
+    if path.is_dir() or not path.exists():
+        raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; expected a token file. "
+                        "Make one with tools/pre_tokenize.py.")
+    with path.open("rb") as file:
+        block = file.read(HEADER_BYTES)
+    if block[:8] != MAGIC:
+        raise UserError(f"{path} is not a token file: it begins with {block[:8]!r}, expected {MAGIC!r}. "
+                        "Make one with tools/pre_tokenize.py.")
+    if len(block) < HEADER_BYTES:
+        raise UserError(f"{path} is truncated: {len(block)} bytes, a header alone has {HEADER_BYTES}. Make it again.")
+    if zlib.crc32(block[:-4]) != struct.unpack("<I", block[-4:])[0]:
+        raise UserError(f"{path}: the header is damaged (its CRC-32 does not match). Make the file again.")
+    _, version, length = _FIXED.unpack(block[:_FIXED.size])
+    if version == int.from_bytes(FORMAT_VERSION.to_bytes(4, "little"), "big"):
+        raise UserError(f"{path} is big-endian; this program reads little-endian token files. Make the file again.")
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format {version}; this program reads {FORMAT_VERSION}. Update plotarmour, or "
+                        "make the file again.")
+    header = json.loads(block[_FIXED.size:_FIXED.size + length])
+    if header.get("dtype") not in DTYPES:
+        raise UserError(f"{path} holds {header.get('dtype')}; this program reads {' or '.join(DTYPES)}. Make the file "
+                        "again.")
+    return header
+
+
+def looks_like_token_file(path: Path) -> bool:
+    """Whether the file begins with the magic of a token file."""
+    with path.open("rb") as file:
+        return file.read(8) == MAGIC

@@ -1,0 +1,224 @@
+"""Text to ids and back: GPT-2's vocabulary, a byte-level BPE of one's own, or plain bytes.
+
+All three are `tokenizers.Tokenizer`s (Hugging Face) and travel as its JSON: in token files, in run folders. A literal
+`<|endoftext|>` inside a story is ordinary text: only the pretokenizer itself writes the end-of-text id.
+"""
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from plotarmour.cli import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+GPT2_VOCAB_SIZE = 50257
+GPT2_SHA256 = "0f8c9d6ae8900a28603a84f9c4be747822b43891146b9d76e7d3faf936c34c0b"  # see `_is_gpt2`
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Tokenizer:
+    """A tokenizer with an end-of-text id.
+
+    Args:
+        json_text: as `tokenizers.Tokenizer.to_str` gives it.
+        kind: how the user named it: "gpt2", "bpe:4096", "bytes" or "file".
+
+    Raises:
+        UserError: not a tokenizer, or one without `<|endoftext|>`.
+    """
+
+    def __init__(self, json_text: str, kind: str):
+        import tokenizers
+
+        try:
+            self.backend = tokenizers.Tokenizer.from_str(json_text)
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"the {kind} tokenizer cannot be read ({error}); expected a Hugging Face "
+                            "tokenizer.json.") from None
+        self.json = json_text
+        self.sha256 = hashlib.sha256(json_text.encode()).hexdigest()
+        self.vocab_size = self.backend.get_vocab_size()
+        end = self.backend.token_to_id(END_OF_TEXT)
+        if end is None:
+            raise UserError(f"the {kind} tokenizer has no {END_OF_TEXT} entry; expected one, it ends every story. "
+                            "Add it as a special token.")
+        self.end_of_text_id = end
+        self.kind = "gpt2" if kind == "file" and _is_gpt2(self) else kind
+        self.backend.encode_special_tokens = True  # a literal <|endoftext|> in a story stays text
+        self.backend.no_padding()
+        self.backend.no_truncation()
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without any end-of-text id."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of each text; works on all cores."""
+        return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids; end-of-text shows as `<|endoftext|>`."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    @cached_property
+    def takes_pieces(self) -> bool:
+        """Whether a text cut before a space, behind a character that is not blank, gives the ids of the whole.
+
+        True for byte-level BPE: its regular expression never spans such a place. Other kinds may normalise across it,
+        mark a text's beginning, or hold entries with blank space inside.
+        """
+        made = json.loads(self.json)
+        split, model = made.get("pre_tokenizer") or {}, made["model"]
+        byte_level = (split.get("type") == "ByteLevel" and split.get("use_regex", True)
+                      and not split.get("add_prefix_space", True))
+        bpe = model.get("type", "BPE") == "BPE" and "merges" in model and not model.get("dropout")
+        return (bpe and byte_level and made.get("normalizer") is None
+                and all(token["special"] for token in made.get("added_tokens", [])))
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """int32 (vocab_size,): UTF-8 bytes that each id stands for; 0 for end-of-text.
+
+        Exact for byte-level vocabularies, where every character of an entry stands for one byte.
+        """
+        sizes = np.zeros(self.vocab_size, dtype=np.int32)
+        for token, i in self.backend.get_vocab(with_added_tokens=True).items():
+            sizes[i] = 0 if token == END_OF_TEXT else len(token)
+        return sizes
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.json, encoding="utf-8")
+
+
+def _is_gpt2(tokenizer: Tokenizer) -> bool:
+    """Whether entries, merges and splitting are GPT-2's: a tokenizer of its size alone may be any other."""
+    if (tokenizer.vocab_size, tokenizer.end_of_text_id) != (GPT2_VOCAB_SIZE, GPT2_VOCAB_SIZE - 1):
+        return False
+    model = json.loads(tokenizer.json)["model"]
+    vocab, merges = model["vocab"], [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
+    known = "\n".join(sorted(vocab, key=vocab.get)) + "\0" + "\n".join(merges)
+    return hashlib.sha256(known.encode()).hexdigest() == GPT2_SHA256 and tokenizer.takes_pieces
+
+
+def make_tokenizer(spec: str, train_stories: Iterable[str] | None = None) -> Tokenizer:
+    """Make the tokenizer that a command line or recipe names.
+
+    Args:
+        spec: "gpt2", "bpe:N" (N entries with <|endoftext|>), "bytes", or a folder or file with a tokenizer.json, or a
+            folder with vocab.json and merges.txt.
+        train_stories: what bpe:N learns from; the train part only, or the comparison leaks.
+
+    Raises:
+        UserError: an unknown name, a folder without a tokenizer, GPT-2's vocabulary nowhere to be had.
+    """
+    if spec == "gpt2":
+        return _gpt2()
+    if spec == "bytes":
+        return Tokenizer(_byte_level({}, []), "bytes")
+    if spec.startswith("bpe:"):
+        return _train_bpe(bpe_size(spec), train_stories)
+    path = Path(spec)
+    if spec and path.exists():
+        return load_tokenizer(path)
+    raise UserError(f"unknown tokenizer {spec!r}; expected gpt2, bpe:N (such as bpe:4096), bytes, or a folder that "
+                    "holds a tokenizer.json.")
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load a tokenizer.json, or a folder that holds one, or one with vocab.json and merges.txt."""
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if file.is_file():
+        try:
+            return Tokenizer(file.read_text(encoding="utf-8"), "file")
+        except UnicodeDecodeError:
+            raise UserError(f"{file} is no tokenizer: not UTF-8; expected a Hugging Face tokenizer.json.") from None
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+    if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+        vocab = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
+        lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
+        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        return Tokenizer(_byte_level(vocab, merges), "file")
+    raise UserError(f"{path} holds no tokenizer; expected tokenizer.json, or vocab.json and merges.txt.")
+
+
+def _gpt2() -> Tokenizer:
+    for folder in (Path("data") / "gpt2", ROOT / "data" / "gpt2"):
+        if folder.is_dir():
+            found = load_tokenizer(folder)
+            if found.kind != "gpt2":
+                raise UserError(f"{folder} holds another tokenizer, of {found.vocab_size:,} entries; expected GPT-2's "
+                                f"{GPT2_VOCAB_SIZE:,}. Put GPT-2's there, or name the folder: --tokenizer {folder}.")
+            return found
+    if os.environ.get("HF_HUB_OFFLINE") != "1":
+        try:
+            from huggingface_hub import hf_hub_download
+
+            return Tokenizer(Path(hf_hub_download("openai-community/gpt2", "tokenizer.json")).read_text("utf-8"),
+                             "gpt2")
+        except Exception as error:  # offline shows as many kinds of exception; all end in the same advice
+            reason = type(error).__name__
+    else:
+        reason = "HF_HUB_OFFLINE=1"
+    raise UserError(f"GPT-2's vocabulary is not in data/gpt2 and the Hugging Face hub cannot be reached ({reason}). "
+                    "Put tokenizer.json (or vocab.json and merges.txt) of huggingface.co/openai-community/gpt2 into "
+                    "data/gpt2, or name their folder: --tokenizer FOLDER, or use --tokenizer bpe:4096.")
+
+
+def bpe_size(spec: str) -> int:
+    """Return N of "bpe:N"; raise `UserError` where it is none."""
+    if not re.fullmatch(r"bpe:\d+", spec) or int(spec[4:]) < 257:
+        raise UserError(f"tokenizer {spec!r} has no usable size; expected bpe:N with N at least 257 (256 bytes and "
+                        f"{END_OF_TEXT}), such as bpe:4096.")
+    return int(spec[4:])
+
+
+def vocab_size_of(spec: str) -> int:
+    """Return the entries of "gpt2", "bpe:N" (at most; a small text yields fewer) or "bytes", without making it.
+
+    Raises:
+        UserError: a folder or file, or no name of a tokenizer.
+    """
+    if spec.startswith("bpe:"):
+        return bpe_size(spec)
+    if spec not in ("gpt2", "bytes"):
+        raise UserError(f"tokenizer {spec!r} does not tell its vocabulary's size; expected gpt2, bpe:N or bytes. Name "
+                        "the size: --vocab-size N.")
+    return GPT2_VOCAB_SIZE if spec == "gpt2" else 257  # 256 bytes and <|endoftext|>
+
+
+def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]]) -> str:
+    """JSON of a byte-level BPE; without a vocabulary: one entry per byte."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab=vocab or {c: i for i, c in enumerate(alphabet)}, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
+    return backend.to_str()
+
+
+def _train_bpe(size: int, stories: Iterable[str] | None) -> Tokenizer:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if stories is None:
+        raise UserError(f"bpe:{size} learns from text; give it one, or name an existing tokenizer.")
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END_OF_TEXT], show_progress=False,
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    backend.train_from_iterator(stories, trainer)
+    if backend.get_vocab_size() < size:
+        warnings.warn(f"the text yields only {backend.get_vocab_size()} of bpe:{size} entries: each of the words "
+                      "learned from is one token already. A smaller N, more text or --bpe-bytes helps.", stacklevel=3)
+    return Tokenizer(backend.to_str(), f"bpe:{size}")

@@ -1,0 +1,1 @@
+"""From scored stories to tables, figures and one page."""

@@ -1,0 +1,288 @@
+"""The third step of the suite: scores every story under some runs, checks for leaks, and writes tables and figures."""
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from plotarmour.cli import UserError
+from plotarmour.config import Recipe
+from plotarmour.data.facts import read_facts
+from plotarmour.data.token_file import TokenFile
+from plotarmour.evaluation.arms import UNBOUNDED, Arm, compare_arms, group_runs, pairs_of
+from plotarmour.evaluation.leak_checks import check_run, require
+from plotarmour.evaluation.metrics import comparison_table, evaluate_floors, evaluate_run
+from plotarmour.evaluation.scoring import check_stride, story_tokens
+from plotarmour.evaluation.statistics import win_share_by_length
+from plotarmour.files import write_text
+from plotarmour.report import figures
+from plotarmour.report.budgets import budget_of, differences
+from plotarmour.report.examples import different_stories, samples
+from plotarmour.report.page import write_report
+from plotarmour.report.verdict import arm_table, summarise
+from plotarmour.resume import read_info
+from plotarmour.run import Run, check_same_tokenizer, load_run, recipe_of
+
+OUTPUTS = ("report.html", "summary.txt", "totals.csv", "arms.csv", "pairs.csv", "checks.csv", "positions.csv",
+           "win_shares.csv", "different_stories.csv", "samples.csv", "perplexity.png", "training_curves.png",
+           "loss_by_position.png", "differences.png", "win_shares.png")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison found; the report is made of it.
+
+    Attributes:
+        title: says on what text.
+        table: totals, a row per run, floor and corpus.
+        arms: runs that differ only in their seed, together.
+        by_arm: totals, a row per arm, floor and corpus.
+        pairs: arms, and runs seed by seed, with intervals.
+        checks: for leaks.
+        unequal: what differs between the runs, one line each.
+        examples: stories where the first pair differs most.
+        samples: what each arm writes, from the same prompts and seeds.
+        runs: without their weights.
+        stride: of sliding windows; None: half a context.
+        same_order: whether runs of one seed have read the same tokens in the same order, by their hashes.
+        part: of a split that the stories are: "train", "val" or "test"; None where that is not known.
+    """
+
+    title: str
+    table: pd.DataFrame
+    arms: list[Arm]
+    by_arm: pd.DataFrame
+    pairs: pd.DataFrame
+    checks: pd.DataFrame
+    unequal: list[str]
+    examples: pd.DataFrame
+    samples: pd.DataFrame
+    runs: list[Run]
+    stride: int | None
+    same_order: bool
+    part: str | None
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run before it is loaded: enough to tell arms apart."""
+
+    name: str
+    config: Recipe
+    info: dict
+
+
+def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None = None, facts: Path | None = None,
+                 stride: int | None = None, title: str = "", which: str = "best", device: str = "auto",
+                 unfinished: bool = False) -> pd.DataFrame:
+    """Score every story of a token file under some runs and the floors, and write tables, figures and a report.
+
+    Runs that differ only in their seed are one arm of the comparison. Where a leak check fails, nothing is written but
+    checks.csv, and what an earlier comparison has left in the folder is gone.
+
+    Args:
+        folders: of the runs; their names must differ.
+        data: token file to score.
+        out: gets report.html, summary.txt, totals.csv (a row per run), arms.csv, pairs.csv (differences with
+            intervals), checks.csv, stories_NAME.csv for runs and floors, positions.csv, win_shares.csv,
+            different_stories.csv, samples.csv and figures.
+        train: training token file, for the floors and for what is held out; without it neither is told.
+        facts: .facts.jsonl of the built-in corpus.
+        stride: of sliding windows, in tokens; half a context by default.
+        title: says on what text.
+        which: checkpoint, "best" by validation loss or "latest".
+        device: "auto", "cpu" or "cuda".
+        unfinished: whether runs that have not ended may be compared; they are labelled.
+
+    Returns:
+        The table of totals.csv.
+
+    Raises:
+        UserError: one run twice, tokenizers that differ, stories that a run was trained on, floors of another text, a
+            run that has not ended, a model that sees what it must foresee.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; expected a folder for --out.")
+    folders = [folder.resolve() for folder in folders]
+    planned = check_together(folders, unfinished)
+    arms = group_runs(planned)
+    test, known = TokenFile.open(data), read_facts(facts) if facts else None
+    if test.n_stories < min(2, len(folders)) or not test.n_stories:
+        raise UserError(f"{data} holds {test.n_stories} stories; expected test stories, at least two for a comparison.")
+    train_data = TokenFile.open(train) if train is not None else None
+    for folder, run in zip(folders, planned, strict=True):
+        check_same_tokenizer(test, run.info["tokenizer"]["sha256"], str(folder))
+        check_stride(stride, run.config.training.context_length)
+        _check_unseen(run, data, test, train, train_data)
+    _clear(out)
+    scores, positions, budgets, runs, tested = {}, [], {}, [], pd.DataFrame()
+    for folder in folders:
+        run = load_run(folder, which, device)
+        budgets[run.name] = budget_of(run)
+        for unbounded in (False, True) if _forgets_nothing(run, test) else (False,):
+            name = run.name + UNBOUNDED * unbounded
+            found = evaluate_run(run, test, known, stride, unbounded)
+            scores[name] = found.stories
+            positions.append(found.positions.assign(run=name))
+            checks = check_run(run, test, found.stories, train_data, stride, unbounded)
+            tested = pd.concat([tested, checks], ignore_index=True)
+            write_csv(tested, out / "checks.csv")
+            require(checks)
+        runs.append(dataclasses.replace(run, model=None))
+        del run  # one model in memory at a time
+    print(f"{len(tested)} leak checks passed", flush=True)
+    if train_data is not None:
+        scores |= {f"{name} floor": frame for name, frame in evaluate_floors(train_data, test).items()}
+    table, unequal = comparison_table(scores, budgets), differences(runs)
+    orders = {(run.config.training.seed, run.info["train"].get("order_sha256")) for run in runs}
+    same_order = len({seed for seed, _ in orders}) == len(orders) and None not in {order for _, order in orders}
+    pairs = compare_arms(arms, scores, budgets, same_order) if len(arms) > 1 else pd.DataFrame()
+    found = Comparison(
+        title or f"{data.name}, {which} checkpoints", table, arms, arm_table(arms, table), pairs, tested, unequal,
+        different_stories(arms, scores, test, which, device, folders, stride),
+        samples(arms, folders, which, device, test) if len(arms) > 1 else pd.DataFrame(), runs, stride, same_order,
+        test.header.get("part"))
+    _write(found, out, scores, pd.concat(positions, ignore_index=True), budgets)
+    return table
+
+
+def find_runs(folder: Path, named: str = "") -> list[Path]:
+    """Return the run folders to compare.
+
+    Args:
+        folder: results folder.
+        named: separated by ; each a path or a name in `folder`. Empty: every run folder in `folder`.
+
+    Raises:
+        UserError: there is none.
+    """
+    names = [name.strip() for name in named.split(";") if name.strip()]
+    found = [folder / name if (folder / name).is_dir() else Path(name) for name in names] if names else \
+        sorted(path.parent for path in folder.glob("*/run.json"))
+    if not found:
+        raise UserError(f"{folder} holds no run folder; expected one or more, of notebook 02_train. Name them.")
+    return found
+
+
+def check_together(folders: list[Path], unfinished: bool = False) -> list[PlannedRun]:
+    """Check, before any model is loaded, that runs can be compared.
+
+    Args:
+        folders: of the runs.
+        unfinished: whether runs that have not ended may be compared.
+
+    Raises:
+        UserError: one run twice, tokenizers that differ, a run that has not ended, no run folder.
+    """
+    folders = [folder.resolve() for folder in folders]
+    _check_names(folders)
+    infos = [read_info(folder) for folder in folders]
+    if not unfinished:
+        _check_ended(folders)
+    runs = [PlannedRun(folder.name, recipe_of(info), info) for folder, info in zip(folders, infos, strict=True)]
+    _check_tokenizers(runs)
+    return runs
+
+
+def write_csv(frame: pd.DataFrame, path: Path) -> None:
+    """Write a table atomically, numbers with nine significant digits."""
+    write_text(path, frame.to_csv(index=False, float_format="%.9g", lineterminator="\n"))
+
+
+def _write(found: Comparison, out: Path, scores: dict[str, pd.DataFrame], positions: pd.DataFrame,
+           budgets: dict[str, dict]) -> None:
+    for name, frame in scores.items():
+        write_csv(frame, _stories_path(out, name))
+    positions = positions[["run", "position", "tokens", "nats"]]
+    shares = {f"{a.name} against {b.name}": _shares(a, b, scores) for a, b in pairs_of(found.arms)}
+    for name, frame in (("totals", found.table), ("arms", found.by_arm), ("pairs", found.pairs),
+                        ("positions", positions), ("different_stories", found.examples), ("samples", found.samples)):
+        write_csv(frame, out / f"{name}.csv")
+    if shares:
+        write_csv(pd.concat([frame.assign(pair=name) for name, frame in shares.items()], ignore_index=True),
+                  out / "win_shares.csv")
+    floors = found.table.loc[found.table["name"].str.endswith(" floor"), ["name", "loss"]]  # the best first
+    contexts = {run.context_length for run in found.runs}
+    logs = {run.name: pd.read_csv(run.folder / "log.csv") for run in found.runs}
+    per_token = {arm.name: 3 * budgets[arm.runs[0]]["flops_per_token"] for arm in found.arms}
+    figures.perplexities(found.arms, found.by_arm, found.table, out / "perplexity.png", found.title)
+    figures.learning_curves(found.arms, logs, per_token, out / "training_curves.png",
+                            None if floors.empty else tuple(floors.iloc[0]))
+    figures.loss_by_position(found.arms, positions, out / "loss_by_position.png",
+                             contexts.pop() if len(contexts) == 1 else None)
+    if shares:
+        figures.differences_forest(found.arms, found.pairs, out / "differences.png")
+        figures.win_shares(shares, out / "win_shares.png")
+    write_text(out / "summary.txt", summarise(found.table, found.title, found.unequal, found.arms, found.by_arm,
+                                              found.pairs, found.checks))
+    write_report(found, out)
+
+
+def _clear(out: Path) -> None:
+    """Remove what an earlier comparison has left in a folder, and nothing else."""
+    if (out / "totals.csv").exists():
+        for name in pd.read_csv(out / "totals.csv", usecols=["name"], dtype=str)["name"]:
+            _stories_path(out, name).unlink(missing_ok=True)
+    for name in OUTPUTS:
+        (out / name).unlink(missing_ok=True)
+
+
+def _stories_path(out: Path, name: str) -> Path:
+    return out / f"stories_{name.replace(' ', '_')}.csv"
+
+
+def _shares(a: Arm, b: Arm, scores: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    tokens = scores[a.runs[0]]["tokens"].to_numpy()
+    nats = [sum(scores[run]["nats"].to_numpy() for run in arm.runs) / len(arm.runs) for arm in (a, b)]
+    return win_share_by_length(tokens, *nats, n_bins=min(6, max(1, len(tokens) // 20)))
+
+
+def _forgets_nothing(run: Run, data: TokenFile) -> bool:
+    """Whether a model could see more of these stories than a context."""
+    return run.model.context_length is None and int(story_tokens(data).max()) > run.context_length
+
+
+def _check_names(folders: list[Path]) -> None:
+    names = [folder.name for folder in folders]
+    twice = next((folder for folder in folders if folders.count(folder) > 1), None)
+    if twice is not None:
+        raise UserError(f"{twice} is named twice; name each run once.")
+    if len(set(names)) < len(names):
+        raise UserError(f"runs are told apart by folder name; found {', '.join(names)}. Name each run once, and rename "
+                        "folders of one name.")
+
+
+def _check_ended(folders: list[Path]) -> None:
+    waiting = [folder.name for folder in folders if not (folder / "DONE.json").exists()]
+    if waiting:
+        raise UserError(f"{', '.join(waiting)}: not finished, no DONE.json; expected runs that have ended. Go on with "
+                        "the commands that started them, or add --unfinished (in notebook 3: unfinished = True) to "
+                        "compare what there is.")
+
+
+def _check_tokenizers(runs: list[PlannedRun]) -> None:
+    kinds = {run.info["tokenizer"]["sha256"]: f"{run.name} has {run.info['tokenizer']['kind']} "
+             f"{run.info['tokenizer']['sha256'][:12]}" for run in runs}
+    if len(kinds) > 1:
+        raise UserError(f"runs of different tokenizers cannot be set side by side ({', '.join(kinds.values())}): their "
+                        "tokens differ, and with them loss and perplexity. Score each by tools/evaluate.py on its own "
+                        "token file of one text, and compare bits_per_byte.")
+
+
+def _check_unseen(run: PlannedRun, data: Path, test: TokenFile, train: Path | None,
+                  train_data: TokenFile | None) -> None:
+    name, info, learned = run.name, run.info, run.info["train"]["payload_sha256"]
+    if learned in _fingerprints(test):
+        raise UserError(f"{name} was trained on {data}; expected stories it has not seen: the test part.")
+    if info["val"]["payload_sha256"] in _fingerprints(test):
+        warnings.warn(f"{data} is what {name}'s checkpoint was chosen on; a verdict needs the test part.", stacklevel=3)
+    if train_data is not None and learned not in _fingerprints(train_data):
+        raise UserError(f"{train} is not what {name} was trained on ({info['train']['file']}); floors must learn from "
+                        "the same tokens.")
+
+
+def _fingerprints(data: TokenFile) -> set[str]:
+    """Hashes by which a run may know these tokens: of the file, or of its text where a run was trained from text."""
+    return {data.header["payload_sha256"], *(source["sha256"] for source in data.header["source"])}

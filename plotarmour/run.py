@@ -1,0 +1,269 @@
+"""The run folder: starts and continues runs, and puts one together from its folder.
+
+    run.json            resolved recipe, seed, versions, device, fingerprints, parameter counts, git commit
+    tokenizer.json      the tokenizer, so that the folder is all one needs
+    log.csv             see plotarmour.training.log
+    checkpoints/        see plotarmour.training.checkpoint
+    DONE.json or STOPPED.json
+"""
+
+import json
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from torch import nn
+
+from plotarmour.cli import UserError
+from plotarmour.config import DataConfig, Recipe, TrainingConfig
+from plotarmour.data.batches import Windows
+from plotarmour.data.overlap import disjoint_by_construction, overlapping_stories
+from plotarmour.data.token_file import TokenFile, looks_like_token_file
+from plotarmour.data.tokenizer import Tokenizer, make_tokenizer
+from plotarmour.data.tokens_in_memory import TokensInMemory
+from plotarmour.data.unfinished import locked
+from plotarmour.data.unfinished import tidy as tidy_lock
+from plotarmour.files import write_json, write_text
+from plotarmour.machine import Machine, find_machine, memory_bytes, versions
+from plotarmour.memory import RESERVE, largest_split
+from plotarmour.resume import (
+    LOCK,
+    RUN_FORMAT,
+    check_folder,
+    checkpoint_to_resume,
+    go_back,
+    is_done,
+    note_changes,
+    read_info,
+)
+from plotarmour.shapes import build_model
+from plotarmour.training.checkpoint import find_checkpoint, load_model, step_of, tidy
+from plotarmour.training.distributed import joined
+from plotarmour.training.loop import train
+from plotarmour.training.out_of_memory import within_memory
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run: `load_run(folder)` gives one.
+
+    Attributes:
+        folder: of the run.
+        model: in evaluation mode, on `machine.device`.
+        tokenizer: that the model was trained with.
+        config: the resolved recipe.
+        info: run.json.
+        step: of the loaded checkpoint.
+        machine: where the model is.
+    """
+
+    folder: Path
+    model: nn.Module
+    tokenizer: Tokenizer
+    config: Recipe
+    info: dict
+    step: int
+    machine: Machine
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def context_length(self) -> int:
+        return self.config.training.context_length
+
+
+def open_data(path: Path, tokenizer: str | None = None, stories: str = "endoftext") -> TokenFile | TokensInMemory:
+    """Open a token file, or, slowly and with a warning, a text.
+
+    Args:
+        path: of either.
+        tokenizer: for a text: "gpt2", "bytes", a folder, or another token file's path.
+
+    Raises:
+        UserError: neither, or a text without a tokenizer.
+    """
+    is_text = path.is_file() and not looks_like_token_file(path)
+    if is_text and not tokenizer:
+        raise UserError(f"{path} is not a token file; make one with tools/pre_tokenize.py, or name a --tokenizer to "
+                        "train on the text as it is, slowly.")
+    if tokenizer and not is_text:
+        warnings.warn(f"--tokenizer {tokenizer} is ignored: {path} brings its own.", stacklevel=2)
+    if is_text:
+        made = (TokenFile.open(tokenizer).tokenizer() if tokenizer.endswith(".bin") else make_tokenizer(tokenizer))
+        return TokensInMemory(path, made, stories)
+    return TokenFile.open(path)
+
+
+def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resume: str = "auto",
+              from_step: int | None = None, tokenizer: str | None = None, extend: bool = False,
+              on_row: Callable[[], None] | None = None) -> dict:
+    """Start a run, or go on with one that stopped.
+
+    Args:
+        recipe: resolved.
+        train_path, val_path: token files of one tokenizer (or texts, with `tokenizer`).
+        out: the run folder.
+        resume: "auto" (go on if there is a checkpoint), "never" (refuse an existing run) or "must".
+        from_step: go back to a kept checkpoint of this step.
+        tokenizer: only for texts instead of token files.
+        extend: whether `max_steps`, `schedule_minutes` and `patience` may be others than the run began with.
+        on_row: called after every row of log.csv.
+
+    Returns:
+        The content of DONE.json or STOPPED.json.
+
+    Raises:
+        UserError: data that do not fit each other or the recipe, validation stories that stand in the training text,
+            a run folder of another run or one that another process trains, too little memory, or a disk that does not
+            take a checkpoint.
+        LostProcess: under torchrun, in all processes but the first: another one has died.
+    """
+    train_data, val_data = (open_data(path, tokenizer, recipe.data.stories) for path in (train_path, val_path))
+    made = train_data.tokenizer()
+    check_same_tokenizer(val_data, made.sha256, str(train_path))
+    if val_data.header["payload_sha256"] == train_data.header["payload_sha256"]:
+        raise UserError(f"{val_path} is the training text itself; expected held-out stories, such as the val part of "
+                        "tools/pre_tokenize.py --split.")
+    t = recipe.training
+    windows = Windows(train_data, t.context_length, t.windows, t.seed, t.rows_per_step)
+    val_windows = Windows(val_data, t.context_length, t.windows, t.seed, t.rows_per_step)
+    machine = find_machine(t.device, t.dtype)
+    with within_memory("the model"):
+        model = build_model(recipe, made.vocab_size)
+    with joined(machine.device.type) as ranks, ExitStack() as held:
+        info = {
+            "format": RUN_FORMAT, "started": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "recipe": recipe.to_dict(), "versions": versions(), "hardware": machine.hardware,
+            "device": machine.device.type, "processes": ranks.size,
+            "dtype": str(machine.dtype).removeprefix("torch."), "dtype_reason": machine.reason,
+            "params": sum(p.numel() for p in model.parameters()),
+            "params_non_embedding": model.config.non_embedding_params,
+            "vocab_size": made.vocab_size, "tokenizer": {"kind": made.kind, "sha256": made.sha256},
+            "train": _fingerprint(train_path, train_data) | {"order_sha256": windows.order_sha256()},
+            "val": _fingerprint(val_path, val_data),
+        }
+
+        def claim() -> dict:
+            """Take the run folder, and see where to go on. Only the first process does."""
+            _check_held_out(train_data, val_data)
+            check_folder(out, info, resume, from_step, extend)  # before anything is written into it
+            if from_step is None and is_done(out, t):
+                with suppress(OSError):  # a folder that may be read only
+                    tidy_lock(out / LOCK, out)  # of a start that was killed right after its last word
+                return {"done": _done(out)}
+            held.enter_context(locked(out / LOCK, out))
+            checkpoint = checkpoint_to_resume(out, resume, from_step, t.max_steps)
+            if from_step is None and is_done(out, t):  # by now: its index was damaged
+                return {"done": _done(out)}
+            if from_step is not None:
+                go_back(out, from_step)
+            tidy(out, t.keep_every)
+            if checkpoint is None:
+                write_json(out / "run.json", info)
+                write_text(out / "tokenizer.json", made.json)
+            else:
+                print(f"continuing {out} from {checkpoint.name}", flush=True)
+                _restore(out / "tokenizer.json", made.json)
+                note_changes(out, info, step_of(checkpoint))
+            return {"checkpoint": checkpoint, "begin_with": _what_fits(recipe, made.vocab_size, machine, ranks.size)}
+
+        found = ranks.first(claim)
+        if "done" in found:
+            return found["done"]
+        with within_memory("training"):  # steps are split as far as they go; a model and an optimizer's state are not
+            return train(out, model.to(machine.device), windows, val_windows, made.token_bytes, t, machine,
+                         found["checkpoint"], ranks, found["begin_with"], on_row)
+
+
+def load_run(folder: str | Path, which: str | int = "best", device: str = "auto") -> Run:
+    """Load a run with nothing but its folder at hand.
+
+    Args:
+        folder: of the run.
+        which: the checkpoint: "best" by validation loss, "latest", or a step.
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        UserError: no run folder, one of a newer version, a damaged checkpoint, or too little memory.
+    """
+    folder = Path(folder)
+    info = read_info(folder)
+    recipe = recipe_of(info)
+    tokenizer_text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    tokenizer = Tokenizer(tokenizer_text, info["tokenizer"]["kind"])
+    if tokenizer.sha256 != info["tokenizer"]["sha256"]:
+        raise UserError(f"{folder / 'tokenizer.json'} is not the tokenizer that run.json names; restore it.")
+    checkpoint = find_checkpoint(folder, which)
+    if device == "auto" and recipe.training.device == "cpu":
+        device = "cpu"  # as it was trained: there may be a GPU that this torch has no kernels for
+    machine = find_machine(device)
+    if machine.device.type == "cuda":  # a CPU scores any run in float32
+        machine = find_machine(device, recipe.training.dtype)
+    with within_memory("the model"):
+        model = build_model(recipe, info["vocab_size"])
+        load_model(checkpoint, model)
+        model = model.to(machine.device).eval()
+    step = step_of(checkpoint)
+    if not (folder / "DONE.json").exists():
+        warnings.warn(f"{folder} is not finished: this is its checkpoint of step {step:,}. Go on with the command that "
+                      "started it.", stacklevel=2)
+    return Run(folder, model, tokenizer, recipe, info, step, machine)
+
+
+def recipe_of(info: dict) -> Recipe:
+    """Return the resolved recipe that a run.json holds."""
+    stored = info["recipe"]
+    return Recipe(stored["name"], stored["model"], DataConfig(**stored["data"]), TrainingConfig(**stored["training"]),
+                  stored["architecture"])
+
+
+def check_same_tokenizer(data: TokenFile | TokensInMemory, sha256: str, owner: str) -> None:
+    """Raise `UserError` unless the tokens were made with the tokenizer of this hash."""
+    found = data.header["tokenizer"]
+    if found["sha256"] != sha256:
+        raise UserError(f"{data.path} was made with another tokenizer ({found['kind']}, {found['sha256'][:12]}) than "
+                        f"{owner} ({sha256[:12]}); make it again with --tokenizer {owner}.")
+
+
+def _check_held_out(train_data: TokenFile | TokensInMemory, val_data: TokenFile | TokensInMemory) -> None:
+    """Raise `UserError` where a story stands in both: every choice rests on the validation loss."""
+    if disjoint_by_construction(train_data.header, val_data.header):
+        return
+    found = overlapping_stories(train_data, val_data)
+    if found.n_stories:
+        raise UserError(f"{found.n_stories:,} of {val_data.n_stories:,} stories of {val_data.path} also stand in "
+                        f"{train_data.path} (first: story {found.first:,}, there story {found.first_in_other:,}); "
+                        "expected none. Make the validation file again with --exclude TRAIN_TEXT, or both files from "
+                        "one text with --split.")
+
+
+def _fingerprint(path: Path, data: TokenFile | TokensInMemory) -> dict:
+    return {"file": path.name, "n_tokens": data.n_tokens, "n_stories": data.n_stories,
+            "payload_sha256": data.header["payload_sha256"]}
+
+
+def _what_fits(recipe: Recipe, vocab_size: int, machine: Machine, processes: int) -> int | None:
+    """Rows per micro-batch by plan, for micro_batch_size = "auto"; None where the recipe says how many."""
+    if not recipe.training.micro_batch_is_auto:
+        return None
+    shared = processes if machine.device.type == "cpu" else 1  # GPUs have their own memory each
+    budget = memory_bytes(machine.device) // shared - RESERVE
+    split = largest_split(recipe, vocab_size, machine.dtype, machine.device.type, budget)
+    return split.training.micro_batch_size if split else 1
+
+
+def _restore(path: Path, text: str) -> None:
+    """Write a file of the run folder again if it is not what it was written as."""
+    if not path.is_file() or path.read_bytes() != text.encode():
+        warnings.warn(f"{path} was damaged or missing: written again.", stacklevel=2)
+        write_text(path, text)
+
+
+def _done(out: Path) -> dict:
+    print(f"{out} is done already: nothing to do.")
+    return json.loads((out / "DONE.json").read_text(encoding="utf-8"))

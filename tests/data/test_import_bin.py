@@ -1,0 +1,140 @@
+import numpy as np
+import pytest
+
+from plotarmour.cli import UserError
+from plotarmour.data import import_bin as imports
+from plotarmour.data.import_bin import Documents, import_bin
+from plotarmour.data.pretokenize import pre_tokenize
+from plotarmour.data.token_file import TokenFile
+
+END = 256  # of the tokenizer "bytes"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def written(ids, dtype="<u2", header=()):
+        path = tmp_path / "ids.bin"
+        head = np.zeros(256 if len(header) else 0, dtype="<i4")
+        head[:len(header)] = header
+        path.write_bytes(head.tobytes() + np.array(ids).astype(dtype).tobytes())
+        return path
+
+    return written
+
+
+def ids_of(path):
+    data = TokenFile.open(path)
+    return [data.story(i).tolist() for i in range(data.n_stories)]
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "int32", "int64"])
+@pytest.mark.parametrize("block", [1, 3, 2**20])
+def test_our_tokens_written_as_bare_ids_come_back(tmp_path, monkeypatch, dtype, block):
+    """Guards: stories cut at the edges of blocks, ids read with another width, bytes counted wrongly."""
+    monkeypatch.setattr(imports, "BLOCK_TOKENS", block)
+    text = tmp_path / "t.txt"
+    text.write_text("One day,\nTom ran.<|endoftext|>Zwölf\u2026 end<|endoftext|>x", encoding="utf-8")
+    [path] = pre_tokenize([text], "bpe:260", tmp_path / "ours.bin")
+    ours = TokenFile.open(path)
+    raw = tmp_path / "raw.bin"
+    raw.write_bytes(np.asarray(ours.tokens).astype(np.dtype(dtype).newbyteorder("<")).tobytes())
+    made = import_bin(raw, str(path), tmp_path / "again.bin", dtype=dtype)
+    again = TokenFile.open(tmp_path / "again.bin")
+    again.verify()
+    assert again.tokens.tolist() == ours.tokens.tolist() and again.offsets.tolist() == ours.offsets.tolist()
+    assert again.story_bytes.tolist() == ours.story_bytes.tolist()
+    assert (made.n_stories, made.n_tokens, made.n_empty_dropped) == (3, ours.n_tokens, 0)
+    assert (made.format, made.dtype, made.first_story) == ("raw", dtype, "One day,\nTom ran.")
+    assert again.header["source"][0]["bytes"] == raw.stat().st_size
+
+
+@pytest.mark.parametrize(("header", "dtype"), [((20240520, 1), "<u2"), ((20240801, 7), "<u4")])
+def test_files_of_llm_c_open_their_documents_with_end_of_text(write, tmp_path, header, dtype):
+    """Guards: an empty first story, a header read as ids, the last document dropped."""
+    path = write([END, 72, 105, END, END, 33], dtype, (*header, 6))
+    made = import_bin(path, "bytes", tmp_path / "x.bin")
+    assert ids_of(tmp_path / "x.bin") == [[72, 105], [33]]
+    assert (made.format, made.n_empty_dropped, made.n_tokens) == ("llm.c", 1, 5)
+
+
+def test_a_file_without_separators_is_one_story_or_as_many_as_asked(write, tmp_path, monkeypatch):
+    """Guards: nanoGPT's Shakespeare refused, or its last tokens lost."""
+    path = write(range(10))
+    import_bin(path, "bytes", tmp_path / "one.bin", "uint16")
+    assert ids_of(tmp_path / "one.bin") == [list(range(10))]
+    for block in (1, 4, 100):
+        monkeypatch.setattr(imports, "BLOCK_TOKENS", block)
+        import_bin(path, "bytes", tmp_path / "cut.bin", "uint16", story_tokens=4, force=True)
+        assert ids_of(tmp_path / "cut.bin") == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def cut(*blocks, **changes):
+    documents = Documents(**{"separator": 0, "end_of_text": 0, "story_tokens": None, "path": "x"} | changes)
+    return [ids.tolist() for ids in documents.stories(map(np.array, blocks))], documents.n_empty
+
+
+def test_documents_are_cut_at_separators():
+    """Guards: empty documents kept, or the gaps at both ends counted as such. The docstring's integers."""
+    assert cut([5, 0, 0, 6, 7]) == ([[5], [6, 7]], 1)
+    assert cut([0, 5, 0]) == cut([0], [5], [0]) == ([[5]], 0)
+    assert cut([0, 0], [0, 5]) == ([[5]], 2)
+    assert cut([1, 2], [3, 0, 4]) == ([[1, 2, 3], [4]], 0)
+    assert cut([1, 2, 3, 4, 0, 5], story_tokens=2) == ([[1, 2], [3, 4], [5]], 0)
+    assert cut([1, 9, 2], separator=9) == ([[1], [2]], 0)
+
+
+def test_a_document_that_does_not_fit_into_memory_is_refused(write, tmp_path, monkeypatch):
+    """Guards: a file of billions of ids without a separator, read as one story until memory ends."""
+    monkeypatch.setattr(imports, "LONGEST_STORY", 5)
+    monkeypatch.setattr(imports, "BLOCK_TOKENS", 2)
+    path = write([1] * 9)
+    with pytest.raises(UserError, match="more than 5 ids without end-of-text 256.*--story-tokens"):
+        import_bin(path, "bytes", tmp_path / "x.bin", "uint16")
+    import_bin(path, "bytes", tmp_path / "x.bin", "uint16", story_tokens=5)
+    assert list(map(len, ids_of(tmp_path / "x.bin"))) == [5, 4]
+
+
+WRONG = {
+    "id outside": (dict(ids=[1, 2, 300]), {}, r"id 300 at position 2 is outside the vocabulary of 257"),
+    "negative id": (dict(ids=[1, -1], dtype="<i4"), {"dtype": "int32"}, "id -1 at position 1 is outside"),
+    "big-endian": (dict(ids=[1, 2], dtype=">u2"), {}, "id 512 at position 1 .*little-endian uint16"),
+    "another width": (dict(ids=[70000, 1], dtype="<u4"), {}, "id 4464 at position 0"),
+    "odd length": (dict(ids=[1, 2, 3], dtype="u1"), {}, "has 3 bytes; expected a multiple of 2"),
+    "empty": (dict(ids=[]), {}, "has 0 bytes"),
+    "no dtype": (dict(ids=[1]), {"dtype": None}, "expected --dtype"),
+    "unknown dtype": (dict(ids=[1]), {"dtype": "float16"}, "expected one of uint16"),
+    "unknown format": (dict(ids=[1]), {"format": "npz"}, "expected one of auto, raw"),
+    "only separators": (dict(ids=[END, END]), {}, "holds no story"),
+    "foreign magic": (dict(ids=[1], header=[7, 1, 1]), {"format": "llm.c"}, "begins with 7, expected 20240520"),
+    "other version": (dict(ids=[1], header=[20240520, 2, 1]), {"dtype": None}, "has version 2 .* reads 1"),
+    "header's dtype": (dict(ids=[1], header=[20240520, 1, 1]), {"dtype": "uint32"}, "contradicts"),
+    "truncated": (dict(ids=[1], header=[20240520, 1, 2]), {"dtype": None}, "is truncated: 1,026 bytes, .* 1,028"),
+    "too long": (dict(ids=[1, 2], header=[20240520, 1, 1]), {"dtype": None}, "is not whole"),
+    "two separators": (dict(ids=[1, END, 2, 9]), {"end_of_text": 9}, "end-of-text id 256 inside a document"),
+    "foreign separator": (dict(ids=[1]), {"end_of_text": 50256}, "--end-of-text 50256 is outside"),
+    "story of nothing": (dict(ids=[1]), {"story_tokens": 0}, "expected at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_files_are_refused_in_one_line_and_leave_nothing(write, tmp_path, monkeypatch, case):
+    """Guards: ids that wrap silently, a model trained on noise, half a token file."""
+    monkeypatch.setattr(imports, "BLOCK_TOKENS", 2)
+    file, options, message = WRONG[case]
+    path = write(**file)
+    with pytest.raises(UserError, match=message) as refused:
+        import_bin(path, "bytes", tmp_path / "out" / "x.bin", **{"dtype": "uint16"} | options)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+
+
+def test_token_files_and_existing_files_are_refused(write, tmp_path):
+    """Guards: a header of ours imported as ids; a file replaced without a word."""
+    import_bin(write([1, 2]), "bytes", tmp_path / "x.bin", "uint16")
+    with pytest.raises(UserError, match="is a token file of this program already"):
+        import_bin(tmp_path / "x.bin", "bytes", tmp_path / "y.bin", "uint16")
+    with pytest.raises(UserError, match="exists already"):
+        import_bin(write([1, 2]), "bytes", tmp_path / "x.bin", "uint16")
+    ids = write([1, 2])
+    with pytest.raises(UserError, match="both read and written"):
+        import_bin(ids, "bytes", ids, "uint16", force=True)

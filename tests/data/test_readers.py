@@ -1,0 +1,169 @@
+import gzip
+import json
+import os
+import threading
+
+import pytest
+
+from plotarmour.cli import UserError
+from plotarmour.data import readers as sources
+from plotarmour.data.chunks import read_stories
+from plotarmour.data.pretokenize import pre_tokenize
+from plotarmour.data.readers import HashingReader, Source, check_text, find_texts
+from plotarmour.data.token_file import TokenFile
+
+STORIES = [f"Story {i}: été." for i in range(50)]
+
+
+def told(path):
+    """The stories of a token file, as text."""
+    data = TokenFile.open(path)
+    return [data.tokenizer().decode(data.story(i)) for i in range(data.n_stories)]
+
+
+def write(folder, kind):
+    path = folder / f"stories.{kind}"
+    plain = "\n<|endoftext|>\n".join(STORIES).encode()
+    lines = "".join(json.dumps({"id": i, "text": s}) + "\n" for i, s in enumerate(STORIES)).encode()
+    if kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"text": STORIES, "id": list(range(50))}), path, row_group_size=7)
+        return path
+    data = lines if "jsonl" in kind else plain
+    path.write_bytes(gzip.compress(data[:100]) + gzip.compress(data[100:]) if kind.endswith("gz") else data)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl", "jsonl.gz", "parquet"])
+def test_every_kind_of_text_gives_the_same_tokens(tmp_path, kind):
+    """Guards: a format that loses, joins or reorders stories. The .gz has two members, as concatenated files have."""
+    path = write(tmp_path, kind)
+    [made] = pre_tokenize([path], "bytes", tmp_path / "x.bin")
+    assert told(made) == STORIES
+    [source] = TokenFile.open(made).header["source"]
+    assert (source["bytes"], source["sha256"]) == (path.stat().st_size, Source(path, path.name).sha256())
+
+
+def test_several_texts_and_patterns_are_read_in_order(tmp_path):
+    """Guards: a pattern that Windows' shell leaves alone, read as a file name; eight sources overflow the header."""
+    for i in range(8):
+        (tmp_path / f"part{i}.txt").write_text(f"story {i}")
+    [made] = pre_tokenize([tmp_path / "part*.txt"], "bytes", tmp_path / "x.bin")
+    assert told(made) == [f"story {i}" for i in range(8)]
+    [source] = TokenFile.open(made).header["source"]
+    assert (source["name"], source["bytes"]) == ("part0.txt and 7 more files", 8 * 7)
+    with pytest.raises(UserError, match="matches no file"):
+        find_texts([tmp_path / "none*.txt"])
+
+
+BAD = {
+    "utf16.txt": ("Once upon a time.".encode("utf-16"), "is UTF-16"),
+    "utf16le.txt": (("Once upon a time. " * 10).encode("utf-16-le"), "looks like UTF-16"),
+    "noise.txt": (bytes(range(32)) * 40, "looks binary"),
+    "a.zip": (b"PK\x03\x04" + bytes(100), "a zip archive"),
+    "cut.gz": (gzip.compress(b"Once upon a time." * 1000)[:-30], "cut short"),
+    "not.gz": (b"Once upon a time.", "cut short"),
+    "gzip.txt": (gzip.compress(b"Once"), "name it .gz"),
+    "empty.gz": (gzip.compress(b""), "is empty"),
+    "a.parquet": (b"PAR1 and nothing", "cannot be read as Parquet"),
+    "a.jsonl": (b'{"text": "one"}\nnonsense\n', "no JSON at byte 16"),
+    "b.jsonl": (b'{"story": "one"}\n', "no text in 'text' .it has: story.. Name the column with --text-column"),
+    "d.jsonl": (b"[" * 100_000, "no JSON at byte 0"),
+    "e.jsonl": (b'{"text": "caf\xe9"}\n', "not UTF-8: byte 0xe9 at offset 13"),
+    "c.jsonl": (b'{"text": "\\ud800"}\n', "lone surrogate"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_text_is_refused_in_one_line_and_leaves_nothing(tmp_path, name):
+    """Guards: UTF-16 or a zip tokenized as if it were a story; half of a gzip file taken for the whole."""
+    if name == "a.parquet":
+        pytest.importorskip("pyarrow")
+    path = tmp_path / name
+    path.write_bytes(BAD[name][0])
+    with pytest.raises(UserError, match=BAD[name][1]) as caught:
+        pre_tokenize([path], "bytes", tmp_path / "x.bin")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_column_that_is_no_text_is_refused_whatever_its_first_row(tmp_path):
+    """Guards: numbers from 0 on, whose first is as false as an empty story."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "t.parquet"
+    parquet.write_table(pyarrow.table({"id": [0, 1], "raw": [b"", b"a"], "text": [None, "one"]}), path)
+    for column in ("id", "raw"):
+        with pytest.raises(UserError, match=f"column '{column}' holds .*; expected text"):
+            pre_tokenize([path], "bytes", tmp_path / "x.bin", text_column=column)
+    [made] = pre_tokenize([path], "bytes", tmp_path / "x.bin")
+    assert told(made) == ["one"] and TokenFile.open(made).header["n_empty_dropped"] == 1
+    rows = tmp_path / "t.jsonl"
+    rows.write_text('{"text": null}\n{"text": "one"}\n')
+    [made] = pre_tokenize([rows], "bytes", tmp_path / "y.bin")
+    assert told(made) == ["one"] and TokenFile.open(made).header["n_empty_dropped"] == 1
+    rows.write_text('{"text": 7}\n')
+    with pytest.raises(UserError, match="the line at byte 0 has int in 'text'; expected text"):
+        pre_tokenize([rows], "bytes", tmp_path / "z.bin")
+
+
+def test_a_byte_order_mark_is_left_out_and_said(tmp_path):
+    """Guards: U+FEFF as the first token of the first story."""
+    path = tmp_path / "bom.txt"
+    path.write_bytes(b"\xef\xbb\xbfOnce")
+    with pytest.warns(UserWarning, match="byte order mark"):
+        [made] = pre_tokenize([path], "bytes", tmp_path / "x.bin")
+    assert told(made) == ["Once"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs on this system")
+def test_a_fifo_is_read_and_one_that_nobody_writes_is_refused(tmp_path, monkeypatch):
+    """Guards: a command that waits for ever."""
+    monkeypatch.setattr(sources, "WAIT_S", 0.3)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with pytest.raises(UserError, match="nobody has written"):
+        pre_tokenize([fifo], "bytes", tmp_path / "x.bin")
+    assert list(tmp_path.iterdir()) == [fifo]
+    monkeypatch.setattr(sources, "WAIT_S", 30)
+    writer = threading.Thread(target=lambda: fifo.write_text("one\n<|endoftext|>\ntwo"))
+    writer.start()
+    [made] = pre_tokenize([fifo], "bytes", tmp_path / "x.bin")
+    writer.join()
+    assert told(made) == ["one", "two"] and sorted(p.name for p in tmp_path.iterdir()) == ["fifo", "x.bin"]
+    packed = tmp_path / "rows.jsonl.gz"
+    os.mkfifo(packed)
+    writer = threading.Thread(target=lambda: packed.write_bytes(gzip.compress(b'{"text": "three"}')))
+    writer.start()
+    [made] = pre_tokenize([packed], "bytes", tmp_path / "y.bin")
+    writer.join()
+    assert told(made) == ["three"]  # a FIFO's name says what comes out of it
+
+
+def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    """Guards: a token file of half an old and half a new text, with the hash of neither."""
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    read = HashingReader.read
+    grown = []
+
+    def grow(reader, size=-1):
+        if not grown and reader.n_bytes:
+            grown.append(path.write_text("one two"))
+        return read(reader, size)
+
+    monkeypatch.setattr(HashingReader, "read", grow)
+    with pytest.raises(UserError, match="changed while it was read"):
+        pre_tokenize([path], "bytes", tmp_path / "x.bin")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folders_devices_and_token_files_are_no_texts(tmp_path):
+    """Guards: tracebacks, and a token file tokenized again."""
+    (tmp_path / "t.txt").write_text("one")
+    [made] = pre_tokenize([tmp_path / "t.txt"], "bytes", tmp_path / "x.bin")
+    for path, expected in ((tmp_path, "is a folder"), (made, "a token file"), (tmp_path / "none", "does not exist")):
+        with pytest.raises(UserError, match=expected):
+            check_text(path)
+    assert list(read_stories(Source(tmp_path / "t.txt", "t.txt"))) == ["one"]

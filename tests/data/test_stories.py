@@ -1,0 +1,52 @@
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plotarmour.cli import UserError
+from plotarmour.data.stories import StoryHasher, normalise, parse_split, part_of, story_hash
+
+
+@given(st.text(st.characters(max_codepoint=127)))
+def test_the_quick_way_for_ascii_is_the_rule_itself(story):
+    """Guards: two normalisations, by which an ASCII story and its copy with one accent could part."""
+    assert normalise(story) == " ".join(re.sub(r"[^\w\s]|_", "", story.lower()).split())
+
+
+@given(st.lists(st.text(min_size=1), min_size=1))
+def test_the_hash_of_pieces_is_the_hash_of_the_whole(words):
+    """Guards: a long story whose part depends on where it was cut."""
+    pieces = [word if i == 0 else " " + word for i, word in enumerate(words)]
+    hasher = StoryHasher()
+    for piece in pieces:
+        hasher.update(piece)
+    assert hasher.value() == story_hash("".join(pieces))
+
+
+def side(story, shares):
+    return part_of(story_hash(story), shares)
+
+
+def test_near_copies_land_on_the_same_side():
+    """Guards: a copy with another comma in train and test. Shares are kept to a few percent."""
+    shares = parse_split("80:10:10")
+    assert normalise('"Hello,"  said\nTom.') == "hello said tom"
+    names = [f"Story {i}, of Tom!" for i in range(3000)]
+    assert all(side(s, shares) == side(s.lower().replace(",", ""), shares) for s in names)
+    assert sum(side(s, shares) == "train" for s in names) / 3000 == pytest.approx(0.8, abs=0.03)
+
+
+def test_the_part_of_a_story_is_pinned():
+    """Guards: a changed hash, which would put test stories of published results into train."""
+    assert [side(f"Story {i}", (80, 10, 10)) for i in range(8)] == PINNED
+
+
+PINNED = ["val", "train", "train", "train", "train", "train", "val", "train"]
+
+
+@pytest.mark.parametrize("split", ["90:10", "a:b:c", "0:5:5", "90:-5:15", ""])
+def test_wrong_splits_are_refused(split):
+    """Guards: a split that silently leaves no training text."""
+    with pytest.raises(UserError, match="train:val:test"):
+        parse_split(split)

@@ -1,0 +1,131 @@
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plotarmour.cli import UserError
+from plotarmour.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer, vocab_size_of
+
+BYTES = make_tokenizer("bytes")
+LEARNED = make_tokenizer("bpe:270", ["the cat sat on the mat. the cat ran. the mat"] * 3)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text())
+def test_any_text_comes_back_and_never_makes_an_end_of_text(text):
+    """Guards: unknown tokens, and a literal <|endoftext|> in a story that ends it."""
+    for tokenizer in (BYTES, LEARNED):
+        ids = tokenizer.encode(text + END_OF_TEXT)
+        assert tokenizer.end_of_text_id not in ids
+        assert tokenizer.decode(ids) == text + END_OF_TEXT
+        assert tokenizer.token_bytes[ids].sum() == len((text + END_OF_TEXT).encode())
+
+
+def test_bytes_are_bytes():
+    """Guards: a byte tokenizer that is not one token per byte."""
+    assert BYTES.vocab_size == 257
+    assert len(BYTES.encode("é!")) == 3
+
+
+def test_a_learned_vocabulary_merges_what_recurs():
+    """Guards: training on nothing."""
+    assert LEARNED.vocab_size == 270
+    assert len(LEARNED.encode("the cat")) < 7
+
+
+def test_a_text_too_poor_for_the_vocabulary_warns():
+    """Guards: a recipe that says 4,096 and means 300."""
+    with pytest.warns(UserWarning, match="yields only"):
+        make_tokenizer("bpe:4000", ["a few words only"])
+
+
+def test_gpt2_from_a_folder_has_the_known_ids(shared, tmp_path):
+    """Guards: `transformers` 5 loading a one-entry vocabulary without a word. Known: "Hello world" is 15496, 995."""
+    by_json = load_tokenizer(shared / "gpt2")
+    assert by_json.encode("Hello world") == [15496, 995]
+    assert (by_json.vocab_size, by_json.end_of_text_id, by_json.kind) == (50257, 50256, "gpt2")
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((shared / "gpt2" / name).read_bytes())
+    by_parts = load_tokenizer(tmp_path)
+    text = (shared / "data" / "tinystories" / "stories_b.txt").read_text(encoding="utf-8")[:200_000]
+    assert by_parts.encode(text) == by_json.encode(text)
+    assert np.array_equal(by_parts.token_bytes, by_json.token_bytes)
+
+
+@pytest.mark.parametrize(("spec", "message"), [("bpe:100", "at least 257"), ("bpe:x", "no usable size"),
+                                               ("word", "unknown tokenizer"), ("bpe:300", "learns from text")])
+def test_wrong_tokenizers_are_refused(spec, message):
+    """Guards: a tokenizer name that falls through to a default."""
+    with pytest.raises(UserError, match=message):
+        make_tokenizer(spec)
+
+
+def test_a_tokenizer_of_gpt2s_size_is_not_gpt2(shared):
+    """Guards: a token file of another vocabulary taken for GPT-2's, because both have 50,257 entries."""
+    made = json.loads(load_tokenizer(shared / "gpt2").json)
+    vocab = made["model"]["vocab"]
+    vocab["Ġthe"], vocab["Ġdog"] = vocab["Ġdog"], vocab["Ġthe"]
+    assert Tokenizer(json.dumps(made), "file").kind == "file"
+
+
+def test_gpt2_nowhere_to_be_had_names_the_ways(monkeypatch, tmp_path):
+    """Guards: a stack trace of the hub's client."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("plotarmour.data.tokenizer.ROOT", tmp_path)
+    with pytest.raises(UserError, match="data/gpt2.*--tokenizer FOLDER.*bpe:4096"):
+        make_tokenizer("gpt2")
+
+
+def test_gpt2_comes_from_the_hub_where_no_folder_has_it(shared, root, tmp_path):
+    """Guards: a download that was never tried. A local server stands for the hub: metadata by HEAD, the file by GET."""
+    content, asked = (shared / "gpt2" / "tokenizer.json").read_bytes(), []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.answer()
+
+        def do_GET(self):
+            self.answer()
+            self.wfile.write(content)
+
+        def answer(self):
+            asked.append(f"{self.command} {self.path}")
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", '"' + hashlib.sha1(content).hexdigest() + '"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    if (root / "data" / "gpt2").exists():
+        pytest.skip("data/gpt2 is there: the hub would not be asked")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        code = ("from plotarmour.data.tokenizer import make_tokenizer; t = make_tokenizer('gpt2'); "
+                "print(t.kind, t.encode('Hello'))")
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+                              env=os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME":
+                                                str(tmp_path / "hf"), "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "0",
+                                                "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"})
+        server.shutdown()
+    assert done.stdout.strip() == "gpt2 [15496]", done.stderr
+    assert asked[-1] == "GET /openai-community/gpt2/resolve/main/tokenizer.json"
+
+
+def test_a_vocabulary_is_known_before_it_is_made():
+    """Guards: memory planned for another vocabulary than the one trained with."""
+    assert vocab_size_of("bytes") == make_tokenizer("bytes").vocab_size
+    assert (vocab_size_of("bpe:4096"), vocab_size_of("gpt2")) == (4096, 50257)
+    with pytest.raises(UserError, match="--vocab-size"):
+        vocab_size_of("some/folder")

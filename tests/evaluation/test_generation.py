@@ -1,0 +1,191 @@
+import warnings
+
+import pytest
+import torch
+
+from plotarmour.cli import UserError
+from plotarmour.evaluation.generation import PIECE, generate, next_token_probabilities
+from plotarmour.machine import find_machine
+from plotarmour.models.bdh import BDH, BDHConfig
+from plotarmour.models.hf import GPT2, GPT2Config
+
+CPU = find_machine("cpu")
+
+
+END = 96
+
+
+def lively(**shape):
+    """A GPT-2 whose greedy stories neither repeat one token (its weights are large) nor end (END's logit is 0)."""
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config(vocab_size=97, dropout=0.0, **shape)).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and "wte" not in name:
+            parameter.data.mul_(10.0)
+    model.unembedding.data[END] = 0.0
+    return model
+
+
+@pytest.fixture
+def gpt2():
+    return lively(n_layer=2, n_embd=16, n_head=2, context_length=16)
+
+
+class Listening:
+    """A model that keeps what it was asked to read, and the last features it gave."""
+
+    def __init__(self, model):
+        self.model, self.read = model, []
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def features(self, inputs, state=None):
+        self.read.append(inputs[0].tolist())
+        self.last, state = self.model.features(inputs, state)
+        return self.last, state
+
+
+def greedy(model, seen):
+    """The most probable token after `seen`, read afresh."""
+    return int((model.features(torch.tensor([seen]))[0][0, -1] @ model.unembedding.T).argmax())
+
+
+def test_the_distribution_to_draw_from():
+    """Guards: top-p that drops the token which crosses the limit. p = .5, .3, .2."""
+    logits = torch.log(torch.tensor([0.3, 0.5, 0.2]))
+    assert next_token_probabilities(logits).tolist() == pytest.approx([0.3, 0.5, 0.2])
+    assert next_token_probabilities(logits, top_k=1).tolist() == pytest.approx([0, 1, 0])
+    assert next_token_probabilities(logits, top_p=0.6).tolist() == pytest.approx([0.375, 0.625, 0])
+    assert next_token_probabilities(logits, temperature=0.5).tolist() == pytest.approx([9 / 38, 25 / 38, 4 / 38])
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (7, 1.0), (0, 0.95), (0, 1e-6), (40, 0.8), (5000, 0.999)])
+@pytest.mark.parametrize("sharpness", [0.0, 1.0, 6.0])
+def test_what_is_not_sorted_would_not_have_been_kept(top_k, top_p, sharpness):
+    """Guards: the shortcut past sorting a whole vocabulary that drops a token, or breaks ties another way."""
+    logits = (sharpness * torch.randn(3000, generator=torch.Generator().manual_seed(1))).round(decimals=1)
+    p = torch.softmax(logits, 0)
+    order = torch.sort(p, descending=True, stable=True)
+    before = order.values.cumsum(0) - order.values
+    kept = (torch.arange(3000) < (top_k or 3000)) & ((before < top_p) | (top_p == 1))
+    expected = torch.zeros(3000).scatter(0, order.indices, order.values * kept)
+    torch.testing.assert_close(next_token_probabilities(logits, 1.0, top_k, top_p), expected / expected.sum())
+
+
+def test_top_p_1_keeps_all():
+    """Guards: rare tokens lost where the running sum reaches 1 in float32 before its end: 1,644 of these 3,000."""
+    logits = 6.0 * torch.randn(3000, generator=torch.Generator().manual_seed(1))
+    for top_k in (0, 2990, 3000):
+        assert next_token_probabilities(logits, top_k=top_k).count_nonzero() == (top_k or 3000)
+
+
+def test_greedy_generation_equals_running_the_whole_prefix(small_model):
+    """Guards: a state that loses a token between prompt and continuation; seeds that do not repeat."""
+    small_model.eval()
+    new = generate(small_model, [5, 6, 7], 0, CPU, max_new_tokens=20, temperature=0)
+    seen = [0, 5, 6, 7]
+    for token in new:
+        assert greedy(small_model, seen) == token
+        seen.append(token)
+    first, second = (generate(small_model, [5], 0, CPU, 30, seed=4) for _ in range(2))
+    assert first == second
+
+
+def test_greedy_stories_of_gpt2_are_those_of_transformers():
+    """Guards: positions, cache or mask used otherwise than by `transformers`' own generation. 60 tokens."""
+    model, prompt = lively(n_layer=3, n_embd=32, n_head=4, context_length=80), [11, 5, 60]
+
+    def expected(end, **options):
+        whole = torch.tensor([[end, *prompt]])
+        told = model.hf.generate(whole, attention_mask=torch.ones_like(whole), do_sample=False, max_new_tokens=60,
+                                 **options)
+        return told[0, 4:].tolist()
+
+    story = expected(END)
+    assert len(story) == 60 and len(set(story)) > 15 and END not in story  # a story worth comparing
+    assert generate(model, prompt, END, CPU, 60, temperature=0) == story
+    end = max(set(story), key=story.count)
+    story = expected(end, eos_token_id=end, pad_token_id=end)
+    assert 1 < len(story) < 60 and [*generate(model, prompt, end, CPU, 60, temperature=0), end] == story
+
+
+@pytest.mark.parametrize("slide_to", [None, 1, 5, 15])
+def test_beyond_its_positions_a_model_reads_the_last_tokens_afresh(gpt2, slide_to):
+    """Guards: GPT-2 failing at its 17th token; a window of another size than asked for, or one that is not said."""
+    listening, keep = Listening(gpt2), 8 if slide_to is None else slide_to
+    with pytest.warns(UserWarning) as said:
+        new = generate(listening, [1, 2, 3], END, CPU, 40, temperature=0, slide_to=slide_to)
+    assert [str(w.message) for w in said] == ["The model's 16 positions are used up: from token 17 on the story is "
+                                              f"read through a window, which sees its last {keep} to 16 tokens."]
+    assert said[0].filename == __file__
+    seen, begin, reread = [END, 1, 2, 3], 0, []
+    for token in new:
+        if len(seen) - begin > 16:
+            begin = len(seen) - keep
+            reread.append(seen[begin:])
+        assert greedy(gpt2, seen[begin:]) == token
+        seen.append(token)
+    assert len(new) == 40 and [ids for ids in listening.read if len(ids) > 1] == [[END, 1, 2, 3]] + (
+        reread if keep > 1 else [])
+
+
+def test_slide_to_0_stops_at_the_last_position(gpt2):
+    """Guards: a story cut short without a word, or one token before its time.
+
+    16 positions: END and 15 tokens; the sixteenth is drawn from them.
+    """
+    with pytest.warns(UserWarning) as said:
+        new = generate(gpt2, [1, 2, 3], END, CPU, 40, temperature=0, slide_to=0)
+    assert len(new) == 13 and [str(w.message) for w in said] == [
+        "The model's 16 positions are used up: the story stops at its token 16, with 13 of 40 new tokens. A slide_to "
+        "above 0 goes on."]
+    assert generate(gpt2, [1, 2, 3], END, CPU, 13, temperature=0, slide_to=0) == new  # without a warning: none was cut
+    assert generate(gpt2, [1, 2, 3], END, CPU, 13, temperature=0) == new
+
+
+def test_a_prompt_longer_than_the_context_follows_the_same_rule(gpt2):
+    """Guards: the beginning of a long prompt dropped without a word."""
+    prompt = torch.randint(0, 96, (30,)).tolist()
+    listening = Listening(gpt2)
+    with pytest.warns(UserWarning, match="from token 31 on the story .* sees its last 6 to 16 tokens"):
+        [first] = generate(listening, prompt, END, CPU, 1, temperature=0, slide_to=6)
+    assert listening.read == [prompt[-6:]] and first == greedy(gpt2, prompt[-6:])
+    with pytest.raises(UserError, match="the prompt has 30 tokens; expected at most 15 with slide_to 0"):
+        generate(gpt2, prompt, END, CPU, slide_to=0)
+    assert len(generate(gpt2, prompt[:15], END, CPU, 1, temperature=0, slide_to=0)) == 1
+
+
+@pytest.mark.parametrize("slide_to", [-1, 16, 100])
+def test_windows_that_cannot_be_are_refused(gpt2, slide_to):
+    """Guards: a negative slice that keeps the wrong end; a window without room for one new token."""
+    with pytest.raises(UserError, match=f"slide_to {slide_to} must be at least 0 and below the model's 16 positions"):
+        generate(gpt2, [1], END, CPU, slide_to=slide_to)
+
+
+def test_bdh_never_slides():
+    """Guards: a state thrown away by a rule that is not BDH's; a setting that is ignored without a word."""
+    torch.manual_seed(0)
+    model = Listening(BDH(BDHConfig(1, 16, 2, 4, vocab_size=97, dropout=0.0)).eval())
+    plain = generate(model, [1, 2, 3], END, CPU, 100, temperature=0)
+    assert sum(map(len, model.read)) == 4 + len(plain) - 1
+    with pytest.warns(UserWarning, match="slide_to 0 is ignored: this model has no positions"):
+        assert generate(model, [1, 2, 3], END, CPU, 100, temperature=0, slide_to=0) == plain
+    with pytest.raises(UserError, match="slide_to -1 must be at least 0."):
+        generate(model, [1], END, CPU, slide_to=-1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["bdh", "gpt2"])
+def test_a_long_prompt_is_read_in_pieces_that_change_nothing(kind):
+    """Guards: memory that grows with the prompt, and a token lost or read twice where two pieces meet."""
+    torch.manual_seed(0)
+    inner = (BDH(BDHConfig(2, 16, 2, 8, vocab_size=50, dropout=0.0)) if kind == "bdh" else
+             GPT2(GPT2Config(1, 16, 2, vocab_size=50, context_length=6000, dropout=0.0))).eval()
+    model, prompt = Listening(inner), torch.randint(1, 50, (5000,)).tolist()
+    with warnings.catch_warnings(action="error"):
+        new = generate(model, prompt, 0, CPU, 1, temperature=0)
+    assert [len(ids) for ids in model.read] == [PIECE, 5001 - PIECE] and sum(model.read, []) == [0, *prompt]
+    whole = inner.features(torch.tensor([[0, *prompt]]))[0]
+    torch.testing.assert_close(model.last[0, -1], whole[0, -1], rtol=1e-4, atol=1e-4)
+    assert new == [greedy(inner, [0, *prompt])] or new == []

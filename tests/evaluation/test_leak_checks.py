@@ -1,0 +1,178 @@
+"""Models and files that would make a comparison worthless are refused by name."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from plotarmour.cli import UserError
+from plotarmour.evaluation.leak_checks import Stories, check_run, require
+from plotarmour.evaluation.scoring import score_stories
+from plotarmour.machine import find_machine
+
+CPU = find_machine("cpu")
+V = 50
+
+
+class SeesOneAhead(nn.Module):
+    """Adds up what it has read, one token of the future included: a mask, or a shift, that is off by one."""
+
+    context_length = 64
+
+    def __init__(self, honest: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.unembedding, self.honest = torch.randn(V, 16), torch.randn(V, 16), honest
+
+    def features(self, inputs, state=None):
+        seen = self.table[inputs].cumsum(1)
+        ahead = torch.roll(inputs, -1, 1)
+        return (0.1 * seen if self.honest else 0.1 * seen + self.unembedding[ahead]), None
+
+
+class SeesOneAheadLate(SeesOneAhead):
+    """Sees one token ahead from its 26th place on only, as behind the edge of a tile."""
+
+    def features(self, inputs, state=None):
+        honest = 0.1 * self.table[inputs].cumsum(1)
+        ahead = self.unembedding[torch.roll(inputs, -1, 1)]
+        return honest + ahead * (torch.arange(inputs.shape[1]) > 25)[None, :, None], None
+
+
+class IsNotANumber(SeesOneAhead):
+    """Overflows, as float16 may."""
+
+    def features(self, inputs, state=None):
+        return super().features(inputs)[0] * torch.nan, None
+
+
+class SeesTheWholeBatch(SeesOneAhead):
+    """Its features carry a mean over all rows and places: stories cost something else among others."""
+
+    def features(self, inputs, state=None):
+        return super().features(inputs)[0] + 3 * self.table[inputs].mean((0, 1)), None
+
+
+class SeesItsWholeStory(SeesOneAhead):
+    """Its features carry a mean over all places of a row."""
+
+    def features(self, inputs, state=None):
+        return super().features(inputs)[0] + self.table[inputs].mean(1, keepdim=True), None
+
+
+def run_of(model, context_length=64, takes_pieces=True):
+    sizes = np.full(V, 2)
+    sizes[0] = 0
+    return SimpleNamespace(model=model.eval(), name="cheat", context_length=context_length, machine=CPU,
+                           tokenizer=SimpleNamespace(token_bytes=sizes, takes_pieces=takes_pieces))
+
+
+class Data(Stories):
+    """Stories of two bytes per token, one after the other like in a token file."""
+
+    @property
+    def story_bytes(self):
+        return np.array([2 * len(ids) for ids in self.ids])
+
+    @property
+    def tokens(self):
+        return np.concatenate([np.append(ids, 0) for ids in self.ids])
+
+
+@pytest.fixture
+def data():
+    random = np.random.default_rng(3)
+    return Data([random.integers(1, V, n) for n in (5, 40, 12, 30, 9, 25, 100)],
+                {"end_of_text_id": 0, "vocab_size": V, "source": [], "tokenizer": {"sha256": "x"}})
+
+
+def scored(run, data):
+    rows = [(s.story, s.tokens, s.bytes, s.nats) for s in
+            score_stories(run.model, data, run.context_length, CPU, name=None)]
+    return pd.DataFrame(rows, columns=["story", "tokens", "bytes", "nats"]).sort_values("story", ignore_index=True)
+
+
+def failed(run, data, scores, **options):
+    checks = check_run(run, data, scores, **options)
+    return set(checks.loc[~checks["passed"], "check"])
+
+
+def test_honest_models_pass(small_model, data):
+    """Guards: checks that refuse everybody."""
+    for model in (small_model, SeesOneAhead(honest=True)):
+        run = run_of(model)
+        assert failed(run, data, scored(run, data), train_data=Data([np.array([1, 2])], data.header)) == set()
+
+
+def test_a_model_that_sees_one_token_ahead_is_refused_by_name(data):
+    """Guards: the earlier pipeline's GPT-2 without a causal mask; targets shifted by none."""
+    run = run_of(SeesOneAhead(honest=False))
+    scores = scored(run, data)
+    assert scores["nats"].sum() / scores["tokens"].sum() < 1, "it cheats well"
+    assert "sum of probabilities" in failed(run, data, scores)
+    with pytest.raises(UserError, match="no comparison is made.*cheat, sum of probabilities: found [0-9.]+, expected"):
+        require(check_run(run, data, scores))
+
+
+def test_a_model_whose_nats_depend_on_the_batch_is_refused(data):
+    """Guards: padding or other stories that are seen."""
+    run = run_of(SeesTheWholeBatch(honest=True))
+    assert "alone or in a batch" in failed(run, data, scored(run, data))
+
+
+@pytest.mark.parametrize(("kind", "context_length"), [(SeesOneAhead, 16), (SeesOneAheadLate, 64)])
+def test_a_leak_at_any_place_and_in_a_short_context_is_seen(data, kind, context_length):
+    """Guards: checks that look at the first tokens of a long window only."""
+    run = run_of(kind(honest=False), context_length)
+    assert "sum of probabilities" in failed(run, data, scored(run, data))
+
+
+def test_what_is_not_a_number_passes_no_check(data):
+    """Guards: a maximum that passes over NaN."""
+    run = run_of(IsNotANumber(honest=True))
+    assert {"later tokens", "sum of probabilities", "alone or in a batch"} <= failed(run, data, scored(run, data))
+
+
+def test_bytes_are_not_counted_with_tokenizers_whose_ids_do_not_tell(small_model, data):
+    """Guards: an honest comparison that is refused for a tokenizer that marks words instead of spelling blanks."""
+    run = run_of(small_model, takes_pieces=False)
+    scores = scored(run, data)
+    scores["bytes"] += 1
+    assert failed(run, data, scores) == set()
+
+
+def test_unbounded_scoring_is_checked_too(small_model, data):
+    """Guards: a row of a comparison that nobody has looked at."""
+    run = run_of(small_model)
+    rows = [(s.story, s.tokens, s.bytes, s.nats) for s in score_stories(run.model, data, None, CPU, name=None)] \
+        if small_model.context_length is None else []
+    if rows:
+        scores = pd.DataFrame(rows, columns=["story", "tokens", "bytes", "nats"]).sort_values("story",
+                                                                                             ignore_index=True)
+        checks = check_run(run, data, scores, unbounded=True)
+        assert checks["passed"].all() and set(checks["run"]) == {"cheat unbounded"} and len(checks) == 3
+
+
+def test_a_model_without_a_causal_mask_is_refused(data):
+    """Guards: a later token that changes an earlier one's nats."""
+    run = run_of(SeesItsWholeStory(honest=True))
+    assert "later tokens" in failed(run, data, scored(run, data))
+
+
+def test_a_wrong_byte_count_is_refused(small_model, data):
+    """Guards: bits per byte over the wrong denominator."""
+    run = run_of(small_model)
+    scores = scored(run, data)
+    scores.loc[2, "bytes"] += 1
+    assert failed(run, data, scores) == {"bytes"}
+
+
+def test_stories_of_the_training_text_are_counted(small_model, data):
+    """Guards: a verdict on stories that were learned by heart."""
+    run, train = run_of(small_model), Data([data.ids[1], np.array([7, 8])], data.header)
+    checks = check_run(run, data, scored(run, data), train_data=train)
+    row = checks[checks["check"] == "held out"].iloc[0]
+    assert row["found"] == "1 stories of 7" and not row["passed"]

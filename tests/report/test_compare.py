@@ -1,0 +1,144 @@
+"""Comparisons as their reader gets them: arms, intervals, checks, one page."""
+
+import re
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from plotarmour.cli import UserError
+from plotarmour.config import load_recipe
+from plotarmour.data.pretokenize import pre_tokenize
+from plotarmour.data.token_file import TokenFile
+from plotarmour.report.compare import compare_runs, find_runs
+from plotarmour.run import train_run
+
+SETTINGS = ["max_steps=2", "warmup_steps=0", "n_embd=16", "eval_tokens=100"]
+
+
+def train(token_files, folder, model, *settings):
+    train_run(load_recipe("tiny", model, [*SETTINGS, *settings]), token_files["train"], token_files["val"], folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(token_files, tmp_path_factory):
+    """Two seeds of each model, of two steps."""
+    folder = tmp_path_factory.mktemp("results")
+    return [train(token_files, folder / f"{model}_seed-{seed}", model, f"seed={seed}")
+            for model in ("bdh", "gpt2") for seed in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def compared(runs, token_files, tmp_path_factory):
+    out = tmp_path_factory.mktemp("comparison")
+    compare_runs(runs, token_files["test"], out, token_files["train"], token_files["facts"], title="made-up stories")
+    return out
+
+
+def test_totals_are_those_of_plain_transformers(runs, compared, token_files):
+    """Guards: a scoring that only we believe in. Every test story, one by one, through GPT2LMHeadModel, float32."""
+    weights = load_file(runs[2] / "checkpoints" / "step_00000002" / "model.safetensors")
+    test = TokenFile.open(token_files["test"])
+    V = test.header["vocab_size"]
+    plain = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=160, n_embd=16, n_layer=3, n_head=4))
+    missing = plain.load_state_dict({k.removeprefix("hf."): v for k, v in weights.items()}, strict=False).missing_keys
+    assert set(missing) <= {"lm_head.weight"}  # tied
+    plain.tie_weights()
+    plain.eval()
+    nats, end = [], test.header["end_of_text_id"]
+    for i in range(test.n_stories):
+        ids = torch.tensor([end, *test.story(i).tolist(), end])
+        with torch.no_grad():
+            logits = plain(ids[None, :-1]).logits[0]
+        nats.append(F.cross_entropy(logits, ids[1:], reduction="sum").item())
+    ours = pd.read_csv(compared / "stories_gpt2_seed-1.csv")
+    assert ours["nats"].tolist() == pytest.approx(nats, rel=1e-5)
+    total = pd.read_csv(compared / "totals.csv").set_index("name").loc["gpt2_seed-1"]
+    assert total["nats"] == pytest.approx(sum(nats), rel=1e-5)
+    assert total["tokens"] == sum(len(test.story(i)) + 1 for i in range(test.n_stories))
+
+
+def test_seeds_are_put_together_and_pairs_have_intervals(compared):
+    """Guards: six rows where two recipes were compared; a difference without its interval."""
+    arms = pd.read_csv(compared / "arms.csv").set_index("name")
+    assert arms.loc["bdh", "seeds"] == "1, 2" and arms.loc["gpt2", "seeds"] == "1, 2"
+    totals = pd.read_csv(compared / "totals.csv").set_index("name")
+    both = totals.loc[["bdh_seed-1", "bdh_seed-2"]]
+    assert arms.loc["bdh", "loss"] == pytest.approx(both["nats"].sum() / both["tokens"].sum(), rel=1e-6)
+    assert {"trigram floor", "the corpus itself"} <= set(arms.index)
+    pairs = pd.read_csv(compared / "pairs.csv")
+    assert pairs["speaks_of"].tolist() == ["recipes", "checkpoints", "checkpoints"]
+    assert (pairs["difference_low"] < pairs["difference"]).all()
+    assert (pairs["difference"] < pairs["difference_high"]).all()
+    assert pairs["matched"].str.contains("training tokens").all()
+    positions = pd.read_csv(compared / "positions.csv")
+    for name in ("bdh_seed-1", "gpt2_seed-2"):
+        own = positions[positions["run"] == name]
+        assert own["nats"].sum() == pytest.approx(totals.loc[name, "nats"], rel=1e-6)
+        assert own["tokens"].sum() == totals.loc[name, "tokens"]
+
+
+def test_the_report_stands_alone(compared):
+    """Guards: a page that needs the network, has no alt texts, or does not fit a phone."""
+    page = (compared / "report.html").read_text(encoding="utf-8")
+    assert "http" not in page and "<script" not in page and 'name="viewport"' in page
+    images = re.findall(r"<img [^>]*>", page)
+    assert len(images) >= 4 and all('src="data:image/png;base64,' in i and 'alt="' in i for i in images)
+    for said in ("95 % interval", "What is not claimed", "So few seeds make it wide", "sum of probabilities",
+                 "sign test"):
+        assert said in page, said
+    summary = (compared / "summary.txt").read_text(encoding="utf-8")
+    assert "95 % interval" in summary and " leak checks passed" in summary
+
+
+def test_runs_that_have_not_ended_are_refused_or_labelled(token_files, runs, tmp_path):
+    """Guards: a checkpoint of half a run taken for the recipe's result."""
+    half = train(token_files, tmp_path / "half", "gpt2", "max_minutes=0.00001", "max_steps=50")
+    with pytest.raises(UserError, match="half: not finished, no DONE.json.*--unfinished"):
+        compare_runs([runs[0], half], token_files["test"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.warns(UserWarning, match="half is not finished"):
+        compare_runs([runs[0], half], token_files["test"], tmp_path / "out", unfinished=True)
+    assert "NOT FINISHED: time budget" in (tmp_path / "out" / "summary.txt").read_text(encoding="utf-8")
+
+
+def test_runs_of_different_tokenizers_are_refused(token_files, runs, tmp_path):
+    """Guards: perplexities per token of two vocabularies side by side."""
+    parts = pre_tokenize([token_files["text"]], "bytes", tmp_path / "bytes.bin", "80:10:10")
+    other = train(dict(zip(("train", "val", "test"), parts, strict=True)), tmp_path / "other", "gpt2")
+    with pytest.raises(UserError, match="different tokenizers cannot be set side by side.*bytes.*bits_per_byte"):
+        compare_runs([runs[0], other], token_files["test"], tmp_path / "out")
+
+
+def test_too_few_stories_to_compare_on_are_refused(token_files, runs, tmp_path):
+    """Guards: an interval over a single story, which has no width."""
+    text = tmp_path / "one.txt"
+    text.write_text("A new tale, and the only one.")
+    [one] = pre_tokenize([text], str(token_files["train"]), tmp_path / "one.bin")
+    with pytest.raises(UserError, match="one.bin holds 1 stories; expected test stories, at least two"):
+        compare_runs(runs[:2], one, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_with_training_stories_is_refused_by_name(token_files, runs, tmp_path):
+    """Guards: held-out stories that were not."""
+    data = TokenFile.open(token_files["train"])
+    text = tmp_path / "mixed.txt"
+    text.write_text("\n<|endoftext|>\n".join(["A new tale."] * 3 + [data.tokenizer().decode(data.story(7))]))
+    [mixed] = pre_tokenize([text], str(token_files["train"]), tmp_path / "mixed.bin")
+    with pytest.raises(UserError, match="bdh_seed-1, held out: found 1 stories of 4, expected 0 stories"):
+        compare_runs(runs[:1], mixed, tmp_path / "out", token_files["train"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checks.csv"]
+
+
+def test_runs_are_found_by_name_path_or_all(runs, tmp_path):
+    """Guards: notebook 3 comparing what nobody meant."""
+    folder = runs[0].parent
+    assert find_runs(folder) == sorted(runs)
+    assert find_runs(folder, f"gpt2_seed-2; {runs[0]}") == [runs[3], runs[0]]
+    with pytest.raises(UserError, match="holds no run folder"):
+        find_runs(tmp_path)

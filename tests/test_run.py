@@ -1,0 +1,66 @@
+import pytest
+
+from plotarmour import run as runs
+from plotarmour.cli import UserError
+from plotarmour.data.pretokenize import pre_tokenize
+from plotarmour.data.token_file import TokenFile
+from plotarmour.run import load_run, train_run
+
+SEPARATOR = "\n<|endoftext|>\n"
+
+
+@pytest.fixture
+def overlapping(token_files, tmp_path):
+    """A validation text of which one story of five stands in the training text, and its token file."""
+    data = TokenFile.open(token_files["train"])
+    made = data.tokenizer()
+    text = tmp_path / "val.txt"
+    text.write_text(SEPARATOR.join(["A new tale."] * 3 + [made.decode(data.story(7)), "And the last one."]))
+    return text, *pre_tokenize([text], str(token_files["train"]), tmp_path / "val.bin")
+
+
+def test_a_validation_set_that_stands_in_the_training_set_is_refused(token_files, overlapping, small_recipe, tmp_path):
+    """Guards: choices that rest on memorised stories."""
+    _, val = overlapping
+    with pytest.raises(UserError) as refused:
+        train_run(small_recipe, token_files["train"], val, tmp_path / "run")
+    message = str(refused.value)
+    assert "1 of 5 stories" in message and "first: story 3, there story 7" in message and "--exclude" in message
+    assert "\n" not in message and not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*is not a token file")
+def test_texts_are_looked_through_too(token_files, overlapping, small_recipe, tmp_path):
+    """Guards: the slow fallback as a way around the check."""
+    text, _ = overlapping
+    with pytest.raises(UserError, match="1 of 5 stories"):
+        train_run(small_recipe, token_files["text"], text, tmp_path / "run", tokenizer=str(token_files["train"]))
+    with pytest.raises(UserError, match="is the training text itself"):
+        train_run(small_recipe, text, text, tmp_path / "run", tokenizer=str(token_files["train"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_parts_of_one_split_are_not_looked_through(token_files, small_recipe, tmp_path, monkeypatch):
+    """Guards: seconds at every start for what cannot be. Other files are looked through."""
+    looked = []
+    monkeypatch.setattr(runs, "overlapping_stories", lambda *files: looked.append(files) or 1 / 0)
+    train_run(small_recipe, token_files["train"], token_files["val"], tmp_path / "run")
+    assert looked == []
+    [other] = pre_tokenize([token_files["text"]], str(token_files["train"]), tmp_path / "whole.bin")
+    with pytest.raises(ZeroDivisionError):
+        train_run(small_recipe, other, token_files["val"], tmp_path / "other")
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b'{"name": "a run of another program"}', "is not a run of this program: its run.json says nothing of dtype, for"),
+    (b"[1, 2]", "is not a run of this program"), (b'{"format": 1}', "is not a run of this program"),
+    (b'{"format": 2}', "has run format 2; this program reads 1"), (b'{"format": 1', "run.json is damaged"),
+    (b"\xff\xfe", "run.json is damaged"),
+])
+def test_a_run_folder_of_another_program_is_refused(token_files, small_recipe, tmp_path, content, message):
+    """Guards: a traceback about a missing key; files written into somebody else's folder."""
+    (tmp_path / "run.json").write_bytes(content)
+    for use in (load_run, lambda out: train_run(small_recipe, token_files["train"], token_files["val"], out)):
+        with pytest.raises(UserError, match=message):
+            use(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]

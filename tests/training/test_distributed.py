@@ -1,0 +1,206 @@
+"""Two gloo processes, as torchrun starts them, against one: real processes, real signals."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from plotarmour import run as runs
+from plotarmour.cli import UserError
+from plotarmour.config import TrainingConfig, load_recipe
+from plotarmour.machine import find_machine
+from plotarmour.run import train_run
+from plotarmour.suite.messages import tell_ending
+from plotarmour.training import distributed as ranks_module
+from plotarmour.training.distributed import ALONE, LostProcess, Ranks
+from plotarmour.training.step import Updates
+
+SETTINGS = {"context_length": 24, "windows": "stream", "micro_batch_size": 2, "grad_accum_steps": 4, "max_steps": 20,
+            "warmup_steps": 4, "learning_rate": "1e-3", "log_interval": 1, "eval_interval": 5, "eval_tokens": 400,
+            "checkpoint_interval": 4, "n_layer": 2, "n_embd": 32, "n_head": 2, "dropout": 0.1, "device": "cpu"}
+
+
+ALONE_FAILS = """
+import os, runpy, sys
+sys.path.insert(0, {root!r})
+from plotarmour import cli as errors
+from plotarmour import run as runs
+from plotarmour.data.batches import Windows
+errors.OTHERS_WAIT_S = {wait_s}
+def fail(*args):
+    raise OSError(5, "Input/output error", "/data/t.train.bin")
+if os.environ["RANK"] == "1":
+    {where} = fail
+runpy.run_path({tool!r}, run_name="__main__")
+"""
+
+
+def start(root, files, out, model, tool=None, processes=2, **changes):
+    """Start tools/train.py (or another tool with its arguments) in some processes under torchrun."""
+    settings = [word for key, value in (SETTINGS | changes).items() for word in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+               str(tool or root / "tools" / "train.py"), "--recipe", "tiny", "--model", model,
+               "--train", str(files["train"]), "--val", str(files["val"]), "--out", str(out), *settings]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def alone(files, out, model, **changes):
+    """The same in this process."""
+    recipe = load_recipe("tiny", model, [f"{key}={value}" for key, value in (SETTINGS | changes).items()])
+    return train_run(recipe, files["train"], files["val"], out)
+
+
+def column(out, name):
+    with (out / "log.csv").open(encoding="utf-8", newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+def rank_pids(out, rank):
+    """Process ids of a rank of the run that writes a folder."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if str(out) in command and "torch.distributed.run" not in command:
+            found += [process.pid] if process.environ().get("RANK") == str(rank) else []
+    return found
+
+
+def wait_for_step(out, step):
+    end = time.monotonic() + 60
+    while not (out / "log.csv").exists() or len(column(out, "step")) <= step:
+        assert time.monotonic() < end, "no such step in a minute"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("model", ["bdh", "gpt2"])
+def test_two_processes_learn_what_one_learns(model, root, token_files, tmp_path):
+    """Guards: rows read twice, gradients averaged twice, other dropout, a log that both write. 20 steps."""
+    alone(token_files, tmp_path / "run_1", model)
+    process = start(root, token_files, tmp_path / "run_2", model)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    for name, tolerance in (("train_loss", 1e-5), ("val_loss", 1e-5), ("tokens_seen", 0)):
+        one, two = (column(tmp_path / f"run_{n}", name) for n in (1, 2))
+        assert len(one) == len(two) and max(abs(a - b) for a, b in zip(one, two, strict=True)) <= tolerance, name
+    assert json.loads((tmp_path / "run_2" / "run.json").read_text())["processes"] == 2
+    one, two = (sorted(p.relative_to(tmp_path / n).as_posix() for p in (tmp_path / n).rglob("*"))
+                for n in ("run_1", "run_2"))
+    assert one == two
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_run_that_loses_a_process_says_so_and_goes_on(lost, root, token_files, tmp_path):
+    """Guards: a process that waits for ever for one that has died; a folder that nothing goes on from."""
+    out = tmp_path / "run"
+    process = start(root, token_files, out, "gpt2", max_steps=2000)
+    wait_for_step(out, 6)
+    [pid] = rank_pids(out, lost)
+    os.kill(pid, signal.SIGKILL)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "another process of this run has died; the same command goes on from the " in said
+    if lost == 1:
+        stopped = json.loads((out / "STOPPED.json").read_text())
+        assert stopped["reason"] == "lost a process" and stopped["last_checkpoint"] >= 4
+    reached = max(column(out, "step"))
+    final = alone(token_files, out, "gpt2", max_steps=2000, max_minutes=1e-6)
+    assert final["reason"] == "time budget" and final["step"] > reached - 5
+    assert json.loads((out / "run.json").read_text())["changes"][0]["processes"] == [2, 1]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+def test_one_process_that_is_asked_to_stop_stops_all_of_them(root, token_files, tmp_path):
+    """Guards: processes that stop at different steps, and then wait for each other."""
+    out = tmp_path / "run"
+    process = start(root, token_files, out, "gpt2", max_steps=2000)
+    wait_for_step(out, 3)
+    [pid] = rank_pids(out, 1)
+    os.kill(pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    stopped = json.loads((out / "STOPPED.json").read_text())
+    assert stopped["reason"] == "signal to another process" and stopped["step"] == stopped["last_checkpoint"] >= 3
+
+
+def test_a_users_mistake_is_said_once(root, token_files, tmp_path):
+    """Guards: every process that complains of the same folder, or one that waits for the others for ever."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    process = start(root, token_files, tmp_path / "full", "gpt2")
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and said.count("error: ") == 1, said
+    assert "is not empty and not a run folder" in said
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(("where", "processes", "first_says"), [
+    ("Windows.micro_batch", 3, "another process of this run has died; the same command goes on from the checkpoint"),
+    ("runs._fingerprint", 2, "another process of this run has died before training began"),
+])
+def test_what_the_second_process_alone_has_met_is_said(where, processes, first_says, root, token_files, tmp_path):
+    """Guards: a disk that fails under one process, of which the user hears only that "another process has died"."""
+    tool = tmp_path / "tool.py"
+    tool.write_text(ALONE_FAILS.format(root=str(root), tool=str(root / "tools" / "train.py"), where=where,
+                                       wait_s=6))  # longer than the others would take to end
+    process = start(root, token_files, tmp_path / "run", "gpt2", tool, processes, grad_accum_steps=3)
+    said, _ = process.communicate(timeout=120)
+    line = "error: process 1: /data/t.train.bin: Input/output error. Check the path, its permissions and the disk.\n"
+    assert process.returncode == 1 and said.count(line) == said.count("error: process") == 1, said
+    assert first_says in said[:said.index(line)]
+
+
+def test_rows_that_cannot_be_shared_out_are_refused(small_model):
+    """Guards: rows that no GPU reads."""
+    with pytest.raises(UserError, match="3 rows per step cannot be shared out evenly among 2 processes; set rows_per"):
+        Updates(small_model, None, TrainingConfig(8, 1, 3, 10, 1e-3), find_machine("cpu"), Ranks(0, 2))
+
+
+def test_a_process_lost_before_the_first_checkpoint_is_told_like_any_other(root, token_files, tmp_path, monkeypatch):
+    """Guards: a traceback instead of "another process has died" in the first evaluation."""
+    class Lost(Ranks):
+        def first(self, act):
+            return act()
+
+        def sum(self, *numbers):
+            raise LostProcess("closed by peer")
+
+    monkeypatch.setattr(runs, "joined", lambda device: nullcontext(Lost(0, 2)))
+    final = alone(token_files, tmp_path / "run", "gpt2")
+    assert (final["reason"], final["step"], final["last_checkpoint"]) == ("lost a process", 0, 0)
+    assert "goes on from step 0" in " ".join(tell_ending(final, tmp_path / "run").split())
+
+
+def test_alone_nothing_is_asked_of_others():
+    """Guards: a single process that starts a process group."""
+    assert ALONE.sum(1.5, True) == [1.5, 1.0] and ALONE.first(lambda: 7) == 7
+    assert not torch.distributed.is_initialized()
+
+
+def test_gradients_are_added_up_in_buckets(monkeypatch):
+    """Guards: a gradient left out, or put back in the wrong place. Buckets of 4 numbers; another process adds 100."""
+    model = torch.nn.ParameterList([torch.zeros(shape) for shape in ((2,), (3, 3), (1,), (2, 1))])
+    for i, parameter in enumerate(model):
+        parameter.grad = torch.full_like(parameter, float(i))
+    sizes = []
+    monkeypatch.setattr(ranks_module, "BUCKET", 4)
+    monkeypatch.setattr(ranks_module.dist, "all_reduce", lambda flat: sizes.append(flat.numel()) or flat.add_(100))
+    Ranks(0, 2).sum_gradients(model)
+    assert sizes == [2, 9, 3]
+    assert [parameter.grad.unique().tolist() for parameter in model] == [[100.0], [101.0], [102.0], [103.0]]
+
+
+def test_the_others_hear_of_what_the_first_one_met(monkeypatch):
+    """Guards: an error in the first process that the others wait for."""
+    monkeypatch.setattr(ranks_module.dist, "broadcast_object_list", lambda told, src: told.__setitem__(1, "no folder"))
+    with pytest.raises(UserError, match="no folder"):
+        Ranks(1, 2).first(lambda: pytest.fail("only the first process acts"))

@@ -1,0 +1,286 @@
+import dataclasses
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from plotarmour.cli import UserError
+from plotarmour.config import load_recipe
+from plotarmour.data.batches import Windows
+from plotarmour.data.token_file import TokenFile
+from plotarmour.machine import Machine
+from plotarmour.models.hf import GPT2, GPT2Config
+from plotarmour.run import load_run, train_run
+from plotarmour.training import loop
+from plotarmour.training import step as updates
+from plotarmour.training.checkpoint import model_tensors
+from plotarmour.training.distributed import ALONE, Ranks
+from plotarmour.training.out_of_memory import is_out_of_memory, largest_divisor
+from plotarmour.training.step import Updates
+
+
+def run(recipe, files, out, **changes):
+    changed = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **changes))
+    return train_run(changed, files["train"], files["val"], out)
+
+
+def changes_of(out):
+    return json.loads((out / "run.json").read_text(encoding="utf-8")).get("changes", [])
+
+
+def room_for(rows, from_step, monkeypatch):
+    """From a step on, let the device be out of memory for micro-batches of more rows. Returns what was tried."""
+    original, tried = updates.accumulate, []
+
+    def accumulate(model, micro_batches, machine, scaler, dropout_seed, *rest):
+        sizes = [len(inputs) for inputs, _ in micro_batches]
+        tried.append((dropout_seed[1], sizes))
+        if dropout_seed[1] >= from_step and max(sizes) > rows:
+            original(model, micro_batches[:1], machine, scaler, dropout_seed, *rest)  # gradients that must not count
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return original(model, micro_batches, machine, scaler, dropout_seed, *rest)
+
+    monkeypatch.setattr(updates, "accumulate", accumulate)
+    return tried
+
+
+def test_a_step_that_does_not_fit_is_split_further_with_the_same_rows(small_recipe, token_files, tmp_path, monkeypatch):
+    """Guards: a run that dies of its micro-batch, other tokens per step, gradients of the failed attempt that count."""
+    recipe = dataclasses.replace(small_recipe, architecture=small_recipe.architecture | {"dropout": 0.0})
+    whole = run(recipe, token_files, tmp_path / "whole", micro_batch_size=4, grad_accum_steps=1)
+    tried = room_for(1, 2, monkeypatch)
+    split = run(recipe, token_files, tmp_path / "split", micro_batch_size=4, grad_accum_steps=1)
+    assert tried == [(0, [4]), (1, [4]), (2, [4]), (2, [2, 2]), (2, [1] * 4), (3, [1] * 4), (4, [1] * 4), (5, [1] * 4)]
+    assert (split["step"], split["tokens_seen"], split["micro_batch_size"]) == (6, whole["tokens_seen"], 1)
+    assert split["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-5)
+    [change] = changes_of(tmp_path / "split")
+    assert {key: change[key] for key in change if key != "utc"} == {
+        "step": 2, "why": "out of memory", "micro_batch_size": [4, 1], "grad_accum_steps": [1, 4]}
+
+
+def test_a_split_run_resumes_with_the_bits_of_an_uninterrupted_one(small_recipe, token_files, tmp_path, monkeypatch):
+    """Guards: a resumed run that tries the size again that did not fit, and draws other dropout."""
+    room_for(1, 2, monkeypatch)
+    run(small_recipe, token_files, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        original = loop.RunLog.append
+
+        def append(log, **values):
+            original(log, **values)
+            if values["step"] == 4:
+                raise KeyboardInterrupt
+
+        patch.setattr(loop.RunLog, "append", append)
+        with pytest.raises(KeyboardInterrupt):
+            run(small_recipe, token_files, tmp_path / "cut")
+    tried = room_for(1, 0, monkeypatch)
+    final = run(small_recipe, token_files, tmp_path / "cut")
+    assert {len(sizes) for _, sizes in tried} == {4} and final["micro_batch_size"] == 1
+    whole, cut = (model_tensors(load_run(tmp_path / name, "latest").model) for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_one_row_that_does_not_fit_is_one_clear_line(small_recipe, token_files, tmp_path, monkeypatch):
+    """Guards: halving for ever, or a traceback."""
+    room_for(0, 3, monkeypatch)
+    with pytest.raises(UserError, match="step 4 needs more memory than there is, even one row at a time; set"):
+        run(small_recipe, token_files, tmp_path / "run")
+
+
+def test_an_optimizer_that_does_not_fit_is_one_clear_line(small_recipe, token_files, tmp_path, monkeypatch):
+    """Guards: a traceback where weights and gradients fit, and AdamW's state does not."""
+    def step(scaler, optimizer):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.amp.GradScaler, "step", step)
+    with pytest.raises(UserError, match="the optimizer's state needs more memory than there is"):
+        run(small_recipe, token_files, tmp_path / "run")
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(small_recipe, token_files, tmp_path, monkeypatch):
+    """Guards: a bug that is retried with smaller and smaller micro-batches."""
+    def broken(*args):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(updates, "accumulate", broken)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run(small_recipe, token_files, tmp_path / "run")
+    assert not is_out_of_memory(ValueError("CUDA out of memory")) and is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))  # of what torch's allocator does not manage
+
+
+def test_the_largest_divisor_by_hand():
+    """Guards: micro-batches that do not add up to the rows of a step."""
+    assert [largest_divisor(12, n) for n in (12, 11, 5, 3, 1)] == [12, 6, 4, 3, 1]
+    assert largest_divisor(7, 6) == 1 and largest_divisor(4, 100) == 4
+
+
+SCRIPT = """
+import json, resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import psutil, torch
+torch.set_num_threads(1)
+from plotarmour.config import load_recipe
+from plotarmour.run import train_run
+recipe = load_recipe("tiny", "gpt2", sys.argv[5:])
+limit = psutil.Process().memory_info().vms + 500 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+print(json.dumps(train_run(recipe, *(Path(path) for path in sys.argv[2:5]))))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_a_step_is_split_when_the_system_gives_no_more_memory(root, token_files, tmp_path):
+    """Guards: an out-of-memory error that looks otherwise in reality. 64 rows of 160 tokens, in 500 MiB."""
+    settings = ["windows=stream", "micro_batch_size=64", "max_steps=2", "warmup_steps=1", "eval_tokens=500",
+                "device=cpu"]
+    files = token_files["train"], token_files["val"]
+    whole = train_run(load_recipe("tiny", "gpt2", settings), *files, tmp_path / "whole")
+    command = [sys.executable, "-c", SCRIPT, str(root), *map(str, files), str(tmp_path / "split"), *settings]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "out of memory at step 1: " in done.stderr, done.stderr
+    split = json.loads(done.stdout.splitlines()[-1])
+    assert split["micro_batch_size"] < 64 == whole["micro_batch_size"]
+    assert split["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-6)
+    assert changes_of(tmp_path / "split")[0]["why"] == "out of memory"
+
+
+def test_evaluation_goes_on_in_smaller_batches(small_recipe, token_files, tmp_path, monkeypatch):
+    """Guards: a run that trains one row at a time and dies of the eight rows of its evaluation."""
+    whole = run(small_recipe, token_files, tmp_path / "whole")
+    original, sizes = loop.evaluate_windows, []
+
+    def evaluate_windows(model, windows, batches, *rest):
+        sizes.append(len(batches[0]))
+        if len(batches[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(model, windows, batches, *rest)
+
+    monkeypatch.setattr(loop, "evaluate_windows", evaluate_windows)
+    final = run(small_recipe, token_files, tmp_path / "small")
+    assert sizes == [8, 4, 2, 2, 2, 2] and final["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-6)
+
+
+def test_two_processes_evaluate_every_row_once_whatever_memory_they_have(monkeypatch):
+    """Guards: rows scored twice and rows left out where one of two GPUs is fuller. 20 rows; one has room for 2."""
+    scored = []
+
+    def evaluate_windows(model, windows, batches, token_bytes, room):
+        if max(map(len, batches)) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        scored.extend(row for batch in batches for row in batch)
+        return 0.0, 1, 1
+
+    monkeypatch.setattr(loop, "evaluate_windows", evaluate_windows)
+    for rank, room in ((0, 8), (1, 2)):
+        share = SimpleNamespace(val_rows=list(range(20)), ranks=Ranks(rank, 2), evaluation_rows=8, model=None,
+                                val_windows=None, token_bytes=None, machine=room)
+        assert loop._Session._evaluate_share(share) == (0.0, 1, 1)
+    assert sorted(scored) == list(range(20))
+
+
+def test_an_evaluation_that_fits_not_even_by_rows_is_one_clear_line(small_recipe, token_files, tmp_path, monkeypatch):
+    """Guards: a traceback, or halving for ever."""
+    def evaluate_windows(*args):
+        raise torch.OutOfMemoryError("CUDA error: out of memory")
+
+    monkeypatch.setattr(loop, "evaluate_windows", evaluate_windows)
+    with pytest.raises(UserError, match="evaluation needs more memory than there is, even one row at a time"):
+        run(small_recipe, token_files, tmp_path / "run")
+
+
+def test_auto_takes_what_the_plan_says_and_keeps_the_rows_of_a_step(small_recipe, token_files, tmp_path, monkeypatch):
+    """Guards: micro_batch_size = "auto" that changes the tokens per step, or chooses anew when it resumes."""
+    from plotarmour import run as runs
+
+    monkeypatch.setattr(runs, "_what_fits", lambda *args: 2)
+    auto = {"micro_batch_size": 8, "grad_accum_steps": 1, "micro_batch_is_auto": True}
+    first = run(small_recipe, token_files, tmp_path / "run", max_minutes=1e-9, **auto)
+    assert (first["reason"], first["micro_batch_size"]) == ("time budget", 2)
+    monkeypatch.setattr(runs, "_what_fits", lambda *args: 4)
+    final = run(small_recipe, token_files, tmp_path / "run", **auto)
+    assert (final["micro_batch_size"], final["tokens_seen"]) == (2, 6 * 8 * 24)
+
+
+def test_auto_takes_the_most_rows_that_leave_a_reserve(monkeypatch):
+    """Guards: a plan that takes all there is, or too little. GPT-2 of recipe kaggle_t4 on a CPU, 50,257 tokens."""
+    from plotarmour import run as runs
+    from plotarmour.machine import find_machine
+    from plotarmour.memory import RESERVE, plan_training
+
+    cpu, chosen = find_machine("cpu"), []
+    for gib in (1, 5, 10, 1000):
+        monkeypatch.setattr(runs, "memory_bytes", lambda device, gib=gib: gib * 2**30)
+        chosen.append(runs._what_fits(load_recipe("kaggle_t4", "gpt2", ["micro_batch_size=auto"]), 50257, cpu, 1))
+        for rows, fits in ((chosen[-1], True), (2 * chosen[-1], False)):
+            recipe = load_recipe("kaggle_t4", "gpt2", [f"micro_batch_size={rows}", "rows_per_step=64"] if rows <= 64
+                                 else ["micro_batch_size=64", "grad_accum_steps=1"])
+            plan = plan_training(recipe, 50257, cpu.dtype, "cpu").total
+            assert (plan <= gib * 2**30 - RESERVE) == fits or (not fits and rows > 64) or (fits and rows == 1)
+    assert chosen[0] == 1 < chosen[1] < chosen[2] < chosen[3] == 64
+    monkeypatch.setattr(runs, "memory_bytes", lambda device: 10 * 2**30)
+    assert runs._what_fits(load_recipe("kaggle_t4", "gpt2", ["micro_batch_size=auto"]), 50257, cpu, 2) < chosen[2]
+    assert runs._what_fits(load_recipe("kaggle_t4", "gpt2"), 50257, cpu, 1) is None
+
+
+def float16_updates(model, token_files, monkeypatch, spoil):
+    """Updates under a GradScaler, on a CPU; `spoil` is done to the gradients of every step."""
+    recipe = load_recipe("tiny", "gpt2", ["micro_batch_size=2", "max_steps=40", "warmup_steps=0", "context_length=24"])
+    windows = Windows(TokenFile.open(token_files["train"]), 24, "stream", 0, 2)
+    taken = Updates(model, windows, recipe.training, Machine(torch.device("cpu"), torch.float16, "", ""), ALONE)
+    taken.begin(0, 2)
+    original = updates.accumulate
+
+    def accumulate(*args):
+        loss = original(*args)
+        spoil(list(model.parameters()))
+        return loss
+
+    monkeypatch.setattr(updates, "accumulate", accumulate)
+    return taken
+
+
+def small_gpt2(token_files):
+    torch.manual_seed(0)
+    return GPT2(GPT2Config(1, 16, 2, TokenFile.open(token_files["train"]).header["vocab_size"], 24, 0.0)).train()
+
+
+def test_gradients_that_overflow_for_ever_end_the_run_at_a_scale_that_still_trains(token_files, monkeypatch):
+    """Guards: a NaN that counts as an overflow of float16 each time, while checkpoints keep a scale of 1e-39."""
+    model = small_gpt2(token_files)
+
+    def spoil(parameters):
+        parameters[0].grad.view(-1)[0] = torch.inf
+
+    taken = float16_updates(model, token_files, monkeypatch, spoil)
+    before = [p.detach().clone() for p in model.parameters()]
+    found = [taken.take(step, 1e-3) for step in range(26)]
+    taken.close()
+    assert [update.overflowed for update in found] == [True] * 16 + [False] * 10
+    assert [update.skipped for update in found] == [False] * 16 + [True] * 10
+    assert taken.scaler.get_scale() == 1.0
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_norm_that_overflows_moves_nothing(token_files, monkeypatch):
+    """Guards: AdamW stepping on its momentum where each gradient is finite but their norm is not."""
+    model = small_gpt2(token_files)
+    taken = float16_updates(model, token_files, monkeypatch, lambda parameters: None)
+    assert not taken.take(0, 1e-3).overflowed  # there is a momentum now
+    original, before = updates.accumulate, [p.detach().clone() for p in model.parameters()]
+
+    def accumulate(*args):
+        loss = original(*args)
+        for parameter in model.parameters():
+            parameter.grad.fill_(1e34)
+        return loss
+
+    monkeypatch.setattr(updates, "accumulate", accumulate)
+    update = taken.take(1, 1e-3)
+    taken.close()
+    assert update.overflowed and not update.skipped and taken.scaler.get_scale() == 2.0**15
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
