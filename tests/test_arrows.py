@@ -11,7 +11,7 @@ MAY_KNOW = {
     "cli": set(), "files": set(), "config": {"cli"}, "machine": {"cli"}, "loss": set(),
     "data": BASIC, "models": set(),
     "crawl": BASIC | {"data"},
-    "training": BASIC | {"config", "machine", "loss", "data"},
+    "training": BASIC | {"config", "machine", "loss", "data", "evaluation"},  # of it metrics alone
     "evaluation": BASIC | {"config", "machine", "loss", "data"},
     "shapes": {"cli", "config", "models"},
     # follows their constants instead of copying them

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
+from plotarmour.evaluation.scoring import story_tokens
 from plotarmour.evaluation.tally import Tally
 
 BLOCK = 2**22  # tokens counted at once
@@ -141,6 +143,18 @@ def count_floors(data, scored=None) -> Floors:
     return Floors(V, (counts + types / V) / (total + types), pairs, pair_counts,
                   np.bincount(histories, weights=pair_counts, minlength=V).astype(np.int64),
                   np.bincount(histories, minlength=V), _count_trigrams(data, scored))
+
+
+def evaluate_floors(train_data, data) -> dict[str, pd.DataFrame]:
+    """Score every story under the floors of the training tokens; columns as for runs.
+
+    Returns:
+        By name: uniform, unigram, bigram, trigram.
+    """
+    floors = count_floors(train_data, data)
+    facts = {"story": np.arange(data.n_stories), "tokens": story_tokens(data),
+             "bytes": data.story_bytes.astype(np.int64)}
+    return {name: pd.DataFrame(facts | {"nats": nats}) for name, nats in floors.story_nats(data).items()}
 
 
 def _count_trigrams(data, scored) -> Trigrams:

@@ -13,8 +13,8 @@ from plotarmour.data.facts import read_facts
 from plotarmour.data.token_file import TokenFile
 from plotarmour.evaluation.arms import UNBOUNDED, Arm, compare_arms, group_runs, pairs_of
 from plotarmour.evaluation.leak_checks import check_run, require
-from plotarmour.evaluation.metrics import comparison_table, evaluate_floors, evaluate_run
-from plotarmour.evaluation.scoring import check_stride, story_tokens
+from plotarmour.evaluation.ngrams import evaluate_floors
+from plotarmour.evaluation.scoring import check_stride, comparison_table, evaluate_run, story_tokens
 from plotarmour.evaluation.statistics import win_share_by_length
 from plotarmour.files import write_text
 from plotarmour.report import figures

@@ -1,11 +1,11 @@
 """A comparison in words and in tables for people: the verdict with its interval, its denominators and its limits."""
 
 import dataclasses
-import math
 
 import pandas as pd
 
 from plotarmour.evaluation.arms import MATCHINGS, UNBOUNDED, Arm
+from plotarmour.evaluation.metrics import totals
 from plotarmour.report.plots import arm_label
 from plotarmour.training.loop import DONE
 
@@ -63,14 +63,12 @@ def arm_table(arms: list[Arm], table: pd.DataFrame) -> pd.DataFrame:
     for arm in [*arms, *unbounded]:
         own = by_name.loc[list(arm.runs)]
         used |= set(arm.runs)
-        loss = own["nats"].sum() / own["tokens"].sum()
         row = {"name": arm.name, "model": arm.model, "seeds": ", ".join(map(str, arm.seeds))}
         row |= {column: own[column].mean() for column in
                 ("params_non_embedding", "params", "params_per_token", "train_tokens", "flops_per_token", "train_flops",
                  "train_s", "peak_memory_mib") if column in own}
-        row |= {"tokens": int(own["tokens"].iloc[0]), "bytes": int(own["bytes"].iloc[0]), "loss": loss,
-                "perplexity": math.exp(min(loss, 700.0)),
-                "bits_per_byte": own["nats"].sum() / math.log(2) / own["bytes"].sum(),
+        row |= {"tokens": int(own["tokens"].iloc[0]), "bytes": int(own["bytes"].iloc[0]),
+                **totals(own["nats"].sum(), own["tokens"].sum(), own["bytes"].sum()),
                 "loss_min": own["loss"].min(), "loss_max": own["loss"].max()}
         for column in ("over_corpus", "recall_loss", "other_loss"):
             if column in own:

@@ -5,6 +5,7 @@ import textwrap
 from pathlib import Path
 
 from plotarmour.config import AUTO, Recipe
+from plotarmour.evaluation.metrics import perplexity
 from plotarmour.training.progress import duration
 
 WIDTH = 100
@@ -54,7 +55,7 @@ def tell_ending(final: dict, run: Path) -> str:
     rows = {run.name: ENDED.get(reason, f"stopped by {reason}"),
             "trained": f"{final['step']:,} steps, {final['tokens_seen']:,} tokens, {duration(final['elapsed_s'])} over "
                        "all sessions",
-            "best": f"validation loss {best:.4f} (perplexity {math.exp(min(best, 700)):,.2f}) at step "
+            "best": f"validation loss {best:.4f} (perplexity {perplexity(best):,.2f}) at step "
                     f"{final['best_step']:,}{untrained}" if math.isfinite(best) else "never evaluated"}
     if final.get("input_wait_s") is not None:
         rows["waited"] = f"{final['input_wait_s']:.1f} s for batches, in the last session"

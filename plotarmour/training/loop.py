@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from plotarmour.config import TrainingConfig
 from plotarmour.data.batches import Windows
+from plotarmour.evaluation.metrics import totals
 from plotarmour.files import write_json
 from plotarmour.machine import Machine, peak_memory, peak_memory_mib, unused
 from plotarmour.training.changes import record_change
@@ -173,14 +174,14 @@ class _Session:
             failed, nats, n_tokens, n_bytes = self.ranks.sum(share is None, *(share or (0, 0, 0)))
         if failed:  # said by all processes, so that the first one says it
             raise too_large("evaluation")
-        state["val_loss"], state["evaluated_step"] = nats / n_tokens, self.step
+        result = totals(nats, n_tokens, n_bytes)
+        state["val_loss"], state["evaluated_step"] = result["loss"], self.step
         loss = state["val_loss"]
         if loss < state["best_val_loss"]:
             state.update(best_val_loss=loss, best_step=self.step, evaluations_without_improvement=0)
         else:
             state["evaluations_without_improvement"] += 1
-        return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0)),
-                "val_bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else None}
+        return {f"val_{name}": value for name, value in result.items()}
 
     def write_row(self, rate: float | None, norm: float | None, measured: dict) -> None:
         """Log what was measured since the row before."""

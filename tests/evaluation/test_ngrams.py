@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from in_memory import data, draw_stories
 
-from plotarmour.evaluation.metrics import STORY_COLUMNS, evaluate_floors
-from plotarmour.evaluation.ngrams import count_floors
+from plotarmour.evaluation.ngrams import count_floors, evaluate_floors
+from plotarmour.evaluation.scoring import STORY_COLUMNS
 from plotarmour.evaluation.tally import Tally
 
 

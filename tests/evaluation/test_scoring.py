@@ -1,5 +1,3 @@
-import math
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,8 +6,7 @@ import torch.nn.functional as F
 from in_memory import data, draw_stories
 
 from plotarmour.cli import UserError
-from plotarmour.evaluation.metrics import comparison_table, totals
-from plotarmour.evaluation.scoring import score_stories, windows_of
+from plotarmour.evaluation.scoring import comparison_table, score_stories, windows_of
 from plotarmour.machine import find_machine
 
 CPU = find_machine("cpu")
@@ -73,16 +70,6 @@ def test_windows_score_every_target_once(n, context, stride):
     scored = [t for begin, end, first in windows_of(n, context, stride) for t in range(begin + first, end)]
     assert scored == list(range(n))
     assert all(end - begin <= context for begin, end, _ in windows_of(n, context, stride))
-
-
-def test_totals_by_hand():
-    """Guards: bits per byte over tokens, perplexity of a mean of perplexities.
-
-    Three stories: 3 + 5 + 8 = 16 tokens, 6 + 10 + 16 = 32 bytes. Each token costs ln 4 nats, so the loss is ln 4, the
-    perplexity 4, and 16 · 2 bits over 32 bytes are 1 bit per byte.
-    """
-    found = totals(16, 32, 16 * math.log(4))
-    assert (found["loss"], found["perplexity"], found["bits_per_byte"]) == pytest.approx((math.log(4), 4.0, 1.0))
 
 
 def test_a_comparison_on_other_tokens_is_refused():
