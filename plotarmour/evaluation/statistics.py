@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from numpy.random import SFC64
+from scipy import stats
 
 from plotarmour.cli import UserError
 
 SHARE = 0.95  # of the cases in which an interval is to hold the true value
-Z = 1.959963984540054  # of the normal distribution, for SHARE
 CHUNK = 2**16  # stories drawn at once, all draws together; more leave a processor's cache
 
 
@@ -172,12 +172,8 @@ def sign_test(tokens: np.ndarray, nats_a: np.ndarray, nats_b: np.ndarray) -> Sig
     """
     _, nats_a, nats_b = _checked(tokens, nats_a, nats_b, 1)
     a, b = int((nats_a < nats_b).sum()), int((nats_b < nats_a).sum())
-    n, least = a + b, min(a, b)
-    # C(n, least) / 2ⁿ, then its neighbours below it by their ratios: k / (n - k + 1) takes C(n, k) to C(n, k - 1).
-    first = math.exp(math.lgamma(n + 1) - math.lgamma(least + 1) - math.lgamma(n - least + 1) - n * math.log(2))
-    k = np.arange(least, 0, -1, dtype=np.float64)
-    tail = first * (1 + float(np.cumprod(k / (n - k + 1)).sum()))
-    return SignTest(a, b, len(nats_a) - n, min(1.0, 2 * tail))
+    p_value = float(stats.binomtest(a, a + b).pvalue) if a + b else 1.0
+    return SignTest(a, b, len(nats_a) - a - b, p_value)
 
 
 def win_share_by_length(tokens: np.ndarray, nats_a: np.ndarray, nats_b: np.ndarray, n_bins: int = 6) -> pd.DataFrame:
@@ -203,27 +199,9 @@ def win_share_by_length(tokens: np.ndarray, nats_a: np.ndarray, nats_b: np.ndarr
     rows = []
     for of_bin in np.array_split(np.argsort(tokens, kind="stable"), min(n_bins, len(tokens))):
         n, wins = len(of_bin), int((nats_a[of_bin] < nats_b[of_bin]).sum())
-        middle = (wins + Z**2 / 2) / (n + Z**2)
-        half = Z * math.sqrt(wins * (n - wins) / n + Z**2 / 4) / (n + Z**2)
-        rows.append([int(tokens[of_bin[0]]), int(tokens[of_bin[-1]]), n, wins, wins / n, max(0.0, middle - half),
-                     min(1.0, middle + half)])
+        interval = stats.binomtest(wins, n).proportion_ci(SHARE, method="wilson")
+        rows.append([int(tokens[of_bin[0]]), int(tokens[of_bin[-1]]), n, wins, wins / n, interval.low, interval.high])
     return pd.DataFrame(rows, columns=["min_tokens", "max_tokens", "stories", "a_better", "share", "low", "high"])
-
-
-def t_quantile(freedom: float) -> float:
-    """Return how many standard errors wide a 95 % interval is to each side, by Student's t.
-
-    Args:
-        freedom: degrees of freedom, at least 1, not only whole ones.
-
-    Example:
-        12.71 for 1, 4.30 for 2, 2.78 for 4; 1.96 for very many.
-    """
-    # With t = √freedom · tan θ the density of θ is proportional to cos(θ)^(freedom - 1): smooth, on a finite interval.
-    angles = np.linspace(0, math.pi / 2, 100_001)
-    density = np.cos(angles) ** (freedom - 1)
-    below = np.append(0, np.cumsum(density[1:] + density[:-1]))
-    return math.sqrt(freedom) * math.tan(np.interp(SHARE * below[-1], below, angles))
 
 
 def _checked(tokens: np.ndarray, nats_a: np.ndarray, nats_b: np.ndarray, dims: int) -> tuple[np.ndarray, ...]:
@@ -274,7 +252,7 @@ def _seeds_half_width(tokens: np.ndarray, a: np.ndarray, b: np.ndarray, paired: 
         deviations = x - x.mean(axis=0)
         even = deviations.sum(axis=1, keepdims=True) * tokens / tokens.sum()  # each token of a seed off by as much
         scatter += ((deviations - even)**2).sum() / (len(x) - 1) / len(x)
-    return t_quantile(freedom) * math.sqrt(max(0.0, squares.sum() - scatter))
+    return stats.t.ppf((1 + SHARE) / 2, freedom) * math.sqrt(max(0.0, squares.sum() - scatter))
 
 
 def _widened(interval: Interval, half_width: float) -> Interval:

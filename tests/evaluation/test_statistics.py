@@ -11,7 +11,6 @@ from plotarmour.evaluation.statistics import (
     compare_seeds,
     compare_stories,
     sign_test,
-    t_quantile,
     win_share_by_length,
 )
 
@@ -172,12 +171,6 @@ def test_a_side_with_one_seed_is_taken_as_it_is():
     one, none = compare_seeds(tokens, a, b[:1]), compare_seeds(tokens, a[:1], b[:1])
     assert (one.n_seeds_a, one.n_seeds_b) == (4, 1)
     assert one.difference.high - one.difference.low > 2 * (none.difference.high - none.difference.low)
-
-
-@pytest.mark.parametrize(("freedom", "t"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (30, 2.04227)])
-def test_students_t_is_that_of_the_tables(freedom, t):
-    """Guards: a quantile of one side, or of another share."""
-    assert t_quantile(freedom) == pytest.approx(t, rel=1e-5)
 
 
 @pytest.mark.parametrize(("case", "low"), [(("stories", 1), 0.90), (("seeds", 3, 0.0), 0.90), (("seeds", 3, 2.0), 0.90),
