@@ -112,7 +112,7 @@ display(Image(figure))
 
 # %% [markdown]
 # ## The most frequent tokens
-# A few tokens make up much of every text. A model that knows no more than these shares is the unigram floor of
+# A few tokens make up much of every text. A model that knows no more than these shares is the unigram baseline of
 # `03_compare`.
 
 # %%

@@ -81,7 +81,7 @@ pd.DataFrame(example).head(40).T
 # %% [markdown]
 # ## The work
 # Every test story is scored by all runs on exactly the same tokens, given only its own story so far. Nats are added,
-# tokens counted, divided once. The floors are counted from the training tokens: uniform, single tokens, pairs, triples.
+# tokens counted, divided once. The n-gram baselines count the training tokens: uniform, single, pairs, triples.
 # Before anything is reported, every model is checked for leaks: does it see what it is to foresee?
 
 # %%
@@ -117,7 +117,7 @@ if "extra" in paths:
 
 # %% [markdown]
 # ## What it means
-# Lower is better, and a model that is not below the best floor is no better than counting. On the built-in corpus
+# Lower is better, and a model that is not below the best baseline is no better than counting. On the built-in corpus
 # the corpus itself stands first: no honest model can beat it, so a model listed above it has a leak. `loss on facts`
 # counts only words that the story so far determines (who, where, which object), `loss elsewhere` the free choices.
 

@@ -17,7 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--data", type=Path, required=True, help="token file made with the run's tokenizer")
     parser.add_argument("--out", type=Path, required=True, help="folder for the CSVs and figures")
-    parser.add_argument("--train", type=Path, help="training token file: adds floors, and checks that stories are "
+    parser.add_argument("--train", type=Path, help="training token file: adds baselines, and checks that stories are "
                         "held out")
     parser.add_argument("--facts", type=Path, help=".facts.jsonl of the built-in corpus")
     parser.add_argument("--stride", type=int, help="tokens scored per sliding window in stories longer than the "

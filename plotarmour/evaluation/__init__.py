@@ -1,1 +1,1 @@
-"""Scoring held-out stories, floors, comparison, sampling."""
+"""Scoring held-out stories, metrics, n-gram baselines, comparison, generation."""

@@ -135,7 +135,7 @@ def evaluate_run(run, data, facts: dict[int, CorpusFacts] | None = None, stride:
 
 
 def comparison_table(scores: dict[str, pd.DataFrame], budgets: dict[str, dict]) -> pd.DataFrame:
-    """Put totals of runs and floors into one table, best loss first.
+    """Put totals of runs and baselines into one table, best loss first.
 
     Args:
         scores: by name, the stories' rows.
@@ -170,7 +170,7 @@ def comparison_table(scores: dict[str, pd.DataFrame], budgets: dict[str, dict]) 
     table = pd.DataFrame(rows).sort_values("loss", ignore_index=True, kind="stable")
     for column in WHOLE_NUMBERS:
         if column in table:
-            table[column] = table[column].astype("Int64")  # floors have none: empty, not 0
+            table[column] = table[column].astype("Int64")  # baselines have none: empty, not 0
     return table
 
 

@@ -13,7 +13,7 @@ from plotarmour.data.facts import read_facts
 from plotarmour.data.token_file import TokenFile
 from plotarmour.evaluation.arms import UNBOUNDED, Arm, compare_arms, group_runs, pairs_of
 from plotarmour.evaluation.leak_checks import check_run, require
-from plotarmour.evaluation.ngrams import evaluate_floors
+from plotarmour.evaluation.ngrams import evaluate_baselines
 from plotarmour.evaluation.scoring import check_stride, comparison_table, evaluate_run, story_tokens
 from plotarmour.evaluation.statistics import win_share_by_length
 from plotarmour.files import write_text
@@ -36,9 +36,9 @@ class Comparison:
 
     Attributes:
         title: says on what text.
-        table: totals, a row per run, floor and corpus.
+        table: totals, a row per run, baseline and corpus.
         arms: runs that differ only in their seed, together.
-        by_arm: totals, a row per arm, floor and corpus.
+        by_arm: totals, a row per arm, baseline and corpus.
         pairs: arms, and runs seed by seed, with intervals.
         checks: for leaks.
         unequal: what differs between the runs, one line each.
@@ -77,7 +77,7 @@ class PlannedRun:
 def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None = None, facts: Path | None = None,
                  stride: int | None = None, title: str = "", which: str = "best", device: str = "auto",
                  unfinished: bool = False) -> pd.DataFrame:
-    """Score every story of a token file under some runs and the floors, and write tables, figures and a report.
+    """Score every story of a token file under some runs and the baselines, and write tables, figures and a report.
 
     Runs that differ only in their seed are one arm of the comparison. Where a leak check fails, nothing is written but
     checks.csv, and what an earlier comparison has left in the folder is gone.
@@ -86,9 +86,10 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
         folders: of the runs; their names must differ.
         data: token file to score.
         out: gets report.html, summary.txt, totals.csv (a row per run), arms.csv, pairs.csv (differences with
-            intervals), checks.csv, stories_NAME.csv for runs and floors, positions.csv, win_shares.csv,
+            intervals), checks.csv, stories_NAME.csv for runs and baselines, positions.csv, win_shares.csv,
             different_stories.csv, samples.csv and figures.
-        train: training token file, for the floors and for what is held out; without it neither is told.
+        train: training token file, for the n-gram baselines and the check that stories are held out; without it
+            there are neither.
         facts: .facts.jsonl of the built-in corpus.
         stride: of sliding windows, in tokens; half a context by default.
         title: says on what text.
@@ -100,8 +101,8 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
         The table of totals.csv.
 
     Raises:
-        UserError: one run twice, tokenizers that differ, stories that a run was trained on, floors of another text, a
-            run that has not ended, a model that sees what it must foresee.
+        UserError: one run twice, tokenizers that differ, stories that a run was trained on, baselines of another
+            text, a run that has not ended, a model that sees what it must foresee.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; expected a folder for --out.")
@@ -134,7 +135,7 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
         del run  # one model in memory at a time
     print(f"{len(tested)} leak checks passed", flush=True)
     if train_data is not None:
-        scores |= {f"{name} floor": frame for name, frame in evaluate_floors(train_data, test).items()}
+        scores |= {f"{name} baseline": frame for name, frame in evaluate_baselines(train_data, test).items()}
     table, unequal = comparison_table(scores, budgets), differences(runs)
     orders = {(run.config.training.seed, run.info["train"].get("order_sha256")) for run in runs}
     same_order = len({seed for seed, _ in orders}) == len(orders) and None not in {order for _, order in orders}
@@ -203,13 +204,13 @@ def _write(found: Comparison, out: Path, scores: dict[str, pd.DataFrame], positi
     if shares:
         write_csv(pd.concat([frame.assign(pair=name) for name, frame in shares.items()], ignore_index=True),
                   out / "win_shares.csv")
-    floors = found.table.loc[found.table["name"].str.endswith(" floor"), ["name", "loss"]]  # the best first
+    baselines = found.table.loc[found.table["name"].str.endswith(" baseline"), ["name", "loss"]]  # the best first
     contexts = {run.context_length for run in found.runs}
     logs = {run.name: pd.read_csv(run.folder / "log.csv") for run in found.runs}
     per_token = {arm.name: 3 * budgets[arm.runs[0]]["flops_per_token"] for arm in found.arms}
     figures.perplexities(found.arms, found.by_arm, found.table, out / "perplexity.png", found.title)
     figures.learning_curves(found.arms, logs, per_token, out / "training_curves.png",
-                            None if floors.empty else tuple(floors.iloc[0]))
+                            None if baselines.empty else tuple(baselines.iloc[0]))
     figures.loss_by_position(found.arms, positions, out / "loss_by_position.png",
                              contexts.pop() if len(contexts) == 1 else None)
     if shares:
@@ -279,8 +280,8 @@ def _check_unseen(run: PlannedRun, data: Path, test: TokenFile, train: Path | No
     if info["val"]["payload_sha256"] in _fingerprints(test):
         warnings.warn(f"{data} is what {name}'s checkpoint was chosen on; a verdict needs the test part.", stacklevel=3)
     if train_data is not None and learned not in _fingerprints(train_data):
-        raise UserError(f"{train} is not what {name} was trained on ({info['train']['file']}); floors must learn from "
-                        "the same tokens.")
+        raise UserError(f"{train} is not what {name} was trained on ({info['train']['file']}); baselines must learn "
+                        "from the same tokens.")
 
 
 def _fingerprints(data: TokenFile) -> set[str]:

@@ -27,7 +27,7 @@ def styles(arms: list[Arm]) -> dict[str, dict]:
 
 
 def learning_curves(arms: list[Arm], logs: dict[str, pd.DataFrame], flops_per_token: dict[str, float], path: Path,
-                    floor: tuple[str, float] | None = None) -> Path:
+                    baseline: tuple[str, float] | None = None) -> Path:
     """Draw validation loss against training tokens, FLOPs and time: a thick line per arm, a thin one per seed.
 
     Args:
@@ -35,7 +35,7 @@ def learning_curves(arms: list[Arm], logs: dict[str, pd.DataFrame], flops_per_to
         logs: by run name, the rows of log.csv.
         flops_per_token: by arm name, training FLOPs per token.
         path: of the PNG.
-        floor: name and loss of the best floor on the test stories, drawn as a line.
+        baseline: name and loss of the best baseline on the test stories, drawn as a line.
     """
     figure, panels = new_figure(13, 4.4, columns=3, sharey=True)
     drawn, style = [], styles(arms)
@@ -59,14 +59,14 @@ def learning_curves(arms: list[Arm], logs: dict[str, pd.DataFrame], flops_per_to
                        **own)
     labels = ("training tokens (million)", "training FLOPs (10¹²)", "time (minutes)")
     for panel, label in zip(panels, labels, strict=True):
-        if floor:
-            panel.axhline(floor[1], color=GRAY, linewidth=1, linestyle=(0, (1, 2)))
+        if baseline:
+            panel.axhline(baseline[1], color=GRAY, linewidth=1, linestyle=(0, (1, 2)))
         panel.set_xlabel(label)
         panel.set_xlim(left=0)
-    if floor:
-        panels[0].annotate(f"{floor[0]} (test)", (0.99, floor[1]), xycoords=("axes fraction", "data"), ha="right",
+    if baseline:
+        panels[0].annotate(f"{baseline[0]} (test)", (0.99, baseline[1]), xycoords=("axes fraction", "data"), ha="right",
                            va="bottom", color="#555555", fontsize=9)
-    shown = (drawn + ([floor[1]] if floor else [])) or [0.0]
+    shown = (drawn + ([baseline[1]] if baseline else [])) or [0.0]
     margin = 0.08 * (max(shown) - min(shown)) + 0.01
     panels[0].set_ylim(min(shown) - margin, max(shown) + margin)
     panels[0].set_ylabel("validation loss (nats per token)")
@@ -77,7 +77,7 @@ def learning_curves(arms: list[Arm], logs: dict[str, pd.DataFrame], flops_per_to
 
 
 def perplexities(arms: list[Arm], by_arm: pd.DataFrame, by_run: pd.DataFrame, path: Path, title: str = "") -> Path:
-    """Draw the perplexity of arms, floors and corpus as bars on a logarithmic axis, every seed a point; best on top.
+    """Draw the perplexity of arms, baselines and corpus as bars on a logarithmic axis, every seed a point; best on top.
 
     Args:
         arms: of the comparison.
@@ -103,7 +103,7 @@ def perplexities(arms: list[Arm], by_arm: pd.DataFrame, by_run: pd.DataFrame, pa
     axes.set_xscale("log")
     axes.set_xlim(1, by_arm["perplexity"].max() * 2.2)
     axes.set_xlabel("perplexity on held-out stories (logarithmic; lower is better; points: seeds)")
-    axes.set_title(title or "Perplexity: models in colour, floors in gray", loc="left", fontsize=11)
+    axes.set_title(title or "Perplexity: models in colour, baselines in gray", loc="left", fontsize=11)
     return save_figure(figure, path)
 
 

@@ -43,7 +43,7 @@ FIGURES = (
     ("training_curves.png", "What each budget buys",
      "Validation loss against training tokens, floating-point operations and time, on common axes. Which model is "
      "ahead may depend on the panel: that is why all three are here."),
-    ("perplexity.png", "Models, floors and ceiling",
+    ("perplexity.png", "Models, n-gram baselines and ceiling",
      "Perplexity on the held-out stories. Gray: what counting single tokens, pairs and triples gives without a neural "
      "network."),
     ("loss_by_position.png", "Where in a story",

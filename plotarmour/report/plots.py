@@ -15,13 +15,13 @@ DASHES = ("-", "--", ":", "-.")  # tell runs of one model apart
 MODEL_NAMES = {"bdh": "BDH", "gpt2": "GPT-2"}
 
 
-def training_curves(runs: dict[str, tuple[str, pd.DataFrame]], path: Path, floor: float | None = None) -> Path:
+def training_curves(runs: dict[str, tuple[str, pd.DataFrame]], path: Path, baseline: float | None = None) -> Path:
     """Draw validation loss (and, faintly, training loss) against tokens and against time.
 
     Args:
         runs: by name, the kind of model and the rows of log.csv.
         path: of the PNG.
-        floor: loss of the bigram floor, drawn as a line.
+        baseline: loss of the bigram baseline, drawn as a line.
     """
     figure, (left, right) = new_figure(10, 4.2, columns=2, sharey=True)
     most_tokens, longest_s = (max(log[c].max() for _, log in runs.values()) for c in ("tokens_seen", "elapsed_s"))
@@ -36,16 +36,16 @@ def training_curves(runs: dict[str, tuple[str, pd.DataFrame]], path: Path, floor
             axes.plot(x[measured], log["val_loss"][measured], dash, color=color, linewidth=2, marker="o", markersize=3,
                       label=f"{arm_label(name, kind)}: last {log['val_loss'][measured].iloc[-1]:.2f}")
     for axes, label in ((left, f"training tokens ({tokens_unit})"), (right, f"time ({time_unit})")):
-        if floor:
-            axes.axhline(floor, color=GRAY, linewidth=1, linestyle="--")
+        if baseline:
+            axes.axhline(baseline, color=GRAY, linewidth=1, linestyle="--")
         axes.set_xlabel(label)
         axes.set_xlim(left=0)
-    if floor:
-        left.annotate("bigram floor (test stories)", (0.99, floor), xycoords=("axes fraction", "data"), ha="right",
-                      va="bottom", color="#555555", fontsize=9)
+    if baseline:
+        left.annotate("bigram baseline (test stories)", (0.99, baseline), xycoords=("axes fraction", "data"),
+                      ha="right", va="bottom", color="#555555", fontsize=9)
     measured = [log["val_loss"].dropna() for _, log in runs.values()]
     # The untrained start, near ln(vocabulary), would flatten all the rest: the axis begins below it, if it can.
-    shown = [v for values in measured for v in values.iloc[int(len(values) > 3):]] + ([floor] if floor else [])
+    shown = [v for values in measured for v in values.iloc[int(len(values) > 3):]] + ([baseline] if baseline else [])
     shown += [log["train_loss"].min() for _, log in runs.values() if log["train_loss"].notna().any()]
     margin = 0.1 * (max(shown) - min(shown)) + 0.01
     left.set_ylim(min(shown) - margin, max(shown) + margin)

@@ -51,11 +51,11 @@ def arm_table(arms: list[Arm], table: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         arms: of the comparison.
-        table: its totals, a row per run, floor and corpus.
+        table: its totals, a row per run, baseline and corpus.
 
     Returns:
-        A row per arm, floor and corpus, best loss first: name, model, seeds, budgets, tokens, bytes, loss, perplexity,
-        bits_per_byte, loss_min, loss_max (over seeds).
+        A row per arm, baseline and corpus, best loss first: name, model, seeds, budgets, tokens, bytes, loss,
+        perplexity, bits_per_byte, loss_min, loss_max (over seeds).
     """
     by_name, rows, used = table.set_index("name"), [], set()
     unbounded = [dataclasses.replace(arm, name=arm.name + UNBOUNDED, runs=tuple(run + UNBOUNDED for run in arm.runs))
@@ -124,7 +124,7 @@ def summarise(table: pd.DataFrame, what: str, unequal: list[str], arms: list[Arm
     """Put a comparison into words: the table, then its denominators, verdicts and limits.
 
     Args:
-        table: totals, a row per run and floor.
+        table: totals, a row per run and baseline.
         what: was scored.
         unequal: what differs between the runs, of `differences`.
         arms, by_arm, pairs, checks: of the comparison.
@@ -142,9 +142,9 @@ def summarise(table: pd.DataFrame, what: str, unequal: list[str], arms: list[Arm
         low, high = runs["over_corpus"].min(), runs["over_corpus"].max()
         lines.append(f"The corpus knows its own exact nats: the models need {low:.1%} to {high:.1%} more."
                      + (" A model below the corpus sees what it must predict: this is a LEAK." if low < 0 else ""))
-    floors = table[table["name"].str.endswith(" floor")]
-    if len(floors) and len(runs):
-        best = floors.iloc[0]  # the table is sorted
+    baselines = table[table["name"].str.endswith(" baseline")]
+    if len(baselines) and len(runs):
+        best = baselines.iloc[0]  # the table is sorted
         above = [name for name, loss in zip(runs["name"], runs["loss"], strict=True) if loss >= best["loss"]]
         known = f"the {best['name']} ({best['perplexity']:.2f})"
         lines.append(f"{' and '.join(above)} did not beat {known}: no better than counting." if above else

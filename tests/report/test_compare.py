@@ -69,7 +69,7 @@ def test_seeds_are_put_together_and_pairs_have_intervals(compared):
     totals = pd.read_csv(compared / "totals.csv").set_index("name")
     both = totals.loc[["bdh_seed-1", "bdh_seed-2"]]
     assert arms.loc["bdh", "loss"] == pytest.approx(both["nats"].sum() / both["tokens"].sum(), rel=1e-6)
-    assert {"trigram floor", "the corpus itself"} <= set(arms.index)
+    assert {"trigram baseline", "the corpus itself"} <= set(arms.index)
     pairs = pd.read_csv(compared / "pairs.csv")
     assert pairs["speaks_of"].tolist() == ["recipes", "checkpoints", "checkpoints"]
     assert (pairs["difference_low"] < pairs["difference"]).all()

@@ -35,7 +35,7 @@ def test_both_tiny_models_lie_little_above_the_corpus_and_none_below(suite):
     for name in ("bdh", "gpt2"):
         assert 0.0 <= float(rows[name]["over_corpus"]) <= 0.80
         assert source <= float(rows[name]["other_loss"]) <= 1.06 * source
-        assert float(rows[name]["loss"]) < float(rows["trigram floor"]["loss"])
+        assert float(rows[name]["loss"]) < float(rows["trigram baseline"]["loss"])
         assert float(rows[name]["perplexity"]) < 3  # earlier pipelines ended at 22,000
     assert len({(row["tokens"], row["bytes"], row["stories"]) for row in rows.values()}) == 1
     assert rows["bdh"]["train_tokens"] == rows["gpt2"]["train_tokens"]
@@ -50,7 +50,7 @@ def test_the_suite_leaves_executed_notebooks_tables_and_figures(suite):
         notebook = nbformat.read(suite / "notebooks" / f"{name}.ipynb", as_version=4)
         outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
         assert outputs and not any(o.output_type == "error" for o in outputs)
-    assert {"totals.csv", "summary.txt", "stories_bdh.csv", "stories_gpt2.csv", "stories_bigram_floor.csv",
+    assert {"totals.csv", "summary.txt", "stories_bdh.csv", "stories_gpt2.csv", "stories_bigram_baseline.csv",
             "perplexity.png", "training_curves.png", "report.html", "pairs.csv", "checks.csv"} <= {
                 p.name for p in (suite / "comparison").iterdir()}
     assert all(json.loads((suite / m / "DONE.json").read_text())["reason"] == "max_steps" for m in ("bdh", "gpt2"))

@@ -39,7 +39,7 @@ def test_from_text_to_comparison(run_main, tmp_path):
         assert code == 0 and "max_steps at step 4" in out
     code, out, _ = run_main("compare", *runs, "--data", test, "--train", train, "--facts", tmp_path / "t.facts.jsonl",
                             "--out", tmp_path / "c")
-    assert code == 0 and "bigram floor" in out and "over corpus" in out
+    assert code == 0 and "bigram baseline" in out and "over corpus" in out
     assert {"totals.csv", "summary.txt", "stories_b.csv", "perplexity.png", "training_curves.png"} <= {
         p.name for p in (tmp_path / "c").iterdir()}
     assert run_main("evaluate", runs[0], "--data", test, "--out", tmp_path / "e")[0] == 0
@@ -211,11 +211,11 @@ def two_runs(token_files, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"data": "train"}, "was trained on"), ({"train": "val"}, "floors must learn from the same tokens"),
+    ({"data": "train"}, "was trained on"), ({"train": "val"}, "baselines must learn from the same tokens"),
     ({"runs": [0, 0]}, "name each run once"), ({"stride": 0}, "stride 0 must be between 1"),
 ])
 def test_dishonest_comparisons_are_refused(run_main, two_runs, token_files, tmp_path, changes, message):
-    """Guards: training stories scored as held out; floors of another text; a stride that is ignored."""
+    """Guards: training stories scored as held out; baselines of another text; a stride that is ignored."""
     runs = [two_runs[i] for i in changes.get("runs", [0, 1])]
     stride = ["--stride", changes["stride"]] if "stride" in changes else []
     code, _, err = run_main("compare", *runs, "--data", token_files[changes.get("data", "test")], "--train",
@@ -263,7 +263,7 @@ def test_a_run_goes_on_from_an_attached_read_only_output(token_files, two_runs, 
 
 
 def test_a_run_trained_from_text_is_known_by_its_text(run_main, token_files, tmp_path):
-    """Guards: floors refused for a run of the slow fallback, and its training text scored as held out."""
+    """Guards: baselines refused for a run of the slow fallback, and its training text scored as held out."""
     from plotarmour.data.pretokenize import pre_tokenize
 
     text, other = tmp_path / "text.txt", tmp_path / "other.txt"
