@@ -103,14 +103,14 @@ def expected_when_cut(expected: dict, settings: dict, cut: int) -> dict:
 
     It differs where this is the one before the last: instead of the whole run's, unless that is kept for good.
     """
-    index = expected["index.json"]
-    before, stop = index["previous"], f"step_{cut:08d}"
-    if not before < stop < index["latest"]:
+    names = expected["checkpoints"]
+    before, stop = names["before"], f"step_{cut:08d}"
+    if not before < stop < names["latest"]:
         return expected
-    kept = before == index["best"] or int(before.removeprefix("step_")) % settings["keep_every"] == 0
+    kept = before == names["best"] or int(before.removeprefix("step_")) % settings["keep_every"] == 0
     files = {name for name in expected["files"] if kept or before not in name}
-    files |= {name.replace(index["latest"], stop) for name in expected["files"] if index["latest"] in name}
-    return expected | {"files": files, "index.json": index | {"previous": stop}}
+    files |= {name.replace(names["latest"], stop) for name in expected["files"] if names["latest"] in name}
+    return expected | {"files": files, "checkpoints": names | {"before": stop}}
 
 
 def go_on(model: str, files: dict[str, Path], run: Path, settings: dict, expected: dict, cut: int) -> list[str]:

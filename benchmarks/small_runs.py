@@ -102,23 +102,24 @@ def whole_run(model: str, files: dict[str, Path], run: Path, settings: dict) -> 
 
 def result(run: Path) -> dict[str, object]:
     """What must be the same: every file's name, the last and the best tensors, counters, the log but for its times."""
-    from plotarmour.training.checkpoint import read_index
+    from plotarmour.training.checkpoint import checkpoint_folders, find_checkpoint
 
     with (run / "log.csv").open(encoding="utf-8", newline="") as file:
         rows = [{k: v for k, v in row.items() if k not in TIMING} for row in csv.DictReader(file)]
-    index = read_index(run)
-    found = {"files": {str(path.relative_to(run)) for path in run.rglob("*")}, "log.csv": rows, "index.json": index}
-    for path in (run / "DONE.json", run / "checkpoints" / index["latest"] / "state.json"):
+    latest, before = checkpoint_folders(run)[:2]
+    names = {"latest": latest.name, "before": before.name, "best": find_checkpoint(run, "best").name}
+    found = {"files": {str(path.relative_to(run)) for path in run.rglob("*")}, "log.csv": rows, "checkpoints": names}
+    for path in (run / "DONE.json", latest / "state.json"):
         values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         found[path.name] = {k: v for k, v in values.items() if not k.endswith("_s") and k not in TIMING}
     for which in ("latest", "best"):
         for name in ("model.safetensors", "optimizer.safetensors"):
-            found[f"{which} {name}"] = (run / "checkpoints" / index[which] / name).read_bytes()
+            found[f"{which} {name}"] = (run / "checkpoints" / names[which] / name).read_bytes()
     return found
 
 
 def is_saving(run: Path) -> bool:
-    """Whether a checkpoint, or the index, is being written or removed, or was when the process died."""
+    """Whether a checkpoint is being written or removed, or was when the process died."""
     return any((run / "checkpoints").glob(".*.unfinished"))
 
 
@@ -138,7 +139,7 @@ def logged_step(run: Path) -> int:
 
 def saved_step(run: Path) -> int:
     """The step of the checkpoint that the next start goes on from; -1: none yet."""
-    from plotarmour.training.checkpoint import read_index
+    from plotarmour.training.checkpoint import latest_whole_step
 
-    latest = read_index(run).get("latest")
-    return int(latest.removeprefix("step_")) if latest else -1
+    step = latest_whole_step(run)
+    return -1 if step is None else step

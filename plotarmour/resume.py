@@ -7,11 +7,11 @@ from pathlib import Path
 
 from plotarmour.cli import UserError
 from plotarmour.config import TrainingConfig
-from plotarmour.training.changes import record_change
 from plotarmour.training.checkpoint import (
     find_checkpoint,
     find_checkpoint_to_resume,
     latest_whole_step,
+    record_change,
     rewind,
     step_of,
 )
@@ -131,8 +131,8 @@ def checkpoint_to_resume(out: Path, resume: str, from_step: int | None, max_step
 
 def go_back(out: Path, step: int) -> None:
     """Go back to a kept step, and note it."""
-    record_change(out, step, "--from-step", reached=[last_step(out / "log.csv"), step])
     rewind(out, step)
+    record_change(out, step, "--from-step", reached=[last_step(out / "log.csv"), step])
 
 
 def note_changes(out: Path, info: dict, step: int) -> None:

@@ -158,11 +158,9 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
                 return {"done": _done(out)}
             held.enter_context(locked(out / LOCK, out))
             checkpoint = checkpoint_to_resume(out, resume, from_step, t.max_steps)
-            if from_step is None and is_done(out, t):  # by now: its index was damaged
-                return {"done": _done(out)}
             if from_step is not None:
                 go_back(out, from_step)
-            tidy(out, t.keep_every)
+            tidy(out, checkpoint, t.keep_every)
             if checkpoint is None:
                 write_json(out / "run.json", info)
                 write_text(out / "tokenizer.json", made.json)
@@ -198,7 +196,7 @@ def load_run(folder: str | Path, which: str | int = "best", device: str = "auto"
     tokenizer = Tokenizer(tokenizer_text, info["tokenizer"]["kind"])
     if tokenizer.sha256 != info["tokenizer"]["sha256"]:
         raise UserError(f"{folder / 'tokenizer.json'} is not the tokenizer that run.json names; restore it.")
-    checkpoint = find_checkpoint(folder, which)
+    checkpoint = find_checkpoint(folder, which, files=["model.safetensors"])
     if device == "auto" and recipe.training.device == "cpu":
         device = "cpu"  # as it was trained: there may be a GPU that this torch has no kernels for
     machine = find_machine(device)

@@ -1,17 +1,27 @@
-"""Checkpoints: everything a run needs to go on, published whole, verified before use. No pickle.
+"""Checkpoints: all that a run needs to continue, published whole and verified before use. No pickle.
 
-    checkpoints/step_00001200/   model.safetensors, optimizer.safetensors, state.json, MANIFEST.json (SHA-256 of each)
-    checkpoints/index.json       latest, previous and best; replaced last, atomically
+    checkpoints/step_00001200/   model.safetensors, optimizer.safetensors, state.json, MANIFEST.json
 
-A save makes a hidden folder, gives it its name, then writes the index, and only then removes what the index named
-before. Wherever it ends, the index names whole checkpoints; what is left over goes at the next start (`tidy`).
+MANIFEST.json names the other files with size and SHA-256, and ends with the SHA-256 of its own content:
+
+    {"format": 1, "step": 6, "files": {"model.safetensors": {"bytes": 412, "sha256": "..."}, ...}, "sha256": "..."}
+
+So a flipped bit, a dropped entry or a lost last byte of the manifest is noticed like one in the weights. `format` and
+the closing `sha256` stay in all later formats: they tell a newer checkpoint from a damaged one.
+
+The folders alone say which checkpoint is which: `latest` is the highest step, the one below it comes before it, and
+`best` is the `best_step` in the latest's state.json. A save writes a hidden folder, renames it, and only then removes
+the checkpoints that are no longer kept. Whatever a killed process leaves is removed at the next start (`tidy`).
 """
 
+import hashlib
 import json
 import os
 import shutil
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -20,193 +30,136 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from plotarmour.cli import UserError
-from plotarmour.files import publish, sync_file, unfinished
-from plotarmour.training.manifest import Damaged, damage_of, read_sealed, write_manifest, write_sealed
+from plotarmour.files import publish, sync_file, sync_folder, unfinished, write_json, write_text
 
-NAMED = ("latest", "previous", "best")
-SLACK_BYTES = 2 << 20  # beside the tensors: headers, state.json, manifest, index, some rows of the log
+FORMAT = 1
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+ALWAYS_KEPT = 3  # the latest, the one before and the best
+SLACK_BYTES = 2 << 20  # beside the tensors: headers, state.json, manifest, some rows of the log
 
 
 def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict,
-                    best: bool, keep_every: int) -> Path:
-    """Write the checkpoint of a step, point the index at it, and remove those that nothing points at any more.
+                    keep_every: int) -> Path:
+    """Write the checkpoint of a step, then remove those that are no longer kept.
 
     Args:
         run: the run folder.
         step: updates attempted so far.
         model, optimizer: at that step.
-        state: JSON: counters, scaler, best value and the like.
-        best: whether this step has the lowest validation loss so far.
+        state: values for JSON: counters, scaler and the like; `best_step` is the step of the lowest validation loss.
         keep_every: steps that are multiples of this stay; 0 for none.
 
     Returns:
         The folder of the checkpoint.
 
     Raises:
-        UserError: the disk is full or does not take it. Earlier checkpoints are as they were.
+        UserError: the disk is full or a write fails. Earlier checkpoints are as they were.
     """
     folder = run / "checkpoints" / _name(step)
     tensors = {"model.safetensors": model_tensors(model), "optimizer.safetensors": _optimizer_tensors(model, optimizer)}
-    named, temporary, replaced, aside = read_index(run), None, False, unfinished(folder)
-    if named.get("latest") != folder.name:
-        named["previous"], named["latest"] = named.get("latest"), folder.name
-    if best:
-        named["best"] = folder.name
     try:
-        temporary = unfinished(folder)
-        _check_space(folder.parent, tensors)
-        temporary.mkdir()
-        for name, values in tensors.items():
-            save_file(values, temporary / name)
-            _check_readable(temporary / name, values)
-        (temporary / "state.json").write_text(json.dumps(state | {"step": step}, indent=2) + "\n", encoding="utf-8")
-        for name in tensors:  # safetensors lets nobody else read them
-            with suppress(OSError):
-                shutil.copymode(temporary / "state.json", temporary / name)
-        for name in (*tensors, "state.json"):
-            sync_file(temporary / name)
-        write_manifest(temporary, step)  # synced, and the folder with it
-        if (run / "log.csv").exists():
-            sync_file(run / "log.csv")  # after a loss of power, the rows up to here are there like the checkpoint
-        replaced = True
-        if folder.exists():  # what an earlier start left of this step
-            os.replace(folder, aside)
-        publish(temporary, folder)
-        _write_index(run, named)
+        _write(run, folder, tensors, state | {"step": step})
     except (OSError, SafetensorError) as error:
-        if replaced and folder.name not in _named_on_disk(run):
-            shutil.rmtree(folder, ignore_errors=True)
-        if aside.exists() and not folder.exists():
-            with suppress(OSError):
-                os.replace(aside, folder)
         what = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"{folder} cannot be written: {what}. Earlier checkpoints are intact: free some disk space, or "
                         "mend the disk or its permissions, and give the same command again.") from None
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
-    _prune(run, keep_every)
+    _prune(folder, keep_every)
     return folder
 
 
 def rewind(run: Path, step: int) -> None:
-    """Go back to a kept step: the index names it, what came later goes. `best` is what was the best then."""
+    """Go back to a kept step: remove the later checkpoints, the highest step first.
+
+    A process killed on the way leaves the run at a step between, never at the end that was given up.
+    """
+    for folder in checkpoint_folders(run):
+        if step_of(folder) > step:
+            _remove(folder)
+    sync_folder(run / "checkpoints")
     for name in ("DONE.json", "STOPPED.json"):
         (run / name).unlink(missing_ok=True)
-    chosen = _name(step)
-    _write_index(run, _index_from(run, [run / "checkpoints" / chosen]))
-    for folder in checkpoint_folders(run):
-        if folder.name > chosen:
-            _remove(folder)
 
 
-def tidy(run: Path, keep_every: int) -> None:
-    """Remove what a killed start left: unfinished files, and checkpoints that the index does not name.
+def tidy(run: Path, checkpoint: Path | None, keep_every: int) -> None:
+    """Remove what a killed process left: unfinished files, and checkpoints that are no longer kept.
 
-    Only for the holder of the run's lock, after `find_checkpoint_to_resume`. What was found to be damaged stays until
-    the next checkpoint is saved.
+    Only for the holder of the run's lock. A damaged later checkpoint stays until the next one is saved.
+
+    Args:
+        run: the run folder.
+        checkpoint: from which the run continues; None for a new run.
+        keep_every: as in `save_checkpoint`.
     """
     written = ("run.json", "tokenizer.json", "log.csv", "log.cut.csv", "DONE.json", "STOPPED.json")
     leftovers = [path for name in written for path in run.glob(f".{name}.*.unfinished")]
     for path in [*leftovers, *(run / "checkpoints").glob(".*.unfinished")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    latest = read_index(run).get("latest")
-    later = [folder for folder in checkpoint_folders(run) if latest and folder.name > latest]
-    for folder in later:  # killed before the index named it, or a future that --from-step gave up
-        if damage_of(folder) is None:
-            _remove(folder)
-    if latest and not later:
-        _prune(run, keep_every)
+    if checkpoint is not None and checkpoint == checkpoint_folders(run)[0]:
+        _prune(checkpoint, keep_every)
 
 
-def read_index(run: Path) -> dict[str, str | None]:
-    """Return names of the checkpoint folders that are `latest`, `previous` and `best`; empty for a new run.
-
-    Where the index is damaged or missing, it is made again from the checkpoints that are whole, with a warning.
-    """
-    path = run / "checkpoints" / "index.json"
-    try:
-        index = read_sealed(path, unsealed=set(NAMED))
-        return {name: index[name] for name in NAMED}
-    except Damaged as damaged:
-        if not path.exists() and not checkpoint_folders(run):
-            return {}
-        whole = [folder for folder in checkpoint_folders(run) if damage_of(folder) is None]
-        if not whole:
-            raise UserError(f"{damaged}, and none of {run}'s checkpoints is whole: {_complaints(run)}. Restore the "
-                            "folder from a copy, or start anew with another --out.") from None
-        index = _index_from(run, whole)
-        warnings.warn(f"{damaged}: made again from the checkpoints that are whole: "
-                      f"{', '.join(f'{name} {index[name]}' for name in NAMED if index[name])}.", stacklevel=2)
-        return index
-
-
-def find_checkpoint(run: Path, which: str | int) -> Path:
-    """Return the folder of a verified checkpoint, and of no other one.
+def find_checkpoint(run: Path, which: str | int, files: Sequence[str] = FILES) -> Path:
+    """Return the folder of one verified checkpoint; never that of another one instead.
 
     Args:
         run: the run folder.
         which: "latest", "best" or a step.
+        files: to verify: those that will be loaded.
 
     Raises:
         UserError: there is none, it is damaged, or of a newer format.
     """
-    name = _name(which) if isinstance(which, int) else read_index(run).get(which)
-    folder = run / "checkpoints" / name if name else None
+    folders, damage = checkpoint_folders(run), None
+    folder = run / "checkpoints" / _name(which) if isinstance(which, int) else folders[0] if folders else None
+    if which == "best" and folder is not None:
+        damage = damage_of(folder, ["state.json"])
+        folder = folder if damage else _best_of(folder)
     if folder is None or not folder.is_dir():
-        kept = sorted(p.name for p in checkpoint_folders(run))
-        raise UserError(f"{run} has no {which if isinstance(which, str) else f'step-{which}'} checkpoint; "
-                        f"found {', '.join(kept) or 'none'}." + " Kept are the latest two, the best, and multiples of "
-                        "keep_every, if that is set." * isinstance(which, int))
-    damage = damage_of(folder)
+        raise UserError(f"{run} has no {which if isinstance(which, str) else f'step-{which}'} checkpoint; found "
+                        f"{', '.join(sorted(path.name for path in folders)) or 'none'}." + " Kept are the latest two, "
+                        "the best, and multiples of keep_every, if that is set." * isinstance(which, int))
+    damage = damage or damage_of(folder, files)
     if damage:
-        others = [p.name for p in checkpoint_folders(run) if p != folder and damage_of(p) is None]
-        if not others:
+        whole = [path for path in folders if path != folder and damage_of(path, files) is None]
+        if not whole:
             remedy = "Restore the folder from a copy, or start anew with another --out"
-        elif which == "best" and read_index(run).get("latest") in others:
+        elif which == "best" and folders[0] in whole:
             remedy = "The latest is: tools/evaluate.py --checkpoint latest scores it"
         elif which in ("latest", "best"):
             remedy = "Give the command that trained it again: it goes on from the one before"
         else:
             remedy = "Name one of these"
-        raise UserError(f"{damage}. Whole checkpoints: {', '.join(others) or 'none'}. {remedy}.")
+        raise UserError(f"{damage}. Whole checkpoints: {', '.join(path.name for path in whole) or 'none'}. {remedy}.")
     return folder
 
 
 def find_checkpoint_to_resume(run: Path) -> Path | None:
-    """Return the latest whole checkpoint, and make the index say so; None for a run without any.
+    """Return the latest whole checkpoint; None for a run without any.
 
-    Where the latest is damaged, the newest whole one before it is taken, with a warning that names what is damaged and
-    the step that training goes on from.
+    Where later ones are damaged, a warning names them and the step from which training continues.
 
     Raises:
         UserError: there are checkpoints, but none is whole, or one is of a newer format.
     """
-    index = read_index(run)
-    if not index:
-        return None
-    latest = run / "checkpoints" / index["latest"]
-    damage = damage_of(latest) if latest.is_dir() else f"{latest} is missing"
-    if damage is None:
-        if _named_on_disk(run) != list(index.values()):  # it was made again
-            _write_index(run, index)
-        return latest
-    # Later ones than the latest are what a killed --from-step has left of the future that it gave up.
-    whole = [folder for folder in checkpoint_folders(run) if folder.name < latest.name and damage_of(folder) is None]
-    if not whole:
-        raise UserError(f"{run} has no whole checkpoint: {_complaints(run)}. Restore the folder from a copy, or start "
-                        "anew with another --out.")
-    _write_index(run, _index_from(run, whole))
-    warnings.warn(f"{damage}: going on from the checkpoint of step {step_of(whole[0]):,} instead.", stacklevel=2)
-    return whole[0]
+    checkpoint, damages = _latest_whole(run)
+    if damages and checkpoint is None:
+        raise UserError(f"{run} has no whole checkpoint: {'; '.join(damages)}. Restore the folder from a copy, or "
+                        "start anew with another --out.")
+    if damages:
+        warnings.warn(f"{'; '.join(damages)}: going on from the checkpoint of step {step_of(checkpoint):,} instead.",
+                      stacklevel=2)
+    return checkpoint
 
 
 def latest_whole_step(run: Path) -> int | None:
-    """Return the step of the latest checkpoint, or None where it, or the index, is missing or damaged."""
-    latest = (_named_on_disk(run) or [None])[0]
-    folder = run / "checkpoints" / (latest or "none")
-    return step_of(folder) if folder.is_dir() and damage_of(folder) is None else None
+    """Return the step of the latest whole checkpoint; None for a run without any."""
+    checkpoint, _ = _latest_whole(run)
+    return None if checkpoint is None else step_of(checkpoint)
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """Return the folders of checkpoints, whole or not, the highest step first."""
+    return sorted((run / "checkpoints").glob("step_" + "[0-9]" * 8), reverse=True)
 
 
 def step_of(folder: Path) -> int:
@@ -226,18 +179,121 @@ def load_model(folder: Path, model: nn.Module) -> None:
 
 
 def load_training(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Load weights and optimizer state; return the rest of the state."""
+    """Load weights and optimizer state; return the content of state.json."""
     load_model(folder, model)
     tensors = load_file(folder / "optimizer.safetensors")
     for name, parameter in model.named_parameters():
         values = {key.split("/", 1)[1]: value for key, value in tensors.items() if key.split("/", 1)[0] == name}
         optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in values.items()}
-    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return _state_of(folder)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by name, tied ones once, contiguous."""
+    """Return the parameters by name, tied ones once, contiguous."""
     return {name: p.detach().contiguous() for name, p in model.named_parameters()}
+
+
+def write_manifest(folder: Path, step: int) -> None:
+    """Write MANIFEST.json for the files of a checkpoint that is about to be published.
+
+    The hashes are of what is read back, not of what was in memory: so they cover what the library did to the bytes, and
+    no second copy of the optimizer's state is needed. A failed write has raised before this.
+    """
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256_of(folder / name)} for name in FILES}
+    write_text(folder / "MANIFEST.json", sealed_json({"format": FORMAT, "step": step, "files": files}))
+
+
+def damage_of(folder: Path, files: Sequence[str] = FILES) -> str | None:
+    """Describe what is wrong with a checkpoint; None if nothing is.
+
+    Args:
+        folder: of the checkpoint.
+        files: to read and verify, beside the manifest.
+
+    Raises:
+        UserError: the manifest is whole, and of a newer format.
+    """
+    path = folder / "MANIFEST.json"
+    try:
+        text = path.read_bytes().decode("utf-8")
+        manifest = json.loads(text)
+        is_whole = sealed_json({key: value for key, value in manifest.items() if key != "sha256"}) == text
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except OSError as error:
+        return f"{path} is damaged ({error.strerror})"
+    except (ValueError, RecursionError, AttributeError):
+        return f"{path} is damaged (not UTF-8, or not a JSON object)"
+    if not is_whole:
+        return f"{path} is damaged (its closing SHA-256 is not that of its content)"
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{folder} has checkpoint format {manifest.get('format')}; this program reads {FORMAT}. Go "
+                        "on with the newer program that wrote it.")
+    if _name(manifest["step"]) != folder.name:
+        return f"{path} is damaged (it is that of step {manifest['step']:,})"
+    if set(manifest["files"]) != set(FILES):
+        return f"{path} is damaged (it names {', '.join(sorted(manifest['files']))})"
+    for name in files:
+        try:
+            if _sha256_of(folder / name) != manifest["files"][name]["sha256"]:
+                return f"{folder / name} is damaged (its SHA-256 is not the manifest's)"
+        except FileNotFoundError:
+            return f"{folder / name} is missing"
+        except OSError as error:  # a bad block of the disk
+            return f"{folder / name} is damaged ({error.strerror})"
+    return None
+
+
+def sealed_json(value: dict) -> str:
+    """Return a JSON object that ends with the SHA-256 of its own content."""
+    seal = hashlib.sha256(json.dumps(value, indent=2).encode()).hexdigest()
+    return json.dumps(value | {"sha256": seal}, indent=2) + "\n"
+
+
+def record_change(run: Path, step: int, why: str, holds: dict | None = None, **changed: list) -> None:
+    """Append to the list `changes` in run.json: what changed during a run, by choice or out of need.
+
+    Args:
+        run: the run folder.
+        step: from which the change holds.
+        why: such as "--extend" or "out of memory".
+        holds: entries of run.json, such as the recipe, that hold from now on.
+        changed: [before, after] by setting.
+    """
+    path = run / "run.json"
+    info = json.loads(path.read_text(encoding="utf-8"))
+    utc = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    info.setdefault("changes", []).append({"utc": utc, "step": step, "why": why} | changed)
+    write_json(path, info | (holds or {}))
+
+
+def _write(run: Path, folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
+    """Write a checkpoint under a hidden name, then rename it; a folder of that name is replaced."""
+    temporary, replaced = unfinished(folder), unfinished(folder)
+    try:
+        _check_space(folder.parent, tensors)
+        temporary.mkdir()
+        for name, values in tensors.items():
+            save_file(values, temporary / name)
+            _check_readable(temporary / name, values)
+        (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        for name in tensors:  # safetensors writes files that only their owner can read
+            with suppress(OSError):
+                shutil.copymode(temporary / "state.json", temporary / name)
+        for name in FILES:
+            sync_file(temporary / name)
+        write_manifest(temporary, state["step"])  # syncs it, and the folder
+        if (run / "log.csv").exists():
+            sync_file(run / "log.csv")  # after a loss of power, its rows reach as far as the checkpoint
+        if folder.exists():  # a damaged one, or one that is saved again with another state
+            os.replace(folder, replaced)
+        publish(temporary, folder)
+    finally:
+        if replaced.exists() and not folder.exists():
+            with suppress(OSError):
+                os.replace(replaced, folder)
+        for path in (temporary, replaced):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -258,52 +314,54 @@ def _check_readable(path: Path, values: dict[str, Tensor]) -> None:
             raise OSError(None, f"{path.name} was not written whole")
 
 
+def _latest_whole(run: Path) -> tuple[Path | None, list[str]]:
+    """Return the latest whole checkpoint, if there is one, and what is wrong with each later one."""
+    damages = []
+    for folder in checkpoint_folders(run):
+        damage = damage_of(folder)
+        if damage is None:
+            return folder, damages
+        damages.append(damage)
+    return None, damages
+
+
+def _best_of(latest: Path) -> Path:
+    """Return the best checkpoint by the latest's state.json; the latest itself where the best is gone."""
+    best = latest.with_name(_name(_state_of(latest)["best_step"]))
+    return best if best.is_dir() else latest
+
+
+def _prune(latest: Path, keep_every: int) -> None:
+    """Remove all checkpoints but the latest, the one before, the best, and multiples of `keep_every`.
+
+    Checkpoints of later steps are damaged ones that the run did not continue from: they go too.
+    """
+    folders = checkpoint_folders(latest.parents[1])
+    before = folders[folders.index(latest) + 1:]
+    kept = {latest, *before[:1], _best_of(latest), *(p for p in before if keep_every and not step_of(p) % keep_every)}
+    for folder in folders:
+        if folder not in kept:
+            try:
+                _remove(folder)
+            except OSError as error:  # the new checkpoint is safe: training continues, and the next save tries again
+                warnings.warn(f"{folder} cannot be removed: {error.strerror}.", stacklevel=2)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; a process killed half-way leaves no folder with a checkpoint's name."""
+    hidden = unfinished(folder)
+    os.replace(folder, hidden)
+    shutil.rmtree(hidden)
+
+
 def _name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def checkpoint_folders(run: Path) -> list[Path]:
-    """Return the folders of checkpoints, whole or not, the newest first."""
-    return sorted((run / "checkpoints").glob("step_" + "[0-9]" * 8), reverse=True)
+def _state_of(folder: Path) -> dict:
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
-def _index_from(run: Path, whole: list[Path]) -> dict[str, str | None]:
-    """What the index says where these checkpoints are the whole ones, the newest first."""
-    state = json.loads((whole[0] / "state.json").read_text(encoding="utf-8"))
-    best = run / "checkpoints" / _name(state.get("best_step", 0))
-    return {"latest": whole[0].name, "previous": whole[1].name if len(whole) > 1 else None,
-            "best": best.name if best.is_dir() else whole[0].name}  # as the loop takes it after going back
-
-
-def _named_on_disk(run: Path) -> list[str | None]:
-    try:
-        index = read_sealed(run / "checkpoints" / "index.json", unsealed=set(NAMED))
-        return [index[name] for name in NAMED]
-    except Damaged:
-        return []
-
-
-def _write_index(run: Path, index: dict[str, str | None]) -> None:
-    write_sealed(run / "checkpoints" / "index.json", {name: index.get(name) for name in NAMED})
-
-
-def _complaints(run: Path) -> str:
-    damages = [damage_of(folder) or f"{folder.name} is whole" for folder in checkpoint_folders(run)]
-    return "; ".join(damages) or "there is none"
-
-
-def _remove(folder: Path) -> None:
-    """Remove a checkpoint; killed half-way, it leaves no folder with a checkpoint's name."""
-    aside = unfinished(folder)
-    os.replace(folder, aside)
-    shutil.rmtree(aside)
-
-
-def _prune(run: Path, keep_every: int) -> None:
-    named = read_index(run).values()
-    for folder in checkpoint_folders(run):
-        if folder.name not in named and not (keep_every and step_of(folder) % keep_every == 0):
-            try:
-                _remove(folder)
-            except OSError as error:  # the new checkpoint is safe: no reason to stop; the next save tries again
-                warnings.warn(f"{folder} cannot be removed: {error.strerror}.", stacklevel=2)
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,8 +21,7 @@ from plotarmour.data.batches import Windows
 from plotarmour.evaluation.metrics import totals
 from plotarmour.files import write_json
 from plotarmour.machine import Machine, peak_memory, peak_memory_mib, unused
-from plotarmour.training.changes import record_change
-from plotarmour.training.checkpoint import load_training, save_checkpoint
+from plotarmour.training.checkpoint import load_training, record_change, save_checkpoint
 from plotarmour.training.distributed import ALONE, LostProcess, Ranks
 from plotarmour.training.log import RunLog
 from plotarmour.training.out_of_memory import is_out_of_memory, release, too_large, warn_of_low_disk
@@ -118,14 +117,14 @@ class _Session:
                   disable=not self.ranks.is_first) as self.bar:
             if self.is_new:
                 self.write_row(None, None, self.evaluate())
-                self.save(best=True)
+                self.save()
             elif self.state["best_val_loss"] == math.inf:  # went back to a step not evaluated, the best is gone
                 self.evaluate()
             self.model.train()
             reason = self._reached_end()  # killed after the last checkpoint, before DONE.json
-            if reason and self.state.get("evaluated_step", self.step) != self.step:
+            if reason and self.state["evaluated_step"] != self.step:
                 self.write_row(None, None, self.evaluate())  # this was not known to be the last step
-                self.save(self.state["best_step"] == self.step)
+                self.save()
             if reason is None and self._out_of_patience():
                 reason = "early stopping"
             while reason is None:
@@ -138,7 +137,7 @@ class _Session:
                 reason = self._reason_to_stop(end, bool(evaluated), stop.asked)
                 due = reason or self.step % self.config.checkpoint_interval == 0
                 if best or (due and reason != "non-finite"):
-                    self.save(best)
+                    self.save()
                 if reason is None:
                     self._say_when_it_ends()
         return reason
@@ -201,7 +200,7 @@ class _Session:
         if self.on_row is not None:
             self.on_row()
 
-    def save(self, best: bool = False) -> None:
+    def save(self) -> None:
         """Publish a checkpoint of the step reached."""
         if self.ranks.is_first:
             scaler = self.updates.scaler
@@ -210,7 +209,7 @@ class _Session:
             extra["log_rows"] = self.log.n_rows
             extra["split"] = [self.config.micro_batch_size, self.updates.micro_batch_size]
             with self.pace.timing("save_s"):
-                save_checkpoint(self.run, self.step, self.model, self.updates.optimizer, self.state | extra, best,
+                save_checkpoint(self.run, self.step, self.model, self.updates.optimizer, self.state | extra,
                                 self.config.keep_every)
         self.saved = self.step
 
@@ -230,10 +229,9 @@ class _Session:
 
     def _load(self, checkpoint: Path) -> None:
         self.state = load_training(checkpoint, self.model, self.updates.optimizer)
-        self.state.setdefault("non_finite_in_a_row", 0)  # checkpoints of earlier versions do not say
         self.step = self.saved = self.state.pop("step")
         if not (self.run / "checkpoints" / f"step_{self.state['best_step']:08d}").is_dir():  # after going back
-            known = self.state.get("evaluated_step", self.step) == self.step
+            known = self.state["evaluated_step"] == self.step
             self.state.update(best_step=self.step, best_val_loss=self.state["val_loss"] if known else math.inf)
         if self.updates.scaler.is_enabled():
             self.updates.scaler.load_state_dict(self.state["scaler"])

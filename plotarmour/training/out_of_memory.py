@@ -12,7 +12,7 @@ from torch import nn
 
 from plotarmour.cli import UserError
 from plotarmour.config import TrainingConfig
-from plotarmour.training.checkpoint import NAMED, SLACK_BYTES, checkpoint_folders
+from plotarmour.training.checkpoint import ALWAYS_KEPT, SLACK_BYTES, checkpoint_folders
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -68,7 +68,7 @@ def warn_of_low_disk(run: Path, model: nn.Module, step: int, config: TrainingCon
     """Warn where the disk has no room for all the checkpoints that the rest of a run will hold at once."""
     each = SLACK_BYTES + 3 * sum(p.nbytes for p in model.parameters())  # AdamW keeps two numbers beside each weight
     kept = config.max_steps // config.keep_every - step // config.keep_every if config.keep_every else 0
-    wanted = len(NAMED) + 1 + kept - min(len(NAMED), len(checkpoint_folders(run)))  # one more while it is written
+    wanted = ALWAYS_KEPT + 1 + kept - min(ALWAYS_KEPT, len(checkpoint_folders(run)))  # one more while it is written
     free = shutil.disk_usage(run).free
     if free < wanted * each:
         warnings.warn(f"{run} will need up to {wanted * each / 1e6:,.0f} MB more for its checkpoints "

@@ -27,8 +27,8 @@ def attached(tmp_path):
     run = tmp_path / "input" / "bdh"
     (run / "checkpoints").mkdir(parents=True)
     (run / "run.json").write_text(json.dumps(INFO))
-    (run / "checkpoints" / "index.json").write_text("{}")
-    for path in (run / "run.json", run / "checkpoints" / "index.json", run / "checkpoints", run):
+    (run / "checkpoints" / "state.json").write_text("{}")
+    for path in (run / "run.json", run / "checkpoints" / "state.json", run / "checkpoints", run):
         path.chmod(path.stat().st_mode & ~0o222)
     yield run
     for path in (run, run / "checkpoints"):
@@ -40,7 +40,7 @@ def test_an_attached_output_is_brought_once_and_can_be_written_to(called, attach
     out = tmp_path / "out"
     out.mkdir()  # of a start that came to nothing
     train_recipe("tiny", "bdh", tmp_path, out, continue_from=attached)
-    assert called[0]["found"] == ["checkpoints", "index.json", "run.json"]
+    assert called[0]["found"] == ["checkpoints", "run.json", "state.json"]
     assert all(path.stat().st_mode & 0o200 for path in [out, *out.rglob("*")])
     (out / "later").touch()
     train_recipe("tiny", "bdh", tmp_path, out, continue_from=attached)

@@ -14,7 +14,7 @@ class Clock:
 def clock(monkeypatch):
     """A clock that only the work of a run moves, by the seconds of TAKES_S."""
     from plotarmour.training import loop, pace
-    from plotarmour.training import step as updates
+    from plotarmour.training import step as step_module
 
     clock = Clock()
 
@@ -24,7 +24,7 @@ def clock(monkeypatch):
             return work(*args, **keywords)
         return slow
 
-    for module, name in ((updates, "accumulate"), (loop, "evaluate_windows"), (loop, "save_checkpoint")):
+    for module, name in ((step_module, "accumulate"), (loop, "evaluate_windows"), (loop, "save_checkpoint")):
         monkeypatch.setattr(module, name, taking(getattr(module, name), TAKES_S[name]))
     monkeypatch.setattr(pace.time, "perf_counter", clock)
     return clock

@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import io
+import json
 import os
 import random
 import shutil
@@ -17,18 +18,18 @@ from plotarmour.cli import UserError, run_command
 from plotarmour.files import write_json
 from plotarmour.run import LOCK, load_run, train_run
 from plotarmour.training import checkpoint, loop
-from plotarmour.training import step as updates
+from plotarmour.training import step as step_module
 from plotarmour.training.checkpoint import (
+    FILES,
+    checkpoint_folders,
+    damage_of,
     find_checkpoint,
     find_checkpoint_to_resume,
     load_training,
-    read_index,
     rewind,
     save_checkpoint,
+    sealed_json,
 )
-from plotarmour.training.manifest import FILES, damage_of, read_sealed, write_sealed
-
-INDEX = "checkpoints/index.json"
 
 
 def network(step):
@@ -45,7 +46,7 @@ def network(step):
 
 def save(run, step, best_step=3, keep_every=0):
     state = {"best_step": best_step, "tokens_seen": 100 * step}
-    return save_checkpoint(run, step, *network(step), state, best_step == step, keep_every)
+    return save_checkpoint(run, step, *network(step), state, keep_every)
 
 
 @pytest.fixture
@@ -71,6 +72,14 @@ def train(recipe, files, out, **changes):
 
 def step_names(run):
     return sorted(path.name for path in (run / "checkpoints").iterdir() if path.is_dir())
+
+
+def change_manifest(folder, change):
+    """Change the manifest of a checkpoint as another program would: it is whole afterwards."""
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    del manifest["sha256"]
+    change(manifest)
+    (folder / "MANIFEST.json").write_text(sealed_json(manifest))
 
 
 def last_bits(run):
@@ -148,7 +157,7 @@ class FaultyFile:
 @pytest.mark.parametrize(("code", "stays"), [(errno.ENOSPC, True), (errno.EIO, False), (errno.EFBIG, False),
                                              (errno.EACCES, True)])
 def test_a_save_that_fails_anywhere_leaves_the_old_checkpoints_and_says_so(saved, tmp_path, monkeypatch, code, stays):
-    """Guards: an old checkpoint or index that is lost, a half-written one that is named, leftovers, a traceback."""
+    """Guards: an old checkpoint that is lost, a half-written one under a final name, leftovers, a traceback."""
     before, n, failed = contents(saved), 0, 0
     while True:
         n += 1
@@ -163,16 +172,15 @@ def test_a_save_that_fails_anywhere_leaves_the_old_checkpoints_and_says_so(saved
             except UserError as error:
                 said = str(error)
         assert faults.hit == bool(said or warned), n
-        index = read_index(run)
-        assert all(damage_of(run / "checkpoints" / name) is None for name in index.values())
+        assert all(damage_of(folder) is None for folder in checkpoint_folders(run))
         if said:
             failed += 1
             assert os.strerror(code) in said and "Earlier checkpoints are intact" in said and "\n" not in said
             assert hidden(run) == []
-            if index["latest"] == "step_00000009":
+            if "step_00000012" in step_names(run):  # the very last sync failed: it is there beside the old ones
+                assert set(before) < set(contents(run))
+            else:
                 assert contents(run) == before
-            else:  # the very last sync failed: old ones and the new one are all there
-                assert index["latest"] == "step_00000012" and set(before) < set(contents(run))
         else:
             assert load_training(find_checkpoint(run, "latest"), *network(0))["step"] == 12
         save(run, 15)  # it goes on
@@ -251,21 +259,22 @@ def test_the_latest_the_one_before_the_best_and_every_nth_are_kept(tmp_path):
     for step in range(8):
         save(tmp_path, step, best_step=2, keep_every=5)
     assert step_names(tmp_path) == [f"step_{step:08d}" for step in (0, 2, 5, 6, 7)]
-    assert read_index(tmp_path) == {"latest": "step_00000007", "previous": "step_00000006", "best": "step_00000002"}
+    assert find_checkpoint(tmp_path, "latest").name == "step_00000007"
+    assert find_checkpoint(tmp_path, "best").name == "step_00000002"
 
 
 # Damage
 
 def damage_at_random(run, count, draw, truncate=False):
-    """Flip a bit of a random file of the latest checkpoint or the index, `count` times, and undo it each time.
+    """Flip a bit of a random file of the latest checkpoint, `count` times, and undo it each time.
 
     Yields:
         The path of the damaged file and what was done to it.
     """
     latest = run / "checkpoints" / "step_00000009"
     for _ in range(count):
-        path = draw.choice([*(latest / name for name in (*FILES, "MANIFEST.json")), run / INDEX])
-        raw, index = path.read_bytes(), (run / INDEX).read_bytes()
+        path = latest / draw.choice([*FILES, "MANIFEST.json"])
+        raw = path.read_bytes()
         if truncate:
             at = draw.randrange(len(raw))
             path.write_bytes(raw[:at])
@@ -275,7 +284,6 @@ def damage_at_random(run, count, draw, truncate=False):
             changed[at // 8] ^= 1 << at % 8
             path.write_bytes(changed)
         yield path, f"{path.name}, {'bytes' if truncate else 'bit'} {at}"
-        (run / INDEX).write_bytes(index)
         path.write_bytes(raw)
 
 
@@ -284,21 +292,17 @@ def check_noticed(run, path, what):
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         found = find_checkpoint_to_resume(run)
-    said = " ".join(str(w.message) for w in warned)
-    assert path.name in said, what
-    if path.name == "index.json":
-        assert found.name == "step_00000009" and "made again from the checkpoints that are whole" in said, what
-    else:
-        assert found.name == "step_00000006" and "going on from the checkpoint of step 6 instead" in said, what
+    [message] = [str(w.message) for w in warned]
+    assert path.name in message, what
+    assert found.name == "step_00000006" and "going on from the checkpoint of step 6 instead" in message, what
+    for which in (9, "latest"):
         with pytest.raises(UserError, match=path.name):
-            find_checkpoint(run, 9)
-    assert read_index(run) == {"latest": found.name, "best": "step_00000003", "previous":
-                               "step_00000006" if path.name == "index.json" else "step_00000003"}, what
+            find_checkpoint(run, which)
 
 
 @pytest.mark.parametrize(("flips", "cuts"), [(300, 30), pytest.param(2000, 100, marks=pytest.mark.slow)])
 def test_no_damage_is_loaded_as_if_whole(saved, flips, cuts):
-    """Guards: rotten weights, optimizer states, counters, manifests or an index that are believed."""
+    """Guards: rotten weights, optimizer states, counters or manifests that are believed."""
     draw, done = random.Random(flips), 0
     for truncate, count in ((False, flips), (True, cuts)):
         for path, what in damage_at_random(saved, count, draw, truncate):
@@ -307,10 +311,10 @@ def test_no_damage_is_loaded_as_if_whole(saved, flips, cuts):
     assert done == flips + cuts and find_checkpoint(saved, "latest").name == "step_00000009"
 
 
-@pytest.mark.parametrize("name", [*FILES, "MANIFEST.json", "index.json"])
+@pytest.mark.parametrize("name", [*FILES, "MANIFEST.json"])
 def test_a_lost_last_byte_is_damage(saved, name):
     """Guards: JSON that says the same without its last line feed, believed though the file was cut."""
-    path = saved / INDEX if name == "index.json" else saved / "checkpoints" / "step_00000009" / name
+    path = saved / "checkpoints" / "step_00000009" / name
     path.write_bytes(path.read_bytes()[:-1])
     check_noticed(saved, path, name)
 
@@ -324,7 +328,7 @@ def test_a_missing_file_or_folder_is_damage(saved, name):
     with pytest.warns(UserWarning, match=f"{name} is missing: going on from the checkpoint of step 6 instead"):
         assert find_checkpoint_to_resume(saved).name == "step_00000006"
     shutil.rmtree(saved / "checkpoints" / "step_00000006")
-    with pytest.warns(UserWarning, match="step_00000006 is missing: going on from the checkpoint of step 3 instead"):
+    with pytest.warns(UserWarning, match=f"{name} is missing: going on from the checkpoint of step 3 instead"):
         assert find_checkpoint_to_resume(saved).name == "step_00000003"
 
 
@@ -335,31 +339,47 @@ def test_a_missing_file_or_folder_is_damage(saved, name):
 ])
 def test_a_manifest_of_other_files_or_another_step_is_damage(saved, change):
     """Guards: an optimizer state that nobody verifies because the manifest does not name it; a copy of another step."""
-    path = saved / "checkpoints" / "step_00000009" / "MANIFEST.json"
-    manifest = read_sealed(path, unsealed=set())
-    del manifest["sha256"]
-    change(manifest)
-    write_sealed(path, manifest)
-    assert "MANIFEST.json is damaged" in damage_of(path.parent)
+    folder = saved / "checkpoints" / "step_00000009"
+    change_manifest(folder, change)
+    assert "MANIFEST.json is damaged" in damage_of(folder)
 
 
 def test_a_damaged_best_names_what_really_helps(saved):
     """Guards: advice to take the latest where that is the damaged one, or where nothing is whole."""
-    index = read_index(saved)
     folders = saved / "checkpoints"
-    (folders / index["best"] / "state.json").write_text("{}")
-    helps = "goes on from the one before" if index["best"] == index["latest"] else "--checkpoint latest scores it"
-    with pytest.raises(UserError, match=helps):
+    (folders / "step_00000003" / "model.safetensors").write_text("{}")
+    with pytest.raises(UserError, match="step_00000003.* is damaged.*--checkpoint latest scores it"):
         find_checkpoint(saved, "best")
-    (folders / index["latest"] / "state.json").write_text("{}")
+    (folders / "step_00000009" / "model.safetensors").write_text("{}")
     with pytest.raises(UserError, match="Give the command that trained it again: it goes on from the one before"):
         find_checkpoint(saved, "best")
-    for folder in folders.glob("step_*"):
-        (folder / "state.json").write_text("{}")
+    (folders / "step_00000006" / "model.safetensors").write_text("{}")
     with pytest.raises(UserError, match="Whole checkpoints: none. Restore the folder from a copy"):
         find_checkpoint(saved, "best")
     with pytest.raises(UserError, match="has no step-7 checkpoint; .* multiples of keep_every"):
         find_checkpoint(saved, 7)
+
+
+def test_which_step_is_the_best_is_never_taken_from_a_damaged_or_an_older_state(saved):
+    """Guards: another checkpoint scored as the best where the latest state.json, which names the best, is damaged."""
+    path = saved / "checkpoints" / "step_00000009" / "state.json"
+    path.write_text(path.read_text().replace('"best_step": 3', '"best_step": 6'))
+    with pytest.raises(UserError, match="step_00000009.*state.json is damaged.*Give the command that trained it again"):
+        find_checkpoint(saved, "best")
+
+
+def test_where_the_best_is_gone_the_latest_takes_its_place(saved):
+    """Guards: a run that went back to before its best, and cannot be scored."""
+    shutil.rmtree(saved / "checkpoints" / "step_00000003")
+    assert find_checkpoint(saved, "best").name == "step_00000009"
+
+
+def test_only_the_files_that_are_asked_for_are_verified(saved):
+    """Guards: scoring that reads three times as many bytes as it loads: the optimizer's state is twice the weights."""
+    (saved / "checkpoints" / "step_00000009" / "optimizer.safetensors").unlink()
+    assert find_checkpoint(saved, "latest", ["model.safetensors"]).name == "step_00000009"
+    with pytest.raises(UserError, match="optimizer.safetensors is missing"):
+        find_checkpoint(saved, "latest")
 
 
 def test_weights_can_be_read_by_whoever_can_read_the_rest(saved):
@@ -374,40 +394,48 @@ def test_where_none_is_whole_nothing_starts_over(saved):
         (folder / "state.json").write_text("{}")
     with pytest.raises(UserError, match="has no whole checkpoint: .*state.json.*Restore the folder from a copy"):
         find_checkpoint_to_resume(saved)
-    (saved / INDEX).unlink()
-    with pytest.raises(UserError, match="none of .* is whole"):
-        find_checkpoint_to_resume(saved)
 
 
 def test_a_newer_format_is_refused_by_name_and_not_fallen_back_from(saved):
     """Guards: an older program that forks a run, or calls what it cannot read damaged."""
-    path = saved / "checkpoints" / "step_00000009" / "MANIFEST.json"
-    manifest = read_sealed(path, unsealed=set())
-    write_sealed(path, {key: value for key, value in manifest.items() if key != "sha256"} | {"format": 2, "more": []})
+    change_manifest(saved / "checkpoints" / "step_00000009", lambda manifest: manifest.update(format=2, more=[]))
     for look in (find_checkpoint_to_resume, lambda run: find_checkpoint(run, "latest")):
         with pytest.raises(UserError, match="checkpoint format 2; this program reads 1"):
             look(saved)
 
 
-def test_checkpoints_from_before_formats_had_numbers_are_read(saved):
-    """Guards: runs of an earlier version that cannot go on. Their manifest and index had no seal."""
-    for folder in (saved / "checkpoints").glob("step_*"):
-        manifest = read_sealed(folder / "MANIFEST.json", unsealed=set())
-        write_json(folder / "MANIFEST.json", {name: file["sha256"] for name, file in manifest["files"].items()})
-    write_json(saved / INDEX, read_index(saved))
-    assert find_checkpoint_to_resume(saved).name == "step_00000009"
+@pytest.mark.parametrize("removals", [0, 1, 2])
+def test_a_future_that_was_given_up_does_not_become_the_latest_after_a_kill(tmp_path, monkeypatch, removals):
+    """Guards: a --from-step that is killed on the way, and a next start that goes on from the end that it gave up."""
+    for step in (3, 6, 9, 12):
+        save(tmp_path, step, keep_every=3)
+    original, removed = checkpoint._remove, []
+
+    def remove(folder):
+        if len(removed) == removals:
+            raise KeyboardInterrupt
+        removed.append(folder.name)
+        original(folder)
+
+    before = {path: raw for path, raw in contents(tmp_path).items() if path.parts[0] != "checkpoints"}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "_remove", remove)
+        rewind(tmp_path, 3)
+    assert find_checkpoint_to_resume(tmp_path).name == ["step_00000012", "step_00000009", "step_00000006"][removals]
+    assert {path: raw for path, raw in contents(tmp_path).items() if path.parts[0] != "checkpoints"} == before
+    rewind(tmp_path, 3)
+    assert step_names(tmp_path) == ["step_00000003"]
+
+
+def test_a_later_checkpoint_that_is_damaged_goes_with_the_next_save(saved):
+    """Guards: a damaged folder that stays the highest for good, so that each start warns and loses steps again."""
     (saved / "checkpoints" / "step_00000009" / "state.json").write_text("{}")
     with pytest.warns(UserWarning, match="step 6 instead"):
-        assert find_checkpoint_to_resume(saved).name == "step_00000006"
-
-
-def test_the_future_that_going_back_gave_up_is_not_fallen_back_to(saved, monkeypatch):
-    """Guards: a killed --from-step run that jumps back to the abandoned future."""
-    monkeypatch.setattr(checkpoint, "_remove", lambda folder: None)  # killed before anything was removed
-    rewind(saved, 6)
-    (saved / "checkpoints" / "step_00000006" / "state.json").write_text("{}")
-    with pytest.warns(UserWarning, match="step 3 instead"):
-        assert find_checkpoint_to_resume(saved).name == "step_00000003"
+        checkpoint.tidy(saved, find_checkpoint_to_resume(saved), 0)
+    assert "step_00000009" in step_names(saved)
+    save(saved, 8)
+    assert step_names(saved) == ["step_00000003", "step_00000006", "step_00000008"]
+    assert find_checkpoint_to_resume(saved).name == "step_00000008"
 
 
 # Runs
@@ -421,9 +449,7 @@ def test_a_run_whose_latest_checkpoint_is_damaged_ends_with_the_same_bits(small_
     with pytest.warns(UserWarning, match="optimizer.safetensors is damaged .*: going on from the checkpoint of step"):
         assert train(small_recipe, token_files, run)["step"] == final["step"] == 6
     assert last_bits(run) == bits and len((run / "log.csv").read_text().splitlines()) == len(log.splitlines())
-    (run / INDEX).unlink()
-    with pytest.warns(UserWarning, match="index.json is missing: made again"):
-        assert train(small_recipe, token_files, run)["step"] == 6  # and nothing to do
+    assert train(small_recipe, token_files, run)["step"] == 6  # and nothing to do
     assert last_bits(run) == bits
 
 
@@ -436,9 +462,8 @@ def test_other_weights_than_the_best_are_never_scored_instead(small_recipe, toke
     with pytest.raises(UserError, match="model.safetensors is damaged .*Whole .*step_.*Give the command"):
         load_run(tmp_path / "run")
     path.write_bytes(raw)
-    (tmp_path / "run" / INDEX).write_text("{}")
-    with pytest.warns(UserWarning, match=f"best step_{final['best_step']:08d}"):
-        assert load_run(tmp_path / "run").step == final["best_step"]
+    (path.parent / "optimizer.safetensors").write_bytes(b"")
+    assert load_run(tmp_path / "run").step == final["best_step"]  # it loads no optimizer state, and reads none
 
 
 def test_what_a_killed_start_left_goes_at_the_next(small_recipe, token_files, tmp_path):
@@ -455,7 +480,7 @@ def test_what_a_killed_start_left_goes_at_the_next(small_recipe, token_files, tm
     (run / ".DONE.json.1-abc.unfinished").write_text("{")
     (run / ".log.csv.1-abc.unfinished").write_text("")
     shutil.copytree(run / "checkpoints" / "step_00000006", run / "checkpoints" / ".step_00000006.1-abc.unfinished")
-    shutil.copytree(run / "checkpoints" / "step_00000006", run / "checkpoints" / "step_00000005")
+    shutil.copytree(run / "checkpoints" / "step_00000006", run / "checkpoints" / "step_00000001")  # not removed yet
     assert train(small_recipe, token_files, run)["step"] == final["step"]
     assert set(contents(run)) == set(before)
 
@@ -471,7 +496,7 @@ def test_a_killed_early_stop_does_not_train_on(small_recipe, token_files, tmp_pa
 
 def test_a_run_is_trained_by_one_process_at_a_time(small_recipe, token_files, tmp_path, monkeypatch):
     """Guards: two starts of one command that tear each other's log and checkpoints."""
-    original, complaints = updates.accumulate, []
+    original, complaints = step_module.accumulate, []
 
     def second(*args):
         if not complaints:
@@ -480,7 +505,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(small_recipe, token_files, tm
             complaints.append(caught)
         return original(*args)
 
-    monkeypatch.setattr(updates, "accumulate", second)
+    monkeypatch.setattr(step_module, "accumulate", second)
     assert train(small_recipe, token_files, tmp_path / "run")["step"] == 6
     assert complaints and not (tmp_path / "run" / LOCK).exists()
 

@@ -14,8 +14,8 @@ from plotarmour.loss import IGNORE
 from plotarmour.machine import find_machine
 from plotarmour.run import load_run, train_run
 from plotarmour.training import loop, pace
-from plotarmour.training import step as updates
-from plotarmour.training.checkpoint import model_tensors, read_index, rewind
+from plotarmour.training import step as step_module
+from plotarmour.training.checkpoint import checkpoint_folders, model_tensors, rewind
 from plotarmour.training.log import COLUMNS
 from plotarmour.training.passes import accumulate, clip_gradients, make_optimizer
 
@@ -135,7 +135,7 @@ def test_training_learns_and_leaves_what_the_design_lists(small_recipe, token_fi
         assert tuple(next(csv.reader(file))) == COLUMNS
     assert {"run.json", "log.csv", "tokenizer.json", "checkpoints", "DONE.json"} == {
         p.name for p in (tmp_path / "run").iterdir()}
-    folder = tmp_path / "run" / "checkpoints" / read_index(tmp_path / "run")["latest"]
+    folder = checkpoint_folders(tmp_path / "run")[0]
     assert {p.name for p in folder.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json",
                                                   "MANIFEST.json"}
     info = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -162,8 +162,8 @@ def test_two_models_with_one_seed_read_the_same_tokens(token_files):
 def test_the_model_is_in_training_mode_after_an_evaluation(small_recipe, token_files, tmp_path, monkeypatch):
     """Guards: a model left in eval mode after the first evaluation, so that dropout is never on again."""
     modes = []
-    original = updates.accumulate
-    monkeypatch.setattr(updates, "accumulate",
+    original = step_module.accumulate
+    monkeypatch.setattr(step_module, "accumulate",
                         lambda model, *rest: modes.append(model.training) or original(model, *rest))
     run(small_recipe, token_files, tmp_path / "run")
     assert modes == [True] * 6
@@ -179,14 +179,14 @@ def test_early_stopping_keeps_the_best(small_recipe, token_files, tmp_path):
 
 def test_a_non_finite_gradient_never_reaches_the_optimizer(small_recipe, token_files, tmp_path, monkeypatch):
     """Guards: NaN weights. Ten bad steps in a row stop the run; the checkpoint stays good."""
-    original = updates.accumulate
+    original = step_module.accumulate
 
     def poisoned(model, *rest):
         loss = original(model, *rest)
         next(model.parameters()).grad.fill_(math.nan)
         return loss
 
-    monkeypatch.setattr(updates, "accumulate", poisoned)
+    monkeypatch.setattr(step_module, "accumulate", poisoned)
     final = run(small_recipe, token_files, tmp_path / "run", max_steps=50)
     assert (final["reason"], final["step"], final["skipped_steps"]) == ("non-finite", 10, 10)
     with pytest.warns(UserWarning, match="not finished: this is its checkpoint of step 9"):
@@ -196,7 +196,7 @@ def test_a_non_finite_gradient_never_reaches_the_optimizer(small_recipe, token_f
 
 def test_bad_steps_in_a_row_are_counted_across_sessions(small_recipe, token_files, tmp_path, monkeypatch):
     """Guards: a run killed among bad steps that takes ten more of them, where a whole one has stopped."""
-    original, append = updates.accumulate, loop.RunLog.append
+    original, append = step_module.accumulate, loop.RunLog.append
 
     def poisoned(model, *rest):
         loss = original(model, *rest)
@@ -208,7 +208,7 @@ def test_bad_steps_in_a_row_are_counted_across_sessions(small_recipe, token_file
         if values["step"] == 8:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(updates, "accumulate", poisoned)
+    monkeypatch.setattr(step_module, "accumulate", poisoned)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop.RunLog, "append", killed)
         run(small_recipe, token_files, tmp_path / "run", max_steps=50)
@@ -218,13 +218,13 @@ def test_bad_steps_in_a_row_are_counted_across_sessions(small_recipe, token_file
 
 def test_a_signal_finishes_the_step_and_saves(small_recipe, token_files, tmp_path, monkeypatch):
     """Guards: a session cut by SIGTERM that loses its work. A real signal to this process."""
-    original = updates.accumulate
+    original = step_module.accumulate
 
     def signalled(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return original(*args)
 
-    monkeypatch.setattr(updates, "accumulate", signalled)
+    monkeypatch.setattr(step_module, "accumulate", signalled)
     final = run(small_recipe, token_files, tmp_path / "run")
     assert (final["reason"], final["step"], final["last_checkpoint"]) == ("signal SIGTERM", 1, 1)
 
@@ -254,7 +254,6 @@ def test_going_back_to_a_kept_step_forgets_what_came_after(small_recipe, token_f
     whole = [p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*")]
     assert {"step_00000003", "step_00000006"} <= set(whole)
     rewind(tmp_path / "run", 3)
-    assert read_index(tmp_path / "run")["latest"] == "step_00000003"
     assert not [p for p in (tmp_path / "run" / "checkpoints").glob("step_*") if p.name > "step_00000003"]
     before = rows(tmp_path / "run" / "log.csv")
     final = train_run(small_recipe, token_files["train"], token_files["val"], tmp_path / "run", from_step=3)

@@ -15,7 +15,7 @@ from plotarmour.machine import Machine
 from plotarmour.models.hf import GPT2, GPT2Config
 from plotarmour.run import load_run, train_run
 from plotarmour.training import loop
-from plotarmour.training import step as updates
+from plotarmour.training import step as step_module
 from plotarmour.training.checkpoint import model_tensors
 from plotarmour.training.distributed import ALONE, Ranks
 from plotarmour.training.out_of_memory import is_out_of_memory, largest_divisor
@@ -33,7 +33,7 @@ def changes_of(out):
 
 def room_for(rows, from_step, monkeypatch):
     """From a step on, let the device be out of memory for micro-batches of more rows. Returns what was tried."""
-    original, tried = updates.accumulate, []
+    original, tried = step_module.accumulate, []
 
     def accumulate(model, micro_batches, machine, scaler, dropout_seed, *rest):
         sizes = [len(inputs) for inputs, _ in micro_batches]
@@ -43,7 +43,7 @@ def room_for(rows, from_step, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return original(model, micro_batches, machine, scaler, dropout_seed, *rest)
 
-    monkeypatch.setattr(updates, "accumulate", accumulate)
+    monkeypatch.setattr(step_module, "accumulate", accumulate)
     return tried
 
 
@@ -105,7 +105,7 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(small_recipe, token_fil
     def broken(*args):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(updates, "accumulate", broken)
+    monkeypatch.setattr(step_module, "accumulate", broken)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         run(small_recipe, token_files, tmp_path / "run")
     assert not is_out_of_memory(ValueError("CUDA out of memory")) and is_out_of_memory(MemoryError())
@@ -233,14 +233,14 @@ def float16_updates(model, token_files, monkeypatch, spoil):
     windows = Windows(TokenFile.open(token_files["train"]), 24, "stream", 0, 2)
     taken = Updates(model, windows, recipe.training, Machine(torch.device("cpu"), torch.float16, "", ""), ALONE)
     taken.begin(0, 2)
-    original = updates.accumulate
+    original = step_module.accumulate
 
     def accumulate(*args):
         loss = original(*args)
         spoil(list(model.parameters()))
         return loss
 
-    monkeypatch.setattr(updates, "accumulate", accumulate)
+    monkeypatch.setattr(step_module, "accumulate", accumulate)
     return taken
 
 
@@ -271,7 +271,7 @@ def test_a_norm_that_overflows_moves_nothing(token_files, monkeypatch):
     model = small_gpt2(token_files)
     taken = float16_updates(model, token_files, monkeypatch, lambda parameters: None)
     assert not taken.take(0, 1e-3).overflowed  # there is a momentum now
-    original, before = updates.accumulate, [p.detach().clone() for p in model.parameters()]
+    original, before = step_module.accumulate, [p.detach().clone() for p in model.parameters()]
 
     def accumulate(*args):
         loss = original(*args)
@@ -279,7 +279,7 @@ def test_a_norm_that_overflows_moves_nothing(token_files, monkeypatch):
             parameter.grad.fill_(1e34)
         return loss
 
-    monkeypatch.setattr(updates, "accumulate", accumulate)
+    monkeypatch.setattr(step_module, "accumulate", accumulate)
     update = taken.take(1, 1e-3)
     taken.close()
     assert update.overflowed and not update.skipped and taken.scaler.get_scale() == 2.0**15
