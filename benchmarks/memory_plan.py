@@ -29,7 +29,7 @@ from plotarmour.data.batches import Windows
 from plotarmour.machine import Machine
 from plotarmour.memory import plan_training
 from plotarmour.shapes import build_model
-from plotarmour.training.passes import EVALUATION_ROWS, accumulate, evaluate_windows, make_optimizer
+from plotarmour.training.step import EVALUATION_ROWS, accumulate, evaluate_windows, make_optimizer
 
 COLUMNS = ("recipe", "model", "vocab_size", "dtype", "settings", "device", "moment", "planned_mib", "measured_mib",
            "planned_of_measured", "resident_mib")

@@ -34,7 +34,7 @@ from plotarmour.loss import IGNORE, summed_nats
 from plotarmour.shapes import build_model
 from plotarmour.suite.steps import prepare
 from plotarmour.training import loop
-from plotarmour.training.passes import make_optimizer
+from plotarmour.training.step import make_optimizer
 
 LOSSES = ("cross_entropy", "summed_nats")
 

@@ -1,7 +1,7 @@
 """How many bytes training needs, by arithmetic alone: no model is built and nothing is allocated.
 
 Memory is fullest at one of a few moments. Each is written down here as the buffers that live then, after
-`models/tiled.py`, `models/recurrent.py`, `loss.py`, `training/passes.py` and `transformers`' GPT-2:
+`models/tiled.py`, `models/recurrent.py`, `loss.py`, `training/step.py` and `transformers`' GPT-2:
 
     evaluation    no gradients, at most EVALUATION_ROWS rows
     loss          what forward keeps, a chunk of logits, the gradients of features and unembedding
@@ -29,7 +29,7 @@ from plotarmour.models.rotary import ROWS
 from plotarmour.models.tiled import Tiling
 from plotarmour.shapes import model_config
 from plotarmour.training.out_of_memory import largest_divisor
-from plotarmour.training.passes import EVALUATION_ROWS
+from plotarmour.training.step import EVALUATION_ROWS
 
 WIDE = 4  # bytes of a float32: weights, gradients, optimizer state, and all sums
 RESERVE = 2**30  # kept free for what is not counted: a CUDA context takes some 0.5 GiB, torch on a CPU 0.4

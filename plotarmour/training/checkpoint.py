@@ -134,20 +134,18 @@ def find_checkpoint(run: Path, which: str | int, files: Sequence[str] = FILES) -
 
 
 def find_checkpoint_to_resume(run: Path) -> Path | None:
-    """Return the latest whole checkpoint; None for a run without any.
-
-    Where later ones are damaged, a warning names them and the step from which training continues.
+    """Return the latest whole checkpoint, with a warning of damaged later ones; None for a run without any.
 
     Raises:
         UserError: there are checkpoints, but none is whole, or one is of a newer format.
     """
     checkpoint, damages = _latest_whole(run)
-    if damages and checkpoint is None:
-        raise UserError(f"{run} has no whole checkpoint: {'; '.join(damages)}. Restore the folder from a copy, or "
-                        "start anew with another --out.")
-    if damages:
-        warnings.warn(f"{'; '.join(damages)}: going on from the checkpoint of step {step_of(checkpoint):,} instead.",
-                      stacklevel=2)
+    damage = "; ".join(damages)
+    if damage and checkpoint is None:
+        raise UserError(f"{run} has no whole checkpoint: {damage}. Restore the folder from a copy, or start anew with "
+                        "another --out.")
+    if damage:
+        warnings.warn(f"{damage}: going on from the checkpoint of step {step_of(checkpoint):,} instead.", stacklevel=2)
     return checkpoint
 
 
@@ -194,11 +192,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_manifest(folder: Path, step: int) -> None:
-    """Write MANIFEST.json for the files of a checkpoint that is about to be published.
-
-    The hashes are of what is read back, not of what was in memory: so they cover what the library did to the bytes, and
-    no second copy of the optimizer's state is needed. A failed write has raised before this.
-    """
+    """Write MANIFEST.json, with hashes of the bytes on disk: no second copy of the optimizer's state is needed."""
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256_of(folder / name)} for name in FILES}
     write_text(folder / "MANIFEST.json", sealed_json({"format": FORMAT, "step": step, "files": files}))
 
@@ -268,7 +262,7 @@ def record_change(run: Path, step: int, why: str, holds: dict | None = None, **c
 
 
 def _write(run: Path, folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
-    """Write a checkpoint under a hidden name, then rename it; a folder of that name is replaced."""
+    """Write a checkpoint under a hidden name, then rename it, in place of an earlier one of that step."""
     temporary, replaced = unfinished(folder), unfinished(folder)
     try:
         _check_space(folder.parent, tensors)

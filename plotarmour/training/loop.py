@@ -26,10 +26,9 @@ from plotarmour.training.distributed import ALONE, LostProcess, Ranks
 from plotarmour.training.log import RunLog
 from plotarmour.training.out_of_memory import is_out_of_memory, release, too_large, warn_of_low_disk
 from plotarmour.training.pace import Pace
-from plotarmour.training.passes import EVALUATION_ROWS, evaluate_windows
 from plotarmour.training.progress import Forecast
 from plotarmour.training.schedule import learning_rate
-from plotarmour.training.step import Update, Updates
+from plotarmour.training.step import EVALUATION_ROWS, Update, Updates, evaluate_windows
 from plotarmour.training.stopping import StopRequest, session_minutes
 
 NON_FINITE_IN_A_ROW = 10

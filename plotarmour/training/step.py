@@ -1,30 +1,34 @@
-"""One update: gradients over all micro-batches and processes, clipping, AdamW, and what can go wrong with them.
+"""One attempted update: gradients over all micro-batches and processes, clipping, AdamW, and how it can fail.
 
-    out of memory          the step is split into more and smaller micro-batches and done again
+    out of memory          the step is split into more and smaller micro-batches and repeated
     a non-finite number    never reaches the optimizer
     a float16 overflow     the scaler skips the update and lowers its scale
+
+`evaluate_windows` is the forward pass alone, over validation windows.
 """
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from plotarmour.config import TrainingConfig
 from plotarmour.data.batches import Windows
+from plotarmour.loss import IGNORE, summed_nats
 from plotarmour.machine import Machine
 from plotarmour.training.distributed import Ranks, check_share
 from plotarmour.training.out_of_memory import is_out_of_memory, largest_divisor, release, too_large
-from plotarmour.training.passes import accumulate, clip_gradients, make_optimizer
 from plotarmour.training.prefetch import Batches
 
+EVALUATION_ROWS = 8
 LEAST_SCALE = 1.0  # of the loss under float16: 16 overflows in a row below GradScaler's first one
 
 
 @dataclass(frozen=True)
 class Update:
-    """What came of a step: mean nats per target, count of targets, the gradient's norm before clipping."""
+    """The result of a step: mean nats per target, count of targets, the gradient's norm before clipping."""
 
     loss: float
     n_tokens: int
@@ -34,7 +38,7 @@ class Update:
 
 
 class Updates:
-    """The updates of a session, in order.
+    """Take the updates of a session, in order.
 
     Args:
         model: on the machine's device, float32, in training mode when `take` is called.
@@ -74,7 +78,11 @@ class Updates:
         return self._waited_s + (self._batches.wait_s if self._batches else 0.0)
 
     def take(self, step: int, learning_rate: float) -> Update:
-        """Attempt the update of a step (from 0).
+        """Attempt the update of a step.
+
+        Args:
+            step: from 0.
+            learning_rate: of this step.
 
         Raises:
             UserError: it does not fit into memory, one row at a time.
@@ -88,9 +96,8 @@ class Updates:
         norm = clip_gradients(self.model, self.config.grad_clip)
         finite = math.isfinite(norm) and math.isfinite(loss)
         scale = scaler.get_scale()
-        # A loss is not scaled: what is wrong with it is not the scale's doing. Nor is a gradient that overflows at the
-        # least scale: that is counted as not finite, so that it ends the run, and no scale is left that gradients
-        # vanish under.
+        # The scale does not act on the loss, so a non-finite loss is no overflow. Nor is a gradient that overflows at
+        # the least scale: it counts as non-finite, which ends the run; a lower scale would let gradients underflow.
         overflowed = scaler.is_enabled() and not finite and math.isfinite(loss) and scale > LEAST_SCALE
         if finite:
             self._step()
@@ -112,7 +119,7 @@ class Updates:
             raise too_large("the optimizer's state")
 
     def _gradients(self, step: int) -> tuple[float, int]:
-        """Add up the gradients of a step; return its loss and its targets. Split it until it fits."""
+        """Add up the gradients of a step, in ever smaller micro-batches until it fits; return its loss and targets."""
         while True:
             n_tokens, micro_batches = self._batches.of(step)
             first = self.ranks.rank * len(micro_batches)  # dropout follows from a micro-batch's place in the step
@@ -138,3 +145,91 @@ class Updates:
         self.close()
         release()
         self.begin(step, self.micro_batch_size - 1)
+
+
+def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """Return AdamW with weight decay on matrices only (parameters of two or more dimensions)."""
+    groups = [([p for p in model.parameters() if p.dim() >= 2], config.weight_decay),
+              ([p for p in model.parameters() if p.dim() < 2], 0.0)]
+    return torch.optim.AdamW([{"params": ps, "weight_decay": decay} for ps, decay in groups if ps],
+                             lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def accumulate(model: nn.Module, micro_batches: list[tuple[Tensor, Tensor]], machine: Machine,
+               scaler: torch.amp.GradScaler, dropout_seed: tuple[int, int] | None = None, n_tokens: int | None = None,
+               first: int = 0) -> float:
+    """Add the gradient of the mean loss over all micro-batches, weighted by tokens, to the parameters.
+
+    Args:
+        model: with `features` and `unembedding`, as in `plotarmour.models`.
+        micro_batches: int64 (inputs, targets), each (B, T); any number of padded targets.
+        machine: device and dtype.
+        scaler: multiplies the loss under float16.
+        dropout_seed: (seed, step); each micro-batch draws its dropout from it and its own number.
+        n_tokens: targets of the whole step, where these micro-batches are one process's share; None: of these.
+        first: the number of the first micro-batch within the step.
+
+    Returns:
+        Summed nats of these micro-batches / n_tokens: the loss, or this share's part of it.
+    """
+    if n_tokens is None:
+        n_tokens = sum(int((targets != IGNORE).sum()) for _, targets in micro_batches)
+    total = torch.zeros((), dtype=torch.float64, device=machine.device)
+    for i, (inputs, targets) in enumerate(micro_batches, first):
+        if dropout_seed is not None:
+            seed, step = dropout_seed
+            _seed((seed * 1_000_003 + step) * 4099 + i, machine.device)
+        # The reader has pinned them: the copy overlaps with what the GPU still computes.
+        inputs, targets = (tensor.to(machine.device, non_blocking=True) for tensor in (inputs, targets))
+        with machine.autocast:
+            nats = summed_nats(model.features(inputs)[0], model.unembedding, targets)
+        scaler.scale(nats / n_tokens).backward()
+        total += nats.detach()
+    return float(total) / n_tokens
+
+
+def clip_gradients(model: nn.Module, limit: float) -> float:
+    """Scale all gradients down to the norm `limit` where they exceed it (0: never); return the norm before."""
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    before = float(norm)
+    if limit and before > limit:  # most steps of a run are under it: no pass over the gradients for them
+        nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+    return before
+
+
+@torch.no_grad()
+def evaluate_windows(model: nn.Module, windows: Windows, batches: list[list[tuple[int, int]]], token_bytes: np.ndarray,
+                     machine: Machine) -> tuple[float, int, int]:
+    """Score some windows of a token file.
+
+    Args:
+        model: with `features` and `unembedding`, as in `plotarmour.models`.
+        windows: of the token file.
+        batches: rows ([begin, end) in targets) of each forward pass.
+        token_bytes: int32 (vocab_size,), bytes that each id stands for.
+        machine: device and dtype.
+
+    Returns:
+        Summed nats, count of targets, and UTF-8 bytes these targets stand for. The model is left in the mode
+        (training or evaluation) it was in.
+    """
+    was_training, nats, n_tokens, n_bytes = model.training, 0.0, 0, 0
+    model.eval()
+    try:
+        for rows in batches:
+            inputs, targets = windows.micro_batch(rows)
+            with machine.autocast:
+                features = model.features(inputs.to(machine.device))[0]
+                nats += float(summed_nats(features, model.unembedding, targets.to(machine.device)))
+            counted = targets[targets != IGNORE].numpy()
+            n_tokens, n_bytes = n_tokens + len(counted), n_bytes + int(token_bytes[counted].sum())
+    finally:
+        model.train(was_training)
+    return nats, n_tokens, n_bytes
+
+
+def _seed(number: int, device: torch.device) -> None:
+    """Seed as `torch.manual_seed` does, on the devices used alone: it looks for all others too, 0.4 ms each time."""
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
