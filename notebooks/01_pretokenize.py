@@ -85,7 +85,7 @@ print(tokenizer.decode(story))
 # %%
 from IPython.display import HTML
 
-from plotarmour.report.plots import coloured_tokens
+from plotarmour.report.figures import coloured_tokens
 
 HTML(coloured_tokens([tokenizer.decode([i]) for i in story]))
 
@@ -104,7 +104,7 @@ pd.DataFrame.from_dict(rows, orient="index")
 # %%
 import numpy as np
 
-from plotarmour.report.plots import story_lengths
+from plotarmour.report.figures import story_lengths
 
 lengths = np.diff(np.append(files["train"].offsets, files["train"].n_tokens))
 figure = story_lengths(lengths, folder / "figures" / "story_lengths.png", settings.training.context_length)

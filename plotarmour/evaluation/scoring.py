@@ -58,10 +58,12 @@ class Scores:
             (tokens that overlap a recalled word) and corpus_nats.
         positions: a row per place in a story: position (0 is a story's first token), tokens (stories that have it),
             nats (their sum).
+        token_nats: for every story, float32 (tokens,): the nats of its tokens.
     """
 
     stories: pd.DataFrame
     positions: pd.DataFrame
+    token_nats: list[np.ndarray]
 
 
 def score_stories(model: nn.Module, data, context_length: int | None, machine: Machine, stride: int | None = None,
@@ -115,13 +117,14 @@ def evaluate_run(run, data, facts: dict[int, CorpusFacts] | None = None, stride:
     columns = STORY_COLUMNS + (FACT_COLUMNS if facts else [])
     table = np.zeros((n, len(columns)))
     longest = int(story_tokens(data).max())
-    nats, count = np.zeros(longest), np.zeros(longest, dtype=np.int64)
+    nats, count, token_nats = np.zeros(longest), np.zeros(longest, dtype=np.int64), [np.empty(0)] * n
     sizes = run.tokenizer.token_bytes if facts else None
     for score in score_stories(run.model, data, None if unbounded else run.context_length, run.machine,
                                None if unbounded else stride, name=run.name + (" unbounded" if unbounded else "")):
         table[score.story, :4] = score.story, score.tokens, score.bytes, score.nats
         nats[:score.tokens] += score.token_nats
         count[:score.tokens] += 1
+        token_nats[score.story] = score.token_nats
         if facts:
             known = facts.get(story_hash(run.tokenizer.decode(data.story(score.story))))
             if known is None:
@@ -131,7 +134,7 @@ def evaluate_run(run, data, facts: dict[int, CorpusFacts] | None = None, stride:
     stories = pd.DataFrame(table, columns=columns)
     stories = stories.astype({name: "int64" for name in ("story", "tokens", "bytes", "recall_tokens")
                               if name in stories})
-    return Scores(stories, pd.DataFrame({"position": np.arange(longest), "tokens": count, "nats": nats}))
+    return Scores(stories, pd.DataFrame({"position": np.arange(longest), "tokens": count, "nats": nats}), token_nats)
 
 
 def comparison_table(scores: dict[str, pd.DataFrame], budgets: dict[str, dict]) -> pd.DataFrame:

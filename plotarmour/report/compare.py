@@ -1,6 +1,7 @@
 """The third step of the suite: scores every story under some runs, checks for leaks, and writes tables and figures."""
 
 import dataclasses
+import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,9 @@ from plotarmour.evaluation.ngrams import evaluate_baselines
 from plotarmour.evaluation.scoring import check_stride, comparison_table, evaluate_run, story_tokens
 from plotarmour.evaluation.statistics import win_share_by_length
 from plotarmour.files import write_text
+from plotarmour.flops import forward_flops_per_token, training_flops, weights_used_per_token
 from plotarmour.report import figures
-from plotarmour.report.budgets import budget_of, differences
-from plotarmour.report.examples import different_stories, samples
+from plotarmour.report.examples import COLUMNS, different_stories, samples_of
 from plotarmour.report.page import write_report
 from plotarmour.report.verdict import arm_table, summarise
 from plotarmour.resume import read_info
@@ -118,19 +119,26 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
         check_stride(stride, run.config.training.context_length)
         _check_unseen(run, data, test, train, train_data)
     _clear(out)
-    scores, positions, budgets, runs, tested = {}, [], {}, [], pd.DataFrame()
+    pairs = pairs_of(arms)
+    sampled = {arm.runs[0]: arm.name for arm in arms} if pairs else {}
+    shown = [arm.runs[0] for arm in pairs[0]] if pairs else []  # side by side, word by word
+    scores, positions, budgets, runs, tested, token_nats, samples = {}, [], {}, [], pd.DataFrame(), {}, {}
     for folder in folders:
         run = load_run(folder, which, device)
         budgets[run.name] = budget_of(run)
         for unbounded in (False, True) if _forgets_nothing(run, test) else (False,):
             name = run.name + UNBOUNDED * unbounded
-            found = evaluate_run(run, test, known, stride, unbounded)
-            scores[name] = found.stories
-            positions.append(found.positions.assign(run=name))
-            checks = check_run(run, test, found.stories, train_data, stride, unbounded)
+            result = evaluate_run(run, test, known, stride, unbounded)
+            scores[name] = result.stories
+            positions.append(result.positions.assign(run=name))
+            if name in shown:
+                token_nats[name] = result.token_nats
+            checks = check_run(run, test, result.stories, train_data, stride, unbounded)
             tested = pd.concat([tested, checks], ignore_index=True)
             write_csv(tested, out / "checks.csv")
             require(checks)
+        if run.name in sampled:
+            samples[sampled[run.name]] = samples_of(run, sampled[run.name], test)
         runs.append(dataclasses.replace(run, model=None))
         del run  # one model in memory at a time
     print(f"{len(tested)} leak checks passed", flush=True)
@@ -139,14 +147,63 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
     table, unequal = comparison_table(scores, budgets), differences(runs)
     orders = {(run.config.training.seed, run.info["train"].get("order_sha256")) for run in runs}
     same_order = len({seed for seed, _ in orders}) == len(orders) and None not in {order for _, order in orders}
-    pairs = compare_arms(arms, scores, budgets, same_order) if len(arms) > 1 else pd.DataFrame()
-    found = Comparison(
-        title or f"{data.name}, {which} checkpoints", table, arms, arm_table(arms, table), pairs, tested, unequal,
-        different_stories(arms, scores, test, which, device, folders, stride),
-        samples(arms, folders, which, device, test) if len(arms) > 1 else pd.DataFrame(), runs, stride, same_order,
-        test.header.get("part"))
-    _write(found, out, scores, pd.concat(positions, ignore_index=True), budgets)
+    comparison = Comparison(
+        title or f"{data.name}, {which} checkpoints", table, arms, arm_table(arms, table),
+        compare_arms(arms, scores, budgets, same_order) if pairs else pd.DataFrame(), tested, unequal,
+        different_stories(shown, scores, token_nats, test, runs[0].tokenizer) if pairs else
+        pd.DataFrame(columns=COLUMNS), pd.concat([samples[arm.name] for arm in arms]) if pairs else pd.DataFrame(),
+        runs, stride, same_order, test.header.get("part"))
+    _write(comparison, out, scores, pd.concat(positions, ignore_index=True), budgets)
     return table
+
+
+def budget_of(run) -> dict:
+    """Return what a run cost, from its folder: parameters, training tokens, FLOPs, seconds, memory, hardware.
+
+    Tokens, steps and seconds are those of the whole run; `checkpoint_step` is the step that was scored.
+    """
+    final = _ending(run)
+    shape, T, tokens = run.model.config, run.context_length, final.get("tokens_seen")
+    return {"model": run.config.model, "seed": run.config.training.seed, "params": run.info["params"],
+            "params_non_embedding": run.info["params_non_embedding"], "params_per_token": weights_used_per_token(shape),
+            "train_tokens": tokens, "flops_per_token": forward_flops_per_token(shape, T),
+            "train_flops": None if tokens is None else training_flops(shape, T, tokens),
+            "steps": final.get("step"), "checkpoint_step": run.step, "train_s": final.get("elapsed_s"),
+            "peak_memory_mib": final.get("peak_memory_mib"), "hardware": run.info["hardware"],
+            "ended": final.get("reason", "unfinished")}
+
+
+def differences(runs: list) -> list[str]:
+    """Say what makes a comparison of these runs unequal, one line each; empty where nothing does.
+
+    Example:
+        "tokens: 926,179 (bdh), 463,000 (gpt2)".
+    """
+    looked_at = {"training text": lambda run: run.info["train"]["payload_sha256"][:12],
+                 "context": lambda run: f"{run.context_length:,}",
+                 "rows per step": lambda run: f"{run.config.training.rows_per_step:,}",
+                 "windows": lambda run: run.config.training.windows,
+                 "hardware": lambda run: run.info["hardware"], "dtype": lambda run: run.info["dtype"],
+                 "processes": lambda run: run.info.get("processes", 1),
+                 "tokens": lambda run: f"{_ending(run).get('tokens_seen') or 0:,}",
+                 "end": lambda run: _ending(run).get("reason", "unfinished")}
+    found = []
+    for what, value in looked_at.items():
+        names: dict[str, list[str]] = {}
+        for run in runs:
+            names.setdefault(str(value(run)), []).append(run.name)
+        if len(names) > 1:
+            found.append(f"{what}: " + ", ".join(f"{v} ({', '.join(who)})" for v, who in names.items()))
+    seeds = {kind: sorted({run.config.training.seed for run in runs if run.config.model == kind})
+             for kind in sorted({run.config.model for run in runs})}
+    if len({str(each) for each in seeds.values()}) > 1:  # several are none where every kind of model has the same
+        found.append("seeds: " + ", ".join(f"{kind} {', '.join(map(str, each))}" for kind, each in seeds.items()))
+    orders = {run.config.training.seed: set() for run in runs}
+    for run in runs:
+        orders[run.config.training.seed].add(run.info["train"].get("order_sha256"))
+    if any(len(each) > 1 for each in orders.values()):
+        found.append("order of the tokens: runs of one seed have different hashes, or none (run.json, order_sha256)")
+    return found
 
 
 def find_runs(folder: Path, named: str = "") -> list[Path]:
@@ -209,7 +266,7 @@ def _write(found: Comparison, out: Path, scores: dict[str, pd.DataFrame], positi
     logs = {run.name: pd.read_csv(run.folder / "log.csv") for run in found.runs}
     per_token = {arm.name: 3 * budgets[arm.runs[0]]["flops_per_token"] for arm in found.arms}
     figures.perplexities(found.arms, found.by_arm, found.table, out / "perplexity.png", found.title)
-    figures.learning_curves(found.arms, logs, per_token, out / "training_curves.png",
+    figures.training_curves(found.arms, logs, out / "training_curves.png", per_token,
                             None if baselines.empty else tuple(baselines.iloc[0]))
     figures.loss_by_position(found.arms, positions, out / "loss_by_position.png",
                              contexts.pop() if len(contexts) == 1 else None)
@@ -219,6 +276,12 @@ def _write(found: Comparison, out: Path, scores: dict[str, pd.DataFrame], positi
     write_text(out / "summary.txt", summarise(found.table, found.title, found.unequal, found.arms, found.by_arm,
                                               found.pairs, found.checks))
     write_report(found, out)
+
+
+def _ending(run) -> dict:
+    """How a run ended, or stopped for now; empty while it is under way."""
+    return next((json.loads((run.folder / name).read_text(encoding="utf-8"))
+                 for name in ("DONE.json", "STOPPED.json") if (run.folder / name).exists()), {})
 
 
 def _clear(out: Path) -> None:

@@ -1,16 +1,25 @@
-"""Figures of a comparison: PNGs from its tables. An arm has one colour and one dash in all of them."""
+"""Figures (PNG): of a run's log, of a text's tokens, of a comparison's tables. No global matplotlib state.
 
+An arm has one colour and one dash in all figures of a comparison. Text in figures is text: `$` begins no formula.
+"""
+
+import html
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from plotarmour.evaluation.arms import Arm
-from plotarmour.report.plots import BLUE, GRAY, GREEN, ORANGE, arm_label, new_figure, save_figure
 
+BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#8A8A8A"
 # Okabe and Ito's, safe for the colour-blind: blues for BDH, warm ones for the others.
 COLORS = {"bdh": (BLUE, "#56B4E9", "#004A75"), "gpt2": (ORANGE, "#CC79A7", "#E69F00", "#7A3500")}
-DASHES = ("-", "--", ":", "-.")
+MODEL_NAMES = {"bdh": "BDH", "gpt2": "GPT-2"}
+TINTS = ("#CFE3F1", "#FBE3C8", "#CFEDE3", "#F0D9E8")  # of tokens: light, so that black text stays readable
+DASHES = ("-", "--", ":", "-.")  # tell arms of one kind of model apart
 MARKERS = ("o", "s", "^", "D")
 FEW = 20  # stories: fewer than that reach a position, and the curve ends (with fewer stories in all: a quarter)
 
@@ -26,39 +35,51 @@ def styles(arms: list[Arm]) -> dict[str, dict]:
     return found
 
 
-def learning_curves(arms: list[Arm], logs: dict[str, pd.DataFrame], flops_per_token: dict[str, float], path: Path,
-                    baseline: tuple[str, float] | None = None) -> Path:
-    """Draw validation loss against training tokens, FLOPs and time: a thick line per arm, a thin one per seed.
+def training_curves(arms: list[Arm], logs: dict[str, pd.DataFrame], path: Path,
+                    flops_per_token: dict[str, float] | None = None, baseline: tuple[str, float] | None = None) -> Path:
+    """Draw validation loss against training tokens, time and FLOPs: a thick line per arm, a thin one per seed.
+
+    An arm of one run shows its training loss too, faintly.
 
     Args:
-        arms: of the comparison.
+        arms: of the comparison, or one arm of one run.
         logs: by run name, the rows of log.csv.
-        flops_per_token: by arm name, training FLOPs per token.
         path: of the PNG.
-        baseline: name and loss of the best baseline on the test stories, drawn as a line.
+        flops_per_token: by arm name, training FLOPs per token; None: no panel for FLOPs.
+        baseline: name and loss of the best n-gram baseline on the test stories, drawn as a line.
     """
-    figure, panels = new_figure(13, 4.4, columns=3, sharey=True)
-    drawn, style = [], styles(arms)
+    most_tokens, longest_s = (max(log[c].max() for log in logs.values()) for c in ("tokens_seen", "elapsed_s"))
+    tokens, tokens_unit = (1e6, "million") if most_tokens >= 1e6 else (1e3, "thousand")
+    seconds, time_unit = (60, "minutes") if longest_s >= 180 else (1, "seconds")
+    x_axes = {f"training tokens ({tokens_unit})": lambda log, _: log["tokens_seen"] / tokens,
+              "training FLOPs (10¹²)": lambda log, arm: log["tokens_seen"] * flops_per_token[arm.name] / 1e12,
+              f"time ({time_unit})": lambda log, _: log["elapsed_s"] / seconds}
+    if flops_per_token is None:
+        del x_axes["training FLOPs (10¹²)"]
+    figure, panels = new_figure(1 + 4.2 * len(x_axes), 4.4, columns=len(x_axes), sharey=True)
+    style, losses = styles(arms), [baseline[1]] if baseline else []
     for arm in arms:
-        own = {"color": style[arm.name]["color"], "linestyle": style[arm.name]["linestyle"]}
+        own = {key: style[arm.name][key] for key in ("color", "linestyle")}
         rows = [logs[run][logs[run]["val_loss"].notna()] for run in arm.runs]
-        if not min(map(len, rows)):
-            continue  # a log without a validation
-        for log in rows:
-            drawn += log["val_loss"].iloc[int(len(log) > 3):].tolist()
-        # The mean is taken by evaluations, which runs of one arm make at the same steps; a longer one is cut.
         n = min(map(len, rows))
-        for panel, x in zip(panels, ("tokens", "flops", "time"), strict=True):
-            along = [_along(log, x, flops_per_token[arm.name]) for log in rows]
+        if not n:
+            continue  # a log without a validation
+        for log in rows:  # the untrained start, near ln(vocabulary), would flatten the rest: the axis begins below it
+            losses += log["val_loss"].iloc[int(len(log) > 3):].tolist()
+        # The mean is over evaluations, which runs of one arm make at the same steps; a longer log is cut.
+        mean = np.mean([log["val_loss"].to_numpy()[:n] for log in rows], axis=0)
+        for panel, along in zip(panels, x_axes.values(), strict=True):
             if len(rows) > 1:
-                for log, values in zip(rows, along, strict=True):
-                    panel.plot(values, log["val_loss"], linewidth=0.8, alpha=0.35, **own)
-            mean = np.mean([log["val_loss"].to_numpy()[:n] for log in rows], axis=0)
-            panel.plot(np.mean([values[:n] for values in along], axis=0), mean, linewidth=2, markersize=3.5,
-                       marker=style[arm.name]["marker"], label=f"{arm_label(arm.name, arm.model)}: last {mean[-1]:.2f}",
-                       **own)
-    labels = ("training tokens (million)", "training FLOPs (10¹²)", "time (minutes)")
-    for panel, label in zip(panels, labels, strict=True):
+                for log in rows:
+                    panel.plot(along(log, arm), log["val_loss"], linewidth=0.8, alpha=0.35, **own)
+            else:
+                log = logs[arm.runs[0]]
+                panel.plot(along(log, arm), log["train_loss"], color=own["color"], linewidth=1, alpha=0.25)
+                losses += [log["train_loss"].min()] if log["train_loss"].notna().any() else []
+            x = np.mean([along(log, arm).to_numpy()[:n] for log in rows], axis=0)
+            panel.plot(x, mean, linewidth=2, markersize=3.5, marker=style[arm.name]["marker"],
+                       label=f"{_label(arm)}: last {mean[-1]:.2f}", **own)
+    for panel, label in zip(panels, x_axes, strict=True):
         if baseline:
             panel.axhline(baseline[1], color=GRAY, linewidth=1, linestyle=(0, (1, 2)))
         panel.set_xlabel(label)
@@ -66,13 +87,13 @@ def learning_curves(arms: list[Arm], logs: dict[str, pd.DataFrame], flops_per_to
     if baseline:
         panels[0].annotate(f"{baseline[0]} (test)", (0.99, baseline[1]), xycoords=("axes fraction", "data"), ha="right",
                            va="bottom", color="#555555", fontsize=9)
-    shown = (drawn + ([baseline[1]] if baseline else [])) or [0.0]
-    margin = 0.08 * (max(shown) - min(shown)) + 0.01
-    panels[0].set_ylim(min(shown) - margin, max(shown) + margin)
+    margin = 0.08 * (max(losses) - min(losses)) + 0.01 if losses else 1.0
+    panels[0].set_ylim(min(losses, default=0.0) - margin, max(losses, default=0.0) + margin)
     panels[0].set_ylabel("validation loss (nats per token)")
-    for panel, title in zip(panels, ("Against tokens", "... against FLOPs", "... and against time"), strict=True):
-        panel.set_title(title, loc="left", fontsize=11)
-    panels[2].legend(frameon=False, loc="upper right", fontsize=9)
+    faint = " (faint: training)" if any(len(arm.runs) == 1 for arm in arms) else ""
+    panels[0].set_title(f"Validation loss{faint}", loc="left", fontsize=11)
+    if panels[-1].get_legend_handles_labels()[0]:
+        panels[-1].legend(frameon=False, loc="upper right", fontsize=9)
     return save_figure(figure, path)
 
 
@@ -97,13 +118,13 @@ def perplexities(arms: list[Arm], by_arm: pd.DataFrame, by_run: pd.DataFrame, pa
         if name in known and len(known[name].runs) > 1:
             values = points[list(known[name].runs)]
             axes.plot(values, [i] * len(values), "o", color="black", markersize=3.5)
-    axes.set_yticks(range(len(by_arm)), [arm_label(name, known[name].model) if name in known else name
+    axes.set_yticks(range(len(by_arm)), [_label(known[name]) if name in known else _plain(name)
                                          for name in by_arm["name"]])
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlim(1, by_arm["perplexity"].max() * 2.2)
     axes.set_xlabel("perplexity on held-out stories (logarithmic; lower is better; points: seeds)")
-    axes.set_title(title or "Perplexity: models in colour, baselines in gray", loc="left", fontsize=11)
+    axes.set_title(_plain(title) or "Perplexity: models in colour, n-gram baselines in gray", loc="left", fontsize=11)
     return save_figure(figure, path)
 
 
@@ -116,7 +137,7 @@ def differences_forest(arms: list[Arm], pairs: pd.DataFrame, path: Path) -> Path
         path: of the PNG.
     """
     figure, axes = new_figure(9, 1.3 + 0.42 * len(pairs))
-    names = {arm.name: arm_label(arm.name, arm.model) for arm in arms}
+    names = {arm.name: _label(arm) for arm in arms}
     whole = pairs["speaks_of"] == "recipes"
     for i, (_, row) in enumerate(pairs.iterrows()):
         thick = whole.iloc[i] or not whole.any()
@@ -127,7 +148,7 @@ def differences_forest(arms: list[Arm], pairs: pd.DataFrame, path: Path) -> Path
                   markersize=7 if thick else 5)
     axes.axvline(0, color="#555555", linewidth=1)
     axes.set_yticks(range(len(pairs)), [
-        f"{names.get(row['a'], row['a'])} against {names.get(row['b'], row['b'])}"
+        f"{names.get(row['a'], _plain(row['a']))} against {names.get(row['b'], _plain(row['b']))}"
         + (f"\n({row['seeds_a']} and {row['seeds_b']} seeds)" if row["speaks_of"] == "recipes" else "")
         for _, row in pairs.iterrows()], fontsize=9)
     axes.set_ylim(len(pairs) - 0.4, -0.6)
@@ -157,7 +178,7 @@ def loss_by_position(arms: list[Arm], positions: pd.DataFrame, path: Path, conte
         edges = np.unique(np.round(np.geomspace(1, len(own) + 1, 40)).astype(int)) - 1
         sums = np.add.reduceat(own.to_numpy(dtype=float), edges[:-1], axis=0)
         axes.plot((edges[:-1] + edges[1:] + 1) / 2, sums[:, 1] / sums[:, 0], markersize=3.5, linewidth=1.8,
-                  label=arm_label(arm.name, arm.model), **style[arm.name])
+                  label=_label(arm), **style[arm.name])
     if context_length:
         axes.axvline(context_length, color=GRAY, linewidth=1, linestyle=(0, (1, 2)))
         axes.annotate(f"context {context_length} ", (context_length, 0.98), xycoords=("data", "axes fraction"),
@@ -184,7 +205,7 @@ def win_shares(shares: dict[str, pd.DataFrame], path: Path) -> Path:
         share = 100 * table["share"]
         around = np.clip([share - 100 * table["low"], 100 * table["high"] - share], 0, None)
         axes.errorbar(x, share, yerr=around, capsize=3, color=colors[i % len(colors)], marker=MARKERS[i % len(MARKERS)],
-                      linestyle=DASHES[i % len(DASHES)], linewidth=1.5, label=name)
+                      linestyle=DASHES[i % len(DASHES)], linewidth=1.5, label=_plain(name))
     first = next(iter(shares.values()))
     axes.set_xticks(range(len(first)), [f"{low:,}–{high:,}" for low, high in
                                         zip(first["min_tokens"], first["max_tokens"], strict=True)])
@@ -197,8 +218,64 @@ def win_shares(shares: dict[str, pd.DataFrame], path: Path) -> Path:
     return save_figure(figure, path)
 
 
-def _along(log: pd.DataFrame, what: str, flops_per_token: float) -> np.ndarray:
-    if what == "time":
-        return log["elapsed_s"].to_numpy() / 60
-    tokens = log["tokens_seen"].to_numpy()
-    return tokens / 1e6 if what == "tokens" else tokens * flops_per_token / 1e12
+def story_lengths(tokens_per_story: Sequence[int], path: Path, context_length: int | None = None) -> Path:
+    """Draw a histogram of story lengths in tokens, with the context length as a line."""
+    figure, axes = new_figure(8, 3.2)
+    axes.hist(tokens_per_story, bins=min(60, max(10, len(tokens_per_story) // 50)), color=BLUE)
+    if context_length:
+        axes.axvline(context_length, color=ORANGE, linewidth=2)
+        axes.annotate(f" context {context_length}", (context_length, 0.95), xycoords=("data", "axes fraction"),
+                      color=ORANGE, va="top")
+    axes.set_xlabel("tokens per story")
+    axes.set_ylabel("stories")
+    axes.set_title("How long the stories are", loc="left", fontsize=11)
+    return save_figure(figure, path)
+
+
+def coloured_tokens(pieces: Sequence[str]) -> str:
+    """Return HTML that shows a text's tokens: neighbours in different tints, line breaks as ⏎.
+
+    Args:
+        pieces: the text of each token, in order. A character that is spelled by several tokens shows as �.
+    """
+    spans = []
+    for i, piece in enumerate(pieces):
+        shown = html.escape(piece).replace("\n", "⏎<br>").replace(" ", "&nbsp;")
+        spans.append(f'<span style="background:{TINTS[i % len(TINTS)]};color:#000;border-radius:3px;'
+                     f'border-right:1px solid #fff">{shown}</span><wbr>')
+    return f'<div style="font-family:monospace;line-height:1.7;max-width:60em">{"".join(spans)}</div>'
+
+
+def arm_label(name: str, kind: str) -> str:
+    """Return a run's or an arm's name as people know it: BDH, GPT-2, or its own with the model behind it."""
+    shown = MODEL_NAMES.get(kind, kind)
+    return shown if name in (kind, shown) else f"{name} ({shown})"
+
+
+def _label(arm: Arm) -> str:
+    """An arm's name for a figure."""
+    return _plain(arm_label(arm.name, arm.model))
+
+
+def _plain(text: str) -> str:
+    """Escape text for matplotlib, which takes what stands between two `$` for a formula."""
+    return text.replace("$", r"\$")
+
+
+def new_figure(width: float, height: float, columns: int = 1, **options):
+    """Return a figure of so many inches, and its axes: one, or an array of `columns`."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns, **options)
+    for each in axes if columns > 1 else [axes]:
+        each.spines[["top", "right"]].set_visible(False)
+        each.grid(axis="both" if columns > 1 else "x", color="#E5E5E5", linewidth=0.8)
+        each.set_axisbelow(True)
+    return figure, axes
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a PNG, and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path

@@ -8,7 +8,7 @@ import pandas as pd
 
 from plotarmour.evaluation.arms import MATCHINGS
 from plotarmour.files import write_text
-from plotarmour.report.plots import MODEL_COLORS, MODEL_NAMES
+from plotarmour.report.figures import COLORS, GRAY, MODEL_NAMES
 from plotarmour.report.verdict import (
     NOT_CLAIMED,
     arm_names,
@@ -122,7 +122,7 @@ def _samples(found, names: dict[str, str]) -> list[str]:
     kinds = {arm.name: arm.model for arm in found.arms}
     parts = ["<h2>What they write</h2>", '<p class="small">Same prompt, same seed; one draw each, not chosen.</p>']
     for prompt, rows in found.samples.groupby("prompt", sort=False):
-        sides = "".join(f'<div class="side" style="border-color:{MODEL_COLORS.get(kinds[row.arm], "#888")}"><strong>'
+        sides = "".join(f'<div class="side" style="border-color:{COLORS.get(kinds[row.arm], (GRAY,))[0]}"><strong>'
                         f"{_t(names[row.arm])}</strong>\n<em>{_t(prompt)}</em>{_t(row.text)}</div>"
                         for row in rows.itertuples())
         parts.append(f'<div class="sides">{sides}</div>')

@@ -6,7 +6,7 @@ import pandas as pd
 
 from plotarmour.evaluation.arms import MATCHINGS, UNBOUNDED, Arm
 from plotarmour.evaluation.metrics import totals
-from plotarmour.report.plots import arm_label
+from plotarmour.report.figures import arm_label
 from plotarmour.training.loop import DONE
 
 NOT_CLAIMED = (

@@ -18,7 +18,8 @@ from typing import Any, TextIO
 import pandas as pd
 
 from plotarmour.cli import UserError
-from plotarmour.report.plots import training_curves
+from plotarmour.evaluation.arms import Arm
+from plotarmour.report.figures import training_curves
 from plotarmour.suite.relay import last_state
 from plotarmour.training.log import COLUMNS
 
@@ -72,10 +73,13 @@ class LiveCurves(contextlib.ExitStack):
     def _draw(self) -> None:
         log = read_rows(self.run / "log.csv")
         if log["val_loss"].notna().any():
-            path = training_curves({self.model: (self.model, log)}, self.run / "figures" / "training.png")
+            path = self._curves(log, self.run / "figures" / "training.png")
             from IPython.display import Image
 
             self.handle.update(Image(data=path.read_bytes(), format="png"))
+
+    def _curves(self, log: pd.DataFrame, path: Path) -> Path:
+        return training_curves([Arm(self.model, self.model, (self.model,), (0,))], {self.model: log}, path)
 
     def _rehearse(self) -> None:
         """Draw twice where nobody looks: the first drawing of a process is slow, the second tells what one takes."""
@@ -83,7 +87,7 @@ class LiveCurves(contextlib.ExitStack):
                                 "val_loss": [3.0, 2.0]})
         with tempfile.TemporaryDirectory() as folder:
             for _ in range(2):
-                self._timed(lambda: training_curves({self.model: (self.model, made_up)}, Path(folder) / "curves.png"))
+                self._timed(lambda: self._curves(made_up, Path(folder) / "curves.png"))
 
     def _try(self, act: Callable[[], object]) -> None:
         try:

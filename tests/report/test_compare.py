@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from plotarmour import run
 from plotarmour.cli import UserError
 from plotarmour.config import load_recipe
 from plotarmour.data.pretokenize import pre_tokenize
@@ -93,6 +94,15 @@ def test_the_report_stands_alone(compared):
         assert said in page, said
     summary = (compared / "summary.txt").read_text(encoding="utf-8")
     assert "95 % interval" in summary and " leak checks passed" in summary
+
+
+def test_each_run_is_loaded_once(runs, token_files, tmp_path, monkeypatch):
+    """Guards: weights read and hashed again for the examples and for the samples."""
+    loaded, load_model = [], run.load_model
+    monkeypatch.setattr(run, "load_model", lambda checkpoint, model: loaded.append(checkpoint) or load_model(
+        checkpoint, model))
+    compare_runs(runs[:3], token_files["test"], tmp_path / "out")
+    assert [checkpoint.parents[1] for checkpoint in loaded] == runs[:3]
 
 
 def test_runs_that_have_not_ended_are_refused_or_labelled(token_files, runs, tmp_path):

@@ -9,7 +9,8 @@ import pytest
 from nbclient import NotebookClient
 
 from plotarmour.cli import UserError
-from plotarmour.report.plots import training_curves
+from plotarmour.evaluation.arms import Arm
+from plotarmour.report.figures import training_curves
 from plotarmour.suite import live
 from plotarmour.suite.live import LiveBar, LiveCurves, read_rows
 from plotarmour.training.log import RunLog
@@ -74,7 +75,8 @@ def test_an_executed_notebook_holds_one_figure_and_one_bar_as_they_last_were(roo
     for run, cell, reached in zip("ab", cells, (4, 3), strict=True):
         curves, bar = (output.data for output in cell.outputs if output.output_type == "display_data")
         log = read_rows(tmp_path / run / "log.csv")
-        last = training_curves({"bdh": ("bdh", log)}, tmp_path / "whole_log.png").read_bytes()
+        arm = Arm("bdh", "bdh", ("bdh",), (0,))
+        last = training_curves([arm], {"bdh": log}, tmp_path / "whole_log.png").read_bytes()
         assert len(log) == 4 - (run == "b") and base64.b64decode(curves["image/png"]) == last
         assert last == (tmp_path / run / "figures" / "training.png").read_bytes()
         assert f"| {reached}/4" in bar["text/plain"]
@@ -100,7 +102,7 @@ def test_drawing_takes_a_hundredth_of_the_time_at_most(notebook, log, tmp_path, 
     now, drawn = [0.0], []
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
-    def draw(runs, path):
+    def draw(arms, logs, path):
         now[0] += 2.0
         drawn.append(now[0])
         path.parent.mkdir(exist_ok=True)

@@ -1,0 +1,57 @@
+import pandas as pd
+import pytest
+from matplotlib.text import Text
+
+from plotarmour.evaluation.arms import Arm
+from plotarmour.report import figures
+
+FORMULA = r"a $\foo$ run"
+LOG = pd.DataFrame({"tokens_seen": [0, 1000, 2000], "elapsed_s": [0.0, 1.0, 2.0], "train_loss": [None, 2.5, 2.0],
+                    "val_loss": [3.0, 2.0, 1.5]})
+PAIR = {"a": FORMULA, "b": "b$x$", "speaks_of": "recipes", "seeds_a": 1, "seeds_b": 1, "perplexity_ratio": 0.9,
+        "perplexity_ratio_low": 0.8, "perplexity_ratio_high": 0.95}
+SHARES = pd.DataFrame({"min_tokens": [1], "max_tokens": [9], "share": [0.5], "low": [0.2], "high": [0.8]})
+
+
+def arms(*names):
+    return [Arm(name, "bdh", (name,), (0,)) for name in names]
+
+
+def draw_all(folder, name):
+    own = arms(name, "plain")
+    table = pd.DataFrame({"name": [name, "plain", "trigram baseline"], "perplexity": [9.0, 11.0, 30.0]})
+    positions = pd.DataFrame({"run": [name] * 3, "position": range(3), "tokens": [9, 9, 9], "nats": [9.0, 8.0, 7.0]})
+    figures.training_curves(own, {name: LOG, "plain": LOG}, folder / "curves.png", {name: 1e9, "plain": 1e9},
+                            ("trigram baseline", 2.2))
+    figures.perplexities(own, table, table, folder / "perplexity.png", name)
+    figures.differences_forest(own, pd.DataFrame([PAIR | {"a": name}]), folder / "differences.png")
+    figures.loss_by_position(own, positions, folder / "positions.png")
+    figures.win_shares({f"{name} against b": SHARES}, folder / "shares.png")
+    figures.story_lengths([3, 4, 9], folder / "lengths.png", 8)
+
+
+@pytest.mark.parametrize("name", [FORMULA, r"$\foo$", "a$b", r"\$5"])
+def test_text_in_figures_is_text(tmp_path, monkeypatch, name):
+    """Guards: a comparison that ends in a parse error, hours later, because a title or a run's name holds two `$`."""
+    shown, save = [], figures.save_figure
+
+    def record(figure, path):
+        result = save(figure, path)
+        shown.extend(text._preprocess_math(text.get_text()) for text in figure.findobj(Text))
+        return result
+
+    monkeypatch.setattr(figures, "save_figure", record)
+    draw_all(tmp_path, name)
+    assert len(list(tmp_path.iterdir())) == 6
+    assert sum(name in text and not is_math for text, is_math in shown) >= 5  # curves, bars and title, pair, positions
+
+
+def test_one_run_shows_its_training_loss_and_no_flops_unless_given(tmp_path, monkeypatch):
+    """Guards: live curves without the training loss, a panel of FLOPs that nobody counted, an empty log that fails."""
+    drawn, save = [], figures.save_figure
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure) or save(figure, path))
+    figures.training_curves(arms("one"), {"one": LOG}, tmp_path / "one.png")
+    figures.training_curves(arms("one"), {"one": LOG.assign(val_loss=None)}, tmp_path / "none.png")
+    panels = drawn[0].axes
+    assert [axes.get_xlabel() for axes in panels] == ["training tokens (thousand)", "time (seconds)"]
+    assert [line.get_ydata()[-1] for line in panels[0].lines] == [2.0, 1.5]
