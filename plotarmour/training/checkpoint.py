@@ -2,16 +2,16 @@
 
     checkpoints/step_00001200/   model.safetensors, optimizer.safetensors, state.json, MANIFEST.json
 
-MANIFEST.json names the other files with size and SHA-256, and ends with the SHA-256 of its own content:
+MANIFEST.json holds the SHA-256 of the other files and, at its end, that of its own content. So a flipped bit or a lost
+byte of the manifest is noticed like one in the weights:
 
-    {"format": 1, "step": 6, "files": {"model.safetensors": {"bytes": 412, "sha256": "..."}, ...}, "sha256": "..."}
+    {"format": 1, "step": 6, "files": {"model.safetensors": "...", ...}, "sha256": "..."}
 
-So a flipped bit, a dropped entry or a lost last byte of the manifest is noticed like one in the weights. `format` and
-the closing `sha256` stay in all later formats: they tell a newer checkpoint from a damaged one.
+`format` and the closing `sha256` stay in all later formats: they tell a newer checkpoint from a damaged one.
 
-The folders alone say which checkpoint is which: `latest` is the highest step, the one below it comes before it, and
-`best` is the `best_step` in the latest's state.json. A save writes a hidden folder, renames it, and only then removes
-the checkpoints that are no longer kept. Whatever a killed process leaves is removed at the next start (`tidy`).
+The folders say which checkpoint is which: `latest` is the highest step; `best` is `best_step` in its state.json. A save
+writes a hidden folder, renames it, and only then removes the checkpoints that are no longer kept. What a killed process
+leaves is removed at the next start (`tidy`).
 """
 
 import hashlib
@@ -83,12 +83,8 @@ def rewind(run: Path, step: int) -> None:
 def tidy(run: Path, checkpoint: Path | None, keep_every: int) -> None:
     """Remove what a killed process left: unfinished files, and checkpoints that are no longer kept.
 
-    Only for the holder of the run's lock. A damaged later checkpoint stays until the next one is saved.
-
-    Args:
-        run: the run folder.
-        checkpoint: from which the run continues; None for a new run.
-        keep_every: as in `save_checkpoint`.
+    Only for the holder of the run's lock, with the checkpoint that it continues from (None: a new run). Later ones,
+    which are damaged, stay until the next save.
     """
     written = ("run.json", "tokenizer.json", "log.csv", "log.cut.csv", "DONE.json", "STOPPED.json")
     leftovers = [path for name in written for path in run.glob(f".{name}.*.unfinished")]
@@ -119,18 +115,18 @@ def find_checkpoint(run: Path, which: str | int, files: Sequence[str] = FILES) -
                         f"{', '.join(sorted(path.name for path in folders)) or 'none'}." + " Kept are the latest two, "
                         "the best, and multiples of keep_every, if that is set." * isinstance(which, int))
     damage = damage or damage_of(folder, files)
-    if damage:
-        whole = [path for path in folders if path != folder and damage_of(path, files) is None]
-        if not whole:
-            remedy = "Restore the folder from a copy, or start anew with another --out"
-        elif which == "best" and folders[0] in whole:
-            remedy = "The latest is: tools/evaluate.py --checkpoint latest scores it"
-        elif which in ("latest", "best"):
-            remedy = "Give the command that trained it again: it goes on from the one before"
-        else:
-            remedy = "Name one of these"
-        raise UserError(f"{damage}. Whole checkpoints: {', '.join(path.name for path in whole) or 'none'}. {remedy}.")
-    return folder
+    if damage is None:
+        return folder
+    whole = [path for path in folders if path != folder and damage_of(path, files) is None]
+    if not whole:
+        remedy = "Restore the folder from a copy, or start anew with another --out"
+    elif which == "best" and folders[0] in whole:
+        remedy = "The latest is: tools/evaluate.py --checkpoint latest scores it"
+    elif which in ("latest", "best"):
+        remedy = "Give the command that trained it again: it goes on from the one before"
+    else:
+        remedy = "Name one of these"
+    raise UserError(f"{damage}. Whole checkpoints: {', '.join(path.name for path in whole) or 'none'}. {remedy}.")
 
 
 def find_checkpoint_to_resume(run: Path) -> Path | None:
@@ -152,7 +148,7 @@ def find_checkpoint_to_resume(run: Path) -> Path | None:
 def latest_whole_step(run: Path) -> int | None:
     """Return the step of the latest whole checkpoint; None for a run without any."""
     checkpoint, _ = _latest_whole(run)
-    return None if checkpoint is None else step_of(checkpoint)
+    return step_of(checkpoint) if checkpoint else None
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
@@ -193,8 +189,8 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def write_manifest(folder: Path, step: int) -> None:
     """Write MANIFEST.json, with hashes of the bytes on disk: no second copy of the optimizer's state is needed."""
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256_of(folder / name)} for name in FILES}
-    write_text(folder / "MANIFEST.json", sealed_json({"format": FORMAT, "step": step, "files": files}))
+    hashes = {name: _sha256_of(folder / name) for name in FILES}
+    write_text(folder / "MANIFEST.json", sealed_json({"format": FORMAT, "step": step, "files": hashes}))
 
 
 def damage_of(folder: Path, files: Sequence[str] = FILES) -> str | None:
@@ -202,7 +198,7 @@ def damage_of(folder: Path, files: Sequence[str] = FILES) -> str | None:
 
     Args:
         folder: of the checkpoint.
-        files: to read and verify, beside the manifest.
+        files: to verify, beside the manifest.
 
     Raises:
         UserError: the manifest is whole, and of a newer format.
@@ -223,13 +219,11 @@ def damage_of(folder: Path, files: Sequence[str] = FILES) -> str | None:
     if manifest.get("format") != FORMAT:
         raise UserError(f"{folder} has checkpoint format {manifest.get('format')}; this program reads {FORMAT}. Go "
                         "on with the newer program that wrote it.")
-    if _name(manifest["step"]) != folder.name:
-        return f"{path} is damaged (it is that of step {manifest['step']:,})"
-    if set(manifest["files"]) != set(FILES):
-        return f"{path} is damaged (it names {', '.join(sorted(manifest['files']))})"
+    if _name(manifest["step"]) != folder.name or set(manifest["files"]) != set(FILES):
+        return f"{path} is damaged (it is of step {manifest['step']:,} and names {', '.join(manifest['files'])})"
     for name in files:
         try:
-            if _sha256_of(folder / name) != manifest["files"][name]["sha256"]:
+            if _sha256_of(folder / name) != manifest["files"][name]:
                 return f"{folder / name} is damaged (its SHA-256 is not the manifest's)"
         except FileNotFoundError:
             return f"{folder / name} is missing"
@@ -245,7 +239,7 @@ def sealed_json(value: dict) -> str:
 
 
 def record_change(run: Path, step: int, why: str, holds: dict | None = None, **changed: list) -> None:
-    """Append to the list `changes` in run.json: what changed during a run, by choice or out of need.
+    """Append to the list `changes` in run.json.
 
     Args:
         run: the run folder.
@@ -269,7 +263,9 @@ def _write(run: Path, folder: Path, tensors: dict[str, dict[str, Tensor]], state
         temporary.mkdir()
         for name, values in tensors.items():
             save_file(values, temporary / name)
-            _check_readable(temporary / name, values)
+            with safe_open(temporary / name, "pt") as file:  # also compares the header's sizes with the file's
+                if set(file.keys()) != set(values):
+                    raise OSError(None, f"{name} was not written whole")
         (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         for name in tensors:  # safetensors writes files that only their owner can read
             with suppress(OSError):
@@ -302,12 +298,6 @@ def _check_space(folder: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
         raise OSError(None, f"the disk has {free / 1e6:,.0f} MB left, and it needs {needed / 1e6:,.0f} MB")
 
 
-def _check_readable(path: Path, values: dict[str, Tensor]) -> None:
-    with safe_open(path, "pt") as file:  # also compares the header's sizes with the file's
-        if set(file.keys()) != set(values):
-            raise OSError(None, f"{path.name} was not written whole")
-
-
 def _latest_whole(run: Path) -> tuple[Path | None, list[str]]:
     """Return the latest whole checkpoint, if there is one, and what is wrong with each later one."""
     damages = []
@@ -326,10 +316,7 @@ def _best_of(latest: Path) -> Path:
 
 
 def _prune(latest: Path, keep_every: int) -> None:
-    """Remove all checkpoints but the latest, the one before, the best, and multiples of `keep_every`.
-
-    Checkpoints of later steps are damaged ones that the run did not continue from: they go too.
-    """
+    """Remove all but the latest, the one before, the best, and multiples of `keep_every`; later ones are damaged."""
     folders = checkpoint_folders(latest.parents[1])
     before = folders[folders.index(latest) + 1:]
     kept = {latest, *before[:1], _best_of(latest), *(p for p in before if keep_every and not step_of(p) % keep_every)}
