@@ -96,6 +96,14 @@ def test_the_report_stands_alone(compared):
     assert "95 % interval" in summary and " leak checks passed" in summary
 
 
+def test_nothing_in_the_report_is_taken_for_markup(runs, token_files, tmp_path):
+    """Guards: a title, a story or a file name that ends a tag, or runs a script, in the page."""
+    title = "<script>alert('x')</script> & \"more\" $x$"
+    compare_runs(runs[:3:2], token_files["test"], tmp_path, title=title)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page and page.count("&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; ") == 2
+
+
 def test_each_run_is_loaded_once(runs, token_files, tmp_path, monkeypatch):
     """Guards: weights read and hashed again for the examples and for the samples."""
     loaded, load_model = [], run.load_model
