@@ -12,6 +12,7 @@ from plotarmour.cli import UserError
 from plotarmour.evaluation.leak_checks import Stories, check_run, require
 from plotarmour.evaluation.scoring import score_stories
 from plotarmour.machine import find_machine
+from plotarmour.models.bdh import BDH, BDHConfig
 
 CPU = find_machine("cpu")
 V = 50
@@ -42,6 +43,15 @@ class SeesOneAheadLate(SeesOneAhead):
         return honest + ahead * (torch.arange(inputs.shape[1]) > 25)[None, :, None], None
 
 
+class SeesOneAheadUnbounded(SeesOneAhead):
+    """Sees one token ahead, in stories of any length."""
+
+    context_length = None
+
+    def initial_state(self, batch_size):
+        return None
+
+
 class IsNotANumber(SeesOneAhead):
     """Overflows, as float16 may."""
 
@@ -61,6 +71,13 @@ class SeesItsWholeStory(SeesOneAhead):
 
     def features(self, inputs, state=None):
         return super().features(inputs)[0] + self.table[inputs].mean(1, keepdim=True), None
+
+
+@pytest.fixture
+def small_bdh():
+    """A model without a context length."""
+    torch.manual_seed(0)
+    return BDH(BDHConfig(2, 16, 2, 8, vocab_size=V, dropout=0.0))
 
 
 def run_of(model, context_length=64, takes_pieces=True):
@@ -144,16 +161,15 @@ def test_bytes_are_not_counted_with_tokenizers_whose_ids_do_not_tell(small_model
     assert failed(run, data, scores) == set()
 
 
-def test_unbounded_scoring_is_checked_too(small_model, data):
-    """Guards: a row of a comparison that nobody has looked at."""
-    run = run_of(small_model)
-    rows = [(s.story, s.tokens, s.bytes, s.nats) for s in score_stories(run.model, data, None, CPU, name=None)] \
-        if small_model.context_length is None else []
-    if rows:
-        scores = pd.DataFrame(rows, columns=["story", "tokens", "bytes", "nats"]).sort_values("story",
-                                                                                             ignore_index=True)
-        checks = check_run(run, data, scores, unbounded=True)
-        assert checks["passed"].all() and set(checks["run"]) == {"cheat unbounded"} and len(checks) == 3
+@pytest.mark.parametrize(("honest", "failing"), [(True, set()), (False, {"sum of probabilities"})])
+def test_unbounded_scoring_is_checked_too(small_bdh, data, honest, failing):
+    """Guards: a row of a comparison that no check has read; a cheat that passes where it sees its whole story."""
+    run = run_of(small_bdh if honest else SeesOneAheadUnbounded(honest=False))
+    rows = [(s.story, s.tokens, s.bytes, s.nats) for s in score_stories(run.model, data, None, CPU, name=None)]
+    scores = pd.DataFrame(rows, columns=["story", "tokens", "bytes", "nats"]).sort_values("story", ignore_index=True)
+    checks = check_run(run, data, scores, unbounded=True)
+    assert len(checks) == 3 and set(checks["run"]) == {"cheat unbounded"}
+    assert failing <= set(checks.loc[~checks["passed"], "check"]) and checks["passed"].all() == honest
 
 
 def test_a_model_without_a_causal_mask_is_refused(data):
