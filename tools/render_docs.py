@@ -1,0 +1,179 @@
+#!/usr/bin/env python3
+"""Write result tables, command help and the map between the markers of README.md and docs/."""
+
+import argparse
+import ast
+import csv
+import importlib.util
+import re
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from plotarmour.cli import HelpFormatter, UserError, run_command
+
+REFERENCE = ROOT / "results" / "reference"
+MARKER = re.compile(r"(<!-- BEGIN ([\w-]+) -->\n)(.*?)(<!-- END \2 -->)", re.S)
+FINALS = {"bdh": "**BDH**", "gpt2-time": "**GPT-2**, same time", "gpt2": "**GPT-2**, same tokens",
+          "gpt2-flops": "**GPT-2**, same FLOPs per token"}
+TINY = {"gpt2-long_seed-1": "**GPT-2**, 18,000 steps, one seed", "bdh-long_seed-1": "**BDH**, 18,000 steps, one seed",
+        "gpt2": "**GPT-2**, five seeds", "bdh": "**BDH**, five seeds"}
+# Column of arms.csv -> its title and its format.
+COLUMNS = {"params_non_embedding": ("core params", "{:,.0f}"), "params": ("all params", "{:,.0f}"),
+           "train_tokens": ("training tokens", "{:,.0f}"), "train_flops": ("training TFLOPs", "{:.1f}"),
+           "train_s": ("time, s", "{:,.0f}"), "loss": ("loss", "{:.3f}"), "perplexity": ("perplexity", "{:,.2f}"),
+           "bits_per_byte": ("bits/byte", "{:.3f}"), "over_corpus": ("over the corpus", "{:+.1%}"),
+           "recall_loss": ("loss on facts", "{:.3f}"), "other_loss": ("elsewhere", "{:.3f}")}
+
+
+def rows_of(path: str) -> list[dict[str, str]]:
+    """Return the rows of results/reference/`path`."""
+    with (REFERENCE / path).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(header: list[str], rows: list[list[str]], text_columns: int = 1) -> str:
+    """Return a Markdown table whose first `text_columns` columns are aligned left, all others right."""
+    rule = ["---" if i < text_columns else "--:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+
+
+def arms_table(path: str, labels: dict[str, str], leave_out: tuple[str, ...] = ()) -> str:
+    """Return the arms of an arms.csv as a Markdown table, in the file's order (smallest loss first)."""
+    arms = [arm for arm in rows_of(path) if arm["name"] not in leave_out]
+    columns = [column for column in COLUMNS if column in arms[0] and not (labels is TINY and column == "train_s")]
+    scale = {"train_flops": 1e-12}
+    rows = [[labels.get(arm["name"], arm["name"])] +
+            [COLUMNS[c][1].format(float(arm[c]) * scale.get(c, 1)) if arm[c] else "" for c in columns] for arm in arms]
+    return table(["", *(COLUMNS[c][0] for c in columns)], rows)
+
+
+def answer() -> str:
+    """Return the verdict at equal time in one sentence, from pairs.csv."""
+    [pair] = [p for p in rows_of("finals/comparison/pairs.csv") if (p["a"], p["b"]) == ("bdh", "gpt2-time")]
+    ratio, low, high = (float(pair[f"perplexity_ratio{end}"]) for end in ("", "_low", "_high"))
+    stories, share = int(pair["stories"]), float(pair["train_tokens_ratio"])
+    return (f"> **At the same core parameters and the same training time, BDH's perplexity on {stories} held-out "
+            f"stories is {100 * (1 - ratio):.1f} % lower\n> than GPT-2's (95 % interval {100 * (1 - high):.1f} to "
+            f"{100 * (1 - low):.1f} %), from {share:.2f} times the training tokens.**")
+
+
+def verdict(folder: str) -> str:
+    """Return the sentence that the report of a comparison opens with."""
+    import pandas as pd
+
+    from plotarmour.report.verdict import headline
+    names = {"bdh": "BDH", "gpt2": "GPT-2", "gpt2-time": "gpt2-time (GPT-2)", "gpt2-flops": "gpt2-flops (GPT-2)"}
+    return "> " + headline(pd.read_csv(REFERENCE / "finals" / folder / "pairs.csv"), names)
+
+
+def learning_rates() -> str:
+    """Return the validation loss of each learning rate that was tried."""
+    rows = rows_of("learning_rates/summary.csv")
+    return table(["model", "learning rate", "validation loss"],
+                 [[r["model"], f"{float(r['learning_rate']):g}", f"{float(r['best_val_loss']):.3f}"] for r in rows])
+
+
+def parser_of(tool: Path) -> argparse.ArgumentParser:
+    """Return the parser of a command line in tools/, without running it."""
+    spec = importlib.util.spec_from_file_location(tool.stem, tool)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    parser = module.build_parser()
+    parser.prog = tool.name  # pytest's or this script's name otherwise
+    return parser
+
+
+def commands() -> str:
+    """Return every tool's description and options. Not argparse's own layout, which differs between versions."""
+    parts = []
+    for tool in sorted((ROOT / "tools").glob("*.py")):
+        parser = parser_of(tool)
+        formatter = parser._get_formatter()
+        lines = [f"### {tool.name}", "", " ".join((parser.description or "").split()), ""]
+        for action in parser._actions:
+            if action.help is None or action.help == argparse.SUPPRESS or "--help" in action.option_strings:
+                continue
+            name = ", ".join(action.option_strings)
+            value = "" if action.nargs == 0 else action.metavar or action.dest.upper()
+            value = " ".join(value) if isinstance(value, tuple) else value
+            text = " ".join(formatter._expand_help(action).split()).replace("<|", r"\<\|")
+            lines.append(f"- `{' '.join(filter(None, (name, value)))}`: {text}")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def summary(path: Path) -> str:
+    """Return the first clause of a module's docstring."""
+    text = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
+    return re.split(r"[.:;](?=\s|$)", " ".join(text.split()))[0]
+
+
+def project_map() -> str:
+    """Return the tree of the package: its modules, each with the first clause of its docstring, and its rooms."""
+    package, lines = ROOT / "plotarmour", ["plotarmour/"]
+    for path in sorted(package.glob("[!_]*.py")):
+        lines.append(f"  {path.name:<16} {summary(path)}")
+    for room in sorted(path for path in package.iterdir() if path.is_dir() and not path.name.startswith(("_", "."))):
+        names = sorted(path.stem for path in room.glob("[!_]*.py")) or sorted(path.name for path in room.glob("*.toml"))
+        lines += [f"  {room.name + '/':<16} {line}" if i == 0 else f"{'':<19}{line}"
+                  for i, line in enumerate(textwrap.wrap(", ".join(names), 100))]
+    return "```text\n" + "\n".join(lines) + "\n```"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "answer": answer,
+    "finals-short": lambda: arms_table("finals/comparison/arms.csv", FINALS, ("bdh unbounded", "bigram baseline",
+                                       "unigram baseline", "uniform baseline")),
+    "finals": lambda: arms_table("finals/comparison/arms.csv", FINALS),
+    "finals-extra": lambda: arms_table("finals/comparison_extra/arms.csv", FINALS),
+    "tiny": lambda: arms_table("tiny/arms.csv", TINY),
+    "verdict": lambda: verdict("comparison"),
+    "verdict-extra": lambda: verdict("comparison_extra"),
+    "learning-rates": learning_rates,
+    "commands": commands,
+    "map": project_map,
+}
+
+
+def render(text: str) -> str:
+    """Return `text` with every block between its markers written anew.
+
+    Raises:
+        UserError: a marker names no block.
+    """
+    def write(match: re.Match) -> str:
+        if match[2] not in BLOCKS:
+            raise UserError(f"no block is named {match[2]}; expected one of {', '.join(BLOCKS)}. Mend the marker.")
+        return f"{match[1]}{BLOCKS[match[2]]()}\n{match[4]}"
+    return MARKER.sub(write, text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a file differs")
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    differing = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = path.read_text(encoding="utf-8")
+        rendered = render(text)
+        if rendered != text:
+            differing.append(path.relative_to(ROOT).as_posix())
+            if not args.check:
+                path.write_text(rendered, encoding="utf-8", newline="\n")
+    if differing and args.check:
+        print(f"not as rendered: {', '.join(differing)}. Run python tools/render_docs.py.", file=sys.stderr)
+        sys.exit(1)
+    print(f"rendered: {', '.join(differing) or 'nothing has changed'}")
+
+
+if __name__ == "__main__":
+    run_command(main)
