@@ -28,7 +28,6 @@ from plotarmour.config import Recipe, load_recipe
 from plotarmour.data.batches import Windows
 from plotarmour.machine import Machine
 from plotarmour.memory import plan_training
-from plotarmour.shapes import build_model
 from plotarmour.training.step import EVALUATION_ROWS, accumulate, evaluate_windows, make_optimizer
 
 COLUMNS = ("recipe", "model", "vocab_size", "dtype", "settings", "device", "moment", "planned_mib", "measured_mib",
@@ -51,7 +50,7 @@ GPU_CASES = [("kaggle_t4", model, 50257, settings) for model in ("bdh", "gpt2")
 
 def build(recipe: Recipe, vocab_size: int, machine: Machine) -> tuple[Callable, Callable, int]:
     """Return a training step, an evaluation, and the bytes held between steps, once the first step is done."""
-    t, model = recipe.training, build_model(recipe, vocab_size).to(machine.device).train()
+    t, model = recipe.training, recipe.build_model(vocab_size).to(machine.device).train()
     optimizer = make_optimizer(model, t)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     n_tokens = (EVALUATION_ROWS + t.rows_per_step + 1) * t.context_length

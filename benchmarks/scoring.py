@@ -23,7 +23,6 @@ from plotarmour.data.token_file import TokenFile
 from plotarmour.evaluation import scoring
 from plotarmour.loss import IGNORE
 from plotarmour.machine import find_machine
-from plotarmour.shapes import build_model
 from plotarmour.suite.steps import prepare
 
 
@@ -60,7 +59,7 @@ def main() -> None:
         data = TokenFile.open(prepare(recipe, Path(folder), None if recipe.data.corpus_stories else args.text)["train"])
         for name in ("bdh", "gpt2"):
             recipe = load_recipe(args.recipe, name)
-            T, model = recipe.training.context_length, build_model(recipe, data.header["vocab_size"]).eval()
+            T, model = recipe.training.context_length, recipe.build_model(data.header["vocab_size"]).eval()
             ratios, ours_s, tokens, apart = [], 0.0, 0, 0.0
             for block in range(args.blocks + 1):
                 chosen = list(range(block * args.stories, (block + 1) * args.stories))

@@ -31,7 +31,6 @@ from plotarmour.config import Recipe, load_recipe
 from plotarmour.data.batches import Windows
 from plotarmour.data.token_file import TokenFile
 from plotarmour.loss import IGNORE, summed_nats
-from plotarmour.shapes import build_model
 from plotarmour.suite.steps import prepare
 from plotarmour.training import loop
 from plotarmour.training.step import make_optimizer
@@ -48,7 +47,7 @@ class Plain:
         rows = windows.rows_of(0)
         size = t.micro_batch_size
         self.batches = [windows.micro_batch(rows[i:i + size]) for i in range(0, len(rows), size)]
-        self.model = build_model(recipe, data.header["vocab_size"]).train()
+        self.model = recipe.build_model(data.header["vocab_size"]).train()
         self.optimizer = make_optimizer(self.model, t)
         self.loss = loss
 

@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from plotarmour.cli import UserError
+from plotarmour.models import KINDS, LanguageModel, ModelConfig, build_model, model_config
 
 RECIPES = Path(__file__).parent / "recipes"
-MODELS = ("bdh", "gpt2")
-SECTIONS = ("data", "training", *MODELS)
 AUTO = -1.0  # max_minutes = "auto"
 
 
@@ -92,10 +91,31 @@ class Recipe:
     model: str
     data: DataConfig
     training: TrainingConfig
-    architecture: dict[str, Any] = field(default_factory=dict)  # fields of BDHConfig or GPT2Config
+    architecture: dict[str, Any] = field(default_factory=dict)  # fields of the kind's config class
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
+
+    def model_config(self, vocab_size: int) -> ModelConfig:
+        """Return the config of this recipe's model.
+
+        Raises:
+            UserError: an impossible shape.
+        """
+        try:
+            return model_config(self.model, self.architecture, vocab_size, self.training.context_length)
+        except ValueError as error:
+            raise UserError(f"recipe {self.name} ({self.model}): {error}.") from None
+
+    def build_model(self, vocab_size: int) -> LanguageModel:
+        """Build this recipe's untrained model; its weights follow from the recipe's seed alone.
+
+        Raises:
+            UserError: an impossible shape.
+        """
+        self.model_config(vocab_size)
+        t = self.training
+        return build_model(self.model, self.architecture, vocab_size, t.context_length, t.seed)
 
 
 def recipe_names() -> list[str]:
@@ -107,7 +127,7 @@ def load_recipe(name: str, model: str, overrides: list[str] = ()) -> Recipe:
 
     Args:
         name: of a file in `plotarmour/recipes/`, without .toml, or the path of a TOML file.
-        model: "bdh" or "gpt2".
+        model: a key of `plotarmour.models.KINDS`.
         overrides: "key=value" each.
 
     Raises:
@@ -117,19 +137,21 @@ def load_recipe(name: str, model: str, overrides: list[str] = ()) -> Recipe:
     if not path.is_file():
         raise UserError(f"unknown recipe {name!r}{_closest(name, recipe_names())}; expected one of "
                         f"{', '.join(recipe_names())}, or the path of a .toml file.")
-    if model not in MODELS:
-        raise UserError(f"unknown model {model!r}{_closest(model, MODELS)}; expected one of {', '.join(MODELS)}.")
+    if model not in KINDS:
+        raise UserError(f"unknown model {model!r}{_closest(model, KINDS)}; expected one of {', '.join(KINDS)}.")
+    known_sections = ("data", "training", *KINDS)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not TOML: {error}.") from None
     wrong = [f"the section [{section}] is missing" for section in ("data", "training", model)
              if not isinstance(table.get(section), dict)]
-    wrong += [f"unknown section or key {key!r}{_closest(key, SECTIONS)}" for key in table if key not in SECTIONS]
+    wrong += [f"unknown section or key {key!r}{_closest(key, known_sections)}" for key in table
+              if key not in known_sections]
     if not wrong and not isinstance(table[model].get("training", {}), dict):
         wrong.append(f"{model}.training is no section")
     if wrong:
-        raise UserError(f"{path}: {'; '.join(wrong)}; expected keys in the sections {', '.join(SECTIONS)} only.")
+        raise UserError(f"{path}: {'; '.join(wrong)}; expected keys in the sections {', '.join(known_sections)} only.")
     architecture = dict(table[model])
     own = architecture.pop("training", {})
     sections = {"data": dict(table["data"]), "training": table["training"] | own, "architecture": architecture}

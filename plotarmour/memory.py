@@ -27,7 +27,6 @@ from plotarmour.models.hf import GPT2Config
 from plotarmour.models.recurrent import CHUNK
 from plotarmour.models.rotary import ROWS
 from plotarmour.models.tiled import Tiling
-from plotarmour.shapes import model_config
 from plotarmour.training.out_of_memory import largest_divisor
 from plotarmour.training.step import EVALUATION_ROWS
 
@@ -76,11 +75,15 @@ def plan_training(recipe: Recipe, vocab_size: int, dtype: torch.dtype, device: s
         The fullest moment, in bytes of tensors.
 
     Raises:
-        UserError: an impossible shape.
+        UserError: an impossible shape, or a kind of model without a plan.
     """
-    shape, t = model_config(recipe, vocab_size), recipe.training
+    shape, t = recipe.model_config(vocab_size), recipe.training
     read_rows = min(EVALUATION_ROWS, -(-t.eval_tokens // t.context_length))
-    moments = (_bdh if recipe.model == "bdh" else _gpt2)(shape, t, read_rows, dtype.itemsize, device)
+    planner = {BDHConfig: _bdh, GPT2Config: _gpt2}.get(type(shape))
+    if planner is None:
+        raise UserError(f"recipe {recipe.name} ({recipe.model}): no memory plan for this model; expected one in "
+                        "memory.py: set micro_batch_size to a number.")
+    moments = planner(shape, t, read_rows, dtype.itemsize, device)
     return max(moments, key=lambda moment: moment.total)
 
 
@@ -183,7 +186,7 @@ def _bdh(shape: BDHConfig, t: TrainingConfig, read_rows: int, size: int, device:
     """The moments of `models/tiled.py`. `size` is that of the products' dtype; letters as in `models/bdh.py`."""
     B, T = t.micro_batch_size, t.context_length
     L, D, H, N, V = shape.n_layer, shape.n_embd, shape.n_head, shape.neurons_per_head, shape.vocab_size
-    half, dropout, core = size < WIDE, shape.dropout > 0, shape.non_embedding_params
+    half, dropout, core = size < WIDE, shape.dropout > 0, shape.core_params
     table, v, read_v = WIDE * V * D, WIDE * B * T * D, WIDE * read_rows * T * D
     parameters = WIDE * core + 2 * table
     before = parameters if t.grad_accum_steps > 1 else 0  # gradients of the micro-batches before
@@ -235,7 +238,7 @@ def _gpt2(shape: GPT2Config, t: TrainingConfig, read_rows: int, size: int, devic
     L, D, H, V = shape.n_layer, shape.n_embd, shape.n_head, shape.vocab_size
     half, dropout, cuda = size < WIDE, shape.dropout > 0, device == "cuda"
     table, v, wide, read_v = WIDE * V * D, WIDE * B * T * D, 4 * B * T * D, WIDE * read_rows * T * D
-    parameters = WIDE * (shape.non_embedding_params + (V + shape.context_length) * D)
+    parameters = WIDE * (shape.core_params + (V + shape.context_length) * D)
     before = parameters if t.grad_accum_steps > 1 else 0
     at = partial(MemoryPlan, weights=parameters, optimizer=2 * parameters)
     copies = half * size * 12 * D**2  # of a layer's matrices; kept for backward

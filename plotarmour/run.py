@@ -39,7 +39,6 @@ from plotarmour.resume import (
     note_changes,
     read_info,
 )
-from plotarmour.shapes import build_model
 from plotarmour.training.checkpoint import find_checkpoint, load_model, step_of, tidy
 from plotarmour.training.distributed import joined
 from plotarmour.training.loop import train
@@ -134,7 +133,7 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
     val_windows = Windows(val_data, t.context_length, t.windows, t.seed, t.rows_per_step)
     machine = find_machine(t.device, t.dtype)
     with within_memory("the model"):
-        model = build_model(recipe, made.vocab_size)
+        model = recipe.build_model(made.vocab_size)
     with joined(machine.device.type) as ranks, ExitStack() as held:
         info = {
             "format": RUN_FORMAT, "started": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -142,7 +141,7 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
             "device": machine.device.type, "processes": ranks.size,
             "dtype": str(machine.dtype).removeprefix("torch."), "dtype_reason": machine.reason,
             "params": sum(p.numel() for p in model.parameters()),
-            "params_non_embedding": model.config.non_embedding_params,
+            "params_non_embedding": model.config.core_params,
             "vocab_size": made.vocab_size, "tokenizer": {"kind": made.kind, "sha256": made.sha256},
             "train": _fingerprint(train_path, train_data) | {"order_sha256": windows.order_sha256()},
             "val": _fingerprint(val_path, val_data),
@@ -203,7 +202,7 @@ def load_run(folder: str | Path, which: str | int = "best", device: str = "auto"
     if machine.device.type == "cuda":  # a CPU scores any run in float32
         machine = find_machine(device, recipe.training.dtype)
     with within_memory("the model"):
-        model = build_model(recipe, info["vocab_size"])
+        model = recipe.build_model(info["vocab_size"])
         load_model(checkpoint, model)
         model = model.to(machine.device).eval()
     step = step_of(checkpoint)

@@ -8,20 +8,18 @@ import pytest
 
 BASIC = {"cli", "files"}
 MAY_KNOW = {
-    "cli": set(), "files": set(), "config": {"cli"}, "machine": {"cli"}, "loss": set(),
+    "cli": set(), "files": set(), "config": {"cli", "models"}, "machine": {"cli"}, "loss": set(),
     "data": BASIC, "models": set(),
     "crawl": BASIC | {"data"},
     "training": BASIC | {"config", "machine", "loss", "data", "evaluation"},  # of it metrics alone
     "evaluation": BASIC | {"config", "machine", "loss", "data"},
-    "shapes": {"cli", "config", "models"},
     # follows their constants instead of copying them
-    "memory": {"config", "cli", "loss", "machine", "models", "shapes", "training"},
-    "flops": {"models"},
+    "memory": {"config", "cli", "loss", "machine", "models", "training"},
     "resume": {"cli", "config", "training"},
-    "run": BASIC | {"config", "machine", "memory", "resume", "shapes", "data", "training"},
-    "report": BASIC | {"config", "machine", "data", "training", "evaluation", "run", "resume", "flops"},
+    "run": BASIC | {"config", "machine", "memory", "resume", "data", "training"},
+    "report": BASIC | {"config", "machine", "data", "training", "evaluation", "run", "resume", "models"},
     "suite": BASIC | {"config", "machine", "loss", "data", "models", "training", "evaluation", "report", "run",
-                      "resume", "shapes", "memory"},
+                      "resume", "memory"},
 }
 
 

@@ -5,14 +5,13 @@ import pytest
 from plotarmour.cli import UserError
 from plotarmour.config import AUTO, TrainingConfig, load_recipe, recipe_names
 from plotarmour.machine import dtype_for
-from plotarmour.shapes import build_model, model_config
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_both_models_of_a_recipe_match_and_see_the_same_tokens(name):
     """Guards: a comparison of unequal sizes, batches or steps. Core parameters within 5 %, equal rows per step."""
     bdh, gpt2 = (load_recipe(name, model) for model in ("bdh", "gpt2"))
-    sizes = [model_config(recipe, vocab_size=100).non_embedding_params for recipe in (bdh, gpt2)]
+    sizes = [recipe.model_config(vocab_size=100).core_params for recipe in (bdh, gpt2)]
     assert abs(sizes[0] / sizes[1] - 1) < 0.05
     for key in ("context_length", "rows_per_step", "max_steps", "seed", "windows", "eval_tokens"):
         assert getattr(bdh.training, key) == getattr(gpt2.training, key), key
@@ -57,7 +56,7 @@ def test_unknown_names_are_refused_with_the_nearest(name, model, message):
 def test_an_impossible_shape_is_refused_before_anything_is_built():
     """Guards: a size mismatch deep inside a matrix product."""
     with pytest.raises(UserError, match="must be divisible by n_head"):
-        build_model(load_recipe("tiny", "gpt2", ["n_head=5"]), 100)
+        load_recipe("tiny", "gpt2", ["n_head=5"]).build_model(100)
 
 
 def test_dtype_goes_by_capability():

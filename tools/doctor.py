@@ -8,14 +8,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plotarmour.cli import HelpFormatter, UserError, run_command
-from plotarmour.config import MODELS, load_recipe, recipe_names
+from plotarmour.config import load_recipe, recipe_names
+from plotarmour.models import KINDS
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     plan = parser.add_argument_group("memory plan", "by arithmetic: nothing is built or allocated")
     plan.add_argument("--recipe", help=f"one of {', '.join(recipe_names())}, or a TOML file")
-    plan.add_argument("--model", help=f"one of {', '.join(MODELS)}; without it both")
+    plan.add_argument("--model", help=f"one of {', '.join(KINDS)}; without it both")
     plan.add_argument("--set", action="append", default=[], metavar="key=value", dest="overrides",
                       help="override a setting of the recipe; may be repeated")
     plan.add_argument("--vocab-size", type=int, metavar="V", help="entries; without it those of the recipe's tokenizer")
@@ -38,7 +39,7 @@ def main() -> None:
         print(report())
         return
     asked = [f"{key}={value}" for key, value in (("device", args.device), ("dtype", args.dtype)) if value is not None]
-    models = [args.model] if args.model else MODELS
+    models = [args.model] if args.model else KINDS
     recipes = [load_recipe(args.recipe, model, [*args.overrides, *asked]) for model in models]
     from plotarmour.data.tokenizer import vocab_size_of
     from plotarmour.memory import describe_here

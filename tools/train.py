@@ -12,7 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plotarmour.cli import HelpFormatter, outwait_others, run_command
-from plotarmour.config import MODELS, load_recipe, recipe_names
+from plotarmour.config import load_recipe, recipe_names
+from plotarmour.models import KINDS
 
 WHAT_NOW = {
     "non-finite": "loss or gradients were not finite ten steps in a row, and no update was made of them. The last good "
@@ -26,7 +27,7 @@ WHAT_NOW = {
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--recipe", required=True, help=f"one of {', '.join(recipe_names())}, or a TOML file")
-    parser.add_argument("--model", required=True, help=f"one of {', '.join(MODELS)}")
+    parser.add_argument("--model", required=True, help=f"one of {', '.join(KINDS)}")
     parser.add_argument("--train", type=Path, required=True, help="token file to learn from (or a text, slowly)")
     parser.add_argument("--val", type=Path, required=True, help="token file that choices rest on")
     parser.add_argument("--out", type=Path, required=True, help="the run folder")

@@ -28,7 +28,7 @@ class Arm:
 
     Attributes:
         name: what their names begin with.
-        model: "bdh" or "gpt2".
+        model: their kind.
         runs: their names, by seed.
         seeds: of the runs.
     """
@@ -70,19 +70,24 @@ def group_runs(runs: list) -> list[Arm]:
     return [arm if names.count(arm.name) == 1 else dataclasses.replace(arm, name=arm.runs[0]) for arm in arms]
 
 
-def pairs_of(arms: list[Arm]) -> list[tuple[Arm, Arm]]:
-    """Return what is compared: every BDH with every other arm; without a BDH, or with nothing else, the first arm."""
-    ours = [arm for arm in arms if arm.model == "bdh"]
-    others = [arm for arm in arms if arm.model != "bdh"]
-    return [(a, b) for a in ours for b in others] if ours and others else [(arms[0], b) for b in arms[1:]]
+def pairs_of(arms: list[Arm], reference: str) -> list[tuple[Arm, Arm]]:
+    """Return the pairs to compare: every arm of the reference kind with every other arm.
+
+    Args:
+        arms: of the comparison.
+        reference: a kind of model. Where no arm, or every arm, is of that kind, the first arm is the reference.
+    """
+    first = [arm for arm in arms if arm.model == reference]
+    others = [arm for arm in arms if arm.model != reference]
+    return [(a, b) for a in first for b in others] if first and others else [(arms[0], b) for b in arms[1:]]
 
 
-def compare_arms(arms: list[Arm], scores: dict[str, pd.DataFrame], budgets: dict[str, dict],
+def compare_arms(pairs: list[tuple[Arm, Arm]], scores: dict[str, pd.DataFrame], budgets: dict[str, dict],
                  same_order: bool) -> pd.DataFrame:
     """Compare arms with 95 % intervals, and their runs seed by seed.
 
     Args:
-        arms: of `group_runs`.
+        pairs: of `pairs_of`.
         scores: by run name, the stories' rows.
         budgets: by run name: the columns of `MATCHINGS`, and hardware.
         same_order: whether runs of one seed have read the same tokens in the same order.
@@ -95,7 +100,7 @@ def compare_arms(arms: list[Arm], scores: dict[str, pd.DataFrame], budgets: dict
         stories), and for every matching the ratio a / b of the budgets and `matched`, those that are the same.
     """
     rows = []
-    for a, b in pairs_of(arms):
+    for a, b in pairs:
         several = (len(a.runs) > 1) + (len(b.runs) > 1)
         rows.append({"a": a.name, "b": b.name, "is_arms": True,
                      "speaks_of": ("checkpoints", "a recipe and a checkpoint", "recipes")[several]}

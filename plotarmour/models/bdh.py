@@ -30,8 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plotarmour.models import recurrent
-from plotarmour.models.checks import check_ids, check_state
+from plotarmour.models import check_ids, check_state, recurrent
 from plotarmour.models.dropout import CounterDropout
 from plotarmour.models.recurrent import BDHState, read, read_one
 from plotarmour.models.rotary import Rotation, rotate
@@ -66,9 +65,32 @@ class BDHConfig:
         return self.mlp_internal_dim_multiplier * self.n_embd // self.n_head
 
     @property
-    def non_embedding_params(self) -> int:
+    def core_params(self) -> int:
         """encoder + encoder_v + decoder, each H·N·D = multiplier · D²."""
         return 3 * self.mlp_internal_dim_multiplier * self.n_embd**2
+
+    @property
+    def weights_per_token(self) -> int:
+        """The core parameters once per pass. 2 passes and 3 · 64 weights: 384."""
+        return self.n_layer * self.core_params
+
+    def flops_per_token(self, context_length: int) -> int:
+        """Count the FLOPs of one token's forward pass in a row of T tokens (`models.ModelConfig`).
+
+        Per pass: x, y and the decoder, 2·H·N·D each; scores 2·T·H·N and values 2·T·H·D. Once: the unembedding, 2·D·V.
+
+        Raises:
+            ValueError: a context below 1.
+
+        Example:
+            2 passes, D 4, 2 heads of N 8, V 5, T 3: H·N·D is 64 and H·(N + D) is 24, so a pass takes
+            6 · 64 + 2 · 3 · 24 = 528; 2 · 528 + 2 · 4 · 5 = 1,096.
+        """
+        if context_length < 1:
+            raise ValueError(f"context_length = {context_length} must be at least 1")
+        D, H, N = self.n_embd, self.n_head, self.neurons_per_head
+        level = 6 * H * N * D + 2 * context_length * H * (N + D)
+        return self.n_layer * level + 2 * D * self.vocab_size
 
 
 class BDH(nn.Module):

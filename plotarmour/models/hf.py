@@ -15,7 +15,7 @@ from transformers import DynamicCache, GPT2LMHeadModel
 from transformers import GPT2Config as HFConfig
 from transformers.cache_utils import DynamicLayer
 
-from plotarmour.models.checks import check_ids, check_state
+from plotarmour.models import check_ids, check_state
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,33 @@ class GPT2Config:
             raise ValueError("GPT-2: " + "; ".join(wrong))
 
     @property
-    def non_embedding_params(self) -> int:
+    def core_params(self) -> int:
         """Per layer 12·D² in matrices, 9·D in biases of the four, 4·D in two layer norms; 2·D in the last norm."""
         return self.n_layer * (12 * self.n_embd**2 + 13 * self.n_embd) + 2 * self.n_embd
+
+    @property
+    def weights_per_token(self) -> int:
+        """The core parameters, each once; biases and norms included."""
+        return self.core_params
+
+    def flops_per_token(self, context_length: int) -> int:
+        """Count the FLOPs of one token's forward pass in a row of T tokens (`models.ModelConfig`).
+
+        Per layer: four matrices of 12·D² together, 24·D²; scores and values, 2·T·D each. Once: the unembedding, 2·D·V.
+
+        Raises:
+            ValueError: a context below 1, or of more tokens than there are positions.
+
+        Example:
+            2 layers, D 4, V 5, T 3: a layer takes 24 · 16 + 4 · 3 · 4 = 432; 2 · 432 + 2 · 4 · 5 = 904.
+        """
+        if context_length < 1:
+            raise ValueError(f"context_length = {context_length} must be at least 1")
+        if context_length > self.context_length:
+            raise ValueError(f"context_length = {context_length} must be at most the {self.context_length} positions "
+                             "of this GPT-2")
+        D = self.n_embd
+        return self.n_layer * (24 * D**2 + 4 * context_length * D) + 2 * D * self.vocab_size
 
 
 class _RoomyLayer(DynamicLayer):

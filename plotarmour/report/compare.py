@@ -18,7 +18,7 @@ from plotarmour.evaluation.ngrams import evaluate_baselines
 from plotarmour.evaluation.scoring import check_stride, comparison_table, evaluate_run, story_tokens
 from plotarmour.evaluation.statistics import win_share_by_length
 from plotarmour.files import write_text
-from plotarmour.flops import forward_flops_per_token, training_flops, weights_used_per_token
+from plotarmour.models import REFERENCE
 from plotarmour.report import figures
 from plotarmour.report.examples import COLUMNS, different_stories, samples_of
 from plotarmour.report.page import write_report
@@ -119,7 +119,7 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
         check_stride(stride, run.config.training.context_length)
         _check_unseen(run, data, test, train, train_data)
     _clear(out)
-    pairs = pairs_of(arms)
+    pairs = pairs_of(arms, REFERENCE)
     sampled = {arm.runs[0]: arm.name for arm in arms} if pairs else {}
     shown = [arm.runs[0] for arm in pairs[0]] if pairs else []  # side by side, word by word
     scores, positions, budgets, runs, tested, token_nats, samples = {}, [], {}, [], pd.DataFrame(), {}, {}
@@ -149,7 +149,7 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
     same_order = len({seed for seed, _ in orders}) == len(orders) and None not in {order for _, order in orders}
     comparison = Comparison(
         title or f"{data.name}, {which} checkpoints", table, arms, arm_table(arms, table),
-        compare_arms(arms, scores, budgets, same_order) if pairs else pd.DataFrame(), tested, unequal,
+        compare_arms(pairs, scores, budgets, same_order) if pairs else pd.DataFrame(), tested, unequal,
         different_stories(shown, scores, token_nats, test, runs[0].tokenizer) if pairs else
         pd.DataFrame(columns=COLUMNS), pd.concat([samples[arm.name] for arm in arms]) if pairs else pd.DataFrame(),
         runs, stride, same_order, test.header.get("part"))
@@ -163,11 +163,13 @@ def budget_of(run) -> dict:
     Tokens, steps and seconds are those of the whole run; `checkpoint_step` is the step that was scored.
     """
     final = _ending(run)
-    shape, T, tokens = run.model.config, run.context_length, final.get("tokens_seen")
+    shape, tokens = run.model.config, final.get("tokens_seen")
+    flops = shape.flops_per_token(run.context_length)
     return {"model": run.config.model, "seed": run.config.training.seed, "params": run.info["params"],
-            "params_non_embedding": run.info["params_non_embedding"], "params_per_token": weights_used_per_token(shape),
-            "train_tokens": tokens, "flops_per_token": forward_flops_per_token(shape, T),
-            "train_flops": None if tokens is None else training_flops(shape, T, tokens),
+            "params_non_embedding": run.info["params_non_embedding"], "params_per_token": shape.weights_per_token,
+            "train_tokens": tokens, "flops_per_token": flops,
+            # Backward has two products for each one of forward, the gradients of both its sides.
+            "train_flops": None if tokens is None else 3 * flops * tokens,
             "steps": final.get("step"), "checkpoint_step": run.step, "train_s": final.get("elapsed_s"),
             "peak_memory_mib": final.get("peak_memory_mib"), "hardware": run.info["hardware"],
             "ended": final.get("reason", "unfinished")}
@@ -254,7 +256,7 @@ def _write(found: Comparison, out: Path, scores: dict[str, pd.DataFrame], positi
     for name, frame in scores.items():
         write_csv(frame, _stories_path(out, name))
     positions = positions[["run", "position", "tokens", "nats"]]
-    shares = {f"{a.name} against {b.name}": _shares(a, b, scores) for a, b in pairs_of(found.arms)}
+    shares = {f"{a.name} against {b.name}": _shares(a, b, scores) for a, b in pairs_of(found.arms, REFERENCE)}
     for name, frame in (("totals", found.table), ("arms", found.by_arm), ("pairs", found.pairs),
                         ("positions", positions), ("different_stories", found.examples), ("samples", found.samples)):
         write_csv(frame, out / f"{name}.csv")

@@ -13,11 +13,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from plotarmour.evaluation.arms import Arm
+from plotarmour.models import colors_of, label_of
 
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#8A8A8A"
-# Okabe and Ito's, safe for the colour-blind: blues for BDH, warm ones for the others.
-COLORS = {"bdh": (BLUE, "#56B4E9", "#004A75"), "gpt2": (ORANGE, "#CC79A7", "#E69F00", "#7A3500")}
-MODEL_NAMES = {"bdh": "BDH", "gpt2": "GPT-2"}
+SKY_BLUE = "#56B4E9"
 TINTS = ("#CFE3F1", "#FBE3C8", "#CFEDE3", "#F0D9E8")  # of tokens: light, so that black text stays readable
 DASHES = ("-", "--", ":", "-.")  # tell arms of one kind of model apart
 MARKERS = ("o", "s", "^", "D")
@@ -29,7 +28,7 @@ def styles(arms: list[Arm]) -> dict[str, dict]:
     kinds, found = [arm.model for arm in arms], {}
     for i, arm in enumerate(arms):
         nth = kinds[:i].count(arm.model)
-        palette = COLORS.get(arm.model, (GRAY,))
+        palette = colors_of(arm.model)
         found[arm.name] = {"color": palette[nth % len(palette)], "linestyle": DASHES[nth % len(DASHES)],
                            "marker": MARKERS[nth % len(MARKERS)]}
     return found
@@ -111,7 +110,7 @@ def perplexities(arms: list[Arm], by_arm: pd.DataFrame, by_run: pd.DataFrame, pa
     style, known = styles(arms), {arm.name: arm for arm in arms}
     points = by_run.set_index("name")["perplexity"]
     colors = [style[name]["color"] if name in style else GREEN if "corpus" in name else
-              COLORS["bdh"][1] if "unbounded" in name else "#C4C4C4" for name in by_arm["name"]]
+              SKY_BLUE if "unbounded" in name else "#C4C4C4" for name in by_arm["name"]]
     bars = axes.barh(range(len(by_arm)), by_arm["perplexity"], color=colors)
     axes.bar_label(bars, [f"{v:,.1f}" if v >= 10 else f"{v:.3f}" for v in by_arm["perplexity"]], padding=8)
     for i, name in enumerate(by_arm["name"]):
@@ -248,7 +247,7 @@ def coloured_tokens(pieces: Sequence[str]) -> str:
 
 def arm_label(name: str, kind: str) -> str:
     """Return a run's or an arm's name as people know it: BDH, GPT-2, or its own with the model behind it."""
-    shown = MODEL_NAMES.get(kind, kind)
+    shown = label_of(kind)
     return shown if name in (kind, shown) else f"{name} ({shown})"
 
 

@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 
 from plotarmour.cli import UserError
-from plotarmour.config import MODELS, load_recipe
+from plotarmour.config import load_recipe
 from plotarmour.data.readers import check_text
 from plotarmour.data.tokenizer import make_tokenizer
-from plotarmour.shapes import model_config
+from plotarmour.models import KINDS
 from plotarmour.suite.multi_gpu import check_gpus
 from plotarmour.suite.notebooks import ROOT
 from plotarmour.suite.papermill import run_notebook
@@ -31,10 +31,10 @@ def run_suite(recipe: str, out: Path, text: Path | None = None, extra_text: Path
     Raises:
         UserError: wrong input, before anything is started; a notebook that failed.
     """
-    for model in MODELS:
+    for model in KINDS:
         settings = load_recipe(recipe, model, overrides)
         require_text(settings, text)
-        model_config(settings, vocab_size=300)
+        settings.model_config(vocab_size=300)
         check_gpus(gpus, settings)
     for path in (text, extra_text):
         if path is not None:
@@ -47,9 +47,9 @@ def run_suite(recipe: str, out: Path, text: Path | None = None, extra_text: Path
               "results": str(out.resolve()), "overrides": ";".join(overrides)}
     texts = {"text": str(text.resolve()) if text else "", "extra_text": str(extra_text.resolve()) if extra_text else ""}
     plan = [("01_pretokenize", "01_pretokenize", shared | texts)]
-    plan += [("02_train", f"02_train_{model}", shared | {"model": model, "gpus": gpus}) for model in MODELS]
+    plan += [("02_train", f"02_train_{model}", shared | {"model": model, "gpus": gpus}) for model in KINDS]
     plan += [("03_compare", "03_compare", {"recipe": shared["recipe"], "results": shared["results"],
-                                            "runs": ";".join(MODELS)})]
+                                            "runs": ";".join(KINDS)})]
     start = time.perf_counter()
     for i, (name, executed, parameters) in enumerate(plan, 1):
         before, label = time.perf_counter(), f"[{i}/{len(plan)}] {executed}"

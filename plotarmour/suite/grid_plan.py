@@ -11,7 +11,6 @@ from plotarmour.cli import UserError
 from plotarmour.config import DataConfig, Recipe, load_recipe
 from plotarmour.data.readers import check_text
 from plotarmour.data.tokenizer import make_tokenizer
-from plotarmour.shapes import model_config
 from plotarmour.suite.grid import Grid, Row, read_grid, settings_of
 from plotarmour.suite.multi_gpu import check_gpus
 from plotarmour.suite.papermill import Value
@@ -137,7 +136,7 @@ def _resolved(row: Row, grid: Grid, recipe: str, overrides: list[str], gpus: int
     settings = [*overrides, *settings_of(row.values.get("overrides", grid.defaults["overrides"]))]
     resolved = load_recipe(name, model, settings)
     require_text(resolved, text)
-    model_config(resolved, vocab_size=300)
+    resolved.model_config(vocab_size=300)
     parameters = {"recipe": str(Path(name).resolve()) if name.endswith(".toml") else name, "model": model,
                   "overrides": ";".join(settings)}
     if "gpus" in grid.defaults:

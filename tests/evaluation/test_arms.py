@@ -23,7 +23,7 @@ def test_runs_that_differ_only_in_their_seed_are_one_arm():
     assert [(arm.name, arm.runs, arm.seeds) for arm in arms] == [
         ("bdh", ("bdh_seed-1", "bdh_seed-2"), (1, 2)), ("gpt2", ("gpt2_seed-1", "gpt2_seed-2"), (1, 2)),
         ("gpt2-long_seed-1", ("gpt2-long_seed-1",), (1,))]
-    assert [(a.name, b.name) for a, b in pairs_of(arms)] == [("bdh", "gpt2"), ("bdh", "gpt2-long_seed-1")]
+    assert [(a.name, b.name) for a, b in pairs_of(arms, "bdh")] == [("bdh", "gpt2"), ("bdh", "gpt2-long_seed-1")]
 
 
 def test_one_run_under_two_names_is_refused():
@@ -47,7 +47,7 @@ def test_pairs_say_what_is_matched_and_what_the_interval_speaks_of():
              "train_s": 60}
     dear = cheap | {"params_non_embedding": 102, "flops_per_token": 20, "train_flops": 2e4, "train_s": None}
     budgets = {name: dear if name.startswith("bdh") else cheap for name in nats}
-    pairs = compare_arms(arms, scores, budgets, same_order=True)
+    pairs = compare_arms(pairs_of(arms, "bdh"), scores, budgets, same_order=True)
     assert pairs["speaks_of"].tolist() == ["recipes", "checkpoints", "checkpoints"]
     assert pairs["is_arms"].tolist() == [True, False, False]
     whole = pairs.iloc[0]

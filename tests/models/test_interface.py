@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from plotarmour.loss import summed_nats
-from plotarmour.models.checks import check_ids
+from plotarmour.models import check_ids
 
 
 def draw(*shape):
@@ -178,11 +178,11 @@ def test_a_state_that_does_not_fit_is_refused_by_name(small_model, case, message
         assert all(torch.equal(t, tensors[name]) for name, t in state.tensors().items())
 
 
-def test_non_embedding_parameters_are_what_the_config_says(small_model):
+def test_core_parameters_are_what_the_config_says(small_model):
     """Guards: a comparison of 19 M against 106 M parameters."""
     outside = ("embed", "lm_head", "wte", "wpe")
     counted = sum(p.numel() for name, p in small_model.named_parameters() if not any(o in name for o in outside))
-    assert counted == small_model.config.non_embedding_params
+    assert counted == small_model.config.core_params
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

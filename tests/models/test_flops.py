@@ -5,7 +5,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from plotarmour.flops import forward_flops_per_token, training_flops, weights_used_per_token
 from plotarmour.models.bdh import BDH, BDHConfig
 from plotarmour.models.hf import GPT2, GPT2Config
 
@@ -42,17 +41,16 @@ def test_by_hand():
     BDH: H·N·D = 64, H·(N + D) = 24, a pass 6 · 64 + 6 · 24 = 528, all 2 · 528 + 2 · 4 · 5. GPT-2: a layer
     24 · 16 + 4 · 3 · 4 = 432, all 2 · 432 + 40.
     """
-    assert {name: forward_flops_per_token(config, 3) for name, config in SMALL.items()} == {"bdh": 1096, "gpt2": 904}
-    assert training_flops(SMALL["gpt2"], 3, 1000) == 2_712_000
-    assert weights_used_per_token(SMALL["bdh"]) == 2 * 3 * 64
-    assert weights_used_per_token(SMALL["gpt2"]) == sum(
+    assert {name: config.flops_per_token(3) for name, config in SMALL.items()} == {"bdh": 1096, "gpt2": 904}
+    assert SMALL["bdh"].weights_per_token == 2 * 3 * 64
+    assert SMALL["gpt2"].weights_per_token == sum(
         p.numel() for name, p in GPT2(SMALL["gpt2"]).named_parameters() if "wte" not in name and "wpe" not in name)
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_forward_is_exactly_what_torch_counts(name):
     """Guards: a product that the formula forgets, or one that the model no longer makes."""
-    assert 2 * 24 * forward_flops_per_token(REAL[name], 24) == counted(REAL[name], backward=False)
+    assert 2 * 24 * REAL[name].flops_per_token(24) == counted(REAL[name], backward=False)
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -61,13 +59,13 @@ def test_training_is_three_times_forward(name):
 
     Exactly so here: the first layer's inputs need gradients as well, because embeddings are trained.
     """
-    assert training_flops(REAL[name], 24, 2 * 24) == counted(REAL[name], backward=True)
+    assert 3 * 2 * 24 * REAL[name].flops_per_token(24) == counted(REAL[name], backward=True)
 
 
 def test_a_context_that_cannot_be_is_refused():
     """Guards: FLOPs of a GPT-2 at positions it does not have."""
     with pytest.raises(ValueError, match="context_length = 4 must be at most the 3 positions"):
-        forward_flops_per_token(SMALL["gpt2"], 4)
+        SMALL["gpt2"].flops_per_token(4)
     with pytest.raises(ValueError, match="context_length = 0 must be at least 1"):
-        training_flops(SMALL["bdh"], 0, 1)
-    assert forward_flops_per_token(SMALL["bdh"], 10**6) > 10**7
+        SMALL["bdh"].flops_per_token(0)
+    assert SMALL["bdh"].flops_per_token(10**6) > 10**7

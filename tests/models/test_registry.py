@@ -1,0 +1,68 @@
+"""The registry of kinds: nothing outside it, a model's own file and a recipe names a kind."""
+
+import subprocess
+import sys
+
+import pytest
+
+from plotarmour.cli import UserError
+from plotarmour.config import load_recipe
+from plotarmour.models import KINDS, Kind
+from plotarmour.run import load_run, train_run
+
+RECIPE = """
+[data]
+tokenizer = "bpe:400"
+[training]
+context_length = 24
+micro_batch_size = 2
+grad_accum_steps = 1
+max_steps = 2
+warmup_steps = 1
+learning_rate = 1e-3
+eval_tokens = 100
+device = "cpu"
+[bigram]
+n_embd = 8
+"""
+
+
+@pytest.fixture
+def bigram(monkeypatch, tmp_path):
+    """A recipe of a third kind, registered by one entry."""
+    monkeypatch.setitem(KINDS, "bigram", Kind("Bigram", ("#009E73",), "third_kind:BigramConfig", "third_kind:Bigram"))
+    path = tmp_path / "bigram.toml"
+    path.write_text(RECIPE, encoding="utf-8")
+    return load_recipe(str(path), "bigram")
+
+
+def test_a_third_kind_needs_one_entry_and_a_recipe(bigram, token_files, tmp_path):
+    """Guards: kinds that are also listed in config, figures or memory; a third one touched nine files."""
+    final = train_run(bigram, token_files["train"], token_files["val"], tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    assert final["step"] == 2 and run.config.model == "bigram"
+    assert run.info["params_non_embedding"] == run.model.config.core_params == 72
+
+
+def test_a_kind_without_a_memory_plan_is_refused_in_one_line(bigram):
+    """Guards: a KeyError, or GPT-2's plan for a model that is no GPT-2."""
+    import torch
+
+    from plotarmour.memory import plan_training
+    with pytest.raises(UserError, match="no memory plan for this model; .* set micro_batch_size to a number"):
+        plan_training(bigram, 400, torch.float32, "cpu")
+
+
+def test_a_field_that_the_config_class_lacks_is_one_line():
+    """Guards: a TypeError of a dataclass for a typo in a recipe."""
+    recipe = load_recipe("tiny", "bdh")
+    recipe.architecture["n_heads"] = 2
+    with pytest.raises(UserError, match=r"recipe tiny \(bdh\): .*'n_heads'"):
+        recipe.model_config(100)
+
+
+def test_the_registry_is_read_without_torch(root):
+    """Guards: `--help` that takes seven seconds."""
+    code = (f"import sys; sys.path.insert(0, {str(root)!r}); import plotarmour.config, plotarmour.models; "
+            "sys.exit('torch' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

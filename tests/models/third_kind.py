@@ -1,0 +1,41 @@
+"""A throw-away third kind of model: the least that a kind of model has to be. It predicts from the last token alone."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class BigramConfig:
+    n_embd: int = 8
+    vocab_size: int = 256
+
+    @property
+    def core_params(self) -> int:
+        return self.n_embd**2 + self.n_embd
+
+    @property
+    def weights_per_token(self) -> int:
+        return self.core_params
+
+    def flops_per_token(self, context_length: int) -> int:
+        return 2 * self.n_embd**2 + 2 * self.n_embd * self.vocab_size
+
+
+class Bigram(nn.Module):
+    context_length = None
+
+    def __init__(self, config: BigramConfig):
+        super().__init__()
+        self.config, self.embed = config, nn.Embedding(config.vocab_size, config.n_embd)
+        self.core = nn.Linear(config.n_embd, config.n_embd)
+
+    @property
+    def unembedding(self):
+        return self.embed.weight
+
+    def features(self, inputs, state=None):
+        return self.core(self.embed(inputs)), state
+
+    def forward(self, inputs):
+        return self.features(inputs)[0] @ self.unembedding.T
