@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests" / "models")]
 
 SHAPES = {"25M": {"n_layer": 6, "n_embd": 256, "n_head": 4, "multiplier": 128},
           "1.8M": {"n_layer": 4, "n_embd": 128, "n_head": 4, "multiplier": 32}}

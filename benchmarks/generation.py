@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests" / "models")]
 
 SHAPE = {"n_layer": 6, "n_embd": 256, "n_head": 4}
 MULTIPLIER, VOCABULARY = 128, 256

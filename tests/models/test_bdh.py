@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from published_bdh import PublishedBDH
 from safetensors.torch import load_file
 
 from plotarmour.models.bdh import BDH, BDHConfig
@@ -30,6 +31,26 @@ def relative(found, expected):
 
 def cross_entropy(model, tensors):
     return F.cross_entropy(model(tensors["inputs"]).flatten(0, 1), tensors["targets"].flatten())
+
+
+@pytest.mark.parametrize("form", ["parallel", "tiled"])
+@pytest.mark.parametrize(("n_layer", "n_embd", "n_head", "multiplier"), [(2, 16, 2, 8), (3, 12, 1, 4), (1, 16, 4, 16)])
+def test_random_weights_give_the_published_logits_loss_and_gradients(form, n_layer, n_embd, n_head, multiplier):
+    """Guards: any drift from the published formula, in a clone without the official reference tensors."""
+    torch.manual_seed(0)
+    model = BDH(BDHConfig(n_layer, n_embd, n_head, multiplier, vocab_size=40, dropout=0.0))
+    model.form = form
+    published = PublishedBDH(n_layer, n_embd, n_head, multiplier, vocab_size=40)
+    published.load_state_dict(model.state_dict(), strict=True)
+    tensors = dict(zip(("inputs", "targets"), torch.randint(0, 40, (2, 2, 70)), strict=True))
+    assert relative(model(tensors["inputs"]).detach(), published(tensors["inputs"]).detach()) < 1e-4
+    losses = [cross_entropy(each, tensors) for each in (model, published)]
+    assert float(losses[0].detach()) == pytest.approx(float(losses[1].detach()), rel=1e-5)
+    for loss in losses:
+        loss.backward()
+    expected = dict(published.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert relative(parameter.grad, expected[name].grad) < 1e-4, name
 
 
 @pytest.mark.parametrize("form", ["parallel", "tiled"])

@@ -1,7 +1,8 @@
 """BDH as its formula stands in the paper (arXiv 2509.26507) and in the official code, operation for operation.
 
-The other side of the benchmarks: every (B, H, T, N) tensor is made and kept, phases, cosines and sines anew at every
-pass, and text goes on by running all of it again. Weights by the official names, so ours load into it.
+The reference of the tests and the other side of the benchmarks. It imports nothing of the package, keeps every
+(B, H, T, N) tensor, computes phases, cosines and sines in every pass, and continues a text by a forward pass over all
+of it. Parameters have the official names, so a state dict of `plotarmour.models.bdh.BDH` loads into it.
 """
 
 import math
