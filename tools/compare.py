@@ -8,7 +8,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plotarmour.cli import HelpFormatter, run_command
-from plotarmour.report.compare import compare_runs
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,6 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
+    from plotarmour.report.compare import compare_runs  # heavy: --help does without
+
     compare_runs(args.runs, args.data, args.out, args.train, args.facts, args.stride, args.title, device=args.device,
                  unfinished=args.unfinished)
     print((args.out / "summary.txt").read_text(encoding="utf-8"))

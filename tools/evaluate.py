@@ -8,8 +8,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plotarmour.cli import HelpFormatter, run_command
-from plotarmour.report.compare import compare_runs
-from plotarmour.report.verdict import for_people
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,6 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
+    from plotarmour.report.compare import compare_runs  # heavy: --help does without
+    from plotarmour.report.verdict import for_people
+
     table = compare_runs([args.run], args.data, args.out, args.train, args.facts, args.stride, which=args.checkpoint,
                          device=args.device, unfinished=args.unfinished)
     print(for_people(table).to_string(index=False))

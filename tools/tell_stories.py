@@ -9,7 +9,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plotarmour.cli import HelpFormatter, UserError, run_command
 from plotarmour.data.tales import TOKENS_PER_STORY, events_for_tokens
-from plotarmour.suite.steps import tell_corpus
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,6 +40,8 @@ def main() -> None:
         raise UserError(f"--seed {args.seed} must be in [0, 2**32).")
     if args.out.exists() and not args.force:
         raise UserError(f"{args.out} exists already; expected a new name. Use another --out, or --force.")
+    from plotarmour.suite.steps import tell_corpus  # heavy: --help does without
+
     text, facts = tell_corpus(args.out, args.count, args.seed, (low, high))
     print(f"{text}: {args.count:,} stories ({text.stat().st_size / 2**20:.1f} MiB); facts in {facts}")
 

@@ -1,7 +1,6 @@
 """The rows of a grid, each in a papermill process of its own: one after the other, or some at a time."""
 
 import csv
-import os
 import sys
 import time
 import warnings
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from plotarmour.cli import UserError
 from plotarmour.data.unfinished import locked
+from plotarmour.machine import cores
 from plotarmour.suite.grid import Grid
 from plotarmour.suite.grid_plan import Job, data_parameters, plan_grid, slots
 from plotarmour.suite.grid_state import State, find_state, judge, stamps, write_summary
@@ -46,7 +46,7 @@ def run_grid(path: Path, notebook: Path, recipe: str, out: Path, text: Path | No
         UserError: mistakes in the grid, before anything is started; text that does not become token files.
     """
     grid, jobs = plan_grid(path, notebook, recipe, out, text, extra_text, overrides, gpus, at_once)
-    places = slots(at_once, jobs, _cpus())
+    places = slots(at_once, jobs, cores())
     with locked(out / LOCK, out):  # two starts at a time would run rows twice
         check_summary(out / "summary.csv", jobs)
         (out / "notebooks").mkdir(parents=True, exist_ok=True)
@@ -170,8 +170,3 @@ def _ended(job: Job, execution: Execution, before: list, code: int) -> tuple[str
         print(f"warning: {job.row.run} is done, and its notebook failed after that: {last_words(execution.log)}",
               file=sys.stderr, flush=True)
     return status, reason
-
-
-def _cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -21,6 +21,7 @@ import torch
 
 from plotarmour.cli import UserError
 from plotarmour.config import Recipe
+from plotarmour.machine import cores
 from plotarmour.suite.relay import Relay
 from plotarmour.training.distributed import check_share
 from plotarmour.training.stopping import StopRequest, ask_to_stop
@@ -80,7 +81,7 @@ def launch(recipe: Recipe, name: str, train: Path, val: Path, out: Path, overrid
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}",
                    "--redirects=3", f"--log-dir={logs}", str(TOOL), "--recipe", name, "--model", recipe.model,
                    "--train", str(train), "--val", str(val), "--out", str(out), *options]
-        threads = str(max(1, (os.cpu_count() or 1) // gpus))
+        threads = str(max(1, cores() // gpus))
         environment = {"OMP_NUM_THREADS": threads} | os.environ | {STOP_AT_EOF: "1", "PYTHONUNBUFFERED": "1"}
         with (Path(logs) / "torchrun.log").open("wb") as torchrun_log:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=torchrun_log, stderr=subprocess.STDOUT,

@@ -66,8 +66,6 @@ def prepare(recipe: Recipe, folder: Path, text: Path | None = None, extra_text: 
     require_text(recipe, text)
     if 0 in parse_split(recipe.data.split):
         raise UserError(f"split {recipe.data.split} leaves a part empty; the suite needs train, val and test.")
-    for name in OPTIONAL.values():
-        (folder / name).unlink(missing_ok=True)  # of an earlier start with other settings
     paths = {}
     if text is None:
         text, paths["facts"] = tell_corpus(folder / "built-in.txt", recipe.data.corpus_stories, recipe.data.corpus_seed,
@@ -86,6 +84,8 @@ def prepare(recipe: Recipe, folder: Path, text: Path | None = None, extra_text: 
     if extra_text is not None:
         [paths["extra"]] = pre_tokenize([extra_text], str(paths["train"]), folder / OPTIONAL["extra"], None,
                                         recipe.data.stories, exclude=[text], replace=True)
+    for name in OPTIONAL.keys() - paths.keys():  # of an earlier start with other settings; only now that this succeeded
+        (folder / OPTIONAL[name]).unlink(missing_ok=True)
     return paths
 
 

@@ -5,11 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-TOOLS = ("pre_tokenize", "tell_stories", "train", "evaluate", "compare", "generate", "run_suite", "sync_notebooks",
-         "doctor", "find_duplicates", "import_bin", "download_tinystories", "prepare_common_crawl")
+TOOLS = sorted(path.stem for path in (Path(__file__).parents[2] / "tools").glob("*.py"))
+HEAVY = ("torch", "transformers", "pandas", "matplotlib", "scipy")  # seconds to import
 
 
 def call(root, tool, *args, cwd=None):
@@ -22,6 +23,16 @@ def test_help_works_from_any_folder(root, tool, tmp_path):
     """Guards: a tool that needs the package installed or the right working folder."""
     done = call(root, tool, "--help", cwd=tmp_path)
     assert done.returncode == 0 and "usage:" in done.stdout and done.stderr == ""
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_help_imports_nothing_heavy(root, tool):
+    """Guards: a --help that takes eight seconds, because torch is imported before the command line is parsed."""
+    code = (f"import runpy, sys\nsys.argv = ['{tool}', '--help']\n"
+            f"try:\n    runpy.run_path({str(root / 'tools' / f'{tool}.py')!r}, run_name='__main__')\n"
+            f"except SystemExit:\n    print('imported', sorted(set({HEAVY}) & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("imported []\n")
 
 
 def test_from_text_to_comparison(run_main, tmp_path):

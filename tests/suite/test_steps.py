@@ -1,0 +1,21 @@
+"""The steps that notebooks and command lines call."""
+
+import pytest
+
+from plotarmour.cli import UserError
+from plotarmour.config import load_recipe
+from plotarmour.suite.steps import prepare
+
+SMALL = ["max_steps=2", "warmup_steps=0"]
+
+
+def test_a_text_that_is_refused_removes_nothing(tmp_path):
+    """Guards: facts of the corpus and the second test set unlinked before the new text is looked at."""
+    kept = {tmp_path / name: name.encode() for name in ("tokens.extra.bin", "built-in.facts.jsonl", "built-in.txt")}
+    for path, content in kept.items():
+        path.write_bytes(content)
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"Once upon a time\xff\xfe there was no UTF-8.")
+    with pytest.raises(UserError, match="UTF-8"):
+        prepare(load_recipe("tiny", "bdh", SMALL), tmp_path, bad)
+    assert {path: path.read_bytes() for path in kept} == kept
