@@ -3,7 +3,7 @@
 
 BDH from its state, BDH by running the published formula over all of the text again, GPT-2 (its own core parameters,
 as many) from its cache, and GPT-2 by `transformers`' own generate. Then reading a prompt through the state against
-the published forward pass, and what silent neurons save. All in this process, in turn; medians.
+the published forward pass. All in this process, in turn; medians.
 """
 
 import argparse
@@ -137,41 +137,8 @@ def prefill(device, lengths: list[int], rounds: int) -> list[dict]:
     return rows
 
 
-def silent_neurons(device, shares: list[float], tokens: int) -> list[dict]:
-    """Sparse against dense decoding where a share of x fires: the rest are made silent by a zero encoder column."""
-    import torch
-
-    from plotarmour.models import recurrent
-
-    rows = []
-    for share in shares:
-        bdh, _, _ = models(device, [64])
-        with torch.no_grad():
-            silent = torch.rand(bdh.encoder.shape[0], bdh.encoder.shape[2], device=device) > 2 * share
-            bdh.encoder.mul_(~silent.unsqueeze(1))  # half of what is left fires
-        rows += sparse_and_dense(bdh, torch.randint(0, VOCABULARY, (1, 256), device=device), tokens, recurrent,
-                                 f"{share:.0%} of neurons fire")
-    return rows
-
-
-def sparse_and_dense(bdh, text, tokens: int, recurrent, label: str) -> list[dict]:
-    import torch
-
-    state, token, times = bdh.features(text, bdh.initial_state(1))[1], text[:, :1], {"sparse": [], "dense": []}
-    chosen = recurrent.SPARSE_BELOW
-    with torch.no_grad():
-        for _ in range(tokens):
-            for name in times:
-                recurrent.SPARSE_BELOW = 1.0 if name == "sparse" else -1.0
-                times[name].append(median_ms(lambda: bdh.features(token, state), 1))
-    recurrent.SPARSE_BELOW = chosen
-    ratio = statistics.median(b / a for a, b in zip(times["sparse"], times["dense"], strict=True))
-    return [{"what": f"{name}, {label}", "context": text.shape[1], "ms_per_token": statistics.median(found),
-             "ours_times_faster": ratio if name == "dense" else 1.0} for name, found in times.items()]
-
-
-def trained_run(folder: Path, data: Path, tokens: int) -> list[dict]:
-    """Activity of a trained run on text it has not seen, per pass, and what it saves."""
+def trained_run(folder: Path, data: Path) -> list[dict]:
+    """Activity of a trained run on text it has not seen, per pass."""
     import torch
 
     from plotarmour.data.token_file import TokenFile
@@ -187,9 +154,8 @@ def trained_run(folder: Path, data: Path, tokens: int) -> list[dict]:
         v = normalize(run.model.embed(text))[0]
         counted = recurrent.activity(v, run.model._weights(torch.float32), run.model.config.n_layer,
                                      run.model._rotation)
-    rows = [{"what": f"{folder.name}: active in pass {i + 1}", "context": length,
+    return [{"what": f"{folder.name}: active in pass {i + 1}", "context": length,
              **{f"active_{name}": share for name, share in found.items()}} for i, found in enumerate(counted)]
-    return rows + sparse_and_dense(run.model, text[:1], tokens, recurrent, f"{folder.name}, trained")
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -222,7 +188,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 64, 1024, 2048, 8192],
                         help="tokens; others are compared with the first")
     parser.add_argument("--recompute-to", type=int, default=1024, help="largest context for full recomputation, tokens")
-    parts = ("context", "transformers", "prompt", "silent", "run")
+    parts = ("context", "transformers", "prompt", "run")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="rows of others in --out stay")
     parser.add_argument("--tokens", type=int, default=40, help="generated per case; medians are stated")
     parser.add_argument("--run", type=Path, help="a trained BDH run: measure its activity too")
@@ -236,8 +202,7 @@ def main() -> None:
     parts = {"context": lambda: against_context(device, args.contexts, args.recompute_to, args.tokens),
              "transformers": lambda: against_transformers(device, 256, 7) + against_transformers(device, 1024, 3),
              "prompt": lambda: prefill(device, [2048], 3),
-             "silent": lambda: silent_neurons(device, [0.5, 0.3, 0.2, 0.1, 0.05, 0.03], args.tokens),
-             "run": lambda: trained_run(args.run, args.data, args.tokens) if args.run else []}
+             "run": lambda: trained_run(args.run, args.data) if args.run else []}
     rows = []
     if len(args.parts) < len(parts) and args.out.exists():
         with args.out.open(encoding="utf-8", newline="") as file:

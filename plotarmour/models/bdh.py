@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plotarmour.models import check_ids, check_state, recurrent
+from plotarmour.models import check_ids, check_state
 from plotarmour.models.dropout import CounterDropout
 from plotarmour.models.recurrent import BDHState, read, read_one
 from plotarmour.models.rotary import Rotation, rotate
@@ -168,9 +168,7 @@ class BDH(nn.Module):
             return run_passes(v, self.encoder, self.encoder_v, self.decoder, c.n_layer, dtype, setting), None
         with torch.autocast(v.device.type, enabled=False):
             if state is not None and T == 1 and dropout is None:
-                sparse = (B <= recurrent.SPARSE_BATCH and self.decoder.numel() >= recurrent.SPARSE_FROM
-                          and v.device.type == "cpu" and dtype == v.dtype)
-                v = read_one(v, self._weights(dtype), self._rotation, state, self._by_neuron if sparse else None)
+                v = read_one(v, self._weights(dtype), self._rotation, state)
             else:
                 v = read(v, self._weights(dtype), c.n_layer, self._rotation, dropout, state)
         if state is not None:
@@ -208,14 +206,8 @@ class BDH(nn.Module):
         parameters = self.encoder, self.encoder_v, self.decoder
         made_of = dtype, *((p.data_ptr(), p._version) for p in parameters)
         if self._reading is None or self._reading[0] != made_of:
-            self._reading = [made_of, Weights(*(p.detach().to(dtype) for p in parameters)), None]
+            self._reading = made_of, Weights(*(p.detach().to(dtype) for p in parameters))
         return self._reading[1]
-
-    def _by_neuron(self) -> Tensor:
-        """encoder_v of the last `_weights` as (H·N, D)."""
-        if self._reading[2] is None:
-            self._reading[2] = self._reading[1].encoder_v.mT.flatten(0, 1).contiguous()
-        return self._reading[2]
 
     def _check_state(self, state: BDHState, batch_size: int) -> None:
         c = self.config

@@ -6,16 +6,19 @@ table, positions are learned, and there are `context_length` of them. Its state 
 with every token.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GPT2LMHeadModel
+from transformers import DynamicCache, GPT2LMHeadModel, GPT2Model
 from transformers import GPT2Config as HFConfig
-from transformers.cache_utils import DynamicLayer
 
 from plotarmour.models import check_ids, check_state
+
+# `transformers` renamed the argument in 5.24, and warns where the old name is used.
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(GPT2Model.forward).parameters else "past_key_values"
 
 
 @dataclass(frozen=True)
@@ -69,39 +72,6 @@ class GPT2Config:
         return self.n_layer * (24 * D**2 + 4 * context_length * D) + 2 * D * self.vocab_size
 
 
-class _RoomyLayer(DynamicLayer):
-    """Keys and values of a layer in buffers with room to grow, where no gradient is needed.
-
-    `transformers` copies all of them for every token; here a token is written beside the others.
-    """
-
-    room: tuple[Tensor, Tensor] | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        before = self.get_seq_length()
-        if torch.is_grad_enabled() and (key_states.requires_grad or (before and self.keys.requires_grad)):
-            return super().update(key_states, value_states, *args, **kwargs)
-        after = before + key_states.shape[-2]
-        if not before:
-            super().update(key_states, value_states, *args, **kwargs)  # sets up dtype and device
-        elif self.room is None or self.room[0].shape[-2] < after or self.keys.data_ptr() != self.room[0].data_ptr():
-            self.room = tuple(t.new_empty(*t.shape[:-2], after + max(64, after // 2), t.shape[-1])
-                              for t in (self.keys, self.values))
-            for room, held in zip(self.room, (self.keys, self.values), strict=True):
-                room[..., :before, :] = held
-        if before:
-            for room, new in zip(self.room, (key_states, value_states), strict=True):
-                room[..., before:after, :] = new
-            self.keys, self.values = (room[..., :after, :] for room in self.room)
-        return self.keys, self.values
-
-
-def _empty_cache() -> DynamicCache:
-    cache = DynamicCache()
-    cache.layer_class_to_replicate = _RoomyLayer
-    return cache
-
-
 @dataclass
 class GPT2State:
     """What the past left behind: the keys and values of every token read.
@@ -114,7 +84,7 @@ class GPT2State:
     """
 
     shape: tuple[int, int, int, int]
-    cache: DynamicCache = field(default_factory=_empty_cache)
+    cache: DynamicCache = field(default_factory=DynamicCache)
 
     @property
     def position(self) -> int:
@@ -212,7 +182,7 @@ class GPT2(nn.Module):
             raise ValueError(f"{tokens} tokens, but this GPT-2 has {self.context_length} positions: score with a "
                              "sliding window or shorten the text")
         cache = state.cache if state is not None else None
-        out = self.hf.transformer(input_ids=inputs, past_key_values=cache, use_cache=state is not None)
+        out = self.hf.transformer(input_ids=inputs, use_cache=state is not None, **{CACHE_ARGUMENT: cache})
         return out.last_hidden_state, state
 
     def _state_shape(self, batch_size: int) -> tuple[int, int, int, int]:

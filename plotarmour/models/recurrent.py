@@ -4,16 +4,12 @@ Linear attention has a state: the past enters a pass as rope(x) S with S = Σ ro
 Each token reads S before it is written to it, so the order is strictly causal and the result exact.
 
 - `read` takes many tokens by chunks: inside a chunk as in training, the past through S.
-- `read_one` takes one token. For large matrices on a CPU it counts what fires at every token and pass. Where few x do,
-  it touches only the rows of S of a pair (2i, 2i + 1) where either fires, and the columns of encoder_v where x does;
-  where few x ∘ y do, only their rows of decoder. The rest are products with zero.
+- `read_one` takes one token of each story.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from plotarmour.models.dropout import CounterDropout
@@ -21,9 +17,6 @@ from plotarmour.models.rotary import Rotation, rotate
 from plotarmour.models.tiled import Scratch, Setting, Tiling, Weights, normalize, pass_forward
 
 CHUNK = 256  # tokens
-SPARSE_BELOW = 0.2  # share that fires; above it dense products are as fast (benchmarks/generation.py)
-SPARSE_BATCH = 4  # stories; each has neurons of its own that fire
-SPARSE_FROM = 2**21  # weights of a matrix; smaller ones stay in a CPU's cache, where a product costs less than a search
 
 
 @dataclass
@@ -102,8 +95,7 @@ def read(v: Tensor, weights: Weights, n_layer: int, rotation: Rotation, dropout:
 
 
 @torch.no_grad()
-def read_one(v: Tensor, weights: Weights, rotation: Rotation, state: BDHState,
-             by_neuron: Callable[[], Tensor] | None) -> Tensor:
+def read_one(v: Tensor, weights: Weights, rotation: Rotation, state: BDHState) -> Tensor:
     """Go through all passes with one token of each story.
 
     Args:
@@ -111,67 +103,25 @@ def read_one(v: Tensor, weights: Weights, rotation: Rotation, state: BDHState,
         weights: in the dtype of products.
         rotation: of the positions.
         state: of as many passes as there are to go through; written to in place, its position apart.
-        by_neuron: makes encoder_v as (H·N, D), one row per neuron, when it is needed; None: dense products only.
 
     Returns:
         v after the last pass, (B, 1, D).
     """
-    B, (H, D, _), dtype = len(v), weights.shape, weights.encoder.dtype
+    B, (H, D, N), dtype = len(v), weights.shape, weights.encoder.dtype
     factors = rotation.table(state.position, 1, v.device, v.dtype)
     for synapses in state.synapses:
-        token = v.transpose(0, 1).expand(H, B, D)
-        x = torch.bmm(token.to(dtype), weights.encoder).relu_().transpose(0, 1).contiguous()  # (B, H, N)
+        x = torch.bmm(v.transpose(0, 1).expand(H, B, D).to(dtype), weights.encoder).relu_()
+        x = x.transpose(0, 1).contiguous()  # (B, H, N)
         q = rotate(x, factors)  # float32 or wider
-        if by_neuron is not None and x.count_nonzero() <= SPARSE_BELOW * x.numel():
-            m = _sparse(x, q, v, synapses, by_neuron(), weights.decoder)
-        else:
-            m = _dense(x, q, v, synapses, weights, by_neuron is not None)
-        v = normalize(v + normalize(m.to(v.dtype))[0])[0]
+        memory = synapses.view(B * H, N, D)
+        a = torch.bmm(q.view(B * H, 1, N), memory).view(B, H, D)  # before this token is written
+        memory.baddbmm_(q.view(B * H, N, 1), v.expand(B, H, D).reshape(B * H, 1, D))
+        normal = normalize(a)[0].to(dtype)
+        y = torch.bmm(normal.transpose(0, 1), weights.encoder_v).relu_().transpose(0, 1)  # (B, H, N)
+        heads = torch.bmm((x * y).transpose(0, 1), weights.decoder.view(H, N, D))  # (H, B, D)
+        m = heads.to(v.dtype).sum(0).unsqueeze(1)  # (B, 1, D)
+        v = normalize(v + normalize(m)[0])[0]
     return v
-
-
-def _dense(x: Tensor, q: Tensor, v: Tensor, synapses: Tensor, weights: Weights, count: bool) -> Tensor:
-    B, H, N = x.shape
-    memory = synapses.view(B * H, N, -1)
-    a = torch.bmm(q.view(B * H, 1, N), memory).view(B, H, -1)
-    memory.baddbmm_(q.view(B * H, N, 1), v.expand(B, H, -1).reshape(B * H, 1, -1))
-    normal = normalize(a)[0].to(x.dtype)
-    y = torch.bmm(normal.transpose(0, 1), weights.encoder_v).relu_().transpose(0, 1)  # (B, H, N)
-    g = x * y
-    if count and g.count_nonzero() <= SPARSE_BELOW * g.numel():
-        fired = g.view(-1).nonzero().squeeze(1)
-        return _decode(fired, g.view(-1)[fired], weights.decoder, B)
-    heads = torch.bmm(g.transpose(0, 1), weights.decoder.view(H, N, -1))  # (H, B, D), summed over H
-    return heads.to(v.dtype).sum(0).unsqueeze(1)
-
-
-def _sparse(x: Tensor, q: Tensor, v: Tensor, synapses: Tensor, by_neuron: Tensor, decoder: Tensor) -> Tensor:
-    """As `_dense`, touching active neurons only; its sums are the same with their zeros left out."""
-    (B, H, N), D = x.shape, v.shape[-1]
-    pairs = x.view(-1, 2).sum(-1).nonzero().squeeze(1)
-    rows = torch.stack((2 * pairs, 2 * pairs + 1), 1).flatten()  # of (B, H, N)
-    weight, memory = q.view(-1)[rows], synapses.view(-1, D)
-    a = F.embedding_bag(rows, memory, _starts(rows, B * H, N), mode="sum", per_sample_weights=weight)
-    memory.index_add_(0, rows, weight.unsqueeze(1) * (v[0] if B == 1 else v[rows // (H * N), 0]))
-    normal = normalize(a)[0].unsqueeze(2)  # (B·H, D, 1)
-    active = x.view(-1).nonzero().squeeze(1)
-    columns, starts = by_neuron.index_select(0, active % (H * N)), _starts(active, B * H, N).tolist()
-    ends = [*starts[1:], len(active)]
-    y = torch.cat([columns[i:j] @ normal[n] for n, (i, j) in enumerate(zip(starts, ends, strict=True))]).squeeze(1)
-    g = x.view(-1)[active] * y.relu_()
-    open_gates = g.nonzero().squeeze(1)
-    return _decode(active[open_gates], g[open_gates], decoder, B)
-
-
-def _decode(fired: Tensor, g: Tensor, decoder: Tensor, B: int) -> Tensor:
-    """Rows of decoder (H·N, D) at the sorted places `fired` of (B, H, N), weighted by g and summed: (B, 1, D)."""
-    starts = _starts(fired, B, len(decoder))
-    return F.embedding_bag(fired % len(decoder), decoder, starts, mode="sum", per_sample_weights=g).unsqueeze(1)
-
-
-def _starts(index: Tensor, groups: int, size: int) -> Tensor:
-    """Where each group of `size` begins in a sorted index."""
-    return torch.searchsorted(index, torch.arange(groups) * size)
 
 
 @torch.no_grad()

@@ -78,7 +78,7 @@ def test_attention_goes_through_sdpa():
 
 @torch.no_grad()
 def test_a_cache_that_grows_token_by_token_holds_what_one_reading_holds():
-    """Guards: room that is too small, or kept after someone else has replaced the keys."""
+    """Guards: a cache that loses or repeats tokens, or that a copied or differentiated state changes."""
     torch.manual_seed(0)
     model = GPT2(GPT2Config(2, 16, 2, vocab_size=50, context_length=300, dropout=0.0)).eval()
     inputs, state, pieces = torch.randint(0, 50, (2, 300)), model.initial_state(2), []
