@@ -233,8 +233,11 @@ class Documents:
 
 
 def _add(writer: TokenFileWriter, stories: list[np.ndarray], tokenizer: Tokenizer) -> None:
-    """Append some stories, whose text has as many bytes as their tokens stand for."""
+    """Append some stories with the UTF-8 bytes of their text: summed by token where that is exact, else decoded."""
     end = np.array([tokenizer.end_of_text_id])
-    sizes = np.array([int(tokenizer.token_bytes[ids].sum()) for ids in stories])
+    if tokenizer.token_bytes is not None:
+        sizes = np.array([int(tokenizer.token_bytes[ids].sum()) for ids in stories])
+    else:
+        sizes = np.array([len(tokenizer.decode(ids).encode()) for ids in stories])
     ids = np.concatenate([part for story in stories for part in (story, end)]).astype(np.uint32)
     writer.add(ids, np.array([len(story) + 1 for story in stories]), sizes)

@@ -83,11 +83,16 @@ class Tokenizer:
                 and all(token["special"] for token in made.get("added_tokens", [])))
 
     @cached_property
-    def token_bytes(self) -> np.ndarray:
+    def token_bytes(self) -> np.ndarray | None:
         """int32 (vocab_size,): UTF-8 bytes that each id stands for; 0 for end-of-text.
 
-        Exact for byte-level vocabularies, where every character of an entry stands for one byte.
+        None where that is not exact: only in byte-level vocabularies does every character of an entry stand for one
+        byte. Other kinds mark continuations (`##ed`), join words with spaces or normalise.
         """
+        settings = json.loads(self.json)
+        if ((settings.get("decoder") or {}).get("type") != "ByteLevel" or settings.get("normalizer") is not None
+                or any(not token["special"] for token in settings.get("added_tokens", []))):
+            return None
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
         for token, i in self.backend.get_vocab(with_added_tokens=True).items():
             sizes[i] = 0 if token == END_OF_TEXT else len(token)

@@ -79,7 +79,7 @@ def check_run(run, data, scores: pd.DataFrame, train_data=None, stride: int | No
         unbounded: whether each token was given its whole story, as in `scores`.
 
     Returns:
-        A row per check: check, run, expected, found, passed.
+        A row per check: check, run, expected, found, passed ("boolean"; missing where a check cannot be made).
     """
     context = None if unbounded else run.context_length
     once, mean = TOLERANCES[run.machine.dtype.itemsize < 4]
@@ -95,12 +95,13 @@ def check_run(run, data, scores: pd.DataFrame, train_data=None, stride: int | No
         if train_data is not None:
             rows.append(("held out", "0 stories", *_held_out(train_data, data)))
     name = run.name + UNBOUNDED * unbounded
-    return pd.DataFrame([(check, name, *rest) for check, *rest in rows], columns=COLUMNS)
+    checks = pd.DataFrame([(check, name, *rest) for check, *rest in rows], columns=COLUMNS)
+    return checks.astype({"passed": "boolean"})
 
 
 def require(checks: pd.DataFrame) -> None:
     """Raise `UserError` naming the checks that have failed, and whose they are."""
-    failed = checks[~checks["passed"]]
+    failed = checks[~checks["passed"].fillna(True)]
     if len(failed):
         told = "; ".join(f"{row.run}, {row.check}: found {row.found}, expected {row.expected}"
                          for row in failed.itertuples())
@@ -155,9 +156,9 @@ def _alone(run, data, scores: pd.DataFrame, spread: np.ndarray, context: int | N
     return _judged(gaps, tolerance, "{:.2g}")
 
 
-def _bytes(run, data, scores: pd.DataFrame) -> tuple[str, bool]:
-    if not run.tokenizer.takes_pieces:  # with another kind, an id may stand for other bytes here than there
-        return "not to be counted with this kind of tokenizer", True
+def _bytes(run, data, scores: pd.DataFrame) -> tuple[str, bool | None]:
+    if run.tokenizer.token_bytes is None:
+        return "not checked: an id of this tokenizer has no fixed number of bytes", None
     sizes, stated, wrong, begin = run.tokenizer.token_bytes.astype(np.int64), scores["bytes"].to_numpy(), 0, 0
     starts = np.append(np.asarray(data.offsets), data.n_tokens).astype(np.int64)
     while begin < len(stated):

@@ -119,6 +119,9 @@ def evaluate_run(run, data, facts: dict[int, CorpusFacts] | None = None, stride:
     longest = int(story_tokens(data).max())
     nats, count, token_nats = np.zeros(longest), np.zeros(longest, dtype=np.int64), [np.empty(0)] * n
     sizes = run.tokenizer.token_bytes if facts else None
+    if facts and sizes is None:
+        raise UserError(f"{run.name} was trained with a tokenizer that is not byte-level; expected bpe:N, gpt2 or "
+                        "bytes to count nats on facts. Compare without --facts.")
     for score in score_stories(run.model, data, None if unbounded else run.context_length, run.machine,
                                None if unbounded else stride, name=run.name + (" unbounded" if unbounded else "")):
         table[score.story, :4] = score.story, score.tokens, score.bytes, score.nats

@@ -122,7 +122,7 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
     pairs = pairs_of(arms, REFERENCE)
     sampled = {arm.runs[0]: arm.name for arm in arms} if pairs else {}
     shown = [arm.runs[0] for arm in pairs[0]] if pairs else []  # side by side, word by word
-    scores, positions, budgets, runs, tested, token_nats, samples = {}, [], {}, [], pd.DataFrame(), {}, {}
+    scores, positions, budgets, runs, checked, token_nats, samples = {}, [], {}, [], [], {}, {}
     for folder in folders:
         run = load_run(folder, which, device)
         budgets[run.name] = budget_of(run)
@@ -133,15 +133,15 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
             positions.append(result.positions.assign(run=name))
             if name in shown:
                 token_nats[name] = result.token_nats
-            checks = check_run(run, test, result.stories, train_data, stride, unbounded)
-            tested = pd.concat([tested, checks], ignore_index=True)
+            checked.append(check_run(run, test, result.stories, train_data, stride, unbounded))
+            tested = pd.concat(checked, ignore_index=True)
             write_csv(tested, out / "checks.csv")
-            require(checks)
+            require(tested)
         if run.name in sampled:
             samples[sampled[run.name]] = samples_of(run, sampled[run.name], test)
         runs.append(dataclasses.replace(run, model=None))
         del run  # one model in memory at a time
-    print(f"{len(tested)} leak checks passed", flush=True)
+    print(f"{tested.passed.sum()} leak checks passed", flush=True)
     if train_data is not None:
         scores |= {f"{name} baseline": frame for name, frame in evaluate_baselines(train_data, test).items()}
     table, unequal = comparison_table(scores, budgets), differences(runs)

@@ -66,7 +66,8 @@ def write_report(comparison, out: Path) -> Path:
         matchings=_matchings(pairs, names) if len(pairs) else None, several_kinds=len(kinds) > 1,
         not_claimed=NOT_CLAIMED, unequal=comparison.unequal, samples=_samples(comparison, names),
         examples=list(comparison.examples.itertuples()), protocol=protocol, protocol_text=protocol_text,
-        checks=comparison.checks.assign(passed=comparison.checks["passed"].map({True: "yes", False: "NO"})),
+        checks=comparison.checks.assign(
+            passed=comparison.checks["passed"].map({True: "yes", False: "NO"}).fillna("not checked")),
         every_run=for_people(comparison.table) if several else None)
     write_text(out / "report.html", page)
     return out / "report.html"

@@ -149,7 +149,7 @@ def summarise(table: pd.DataFrame, what: str, unequal: list[str], arms: list[Arm
         known = f"the {best['name']} ({best['perplexity']:.2f})"
         lines.append(f"{' and '.join(above)} did not beat {known}: no better than counting." if above else
                      f"Every run is below {known}.")
-    lines.append(f"{len(checks)} leak checks passed (checks.csv).")  # or there is no comparison
+    lines.append(f"{checks.passed.sum()} leak checks passed (checks.csv).")  # or there is no comparison
     lines += [f"Not equal between the runs: {difference}." for difference in unequal]
     return "\n".join(lines) + "\n"
 

@@ -35,7 +35,7 @@ NON_FINITE_IN_A_ROW = 10
 DONE = ("max_steps", "schedule_minutes", "early stopping")  # reasons for DONE.json; all others are for STOPPED.json
 
 
-def train(run: Path, model: nn.Module, windows: Windows, val_windows: Windows, token_bytes: np.ndarray,
+def train(run: Path, model: nn.Module, windows: Windows, val_windows: Windows, token_bytes: np.ndarray | None,
           config: TrainingConfig, machine: Machine, resume_from: Path | None = None, ranks: Ranks = ALONE,
           begin_with: int | None = None, on_row: Callable[[], None] | None = None) -> dict:
     """Train until the schedule ends, early stopping fires, or something stops the run.
@@ -45,7 +45,7 @@ def train(run: Path, model: nn.Module, windows: Windows, val_windows: Windows, t
         model: on the machine's device, float32.
         windows: of the training tokens.
         val_windows: of the validation tokens; the first `eval_tokens` of them, in order, are evaluated.
-        token_bytes: int32 (vocab_size,), bytes that each id stands for.
+        token_bytes: int32 (vocab_size,), bytes that each id stands for; None where that is not exact.
         config: the training part of a recipe.
         machine: device and dtype.
         resume_from: a checkpoint folder to go on from.
@@ -79,7 +79,8 @@ def train(run: Path, model: nn.Module, windows: Windows, val_windows: Windows, t
 class _Session:
     """One process's stretch of a run: from its start or a checkpoint to where it ends or stops."""
 
-    def __init__(self, run: Path, model: nn.Module, windows: Windows, val_windows: Windows, token_bytes: np.ndarray,
+    def __init__(self, run: Path, model: nn.Module, windows: Windows, val_windows: Windows,
+                 token_bytes: np.ndarray | None,
                  config: TrainingConfig, machine: Machine, resume_from: Path | None, ranks: Ranks,
                  begin_with: int | None, on_row: Callable[[], None] | None):
         self.run, self.model, self.windows, self.val_windows = run, model, windows, val_windows

@@ -198,15 +198,15 @@ def clip_gradients(model: nn.Module, limit: float) -> float:
 
 
 @torch.no_grad()
-def evaluate_windows(model: nn.Module, windows: Windows, batches: list[list[tuple[int, int]]], token_bytes: np.ndarray,
-                     machine: Machine) -> tuple[float, int, int]:
+def evaluate_windows(model: nn.Module, windows: Windows, batches: list[list[tuple[int, int]]],
+                     token_bytes: np.ndarray | None, machine: Machine) -> tuple[float, int, int]:
     """Score some windows of a token file.
 
     Args:
         model: with `features` and `unembedding`, as in `plotarmour.models`.
         windows: of the token file.
         batches: rows ([begin, end) in targets) of each forward pass.
-        token_bytes: int32 (vocab_size,), bytes that each id stands for.
+        token_bytes: int32 (vocab_size,), bytes that each id stands for; None where that is not exact.
         machine: device and dtype.
 
     Returns:
@@ -222,7 +222,8 @@ def evaluate_windows(model: nn.Module, windows: Windows, batches: list[list[tupl
                 features = model.features(inputs.to(machine.device))[0]
                 nats += float(summed_nats(features, model.unembedding, targets.to(machine.device)))
             counted = targets[targets != IGNORE].numpy()
-            n_tokens, n_bytes = n_tokens + len(counted), n_bytes + int(token_bytes[counted].sum())
+            n_tokens += len(counted)
+            n_bytes += int(token_bytes[counted].sum()) if token_bytes is not None else 0
     finally:
         model.train(was_training)
     return nats, n_tokens, n_bytes

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from plotarmour.cli import UserError
 from plotarmour.data import import_bin as imports
@@ -138,3 +139,18 @@ def test_token_files_and_existing_files_are_refused(write, tmp_path):
     ids = write([1, 2])
     with pytest.raises(UserError, match="both read and written"):
         import_bin(ids, "bytes", ids, "uint16", force=True)
+
+
+def test_bytes_of_imported_stories_are_those_of_their_text(tmp_path, write):
+    """Guards: entries' characters counted as bytes, where ##ed marks a continuation: 23 for a text of 20 bytes."""
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", "<|endoftext|>", "walk", "##ing", "##ed", "café"])}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    backend.add_special_tokens(["<|endoftext|>"])
+    (tmp_path / "words").mkdir()
+    backend.save(str(tmp_path / "words" / "tokenizer.json"))
+    ids = backend.encode("walking walked café").ids
+    import_bin(write([*ids, 1, *ids[:2], 1]), str(tmp_path / "words"), tmp_path / "x.bin", dtype="uint16")
+    data = TokenFile.open(tmp_path / "x.bin")
+    assert data.story_bytes.tolist() == [20, 7]
+    assert data.tokenizer().token_bytes is None

@@ -80,11 +80,11 @@ def small_bdh():
     return BDH(BDHConfig(2, 16, 2, 8, vocab_size=V, dropout=0.0))
 
 
-def run_of(model, context_length=64, takes_pieces=True):
+def run_of(model, context_length=64, byte_level=True):
     sizes = np.full(V, 2)
     sizes[0] = 0
     return SimpleNamespace(model=model.eval(), name="cheat", context_length=context_length, machine=CPU,
-                           tokenizer=SimpleNamespace(token_bytes=sizes, takes_pieces=takes_pieces))
+                           tokenizer=SimpleNamespace(token_bytes=sizes if byte_level else None))
 
 
 class Data(Stories):
@@ -155,10 +155,11 @@ def test_what_is_not_a_number_passes_no_check(data):
 
 def test_bytes_are_not_counted_with_tokenizers_whose_ids_do_not_tell(small_model, data):
     """Guards: an honest comparison that is refused for a tokenizer that marks words instead of spelling blanks."""
-    run = run_of(small_model, takes_pieces=False)
-    scores = scored(run, data)
-    scores["bytes"] += 1
-    assert failed(run, data, scores) == set()
+    run = run_of(small_model, byte_level=False)
+    checks = check_run(run, data, scored(run, data)).set_index("check")
+    assert checks.loc["bytes", "found"].startswith("not checked") and checks["passed"].isna().sum() == 1
+    require(checks)
+    assert checks["passed"].sum() == len(checks) - 1  # a check that is not made has not passed
 
 
 @pytest.mark.parametrize(("honest", "failing"), [(True, set()), (False, {"sum of probabilities"})])
