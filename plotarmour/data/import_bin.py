@@ -238,6 +238,6 @@ def _add(writer: TokenFileWriter, stories: list[np.ndarray], tokenizer: Tokenize
     if tokenizer.token_bytes is not None:
         sizes = np.array([int(tokenizer.token_bytes[ids].sum()) for ids in stories])
     else:
-        sizes = np.array([len(tokenizer.decode(ids).encode()) for ids in stories])
+        sizes = np.array([len(text.encode()) for text in tokenizer.decode_batch(stories)])
     ids = np.concatenate([part for story in stories for part in (story, end)]).astype(np.uint32)
     writer.add(ids, np.array([len(story) + 1 for story in stories]), sizes)

@@ -67,6 +67,10 @@ class Tokenizer:
         """Return the text of ids; end-of-text shows as `<|endoftext|>`."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
+    def decode_batch(self, rows: list[np.ndarray]) -> list[str]:
+        """Return the text of each row of ids, as `decode`; works on all cores."""
+        return self.backend.decode_batch([row.tolist() for row in rows], skip_special_tokens=False)
+
     @cached_property
     def takes_pieces(self) -> bool:
         """Whether a text cut before a space, behind a character that is not blank, gives the ids of the whole.
@@ -84,17 +88,26 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> np.ndarray | None:
-        """int32 (vocab_size,): UTF-8 bytes that each id stands for; 0 for end-of-text.
+        """int32 (vocab_size,): UTF-8 bytes that each id stands for; 0 for end-of-text. None where no such sum is exact.
 
-        None where that is not exact: only in byte-level vocabularies does every character of an entry stand for one
-        byte. Other kinds mark continuations (`##ed`), join words with spaces or normalise.
+        Exact for byte-level vocabularies alone: each character of an entry stands for one byte, no byte is missing, and
+        the text is encoded as it is. Others mark continuations (`##ed`), normalise, or put a space before the text.
         """
-        settings = json.loads(self.json)
-        if ((settings.get("decoder") or {}).get("type") != "ByteLevel" or settings.get("normalizer") is not None
-                or any(not token["special"] for token in settings.get("added_tokens", []))):
+        from tokenizers import pre_tokenizers
+
+        settings, vocabulary = json.loads(self.json), self.backend.get_vocab(with_added_tokens=True)
+        splits = settings.get("pre_tokenizer") or {}
+        splits = splits.get("pretokenizers") or [splits]  # of a sequence, or the only one
+        as_it_is = all(split.get("type") == "Split" and split.get("behavior") != "Removed"
+                       or split.get("type") == "ByteLevel" and not split.get("add_prefix_space", True)
+                       for split in splits)
+        byte_level = (settings.get("decoder") or {}).get("type") == splits[-1].get("type") == "ByteLevel"
+        if not (byte_level and as_it_is and settings.get("normalizer") is None
+                and all(token["special"] for token in settings.get("added_tokens", []))
+                and set(pre_tokenizers.ByteLevel.alphabet()) <= set(vocabulary)):
             return None
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
-        for token, i in self.backend.get_vocab(with_added_tokens=True).items():
+        for token, i in vocabulary.items():
             sizes[i] = 0 if token == END_OF_TEXT else len(token)
         return sizes
 

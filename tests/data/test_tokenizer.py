@@ -29,6 +29,24 @@ def test_any_text_comes_back_and_never_makes_an_end_of_text(text):
         assert tokenizer.token_bytes[ids].sum() == len((text + END_OF_TEXT).encode())
 
 
+def changed(**settings):
+    made = json.loads(LEARNED.json)
+    for key, value in settings.items():
+        made[key] = {**(made[key] or {}), **value}
+    return Tokenizer(json.dumps(made), "file")
+
+
+@pytest.mark.parametrize(("settings", "exact"), [
+    ({}, True), ({"pre_tokenizer": {"add_prefix_space": True}}, False), ({"normalizer": {"type": "Lowercase"}}, False),
+    ({"decoder": {"type": "Fuse"}}, False), ({"model": {"vocab": {"a": 0}, "merges": []}}, False)])
+def test_ids_have_a_number_of_bytes_only_where_the_text_is_encoded_as_it_is(settings, exact):
+    """Guards: a space put before every story counted as its own byte: 9 for "the cat?", and comparisons refused."""
+    tokenizer = changed(**settings)
+    assert (tokenizer.token_bytes is not None) == exact
+    if exact:
+        assert tokenizer.token_bytes[tokenizer.encode("the cat?")].sum() == 8
+
+
 def test_bytes_are_bytes():
     """Guards: a byte tokenizer that is not one token per byte."""
     assert BYTES.vocab_size == 257
