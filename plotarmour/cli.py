@@ -60,6 +60,13 @@ def _complain(message: str) -> int:
     return 2
 
 
+def say(message: str) -> None:
+    """Print a line to stderr without tearing a progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(message, file=sys.stderr)
+
+
 def outwait_others() -> None:
     """In one of torchrun's processes, before it ends because another is lost: let that one say why.
 

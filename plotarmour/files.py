@@ -1,10 +1,20 @@
-"""Files that appear only whole: written beside their place, flushed, fsynced, renamed, the folder fsynced."""
+"""Atomic writes and the one lock.
+
+A file appears under its name only complete: written beside its place, flushed, fsynced, renamed, the folder fsynced.
+"""
 
 import json
 import os
+import shutil
+import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from plotarmour.cli import UserError
+
+LOCK_FILES = {"lock", "owner.json"}
 
 
 def unfinished(path: Path) -> Path:
@@ -55,3 +65,45 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """Replace a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def locked(folder: Path, out: Path) -> Iterator[None]:
+    """Hold a lock file in `folder` while this process writes `out`; afterwards remove the folder if it holds no more.
+
+    The operating system releases the lock when the process ends, also when it is killed.
+
+    Raises:
+        UserError: another process holds it (pid, since when), or `folder` cannot be locked.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except PermissionError:
+        raise UserError(f"{out.parent} cannot be written: permission denied. Allow it, or use another --out.") from None
+    lock, owner = FileLock(folder / "lock"), folder / "owner.json"
+    try:
+        lock.acquire(timeout=0)
+    except NotImplementedError:  # filelock raises it on a file system without locks
+        raise UserError(f"{out.parent} is on a file system without locks; expected one that has them. Write to another "
+                        "disk with --out.") from None
+    except Timeout:
+        try:
+            holder = json.loads(owner.read_text(encoding="utf-8"))
+            who = f"process {holder['pid']}, since {holder['since']}"
+        except (OSError, ValueError, KeyError):
+            who = "another process"
+        raise UserError(f"{out} is being written by {who}; expected no other process. Wait for it, stop it, or use "
+                        "another --out.") from None
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        owner.write_text(json.dumps({"pid": os.getpid(), "since": since}), encoding="utf-8")
+        yield
+    finally:
+        if os.name == "nt":  # Windows cannot remove an open file
+            lock.release()
+        with suppress(OSError):
+            if {path.name for path in folder.iterdir()} <= LOCK_FILES:
+                shutil.rmtree(folder, ignore_errors=True)
+        lock.release()

@@ -1,6 +1,5 @@
 """What this machine is: device, dtype, host, versions; each with its reason, as a report to print."""
 
-import math
 import os
 import platform
 import subprocess
@@ -12,8 +11,7 @@ import torch
 
 import plotarmour
 from plotarmour.cli import UserError
-
-CGROUP = Path("/sys/fs/cgroup")  # where a container finds its own limits
+from plotarmour.limits import available_memory
 
 
 @dataclass(frozen=True)
@@ -142,37 +140,11 @@ def unused(device: torch.device, processes: int, can_grow: bool) -> str:
     return "; ".join(advice)
 
 
-def cores() -> int:
-    """Return how many CPU cores this process may use: by its affinity and its cgroup's quota, at least 1."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_numbers("cpu.max")
-    quota = quota or _cgroup_numbers("cpu/cpu.cfs_quota_us") + _cgroup_numbers("cpu/cpu.cfs_period_us")
-    if len(quota) == 2 and quota[0] > 0:
-        count = min(count, math.ceil(quota[0] / quota[1]))
-    return max(1, count)
-
-
 def memory_bytes(device: torch.device) -> int:
-    """Return memory in bytes: all that the GPU has, or what is available now on this machine and in its cgroup."""
+    """Return memory in bytes: all that the GPU has, or what this process may still take of the machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    import psutil
-
-    available = psutil.virtual_memory().available
-    for names in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        limit, used = map(_cgroup_numbers, names)
-        if limit and used:
-            available = min(available, max(0, limit[0] - used[0]))
-    return available
-
-
-def _cgroup_numbers(name: str) -> list[int]:
-    """Read the numbers of a cgroup file (version 2, or a controller's file of version 1); [] without a limit."""
-    try:
-        words = (CGROUP / name).read_text(encoding="ascii").split()
-        return [int(word) for word in words] if words[0] != "max" else []
-    except (OSError, ValueError, IndexError):
-        return []
+    return available_memory()
 
 
 def versions() -> dict[str, str | None]:

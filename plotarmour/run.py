@@ -24,9 +24,7 @@ from plotarmour.data.overlap import disjoint_by_construction, overlapping_storie
 from plotarmour.data.token_file import TokenFile, looks_like_token_file
 from plotarmour.data.tokenizer import Tokenizer, make_tokenizer
 from plotarmour.data.tokens_in_memory import TokensInMemory
-from plotarmour.data.unfinished import locked
-from plotarmour.data.unfinished import tidy as tidy_lock
-from plotarmour.files import write_json, write_text
+from plotarmour.files import locked, write_json, write_text
 from plotarmour.machine import Machine, find_machine, memory_bytes, versions
 from plotarmour.memory import RESERVE, largest_split
 from plotarmour.resume import (
@@ -152,8 +150,9 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
             _check_held_out(train_data, val_data)
             check_folder(out, info, resume, from_step, extend)  # before anything is written into it
             if from_step is None and is_done(out, t):
-                with suppress(OSError):  # a folder that may be read only
-                    tidy_lock(out / LOCK, out)  # of a start that was killed right after its last word
+                if (out / LOCK).exists():  # of a start that was killed after it had written DONE.json
+                    with suppress(OSError, UserError), locked(out / LOCK, out):
+                        pass
                 return {"done": _done(out)}
             held.enter_context(locked(out / LOCK, out))
             checkpoint = checkpoint_to_resume(out, resume, from_step, t.max_steps)

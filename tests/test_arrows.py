@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-BASIC = {"cli", "files"}
+BASIC = {"cli", "files", "limits"}
 MAY_KNOW = {
-    "cli": set(), "files": set(), "config": {"cli", "models"}, "machine": {"cli"}, "loss": set(),
+    "cli": set(), "files": {"cli"}, "config": {"cli", "models"}, "limits": set(),
+    "machine": {"cli", "limits"}, "loss": set(),
     "data": BASIC, "models": set(),
     "crawl": BASIC | {"data"},
     "training": BASIC | {"config", "machine", "loss", "data", "evaluation"},  # of it metrics alone

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from plotarmour.cli import UserError
+from plotarmour.cli import UserError, say
 from plotarmour.crawl.downloads import download
 from plotarmour.crawl.pages import REASONS, PageRules, check_language, require, why_dropped
 from plotarmour.crawl.wet import read_wet
@@ -24,7 +24,6 @@ from plotarmour.crawl.wetlist import Wet, check_file
 from plotarmour.data.chunks import read_stories
 from plotarmour.data.readers import Source
 from plotarmour.data.stories import SEPARATOR, story_hash
-from plotarmour.data.unfinished import say
 from plotarmour.files import publish, unfinished, write_json, write_text
 
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from plotarmour.cli import UserError
+from plotarmour.cli import UserError, say
 from plotarmour.crawl.partfile import BLOCK, Download, PartFile
-from plotarmour.data.unfinished import say
 
 if TYPE_CHECKING:
     import requests

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from plotarmour.cli import UserError
-from plotarmour.data.unfinished import say
+from plotarmour.cli import UserError, say
 from plotarmour.files import publish, write_json
 
 BLOCK = 2**18

@@ -19,11 +19,10 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
-from plotarmour.cli import UserError
+from plotarmour.cli import UserError, say
 from plotarmour.crawl.commoncrawl import Crawl, StoryFile, fetch, finish_shard, join_shards
 from plotarmour.crawl.pages import require, why_dropped
 from plotarmour.crawl.wet import read_wet
-from plotarmour.data.unfinished import say
 
 ROOT = Path(__file__).resolve().parents[2]
 

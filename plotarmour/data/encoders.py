@@ -15,6 +15,7 @@ import numpy as np
 from plotarmour.cli import UserError
 from plotarmour.data.chunks import PIECE
 from plotarmour.data.tokenizer import END_OF_TEXT, Tokenizer
+from plotarmour.limits import cores
 
 BACKENDS = ("auto", "fastokens", "tokenizers")
 CHECKED_SHARE = 0.005  # of the bytes, at most
@@ -59,8 +60,7 @@ class FastEncoder:
 
     def __init__(self, tokenizer: Tokenizer):
         # One core is left for reading and writing, which go on meanwhile.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
-        os.environ.setdefault("FASTOKENS_BPE_THREADS", str(max(1, cores - 1)))
+        os.environ.setdefault("FASTOKENS_BPE_THREADS", str(max(1, cores() - 1)))
         import fastokens
 
         closing = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}]

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from plotarmour.cli import UserError
+from plotarmour.cli import UserError, say
 from plotarmour.data.chunks import Chunk, Reading, read_chunks
 from plotarmour.data.encoders import Encoder, make_encoder
 from plotarmour.data.job import Job, described
 from plotarmour.data.readers import HashingReader, Source
 from plotarmour.data.token_writer import TokenFileWriter, Unusable
 from plotarmour.data.tokenizer import Tokenizer
-from plotarmour.data.unfinished import say, write_journal
+from plotarmour.data.unfinished import write_journal
 
 DEPTH = 2  # chunks that wait between the threads
 NOTED_SHARE = 0.25  # of a block must have been written since the last note: thousands of tiny texts need not be noted

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plotarmour.cli import UserError
+from plotarmour.cli import UserError, say
 from plotarmour.data.chunks import BLOCK, Reading, read_chunks
 from plotarmour.data.encoders import BACKENDS, Differs
 from plotarmour.data.job import Job, fingerprints, identity
@@ -29,14 +29,12 @@ from plotarmour.data.tokenizer import Tokenizer, bpe_size, load_tokenizer, make_
 from plotarmour.data.unfinished import (
     all_but_named,
     empty,
-    locked,
     read_journal,
-    say,
     tidy,
     unfinished_folder,
     write_journal,
 )
-from plotarmour.files import publish
+from plotarmour.files import locked, publish
 
 BPE_BYTES = 64 * 10**6
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -101,6 +99,7 @@ def pre_tokenize(texts: list[Path], tokenizer: str, out: Path, split: str | None
         streams = [path for path in [*texts, *exclude] if is_stream(path)]
         if streams:
             stack.enter_context(locked(work, out))
+            stack.callback(_remove_streams, work)
         kept = {path: _spooled(path, work, i) for i, path in enumerate(streams)}
         sources, excluded = ([Source.of(kept.get(path, path), "-" if path == STDIN else path.name, text_column)
                               for path in paths] for paths in (texts, exclude))
@@ -134,6 +133,12 @@ def pre_tokenize(texts: list[Path], tokenizer: str, out: Path, split: str | None
             raise UserError(f"{out.parent.resolve()}: {error.strerror}. {_room(job, work)}") from None
         empty(work)
     return list(targets.values())
+
+
+def _remove_streams(work: Path) -> None:
+    if not (work / "journal.json").exists():
+        for path in work.glob("stream_*"):
+            path.unlink()
 
 
 def _is_there(job: Job, work: Path, force: bool, replace: bool, verify: bool) -> bool:

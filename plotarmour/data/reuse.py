@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from plotarmour.cli import UserError
+from plotarmour.cli import UserError, say
 from plotarmour.data.job import Job, described, digest_of
 from plotarmour.data.readers import Source
 from plotarmour.data.token_file import TokenFile, read_header
 from plotarmour.data.tokenizer import make_tokenizer
-from plotarmour.data.unfinished import say
 
 
 def reusable(job: Job, replace: bool, verify: bool) -> bool:

@@ -2,16 +2,11 @@
 
 import json
 import os
-import shutil
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
-from tqdm import tqdm
-
-from plotarmour.cli import UserError
+from plotarmour.cli import UserError, say
+from plotarmour.files import locked
 
 KEPT = ("stream_", "lock", "owner")  # what `empty` leaves: copies of what can be read only once, and the lock
 
@@ -19,47 +14,6 @@ KEPT = ("stream_", "lock", "owner")  # what `empty` leaves: copies of what can b
 def unfinished_folder(out: Path) -> Path:
     """Return the folder of an output's unfinished work."""
     return out.with_name(f".{out.name}.unfinished")
-
-
-@contextmanager
-def locked(work: Path, out: Path) -> Iterator[None]:
-    """Hold the folder `work` for this process; remove it afterwards where it is empty.
-
-    The operating system lets go of the lock when a process dies, however it dies.
-
-    Raises:
-        UserError: another process holds it (pid, since when).
-    """
-    from filelock import FileLock, Timeout
-
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except PermissionError:
-        raise UserError(f"{out.parent} cannot be written: permission denied. Allow it, or use another --out.") from None
-    lock, owner = FileLock(work / "lock"), work / "owner.json"
-    try:
-        lock.acquire(timeout=0)
-    except NotImplementedError:  # filelock's word for a file system without locks
-        raise UserError(f"{out.parent} is on a file system without locks; expected one that has them. Write to another "
-                        "disk with --out.") from None
-    except Timeout:
-        try:
-            found = json.loads(owner.read_text(encoding="utf-8"))
-            who = f"process {found['pid']}, since {found['since']}"
-        except (OSError, ValueError, KeyError):
-            who = "another process"
-        raise UserError(f"{out} is being written by {who}; expected nobody. Wait for it, stop it, or use another "
-                        "--out.") from None
-    try:
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        owner.write_text(json.dumps({"pid": os.getpid(), "since": since}), encoding="utf-8")
-        yield
-    finally:
-        if not (work / "journal.json").exists():  # nothing to go on from
-            shutil.rmtree(work, ignore_errors=True)
-        lock.release()
-        if os.name == "nt" and work.exists() and {path.name for path in work.iterdir()} <= {"lock", "owner.json"}:
-            shutil.rmtree(work, ignore_errors=True)  # a file that was open cannot be removed there
 
 
 def all_but_named(work: Path, wanted: str) -> bool:
@@ -108,8 +62,3 @@ def tidy(work: Path, out: Path) -> None:
     if work.exists():
         with suppress(UserError), locked(work, out):
             empty(work)
-
-
-def say(message: str) -> None:
-    """Tell the user on stderr, without tearing a progress bar."""
-    tqdm.write(message, file=sys.stderr)

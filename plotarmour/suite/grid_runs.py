@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from plotarmour.cli import UserError
-from plotarmour.data.unfinished import locked
-from plotarmour.machine import cores
+from plotarmour.files import locked
+from plotarmour.limits import cores
 from plotarmour.suite.grid import Grid
 from plotarmour.suite.grid_plan import Job, data_parameters, plan_grid, slots
 from plotarmour.suite.grid_state import State, find_state, judge, stamps, write_summary

@@ -21,7 +21,7 @@ import torch
 
 from plotarmour.cli import UserError
 from plotarmour.config import Recipe
-from plotarmour.machine import cores
+from plotarmour.limits import cores
 from plotarmour.suite.relay import Relay
 from plotarmour.training.distributed import check_share
 from plotarmour.training.stopping import StopRequest, ask_to_stop

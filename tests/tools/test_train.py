@@ -119,9 +119,9 @@ def test_a_recipe_that_cannot_be_is_one_line_and_makes_no_folder(run_main, token
 @pytest.mark.skipif(os.name != "posix", reason="how a process is held")
 def test_a_run_that_another_process_trains_is_named_with_pid_and_time(run_main, run, token_files):
     """Guards: two programs that write one log and one index; a lock that does not say who holds it."""
-    from plotarmour.data.unfinished import locked
+    from plotarmour.files import locked
 
-    hold = ("import sys, pathlib; sys.path.insert(0, sys.argv[1]); from plotarmour.data.unfinished import locked\n"
+    hold = ("import sys, pathlib; sys.path.insert(0, sys.argv[1]); from plotarmour.files import locked\n"
             "out = pathlib.Path(sys.argv[2])\nwith locked(out / '.lock', out): print('held', flush=True); input()")
     root = os.path.dirname(os.path.dirname(sys.modules["plotarmour"].__file__))
     other = subprocess.Popen([sys.executable, "-c", hold, root, str(run)], stdin=subprocess.PIPE,
@@ -131,7 +131,7 @@ def test_a_run_that_another_process_trains_is_named_with_pid_and_time(run_main, 
         before = contents(run)
         code, _, err = run_main("train", *arguments(token_files, run))
         assert code == 2 and f"{run} is being written by process {other.pid}, since 20" in err and err.count("\n") == 1
-        assert err.endswith("expected nobody. Wait for it, stop it, or use another --out.\n")
+        assert err.endswith("expected no other process. Wait for it, stop it, or use another --out.\n")
         assert contents(run) == before
     finally:
         other.communicate("\n", timeout=30)

@@ -1,12 +1,9 @@
-"""What a machine says of itself, and of the container it stands in."""
-
 import os
 
 import psutil
 import pytest
-import torch
 
-from plotarmour import machine
+from plotarmour import limits
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity on this system")
@@ -16,12 +13,12 @@ from plotarmour import machine
     ({"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2)])
 def test_cores_are_those_of_the_affinity_and_the_quota(monkeypatch, tmp_path, files, expected):
     """Guards: 32 threads on 2 cores, because the machine has 64 and a container may use 2."""
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(limits, "CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text + "\n", encoding="ascii")
-    assert machine.cores() == expected
+    assert limits.cores() == expected
 
 
 @pytest.mark.parametrize(("files", "expected"), [
@@ -30,9 +27,9 @@ def test_cores_are_those_of_the_affinity_and_the_quota(monkeypatch, tmp_path, fi
     ({"memory/memory.limit_in_bytes": "3000", "memory/memory.usage_in_bytes": "1000"}, 2000)])
 def test_memory_is_what_the_container_may_still_take(monkeypatch, tmp_path, files, expected):
     """Guards: a plan for the machine's memory in a container that is killed at a fraction of it."""
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(limits, "CGROUP", tmp_path)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 8000}))
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text + "\n", encoding="ascii")
-    assert machine.memory_bytes(torch.device("cpu")) == expected
+    assert limits.available_memory() == expected
