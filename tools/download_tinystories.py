@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
-"""Fetch the official texts of TinyStories; a download that was cut goes on where it was."""
+"""Download the official TinyStories texts from the Hugging Face Hub."""
 
 import argparse
+import hashlib
 import shlex
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, run_command
+from plotarmour.cli import HelpFormatter, UserError, run_command
 
-HUB = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
+DATASET = "roneneldan/TinyStories"
 FILES = {("v2", "train"): "TinyStoriesV2-GPT4-train.txt", ("v2", "valid"): "TinyStoriesV2-GPT4-valid.txt",
          ("v1", "train"): "TinyStories-train.txt", ("v1", "valid"): "TinyStories-valid.txt"}
 
@@ -18,34 +19,66 @@ FILES = {("v2", "train"): "TinyStoriesV2-GPT4-train.txt", ("v2", "valid"): "Tiny
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=HelpFormatter,
-        epilog="Sizes: v2 train 2.2 GB, v2 valid 22 MB; v1 train 1.9 GB, v1 valid 19 MB. GPT-4 alone wrote v2, GPT-3.5 "
-               "and GPT-4 wrote v1.")
+        epilog="Sizes: v2 train 2.2 GB, v2 valid 22 MB; v1 train 1.9 GB, v1 valid 19 MB. GPT-4 alone wrote v2; GPT-3.5 "
+               "and GPT-4 wrote v1. A dropped connection is resumed. The environment variable HF_ENDPOINT names a "
+               "mirror of the Hub.")
     parser.add_argument("--version", choices=("v2", "v1"), default="v2", help="which TinyStories")
     parser.add_argument("--part", choices=("train", "valid", "both"), default="valid",
-                        help="valid is enough for recipe laptop; train is a hundred times as much")
-    parser.add_argument("--out", type=Path, default=Path("data"), metavar="FOLDER", help="where to put the texts")
-    parser.add_argument("--base-url", default=HUB, metavar="URL", help="where to fetch them: the hub or a mirror")
-    parser.add_argument("--force", action="store_true", help="fetch again what is there already")
+                        help="valid is enough for recipe laptop; train is a hundred times as large")
+    parser.add_argument("--out", type=Path, default=Path("data"), metavar="FOLDER", help="folder for the texts")
+    parser.add_argument("--force", action="store_true", help="download again a file that exists already")
     return parser
+
+
+def download(name: str, folder: Path, force: bool) -> tuple[Path, bool]:
+    """Download one file of the dataset, unless it exists.
+
+    Returns:
+        Its path, and whether it was downloaded now.
+
+    Raises:
+        UserError: the Hub cannot be reached, or does not have the file.
+    """
+    path = folder / name
+    if path.exists() and not force:
+        return path, False
+    from huggingface_hub import constants, hf_hub_download
+
+    try:
+        hf_hub_download(DATASET, name, repo_type="dataset", local_dir=folder, force_download=force)
+    except Exception as error:  # the library's exceptions come from the HTTP client, which differs between its versions
+        if isinstance(error, OSError) and error.errno:
+            raise  # the disk, not the network: run_command prints one line
+        page = f"https://huggingface.co/datasets/{DATASET}"
+        raise UserError(f"{name} cannot be downloaded from {constants.ENDPOINT}: {_cause(error)}. Check the network, "
+                        f"set HF_ENDPOINT to a mirror of the Hub, or put the file of {page} at {path}.") from None
+    return path, True
+
+
+def _cause(error: BaseException) -> str:
+    """Return the first line of the innermost exception."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def main() -> None:
     args = build_parser().parse_args()
-    from plotarmour.crawl.downloads import download
-
     parts = ("train", "valid") if args.part == "both" else (args.part,)
     texts = []
     for part in parts:
-        name = FILES[args.version, part]
-        done = download(f"{args.base_url.rstrip('/')}/{name}", args.out / name, args.force)
-        print(f"{done.path}: {done.n_bytes:,} bytes, SHA-256 {done.sha256}{'' if done.fetched else ' (was there)'}",
-              flush=True)
-        texts.append(done.path.as_posix())
-    # a hash of each story decides its part, so that copies across the official files never stand in two parts
-    how = (["--tokenizer", "bpe:4096", "--split", "90:5:5"] if args.part == "valid" else
-           ["--tokenizer", "gpt2", "--split", "98:1:1"])
-    tool = Path(sys.argv[0]).with_name("pre_tokenize.py").as_posix()  # as it was typed: it works from the same folder
-    print("next: " + shlex.join(["python", tool, *texts, *how, "--out", Path(texts[0]).with_suffix(".bin").as_posix()]))
+        path, downloaded = download(FILES[args.version, part], args.out, args.force)
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        existed = "" if downloaded else " (existed already; --force downloads it again)"
+        print(f"{path}: {path.stat().st_size:,} bytes, SHA-256 {sha256}{existed}", flush=True)
+        texts.append(path.as_posix())
+    # A hash of each story decides its part: copies across the official files never stand in two parts.
+    options = (["--tokenizer", "bpe:4096", "--split", "90:5:5"] if args.part == "valid" else
+               ["--tokenizer", "gpt2", "--split", "98:1:1"])
+    tool = Path(sys.argv[0]).with_name("pre_tokenize.py").as_posix()  # as it was typed: works from the same folder
+    print("next: " + shlex.join(["python", tool, *texts, *options, "--out",
+                                 Path(texts[0]).with_suffix(".bin").as_posix()]))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,6 @@ import os
 import random
 import shutil
 import socket
-import subprocess
-import sys
-import time
 
 import pytest
 from web import Site, serving
@@ -201,38 +198,3 @@ def test_two_processes_do_not_write_one_part(tmp_path):
         site.after_drop = meanwhile
         assert download(url + "/t.txt", tmp_path / "t.txt", wait_s=0.3).sha256 == SHA256
     assert seen == [True]
-
-
-def test_a_killed_tool_goes_on_where_it_was(root, tmp_path):
-    """Guards: SIGKILL in the middle of gigabytes. The tool itself, killed while a slow server sends, then started
-    again: it fetches only the rest and prints the same hash and a command that works."""
-    content = b"Tom ran.\n<|endoftext|>\n" * 40_000
-    site = Site({"/TinyStoriesV2-GPT4-valid.txt": content}, pause_s=0.02)
-    with serving(site) as url:
-        command = [sys.executable, str(root / "tools" / "download_tinystories.py"), "--base-url", url, "--out", "d"]
-        first = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
-        partial = tmp_path / "d" / ".TinyStoriesV2-GPT4-valid.txt.partial"
-        deadline = time.monotonic() + 60
-        while (not partial.exists() or not partial.stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        first.kill()
-        first.wait()
-        have, site.pause_s = partial.stat().st_size, 0
-        assert 0 < have < len(content) and not (tmp_path / "d" / "TinyStoriesV2-GPT4-valid.txt").exists()
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert site.asked[-1][1] == f"bytes={have}-"
-    assert f"{len(content):,} bytes, SHA-256 {hashlib.sha256(content).hexdigest()}" in done.stdout
-    assert done.stdout.splitlines()[-1].endswith(
-        "pre_tokenize.py d/TinyStoriesV2-GPT4-valid.txt --tokenizer bpe:4096 --split 90:5:5 "
-        "--out d/TinyStoriesV2-GPT4-valid.bin")
-    assert [p.name for p in (tmp_path / "d").iterdir()] == ["TinyStoriesV2-GPT4-valid.txt"]
-
-
-def test_the_tool_names_a_missing_file_in_one_line(root, tmp_path):
-    """Guards: a traceback for a wrong mirror."""
-    with serving(Site({})) as url:
-        done = subprocess.run([sys.executable, str(root / "tools" / "download_tinystories.py"), "--base-url", url,
-                               "--out", "d"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "404" in done.stderr and done.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
