@@ -35,14 +35,15 @@ COLUMNS = ("recipe", "model", "vocab_size", "dtype", "settings", "device", "mome
 WIDE = "n_embd=256 mlp_internal_dim_multiplier=64"
 CASES = [  # recipe, model, vocabulary, settings
     ("tiny", "bdh", 1024, ""), ("tiny", "gpt2", 1024, ""), ("laptop", "bdh", 4096, ""), ("laptop", "gpt2", 4096, ""),
-    ("laptop", "bdh", 257, "micro_batch_size=8 grad_accum_steps=2 dropout=0.1"),
-    ("laptop", "gpt2", 257, "micro_batch_size=8 grad_accum_steps=2 dropout=0.1"),
-    ("laptop", "bdh", 1024, f"{WIDE} micro_batch_size=1"), ("laptop", "bdh", 50257, f"{WIDE} micro_batch_size=1"),
-    ("laptop", "bdh", 1024, f"{WIDE} micro_batch_size=4 grad_accum_steps=2 dropout=0.1"),
-    ("laptop", "bdh", 50257, f"{WIDE} micro_batch_size=2 context_length=512 n_layer=4"),
-    ("laptop", "gpt2", 1024, "n_embd=256 micro_batch_size=1 context_length=64"),
-    ("laptop", "gpt2", 50257, "n_embd=256 micro_batch_size=2 context_length=512"),
-    ("laptop", "gpt2", 50257, "n_embd=256 micro_batch_size=2 context_length=512 grad_accum_steps=2 dropout=0.1"),
+    ("laptop", "bdh", 257, "rows_per_step=16 micro_batch_size=8 dropout=0.1"),
+    ("laptop", "gpt2", 257, "rows_per_step=16 micro_batch_size=8 dropout=0.1"),
+    ("laptop", "bdh", 1024, f"{WIDE} rows_per_step=1 micro_batch_size=1"),
+    ("laptop", "bdh", 50257, f"{WIDE} rows_per_step=1 micro_batch_size=1"),
+    ("laptop", "bdh", 1024, f"{WIDE} rows_per_step=8 dropout=0.1"),
+    ("laptop", "bdh", 50257, f"{WIDE} rows_per_step=2 micro_batch_size=2 context_length=512 n_layer=4"),
+    ("laptop", "gpt2", 1024, "n_embd=256 rows_per_step=1 micro_batch_size=1 context_length=64"),
+    ("laptop", "gpt2", 50257, "n_embd=256 rows_per_step=2 micro_batch_size=2 context_length=512"),
+    ("laptop", "gpt2", 50257, "n_embd=256 micro_batch_size=2 context_length=512 dropout=0.1"),
 ]
 GPU_CASES = [("kaggle_t4", model, 50257, settings) for model in ("bdh", "gpt2")
              for settings in ("", "micro_batch_size=16 context_length=1024")]
@@ -63,7 +64,7 @@ def build(recipe: Recipe, vocab_size: int, machine: Machine) -> tuple[Callable, 
 
     def step() -> None:
         rows = windows.rows_of(0)
-        batches = [windows.micro_batch(rows[i:i + t.micro_batch_size]) for i in range(0, len(rows), t.micro_batch_size)]
+        batches = [windows.micro_batch(rows[i:i + t.micro_batch_rows]) for i in range(0, len(rows), t.micro_batch_rows)]
         accumulate(model, batches, machine, scaler, (0, 0))
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -46,7 +46,7 @@ from small_runs import (
 PARTS = ("each-step", "signals", "kills")
 # The log's rows, evaluations and checkpoints fall on different steps: each finds counters that others have begun. The
 # learning rate is far too high, so that evaluations without improvement come early and late.
-EACH_STEP = SETTINGS | {"micro_batch_size": 1, "grad_accum_steps": 4, "log_interval": 3, "eval_interval": 2,
+EACH_STEP = SETTINGS | {"micro_batch_size": 1, "log_interval": 3, "eval_interval": 2,
                         "eval_tokens": 200, "patience": 100, "checkpoint_interval": 7, "keep_every": 14,
                         "learning_rate": 0.3, "warmup_steps": 0}
 STOPS_EARLY = EACH_STEP | {"max_steps": 60, "eval_interval": 1, "patience": 3}

@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork has none of the threads 
 
 MODELS = ("bdh", "gpt2")
 TIMING = ("utc", "elapsed_s", "tokens_per_s", "peak_memory_mib")
-SETTINGS = {"context_length": 24, "windows": "stream", "micro_batch_size": 2, "grad_accum_steps": 2, "max_steps": 40,
+SETTINGS = {"context_length": 24, "windows": "stream", "rows_per_step": 4, "micro_batch_size": 2, "max_steps": 40,
             "warmup_steps": 4, "log_interval": 1, "eval_interval": 3, "eval_tokens": 400, "patience": 30,
             "checkpoint_interval": 4, "keep_every": 20, "n_layer": 2, "n_embd": 16, "n_head": 2, "dropout": 0.1,
             "device": "cpu"}

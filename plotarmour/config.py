@@ -1,97 +1,171 @@
-"""Recipes (TOML) to frozen dataclasses, checked: all complaints at once.
+"""Recipes: TOML files, read into frozen dataclasses and checked.
 
 A recipe is one file in `plotarmour/recipes/`:
 
-    [data]             what text, how tokenized
-    [training]         shared by both models
-    [bdh], [gpt2]      the two architectures
-    [bdh.training]     what this architecture sets for itself, such as its learning rate
+    [data]             the text and how it is tokenized
+    [training]         settings that all models share
+    [bdh], [gpt2]      the architectures
+    [bdh.training]     settings of this architecture alone, such as its learning rate
 
 `--set key=value` overrides a key of `[data]`, `[training]` or the architecture; key names are unique across them.
-
-How the rows of a step are split is said in one of three ways, and always kept as `micro_batch_size` times
-`grad_accum_steps`: by these two; by the first and `rows_per_step`; or by `micro_batch_size = "auto"`, the most rows
-that fit into memory, and `rows_per_step` (without it, as many as the recipe's own split has).
 """
 
 import dataclasses
 import difflib
 import math
 import tomllib
-from dataclasses import dataclass, field
+import typing
+import warnings
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from plotarmour.cli import UserError
 from plotarmour.models import KINDS, LanguageModel, ModelConfig, build_model, model_config
 
 RECIPES = Path(__file__).parent / "recipes"
-AUTO = -1.0  # max_minutes = "auto"
+AUTO = "auto"  # the value of a setting that the program is to choose
+Auto = Literal["auto"]
+Rule = tuple[str, Callable[[Any], bool]]  # the words of a message, and the test; every test is false for NaN
+
+AT_LEAST_1: Rule = ("must be at least 1", lambda value: value >= 1)
+POSITIVE: Rule = ("must be positive", lambda value: value > 0)
+NOT_NEGATIVE: Rule = ("must not be negative", lambda value: value >= 0)
+FRACTION: Rule = ("must be in [0, 1]", lambda value: 0 <= value <= 1)
+BELOW_1: Rule = ("must be in [0, 1)", lambda value: 0 <= value < 1)
+SEED: Rule = ("must be in [0, 2**32)", lambda value: 0 <= value < 2**32)
+
+
+def one_of(*allowed: str) -> Rule:
+    """Return the rule of a setting that has a few possible values."""
+    return f"must be one of {', '.join(allowed)}", lambda value: value in allowed
+
+
+def setting(doc: str, default: Any = dataclasses.MISSING, rule: Rule | None = None, *, identity: bool = True,
+            arm: bool | None = None, extendable: bool = False,
+            used_if: tuple[str, Callable[[Any], bool]] | None = None) -> Any:
+    """Declare a field of a config dataclass.
+
+    Args:
+        doc: one sentence with the unit.
+        default: value where a recipe does not set it; without one a recipe must.
+        rule: which values are possible.
+        identity: whether the value decides what a run learns, so that a run continues only with the same value. False
+            for where, how long and in which pieces to compute.
+        arm: whether runs of one arm have the same value; by default as `identity`.
+        extendable: whether `--extend` may change the value of an existing run.
+        used_if: words, and a test of the whole section: where it is false, the setting has no effect.
+    """
+    return dataclasses.field(default=default, metadata={
+        "doc": doc, "rule": rule, "identity": identity, "arm": identity if arm is None else arm,
+        "extendable": extendable, "used_if": used_if})
+
+
+HAS_CORPUS = ("corpus_stories is above 0", lambda data: data.corpus_stories > 0)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where stories come from and how they become tokens."""
+    """Where stories come from and how they become tokens.
 
-    tokenizer: str  # gpt2, bpe:N or bytes
-    stories: str = "endoftext"  # what makes a story: endoftext, line or file
-    split: str = "90:5:5"  # shares of train, val and test
-    corpus_stories: int = 0  # stories of the built-in corpus; 0: the user brings a text
-    corpus_seed: int = 0
-    corpus_min_events: int = 2  # about 14 tokens each on top of 62
-    corpus_max_events: int = 4
+    None of these is identity: a run's identity holds the hashes of the token files instead.
+    """
+
+    tokenizer: str = setting("The tokenizer: gpt2, bytes, or bpe:N, which learns N entries.", identity=False)
+    stories: str = setting("What makes a story: endoftext, line or file.", "endoftext",
+                           one_of("endoftext", "line", "file"), identity=False)
+    split: str = setting("Shares of train, val and test.", "90:5:5", identity=False)
+    corpus_stories: int = setting("Stories of the built-in corpus; 0: the user brings a text.", 0, NOT_NEGATIVE,
+                                  identity=False)
+    corpus_seed: int = setting("Seed of the built-in corpus.", 0, SEED, identity=False, used_if=HAS_CORPUS)
+    corpus_min_events: int = setting("Fewest events of a story; each adds about 14 tokens to 62.", 2, NOT_NEGATIVE,
+                                     identity=False, used_if=HAS_CORPUS)
+    corpus_max_events: int = setting("Most events of a story.", 4, NOT_NEGATIVE, identity=False, used_if=HAS_CORPUS)
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Everything the training loop decides by. Lengths in tokens, intervals in steps (optimizer updates)."""
+    """The settings of the training loop. A step is one attempted optimizer update."""
 
-    context_length: int
-    micro_batch_size: int  # rows per forward pass; "auto": the most that fit
-    grad_accum_steps: int  # forward passes per step
-    max_steps: int
-    learning_rate: float
-    windows: str = "stream"  # how the token file is cut into rows: stream or stories
-    seed: int = 0
-    schedule: str = "cosine"  # after warm-up: cosine, or constant with a linear decay over the last decay_fraction
-    warmup_steps: int = 100
-    final_learning_rate_fraction: float = 0.1  # of learning_rate, at the end of the schedule
-    decay_fraction: float = 0.35  # of the schedule's length, for schedule = "linear_tail"
-    schedule_minutes: float = 0.0  # the schedule ends after this long, all sessions together, or at max_steps; 0: there
-    weight_decay: float = 0.1  # on matrices only
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0  # largest gradient norm; 0 turns clipping off
-    log_interval: int = 10
-    eval_interval: int = 100
-    eval_tokens: int = 20_000  # of the validation file, always the same ones
-    patience: int = 0  # evaluations without improvement before early stopping; 0: never stop early
-    checkpoint_interval: int = 200
-    keep_every: int = 0  # also keep every n-th step's checkpoint; 0: only latest, the one before, and best
-    max_minutes: float = AUTO  # stop with a checkpoint after this long; 0: no limit; "auto": Kaggle's limits, there
-    dtype: str = "auto"  # auto, float32, bfloat16 or float16
-    device: str = "auto"  # auto, cpu, cuda
-    micro_batch_is_auto: bool = False  # micro_batch_size was "auto": split the rows further until they fit
+    context_length: int = setting("Tokens per row.", rule=AT_LEAST_1)
+    rows_per_step: int = setting("Rows that one step learns from.", rule=AT_LEAST_1)
+    micro_batch_size: int | Auto = setting('Rows per forward pass; "auto": the most that fit into memory.',
+                                           rule=AT_LEAST_1, identity=False)
+    max_steps: int = setting("Steps until training ends.", rule=AT_LEAST_1, extendable=True)
+    learning_rate: float = setting("The highest learning rate, reached after warm-up.", rule=POSITIVE)
+    windows: str = setting("How the token file is cut into rows: stream (without gaps) or stories (whole stories).",
+                           "stream", one_of("stream", "stories"))
+    seed: int = setting("Seed of weights, dropout and the order of rows.", 0, SEED, arm=False)
+    schedule: str = setting("The learning rate after warm-up: cosine, or linear_tail (constant, then linear).",
+                            "cosine", one_of("cosine", "linear_tail"))
+    warmup_steps: int = setting("Steps in which the learning rate rises linearly from 0.", 100, NOT_NEGATIVE)
+    final_learning_rate_fraction: float = setting("The last learning rate, as a fraction of learning_rate.", 0.1,
+                                                  FRACTION)
+    decay_fraction: float = setting("Fraction of the schedule over which the linear tail falls.", 0.35, FRACTION,
+                                    used_if=('schedule is "linear_tail"', lambda t: t.schedule == "linear_tail"))
+    schedule_minutes: float = setting("Minutes, summed over all sessions, after which the schedule ends if max_steps "
+                                      "does not end it earlier; 0: no such limit.", 0.0, NOT_NEGATIVE, extendable=True)
+    weight_decay: float = setting("AdamW's weight decay, on matrices only.", 0.1, NOT_NEGATIVE)
+    beta1: float = setting("AdamW's decay rate of the mean of gradients, per step.", 0.9, BELOW_1)
+    beta2: float = setting("AdamW's decay rate of the mean of squared gradients, per step.", 0.95, BELOW_1)
+    grad_clip: float = setting("The largest gradient norm; larger gradients are scaled down. 0: no clipping.", 1.0,
+                               NOT_NEGATIVE)
+    log_interval: int = setting("Steps per row of log.csv.", 10, AT_LEAST_1, identity=False)
+    eval_interval: int = setting("Steps between two evaluations.", 100, AT_LEAST_1)
+    eval_tokens: int = setting("Tokens of the validation file per evaluation, always the same ones.", 20_000,
+                               AT_LEAST_1)
+    patience: int = setting("Evaluations without improvement before training stops early; 0: it never does.", 0,
+                            NOT_NEGATIVE, extendable=True)
+    checkpoint_interval: int = setting("Steps between two checkpoints.", 200, AT_LEAST_1, identity=False)
+    keep_every: int = setting("Steps between two checkpoints that are kept for good; 0: only the best and the last two "
+                              "are kept.", 0, NOT_NEGATIVE, identity=False)
+    max_minutes: float | Auto = setting('Minutes after which a session stops with a checkpoint; 0: no limit; "auto": '
+                                        "Kaggle's limits on Kaggle, no limit elsewhere.", AUTO, NOT_NEGATIVE,
+                                        identity=False)
+    dtype: str = setting("Number format of the forward pass: auto, float32, bfloat16 or float16.", "auto",
+                         one_of("auto", "float32", "bfloat16", "float16"), arm=False)
+    device: str = setting("Where to compute: auto, cpu or cuda.", "auto", one_of("auto", "cpu", "cuda"), identity=False)
 
     @property
-    def rows_per_step(self) -> int:
-        return self.micro_batch_size * self.grad_accum_steps
+    def micro_batch_rows(self) -> int:
+        """Rows per forward pass as a number: those of a whole step for "auto", the most it can choose."""
+        return self.rows_per_step if self.micro_batch_size == AUTO else self.micro_batch_size
+
+    @property
+    def grad_accum_steps(self) -> int:
+        """Forward passes per step."""
+        return self.rows_per_step // self.micro_batch_rows
 
     @property
     def tokens_per_step(self) -> int:
-        """At most; windows = "stories" pads some rows."""
+        """Tokens per step at most: windows = "stories" pads some rows."""
         return self.rows_per_step * self.context_length
+
+
+def training_settings(flag: str) -> tuple[str, ...]:
+    """Return the training settings that are "identity", "arm" or "extendable"."""
+    return tuple(field.name for field in dataclasses.fields(TrainingConfig) if field.metadata[flag])
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One model's share of a recipe, resolved."""
+    """The part of a recipe that one model uses, with overrides applied.
+
+    Attributes:
+        name: file name without .toml.
+        model: a key of `plotarmour.models.KINDS`.
+        data, training: settings.
+        architecture: fields of the kind's config class.
+        overridden: keys that the user has overridden.
+    """
 
     name: str
     model: str
     data: DataConfig
     training: TrainingConfig
-    architecture: dict[str, Any] = field(default_factory=dict)  # fields of the kind's config class
+    architecture: dict[str, Any] = dataclasses.field(default_factory=dict)
+    overridden: tuple[str, ...] = ()
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -122,8 +196,8 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
-def load_recipe(name: str, model: str, overrides: list[str] = ()) -> Recipe:
-    """Read a recipe for one model.
+def load_recipe(name: str, model: str, overrides: Collection[str] = ()) -> Recipe:
+    """Read a recipe for one model. Warn of settings that have no effect.
 
     Args:
         name: of a file in `plotarmour/recipes/`, without .toml, or the path of a TOML file.
@@ -131,7 +205,8 @@ def load_recipe(name: str, model: str, overrides: list[str] = ()) -> Recipe:
         overrides: "key=value" each.
 
     Raises:
-        UserError: unknown recipe, model or key, a value of the wrong type, settings that contradict each other.
+        UserError: unknown recipe, model or key, a value of the wrong type, settings that contradict each other. One
+            message names all faults.
     """
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     if not path.is_file():
@@ -139,167 +214,151 @@ def load_recipe(name: str, model: str, overrides: list[str] = ()) -> Recipe:
                         f"{', '.join(recipe_names())}, or the path of a .toml file.")
     if model not in KINDS:
         raise UserError(f"unknown model {model!r}{_closest(model, KINDS)}; expected one of {', '.join(KINDS)}.")
-    known_sections = ("data", "training", *KINDS)
+    sections = _read_sections(path, model)
+    types = {"data": typing.get_type_hints(DataConfig), "training": typing.get_type_hints(TrainingConfig),
+             "architecture": {key: float if key == "dropout" else type(value)
+                              for key, value in sections["architecture"].items()}}
+    overridden, wrong = _override(sections, types, overrides)
+    for section, values in sections.items():
+        wrong += _check_types(section, values, types[section])
+    for kind, section in ((DataConfig, "data"), (TrainingConfig, "training")):
+        wrong += [f"{f.name} is missing in [{section}]" for f in dataclasses.fields(kind)
+                  if f.default is dataclasses.MISSING and f.name not in sections[section]]
+    if not wrong:
+        recipe = Recipe(path.stem, model, DataConfig(**sections["data"]), TrainingConfig(**sections["training"]),
+                        sections["architecture"], tuple(overridden))
+        wrong = _check_values(recipe)
+    if wrong:
+        raise UserError(f"recipe {path.stem} ({model}): " + "; ".join(wrong) + ".")
+    _warn_unused(recipe)
+    return recipe
+
+
+def warn_ignored(recipe: Recipe, keys: Collection[str], why: str) -> None:
+    """Warn of settings that the user has overridden in vain.
+
+    Args:
+        recipe: as loaded.
+        keys: that have no effect.
+        why: end of the sentence "key is ignored: ...".
+    """
+    for key in recipe.overridden:
+        if key in keys:
+            warnings.warn(f"{key} is ignored: {why}.", stacklevel=3)
+
+
+def _read_sections(path: Path, model: str) -> dict[str, dict[str, Any]]:
+    """Return the sections data, training and architecture of a recipe file for one model."""
+    known = ("data", "training", *KINDS)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not TOML: {error}.") from None
     wrong = [f"the section [{section}] is missing" for section in ("data", "training", model)
              if not isinstance(table.get(section), dict)]
-    wrong += [f"unknown section or key {key!r}{_closest(key, known_sections)}" for key in table
-              if key not in known_sections]
+    wrong += [f"unknown section or key {key!r}{_closest(key, known)}" for key in table if key not in known]
     if not wrong and not isinstance(table[model].get("training", {}), dict):
-        wrong.append(f"{model}.training is no section")
+        wrong.append(f"{model}.training is not a section")
     if wrong:
-        raise UserError(f"{path}: {'; '.join(wrong)}; expected keys in the sections {', '.join(known_sections)} only.")
+        raise UserError(f"{path}: {'; '.join(wrong)}; expected keys in the sections {', '.join(known)} only.")
     architecture = dict(table[model])
-    own = architecture.pop("training", {})
-    sections = {"data": dict(table["data"]), "training": table["training"] | own, "architecture": architecture}
-    known = {"data": _types(DataConfig), "training": _types(TrainingConfig) | {"rows_per_step": int},
-             "architecture": {key: float if key == "dropout" else type(value) for key, value in architecture.items()}}
-    del known["training"]["micro_batch_is_auto"]
-    complaints, chosen = [], set()
+    own_training = architecture.pop("training", {})
+    return {"data": table["data"], "training": table["training"] | own_training, "architecture": architecture}
+
+
+def _override(sections: dict, types: dict, overrides: Collection[str]) -> tuple[list[str], list[str]]:
+    """Set overrides in `sections`; return the overridden keys, and complaints."""
+    overridden, wrong = [], []
+    keys = [key for known in types.values() for key in known]
     for override in overrides:
         key, equals, value = (part.strip() for part in override.partition("="))  # a=1; b=2 in a notebook
-        section = next((s for s in known if key in known[s]), None)
-        if not equals or section is None:
-            keys = [k for s in known.values() for k in s]
-            near = _closest(key, keys)
-            complaints.append(f"--set {override.strip()}: "
-                              + (f"unknown key {key!r}{near}" if equals else "expected key=value")
-                              + ("" if near and equals else f"; keys are {', '.join(sorted(keys))}"))
+        if not equals:
+            wrong.append(f"--set {key}: expected key=value; keys are {', '.join(sorted(keys))}")
+        elif key not in keys:
+            wrong.append(f"--set {override.strip()}: unknown key {key!r}"
+                         + (_closest(key, keys) or f"; keys are {', '.join(sorted(keys))}"))
+        else:
+            section = next(section for section in types if key in types[section])
+            sections[section][key] = _parse(value, types[section][key])
+            overridden.append(key)
+    return overridden, wrong
+
+
+def _check_types(section: str, values: dict[str, Any], types: dict[str, Any]) -> list[str]:
+    """Return complaints about unknown keys and values of a wrong type; make whole numbers floats where expected."""
+    wrong = []
+    for key, value in values.items():
+        if key not in types:
+            wrong.append(f"unknown key {key!r} in [{section}]{_closest(key, types)}")
             continue
-        sections[section][key] = _parse(value, known[section][key])
-        chosen.add(key)
-    auto = sections["training"].get("micro_batch_size") == "auto"
-    unsplit = _resolve(sections["training"], table["training"] | own, chosen)
-    for section, values in sections.items():
-        for key, value in values.items():
-            if key not in known[section]:
-                complaints.append(f"unknown key {key!r} in [{section}]{_closest(key, known[section])}")
-            elif not _fits(value, known[section][key]):
-                also = ' or "auto"' if key in ("micro_batch_size", "max_minutes") else ""
-                expected = _TYPE_NAMES.get(known[section][key], "a number or text")
-                complaints.append(f"{key} = {value!r} is not {expected}{also}")
-    for kind, section in ((DataConfig, "data"), (TrainingConfig, "training")):
-        needed = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
-        complaints += [f"{key} is missing in [{section}]" for key in sorted(needed - set(sections[section]))]
-    if not complaints:
-        sections["training"] = {key: float(value) if known["training"][key] is float else value
-                                for key, value in sections["training"].items()}
-        sections["training"]["micro_batch_is_auto"] = auto
-        recipe = Recipe(path.stem, model, DataConfig(**sections["data"]), TrainingConfig(**sections["training"]),
-                        architecture | sections["architecture"])
-        complaints = _complaints(recipe)
-    complaints = unsplit + complaints
-    if complaints:
-        raise UserError(f"recipe {path.stem} ({model}): " + "; ".join(complaints) + ".")
-    return recipe
+        kind, may_be_auto = _kind(types[key])
+        if may_be_auto and value == AUTO:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+            wrong.append(f"{key} = {value!r} is not {_TYPE_NAMES.get(kind, 'a number or text')}"
+                         + (' or "auto"' if may_be_auto else ""))
+        elif kind is float:
+            values[key] = float(value)
+    return wrong
 
 
-def _resolve(training: dict, before: dict, chosen: set[str]) -> list[str]:
-    """Replace rows_per_step and each "auto" by numbers; return what is wrong with them.
+def _check_values(recipe: Recipe) -> list[str]:
+    """Return complaints about values that are impossible, alone or together."""
+    d, t, wrong = recipe.data, recipe.training, []
+    for config in (d, t):
+        for field in dataclasses.fields(config):
+            value, rule = getattr(config, field.name), field.metadata["rule"]
+            if value == AUTO:
+                continue
+            if rule and not rule[1](value):
+                wrong.append(f"{field.name} = {value!r} {rule[0]}")
+            elif isinstance(value, float) and not math.isfinite(value):
+                wrong.append(f"{field.name} = {value} must be finite")
+    for key, value in recipe.architecture.items():
+        words, is_possible = BELOW_1 if key == "dropout" else AT_LEAST_1
+        if not isinstance(value, str) and not is_possible(value):
+            wrong.append(f"{key} = {value} {words}")
+    if t.max_steps >= 1 and t.warmup_steps >= t.max_steps:
+        wrong.append(f"warmup_steps = {t.warmup_steps} must be less than max_steps = {t.max_steps}")
+    if d.corpus_min_events > d.corpus_max_events:
+        wrong.append(f"corpus_min_events = {d.corpus_min_events} must not exceed "
+                     f"corpus_max_events = {d.corpus_max_events}")
+    rows, size = t.rows_per_step, t.micro_batch_rows
+    if rows >= 1 and size >= 1 and rows % size:
+        divisor = next(n for n in range(min(size, rows), 0, -1) if rows % n == 0)
+        wrong.append(f"rows_per_step = {rows} is not a multiple of micro_batch_size = {size}: set micro_batch_size to "
+                     f'{divisor} or to "auto"')
+    return wrong
 
-    Args:
-        training: settings with overrides, changed in place.
-        before: settings without overrides.
-        chosen: keys that were overridden.
-    """
-    minutes, wrong = training.get("max_minutes"), []
-    if minutes == "auto":
-        training["max_minutes"] = AUTO
-    elif _fits(minutes, float) and minutes < 0:  # here, because AUTO is below zero, too
-        wrong.append(f'max_minutes = {minutes:g} must be "auto" or not negative')
-    return wrong + _resolve_rows(training, before, chosen)
 
-
-def _resolve_rows(training: dict, before: dict, chosen: set[str]) -> list[str]:
-    rows, auto = training.pop("rows_per_step", None), training.get("micro_batch_size") == "auto"
-    if rows is None and not auto:
-        return []
-    stated = chosen if "rows_per_step" not in before else chosen | set(before)
-    accum = training.get("grad_accum_steps") if "grad_accum_steps" in stated else None
-    if rows is None:
-        split = before.get("micro_batch_size"), before.get("grad_accum_steps")
-        if not all(_fits(n, int) for n in split):
-            training.update(micro_batch_size=1, grad_accum_steps=1)
-            return ['micro_batch_size = "auto" needs rows_per_step: set it to the rows of a step']
-        rows = split[0] * split[1]
-    training.setdefault("grad_accum_steps", 1)  # it follows: no reason to complain that it is missing
-    if auto:
-        training.update(micro_batch_size=1, grad_accum_steps=1)  # until the rows are known to be a number
-    if not _fits(rows, int) or rows < 1:
-        return [f"rows_per_step = {rows!r} must be a whole number of at least 1"]
-    size = rows if auto else training.get("micro_batch_size")
-    if not _fits(size, int) or size < 1:
-        return []  # which is complained of elsewhere
-    if rows % size:
-        below = next(n for n in range(min(size, rows), 0, -1) if rows % n == 0)
-        return [f"rows_per_step = {rows} is no multiple of micro_batch_size = {size}: set the latter to {below}, or to "
-                '"auto"']
-    if accum is not None and (auto or accum != rows // size):
-        return [f"grad_accum_steps = {accum!r} does not fit rows_per_step = {rows} in micro-batches of "
-                f"{'any size' if auto else size}: leave it out, it follows"]
-    training.update(micro_batch_size=size, grad_accum_steps=rows // size)
-    return []
+def _warn_unused(recipe: Recipe) -> None:
+    """Warn of settings without effect that the user has overridden, or the recipe sets to another than the default."""
+    for config in (recipe.data, recipe.training):
+        for field in dataclasses.fields(config):
+            used_if, key = field.metadata["used_if"], field.name
+            is_set = key in recipe.overridden or getattr(config, key) != field.default
+            if used_if and is_set and not used_if[1](config):
+                warnings.warn(f"{key} is ignored: it has an effect only where {used_if[0]}.", stacklevel=3)
 
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text"}
 
 
-def _types(kind: type) -> dict[str, type]:
-    return {f.name: f.type for f in dataclasses.fields(kind)}
+def _kind(annotation: Any) -> tuple[type, bool]:
+    """Split an annotation such as `int | Auto` into its type, and whether "auto" is possible."""
+    kinds = typing.get_args(annotation) or (annotation,)
+    return kinds[0], len(kinds) > 1
 
 
-def _closest(word: str, known) -> str:
+def _closest(word: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _parse(value: str, kind: type) -> Any:
-    for convert in ((int,) if kind is int else (float,) if kind is float else ()):
-        try:
-            return convert(value)
-        except ValueError:
-            pass
-    return value
-
-
-def _fits(value: Any, kind: type) -> bool:
-    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-
-
-def _complaints(recipe: Recipe) -> list[str]:
-    d, t, wrong = recipe.data, recipe.training, []
-
-    def need(fine: bool, rule: str) -> None:
-        if not fine:
-            wrong.append(rule)
-
-    for key in ("context_length", "micro_batch_size", "grad_accum_steps", "max_steps", "log_interval",
-                "eval_interval", "eval_tokens", "checkpoint_interval"):
-        need(getattr(t, key) >= 1, f"{key} = {getattr(t, key)} must be at least 1")
-    for key, value in (("seed", t.seed), ("corpus_seed", d.corpus_seed)):
-        need(0 <= value < 2**32, f"{key} = {value} must be in [0, 2**32)")
-    for key in ("warmup_steps", "patience", "keep_every", "schedule_minutes", "weight_decay", "grad_clip"):
-        need(getattr(t, key) >= 0, f"{key} = {getattr(t, key)} must not be negative")
-    for key in ("beta1", "beta2"):
-        need(0 <= getattr(t, key) < 1, f"{key} = {getattr(t, key)} must be in [0, 1)")
-    for key in ("final_learning_rate_fraction", "decay_fraction"):
-        need(0 <= getattr(t, key) <= 1, f"{key} = {getattr(t, key)} must be in [0, 1]")
-    need(t.learning_rate > 0, f"learning_rate = {t.learning_rate} must be positive")
-    need(t.warmup_steps < t.max_steps or t.max_steps < 1,
-         f"warmup_steps = {t.warmup_steps} must be less than max_steps = {t.max_steps}")
-    for key, allowed in (("windows", ("stream", "stories")), ("schedule", ("cosine", "linear_tail")),
-                         ("dtype", ("auto", "float32", "bfloat16", "float16")), ("device", ("auto", "cpu", "cuda"))):
-        need(getattr(t, key) in allowed, f"{key} = {getattr(t, key)!r} must be one of {', '.join(allowed)}")
-    need(d.corpus_stories >= 0, f"corpus_stories = {d.corpus_stories} must not be negative")
-    need(0 <= d.corpus_min_events <= d.corpus_max_events,
-         f"corpus_min_events = {d.corpus_min_events} must be between 0 and corpus_max_events = {d.corpus_max_events}")
-    for key, value in recipe.architecture.items():
-        need(not isinstance(value, int) or value >= 1 or key == "dropout", f"{key} = {value} must be at least 1")
-        need(key != "dropout" or 0 <= value < 1, f"{key} = {value} must be in [0, 1)")
-    for key, value in vars(t).items():
-        told = any(rule.startswith(f"{key} = ") for rule in wrong)  # nan is neither positive nor in [0, 1)
-        need(told or not isinstance(value, float) or math.isfinite(value), f"{key} = {value} must be finite")
-    return wrong
+def _parse(value: str, annotation: Any) -> Any:
+    """Return the number that a text states, or the text itself where the setting expects text or it states none."""
+    kind, _ = _kind(annotation)
+    try:
+        return kind(value) if kind in (int, float) else value
+    except ValueError:
+        return value

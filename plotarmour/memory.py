@@ -19,7 +19,7 @@ from functools import partial
 import torch
 
 from plotarmour.cli import UserError
-from plotarmour.config import Recipe, TrainingConfig
+from plotarmour.config import AUTO, Recipe, TrainingConfig
 from plotarmour.loss import CHUNK_LOGITS
 from plotarmour.machine import find_machine, memory_bytes
 from plotarmour.models.bdh import BDHConfig
@@ -107,8 +107,7 @@ def largest_split(recipe: Recipe, vocab_size: int, dtype: torch.dtype, device: s
     t = recipe.training
     for rows in range(t.rows_per_step, 0, -1):
         if t.rows_per_step % rows == 0:
-            changed = replace(t, micro_batch_size=rows, grad_accum_steps=t.rows_per_step // rows)
-            changed = replace(recipe, training=changed)
+            changed = replace(recipe, training=replace(t, micro_batch_size=rows))
             if plan_training(changed, vocab_size, dtype, device).total <= budget:
                 return changed
     return None
@@ -127,7 +126,7 @@ def describe(recipe: Recipe, vocab_size: int, dtype: torch.dtype, device: str, m
     t, plan = recipe.training, plan_training(recipe, vocab_size, dtype, device)
     parts = {"weights": plan.weights, "optimizer state": plan.optimizer, "gradients": plan.gradients,
              "kept by forward": plan.saved, "scratch": plan.scratch, "loss": plan.loss}
-    lines = [f"{recipe.model}: micro-batch {t.micro_batch_size} x {t.context_length:,} tokens, vocabulary "
+    lines = [f"{recipe.model}: micro-batch {t.micro_batch_rows} x {t.context_length:,} tokens, vocabulary "
              f"{vocab_size:,}, {str(dtype).removeprefix('torch.')} on {device}",
              f"held at the fullest moment, {plan.moment}:"]
     lines += [f"  {name:<15} {held / 2**20:>9,.0f} MiB" for name, held in parts.items()]
@@ -137,11 +136,11 @@ def describe(recipe: Recipe, vocab_size: int, dtype: torch.dtype, device: str, m
     room = f"{memory / 2**30:.3g} GiB less {RESERVE / 2**30:.1f} in reserve"
     most = largest_micro_batch(recipe, vocab_size, dtype, device, budget)
     if plan.total <= budget:
-        lines.append(f"fits {room}: largest micro-batch {most:,}; the recipe's is {t.micro_batch_size}")
+        lines.append(f"fits {room}: largest micro-batch {most:,}; the recipe's is {t.micro_batch_rows}")
     elif split := largest_split(recipe, vocab_size, dtype, device, budget):
         lines.append(f"does not fit {room}: largest micro-batch {most:,}; set "
-                     f"micro_batch_size={split.training.micro_batch_size} and "
-                     f"grad_accum_steps={split.training.grad_accum_steps} to keep {t.tokens_per_step:,} tokens a step")
+                     f"micro_batch_size={split.training.micro_batch_size}, which keeps {t.tokens_per_step:,} "
+                     "tokens a step")
     else:
         lines.append(f"does not fit {room}, not even a row at a time: set a shorter context_length or a smaller model")
     return "\n".join(lines)
@@ -174,9 +173,9 @@ def describe_here(recipe: Recipe, vocab_size: int, memory_gib: float | None = No
     if device == "cpu":
         memory //= processes  # GPUs have their own memory each
     share = max(1, t.rows_per_step // processes)
-    rows = largest_divisor(share, t.micro_batch_size)
-    each = replace(recipe, training=replace(t, micro_batch_size=rows, grad_accum_steps=share // rows))
-    if t.micro_batch_is_auto:
+    rows = largest_divisor(share, t.micro_batch_rows)
+    each = replace(recipe, training=replace(t, micro_batch_size=rows, rows_per_step=share))
+    if t.micro_batch_size == AUTO:
         each = largest_split(each, vocab_size, dtype, device, memory - RESERVE) or each
     told = describe(each, vocab_size, dtype, device, memory)
     return told if processes == 1 else f"each of {processes} processes, with its share of every step:\n{told}"
@@ -184,7 +183,7 @@ def describe_here(recipe: Recipe, vocab_size: int, memory_gib: float | None = No
 
 def _bdh(shape: BDHConfig, t: TrainingConfig, read_rows: int, size: int, device: str) -> list[MemoryPlan]:
     """The moments of `models/tiled.py`. `size` is that of the products' dtype; letters as in `models/bdh.py`."""
-    B, T = t.micro_batch_size, t.context_length
+    B, T = t.micro_batch_rows, t.context_length
     L, D, H, N, V = shape.n_layer, shape.n_embd, shape.n_head, shape.neurons_per_head, shape.vocab_size
     half, dropout, core = size < WIDE, shape.dropout > 0, shape.core_params
     table, v, read_v = WIDE * V * D, WIDE * B * T * D, WIDE * read_rows * T * D
@@ -234,7 +233,7 @@ def _bdh(shape: BDHConfig, t: TrainingConfig, read_rows: int, size: int, device:
 
 def _gpt2(shape: GPT2Config, t: TrainingConfig, read_rows: int, size: int, device: str) -> list[MemoryPlan]:
     """The moments of `transformers`' GPT-2 with `scaled_dot_product_attention`."""
-    B, T = t.micro_batch_size, t.context_length
+    B, T = t.micro_batch_rows, t.context_length
     L, D, H, V = shape.n_layer, shape.n_embd, shape.n_head, shape.vocab_size
     half, dropout, cuda = size < WIDE, shape.dropout > 0, device == "cuda"
     table, v, wide, read_v = WIDE * V * D, WIDE * B * T * D, 4 * B * T * D, WIDE * read_rows * T * D

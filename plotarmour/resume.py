@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 from plotarmour.cli import UserError
-from plotarmour.config import TrainingConfig
+from plotarmour.config import TrainingConfig, training_settings
 from plotarmour.training.checkpoint import (
     find_checkpoint,
     find_checkpoint_to_resume,
@@ -20,10 +20,7 @@ from plotarmour.training.log import last_step
 
 RUN_FORMAT = 1
 LOCK = ".lock"  # a folder in the run folder while a process trains it
-# Settings that change where, how long and in which pieces a session computes and what it writes, not what it learns.
-NOT_IDENTITY = ("device", "max_minutes", "checkpoint_interval", "keep_every", "log_interval", "micro_batch_size",
-                "grad_accum_steps", "micro_batch_is_auto")
-EXTENDABLE = ("max_steps", "schedule_minutes", "patience")
+EXTENDABLE = training_settings("extendable")
 ENDED_BY = {"max_steps": "max_steps", "schedule_minutes": "schedule_minutes", "early stopping": "patience"}
 
 
@@ -138,8 +135,8 @@ def go_back(out: Path, step: int) -> None:
 def note_changes(out: Path, info: dict, step: int) -> None:
     """Note in run.json how a run is longer, cut into other pieces, or on another machine or program, from a step on."""
     before, now = ({**_training(i), **_place(i)} for i in (read_info(out), info))
-    changed = {key: [before.get(key), now[key]] for key in (*EXTENDABLE, *NOT_IDENTITY, *_place(info))
-               if before.get(key) != now[key]}
+    changed = {key: [before.get(key), now[key]] for key in now
+               if before.get(key) != now[key] and (key in EXTENDABLE or key not in training_settings("identity"))}
     if not changed:
         return
     longer, elsewhere = set(changed) & set(EXTENDABLE), [key for key in _place(info) if key in changed]
@@ -198,9 +195,8 @@ def _identity(info: dict) -> dict[str, object]:
     recipe, training = info["recipe"], _training(info)
     flat = {"model": recipe["model"], "tokenizer": info["tokenizer"]["sha256"][:16],  # enough to tell them apart
             "training text": info["train"]["payload_sha256"][:16],
-            "validation text": info["val"]["payload_sha256"][:16],
-            "rows_per_step": training["micro_batch_size"] * training["grad_accum_steps"]}
-    settings = {key: value for key, value in training.items() if key not in NOT_IDENTITY}
+            "validation text": info["val"]["payload_sha256"][:16]}
+    settings = {key: training[key] for key in training_settings("identity")}
     return flat | recipe["architecture"] | settings | {"dtype": info["dtype"]}  # as computed, not "auto"
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import nn
 
 from plotarmour.cli import UserError
-from plotarmour.config import DataConfig, Recipe, TrainingConfig
+from plotarmour.config import AUTO, DataConfig, Recipe, TrainingConfig
 from plotarmour.data.batches import Windows
 from plotarmour.data.overlap import disjoint_by_construction, overlapping_stories
 from plotarmour.data.token_file import TokenFile, looks_like_token_file
@@ -215,7 +215,7 @@ def recipe_of(info: dict) -> Recipe:
     """Return the resolved recipe that a run.json holds."""
     stored = info["recipe"]
     return Recipe(stored["name"], stored["model"], DataConfig(**stored["data"]), TrainingConfig(**stored["training"]),
-                  stored["architecture"])
+                  stored["architecture"], tuple(stored["overridden"]))
 
 
 def check_same_tokenizer(data: TokenFile | TokensInMemory, sha256: str, owner: str) -> None:
@@ -245,7 +245,7 @@ def _fingerprint(path: Path, data: TokenFile | TokensInMemory) -> dict:
 
 def _what_fits(recipe: Recipe, vocab_size: int, machine: Machine, processes: int) -> int | None:
     """Rows per micro-batch by plan, for micro_batch_size = "auto"; None where the recipe says how many."""
-    if not recipe.training.micro_batch_is_auto:
+    if recipe.training.micro_batch_size != AUTO:
         return None
     shared = processes if machine.device.type == "cpu" else 1  # GPUs have their own memory each
     budget = memory_bytes(machine.device) // shared - RESERVE

@@ -43,7 +43,7 @@ def small_recipe(request):
     """A recipe of each model that trains in a second."""
     from plotarmour.config import DataConfig, Recipe, TrainingConfig
 
-    training = TrainingConfig(context_length=24, micro_batch_size=2, grad_accum_steps=2, max_steps=6,
+    training = TrainingConfig(context_length=24, rows_per_step=4, micro_batch_size=2, max_steps=6,
                               learning_rate=3e-3, warmup_steps=2, log_interval=1, eval_interval=2, eval_tokens=200,
                               checkpoint_interval=3, keep_every=3)
     return Recipe("small", request.param, DataConfig("bpe:400"), training, TINY[request.param])

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from plotarmour.cli import UserError
-from plotarmour.config import AUTO, TrainingConfig, load_recipe, recipe_names
+from plotarmour.config import AUTO, Auto, DataConfig, TrainingConfig, load_recipe, recipe_names, training_settings
 from plotarmour.machine import dtype_for
 
 
@@ -66,32 +66,28 @@ def test_dtype_goes_by_capability():
 
 
 @pytest.mark.parametrize(("overrides", "expected"), [
-    ([], (4, 1, False)), (["rows_per_step=8"], (4, 2, False)),
-    (["rows_per_step=6", "micro_batch_size=2"], (2, 3, False)),
-    (["rows_per_step=6", "micro_batch_size=2", "grad_accum_steps=3"], (2, 3, False)),
-    (["micro_batch_size=2", "grad_accum_steps=3"], (2, 3, False)), (["micro_batch_size=auto"], (4, 1, True)),
-    (["micro_batch_size=auto", "rows_per_step=12"], (12, 1, True)),
+    ([], (4, 4, 1)), (["rows_per_step=8"], (8, 4, 2)), (["rows_per_step=6", "micro_batch_size=2"], (6, 2, 3)),
+    (["micro_batch_size=1"], (4, 1, 4)), (["micro_batch_size=auto"], (4, 4, 1)),
+    (["micro_batch_size=auto", "rows_per_step=12"], (12, 12, 1)),
 ])
-def test_the_rows_of_a_step_are_split_as_asked(overrides, expected):
-    """Guards: a step of other rows than asked for, in silence; an "auto" that arrives as text."""
+def test_the_rows_of_a_step_are_those_asked_for_and_forward_passes_follow(overrides, expected):
+    """Guards: a smaller micro-batch that silently changes the rows of a step; "auto" where a number is expected."""
     t = load_recipe("tiny", "bdh", overrides).training
-    assert (t.micro_batch_size, t.grad_accum_steps, t.micro_batch_is_auto) == expected
-    assert t.rows_per_step == expected[0] * expected[1]
+    assert (t.rows_per_step, t.micro_batch_rows, t.grad_accum_steps) == expected
+    assert (t.micro_batch_size == AUTO) == ("micro_batch_size=auto" in overrides)
 
 
 @pytest.mark.parametrize(("overrides", "complaint"), [
-    (["rows_per_step=6"], "rows_per_step = 6 is no multiple of micro_batch_size = 4: set the latter to 3, or to"),
-    (["rows_per_step=2"], "rows_per_step = 2 is no multiple of micro_batch_size = 4: set the latter to 2, or to"),
-    (["rows_per_step=8", "grad_accum_steps=3"], "grad_accum_steps = 3 does not fit rows_per_step = 8 in micro-batches "
-     "of 4: leave it out"),
-    (["micro_batch_size=auto", "grad_accum_steps=2"], "grad_accum_steps = 2 does not fit rows_per_step = 4"),
-    (["rows_per_step=0"], "rows_per_step = 0 must be a whole number of at least 1"),
-    (["micro_batch_size=auto", "rows_per_step=-4"], "rows_per_step = -4 must be a whole number"),
-    (["rows_per_step=many"], "rows_per_step = 'many' must be a whole number"),
+    (["rows_per_step=6"], "rows_per_step = 6 is not a multiple of micro_batch_size = 4: set micro_batch_size to 3 or "),
+    (["rows_per_step=2"], "rows_per_step = 2 is not a multiple of micro_batch_size = 4: set micro_batch_size to 2 or "),
+    (["rows_per_step=0"], "rows_per_step = 0 must be at least 1"),
+    (["micro_batch_size=auto", "rows_per_step=-4"], "rows_per_step = -4 must be at least 1"),
+    (["rows_per_step=many"], "rows_per_step = 'many' is not a whole number"),
+    (["rows_per_step=auto"], "rows_per_step = 'auto' is not a whole number"),
     (["rows_per_step=8", "micro_batch_size=0"], "micro_batch_size = 0 must be at least 1"),
     (["micro_batch_size=most"], "micro_batch_size = 'most' is not a whole number or \"auto\""),
     (["max_minutes=soon"], "max_minutes = 'soon' is not a number or \"auto\""),
-    (["max_minutes=-1"], 'max_minutes = -1 must be "auto" or not negative'),
+    (["max_minutes=-1"], "max_minutes = -1.0 must not be negative"),
     (["schedule_minutes=-1"], "schedule_minutes = -1.0 must not be negative"),
     (["device=tpu"], "device = 'tpu' must be one of auto, cpu, cuda"),
     (["n_layer=0"], "n_layer = 0 must be at least 1"), (["dropout=nan"], "dropout = nan must be in [0, 1)"),
@@ -104,7 +100,7 @@ def test_what_cannot_be_is_complained_of_once(overrides, complaint):
 
 
 def test_minutes_may_be_automatic():
-    """Guards: "auto" that is no number where one is compared with it, or that -1 means, too."""
+    """Guards: "auto" that is compared with a number; -1 as another word for it."""
     for overrides, expected in ([], AUTO), (["max_minutes=auto"], AUTO), (["max_minutes=0"], 0.0), (
             ["max_minutes=90"], 90.0):
         assert load_recipe("tiny", "bdh", overrides).training.max_minutes == expected
@@ -114,7 +110,7 @@ def test_minutes_may_be_automatic():
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_no_setting_may_be_endless_or_no_number(value):
     """Guards: a learning rate of NaN, of which every comparison is false; a schedule that never ends."""
-    keys = [f.name for f in dataclasses.fields(TrainingConfig) if f.type is float]
+    keys = [f.name for f in dataclasses.fields(TrainingConfig) if f.type in (float, float | Auto)]
     assert len(keys) == 9
     with pytest.raises(UserError) as caught:
         load_recipe("tiny", "bdh", [f"{key}={value}" for key in keys])
@@ -124,7 +120,7 @@ def test_no_setting_may_be_endless_or_no_number(value):
 @pytest.mark.parametrize("value", [0, -3])
 def test_sizes_below_one_are_all_told_at_once(value):
     """Guards: a division by zero hours later; a loop that does nothing; fixing one size only to meet the next."""
-    keys = ["context_length", "micro_batch_size", "grad_accum_steps", "max_steps", "log_interval", "eval_interval",
+    keys = ["context_length", "rows_per_step", "micro_batch_size", "max_steps", "log_interval", "eval_interval",
             "eval_tokens", "checkpoint_interval", "n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier"]
     with pytest.raises(UserError) as caught:
         load_recipe("tiny", "bdh", [f"{key}={value}" for key in keys])
@@ -157,21 +153,20 @@ def test_a_recipe_of_ones_own_may_say_rows_and_auto(tmp_path):
     path.write_text(OWN.format(training='rows_per_step = 6\nmicro_batch_size = "auto"\nmax_minutes = "auto"',
                                more="[bdh.training]\nrows_per_step = 4"))
     recipe = load_recipe(str(path), "bdh", ["dropout=0.1"])
-    assert (recipe.training.rows_per_step, recipe.training.micro_batch_is_auto) == (4, True)
+    assert (recipe.training.rows_per_step, recipe.training.micro_batch_size) == (4, AUTO)
     assert recipe.architecture["dropout"] == 0.1 and recipe.training.learning_rate == 1.0
     split = load_recipe(str(path), "bdh", ["micro_batch_size=2"]).training
-    assert (split.micro_batch_size, split.grad_accum_steps, split.micro_batch_is_auto) == (2, 2, False)
+    assert (split.micro_batch_size, split.grad_accum_steps) == (2, 2)
 
 
 @pytest.mark.parametrize(("training", "more", "complaint"), [
-    ('micro_batch_size = "auto"', "", "recipe own (bdh): micro_batch_size = \"auto\" needs rows_per_step: set it to "
-     "the rows of a step."),
+    ('micro_batch_size = "auto"', "", "recipe own (bdh): rows_per_step is missing in [training]."),
     ("rows_per_step = 6", "", "recipe own (bdh): micro_batch_size is missing in [training]."),
-    ("micro_batch_size = 2\ngrad_accum_steps = 1", "bias = true", "recipe own (bdh): bias = True is not a number or "
+    ("rows_per_step = 2\nmicro_batch_size = 2", "bias = true", "recipe own (bdh): bias = True is not a number or "
      "text."),
     ("", "[trainig]\nseed = 1", "unknown section or key 'trainig' (did you mean 'training'?); expected keys in the "),
     ("", "[gpt]\n[bdh.training]\n", "unknown section or key 'gpt'"),
-    ("", 'training = "mine"', "bdh.training is no section"),
+    ("", 'training = "mine"', "bdh.training is not a section"),
 ])
 def test_a_recipe_of_ones_own_that_is_wrong_is_told_so_once(tmp_path, training, more, complaint):
     """Guards: a section that nobody reads because of a typing mistake; a traceback; what follows called missing."""
@@ -180,6 +175,49 @@ def test_a_recipe_of_ones_own_that_is_wrong_is_told_so_once(tmp_path, training, 
     with pytest.raises(UserError) as caught:
         load_recipe(str(path), "bdh")
     assert complaint in str(caught.value) and "\n" not in str(caught.value)
+
+
+# Every training setting, by what may change: a run continues with another value of these ...
+HOW_TO_COMPUTE = {"micro_batch_size", "log_interval", "checkpoint_interval", "keep_every", "max_minutes", "device"}
+WITH_EXTEND = {"max_steps", "schedule_minutes", "patience"}  # ... or of these, if the user says --extend
+SAME_ARM = {"seed", "dtype"}  # only with the same value; runs of one arm may differ in it
+RECIPE = {"context_length", "rows_per_step", "learning_rate", "windows", "schedule", "warmup_steps",
+          "final_learning_rate_fraction", "decay_fraction", "weight_decay", "beta1", "beta2", "grad_clip",
+          "eval_interval", "eval_tokens"}
+
+
+def test_every_setting_is_classified():
+    """Guards: a new setting that silently makes every run another run; lists of names that drift apart."""
+    fields = {f.name: f for config in (DataConfig, TrainingConfig) for f in dataclasses.fields(config)}
+    for name, field in fields.items():
+        assert field.metadata.get("doc", "").endswith("."), f"{name}: expected a field made by config.setting"
+    assert set(f.name for f in dataclasses.fields(TrainingConfig)) == HOW_TO_COMPUTE | WITH_EXTEND | SAME_ARM | RECIPE
+    assert set(training_settings("identity")) == WITH_EXTEND | SAME_ARM | RECIPE
+    assert set(training_settings("arm")) == WITH_EXTEND | RECIPE
+    assert set(training_settings("extendable")) == WITH_EXTEND
+
+
+@pytest.mark.parametrize(("name", "overrides", "key"), [
+    ("laptop", ["decay_fraction=0.5"], "decay_fraction"), ("tiny", ["schedule=cosine", "decay_fraction=0.35"],
+                                                           "decay_fraction"),
+    ("laptop", ["corpus_seed=3"], "corpus_seed"), ("tiny", ["corpus_stories=0", "corpus_max_events=9"],
+                                                   "corpus_max_events")])
+def test_a_setting_without_effect_is_warned_of(name, overrides, key):
+    """Guards: an experiment with a setting that changes nothing, which then "makes no difference"."""
+    with pytest.warns(UserWarning, match=f"^{key} is ignored: it has an effect only where ") as warned:
+        load_recipe(name, "bdh", overrides)
+    assert len(warned) == 1
+
+
+def test_a_recipe_that_sets_what_has_no_effect_is_warned_of_unless_it_is_the_default(tmp_path):
+    """Guards: a line of a recipe that does nothing; warnings about a recipe that spells out a default."""
+    path = tmp_path / "own.toml"
+    rows = "rows_per_step = 2\nmicro_batch_size = 2\n"
+    path.write_text(OWN.format(training=rows + "decay_fraction = 0.35", more=""))
+    load_recipe(str(path), "bdh")
+    path.write_text(OWN.format(training=rows + "decay_fraction = 0.4", more=""))
+    with pytest.warns(UserWarning, match="decay_fraction is ignored"):
+        load_recipe(str(path), "bdh")
 
 
 def test_a_recipe_that_is_no_toml_is_refused(tmp_path):

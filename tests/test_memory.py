@@ -23,18 +23,22 @@ def benchmark(root):
 
 
 CASES = {  # so chosen that each moment is the fullest once, and each part large
-    "evaluation": ("bdh", 1024, "bfloat16", ["context_length=64", "micro_batch_size=1"]),
+    "evaluation": ("bdh", 1024, "bfloat16", ["context_length=64", "rows_per_step=1", "micro_batch_size=1"]),
     "loss": ("gpt2", 1024, "float32", ["context_length=64"]),
-    "loss, mostly the unembedding's": ("gpt2", 4096, "bfloat16", ["context_length=16", "grad_accum_steps=2"]),
-    "backward, mostly scores": ("bdh", 64, "float32", ["n_embd=32", "context_length=256", "micro_batch_size=8"]),
-    "backward, mostly scratch": ("bdh", 64, "bfloat16", ["n_embd=32", "context_length=256", "micro_batch_size=8",
-                                                        "mlp_internal_dim_multiplier=32", "dropout=0.1"]),
-    "backward, mostly weights": ("bdh", 300, "float32", ["context_length=16", "grad_accum_steps=2"]),
+    "loss, mostly the unembedding's": ("gpt2", 4096, "bfloat16", ["context_length=16", "rows_per_step=8"]),
+    "backward, mostly scores": ("bdh", 64, "float32", ["n_embd=32", "context_length=256", "rows_per_step=8",
+                                                       "micro_batch_size=8"]),
+    "backward, mostly scratch": ("bdh", 64, "bfloat16", ["n_embd=32", "context_length=256", "rows_per_step=8",
+                                                        "micro_batch_size=8", "mlp_internal_dim_multiplier=32",
+                                                        "dropout=0.1"]),
+    "backward, mostly weights": ("bdh", 300, "float32", ["context_length=16", "rows_per_step=8"]),
     "backward, mostly v": ("bdh", 64, "bfloat16", ["n_embd=128", "mlp_internal_dim_multiplier=1", "context_length=48",
-                                                   "micro_batch_size=16", "n_layer=1", "dropout=0.1"]),
+                                                   "rows_per_step=16", "micro_batch_size=16", "n_layer=1",
+                                                   "dropout=0.1"]),
     "backward, attention as a formula": ("gpt2", 100, "float32", ["context_length=128", "dropout=0.1",
-                                                                 "grad_accum_steps=2"]),
-    "token table": ("bdh", 8192, "float32", ["context_length=8", "micro_batch_size=1", "eval_tokens=8"]),
+                                                                 "rows_per_step=8"]),
+    "token table": ("bdh", 8192, "float32", ["context_length=8", "rows_per_step=1", "micro_batch_size=1",
+                                             "eval_tokens=8"]),
 }
 
 
@@ -54,7 +58,7 @@ def test_the_plan_follows_the_tiles_of_a_gpu(benchmark, monkeypatch):
     tiles = Tiling.for_shape
     monkeypatch.setattr(Tiling, "for_shape", lambda B, T, N, device: tiles(B, T, N, torch.device("cuda")))
     machine = Machine(torch.device("cpu"), torch.bfloat16, "asked for", "")
-    recipe = load_recipe("tiny", "bdh", ["windows=stream", "context_length=200", "grad_accum_steps=2", "dropout=0.1"])
+    recipe = load_recipe("tiny", "bdh", ["windows=stream", "context_length=200", "rows_per_step=8", "dropout=0.1"])
     plan = plan_training(recipe, 300, machine.dtype, "cpu")
     measured, _ = benchmark.measure(recipe, 300, machine)
     assert plan.scratch > plan.total / 2 and measured == pytest.approx(plan.total, rel=0.1), plan
@@ -93,8 +97,8 @@ def test_the_largest_micro_batch_is_the_largest(model):
 
 def test_the_advice_names_what_to_set():
     """Guards: a plan that does not fit and does not say what would."""
-    recipe = load_recipe("kaggle_t4", "gpt2", ["micro_batch_size=64", "grad_accum_steps=1"])
+    recipe = load_recipe("kaggle_t4", "gpt2", ["micro_batch_size=64"])
     told = [describe(recipe, 50257, torch.float16, "cuda", n * GIB).splitlines()[-1] for n in (15, 7, 1)]
     assert told[0].startswith("fits 15 GiB less 1.0 in reserve: largest micro-batch ")
-    assert "set micro_batch_size=16 and grad_accum_steps=4 to keep 32,768 tokens a step" in told[1]
+    assert "set micro_batch_size=16, which keeps 32,768 tokens a step" in told[1]
     assert "not even a row at a time" in told[2]

@@ -14,14 +14,14 @@ from plotarmour.training.checkpoint import FILES, find_checkpoint
 from plotarmour.training.schedule import learning_rate
 
 RECIPE = Recipe("small", "gpt2", DataConfig("bpe:400"),
-                TrainingConfig(context_length=24, micro_batch_size=2, grad_accum_steps=2, max_steps=6,
+                TrainingConfig(context_length=24, rows_per_step=4, micro_batch_size=2, max_steps=6,
                                learning_rate=3e-3, schedule="linear_tail", warmup_steps=2, log_interval=1,
                                eval_interval=2, eval_tokens=200, checkpoint_interval=3, keep_every=3),
                 {"n_layer": 1, "n_embd": 16, "n_head": 2, "dropout": 0.0})
 
 
 # That may be others from session to session; a dtype that was asked for counts as what is computed in.
-FREE = ("device", "dtype", "max_minutes", "checkpoint_interval", "keep_every", "log_interval", "micro_batch_is_auto")
+FREE = ("device", "dtype", "max_minutes", "checkpoint_interval", "keep_every", "log_interval", "micro_batch_size")
 
 
 def changed(**settings):
@@ -81,16 +81,11 @@ def test_what_changes_the_numbers_is_identity_and_nothing_else_is(finished):
     for field in dataclasses.fields(TrainingConfig):
         training = info["recipe"]["training"]
         now = info | {"recipe": info["recipe"] | {"training": training | {field.name: other(training[field.name])}}}
-        if field.name in ("micro_batch_size", "grad_accum_steps"):  # together they are rows_per_step
-            with pytest.raises(UserError, match="rows_per_step was 4, now 6. Use another --out."):
-                check_folder(finished, now, "auto", None, False)
-        elif field.name in FREE:
+        if field.name in FREE:
             check_folder(finished, now, "auto", None, False)
         else:
             with pytest.raises(UserError, match=f": {field.name} was .*, now "):
                 check_folder(finished, now, "auto", None, False)
-    split = info["recipe"]["training"] | {"micro_batch_size": 1, "grad_accum_steps": 4, "max_minutes": 3.0}
-    check_folder(finished, info | {"recipe": info["recipe"] | {"training": split}}, "auto", None, False)
 
 
 def test_all_differences_are_told_at_once_and_extend_is_no_remedy_for_them(finished):
@@ -201,19 +196,17 @@ def test_early_stopping_that_has_fired_is_extended_by_patience_only(token_files,
 def test_other_pieces_of_the_same_rows_go_on_and_are_noted(run, token_files):
     """Guards: a run bound to the memory of the machine it began on; other bits without a trace of why."""
     before = json.loads((run / "DONE.json").read_text())
-    final = train(token_files, run, {"micro_batch_size": 4, "grad_accum_steps": 1}, from_step=3)
+    final = train(token_files, run, {"micro_batch_size": 4}, from_step=3)
     assert final["val_loss"] == pytest.approx(before["val_loss"], rel=1e-5)
     noted = info_of(run)["changes"][1]
-    assert noted.pop("utc") and noted == {"step": 3, "why": "settings", "micro_batch_size": [2, 4],
-                                          "grad_accum_steps": [2, 1]}
+    assert noted.pop("utc") and noted == {"step": 3, "why": "settings", "micro_batch_size": [2, 4]}
     assert final["micro_batch_size"] == load_run(run).config.training.micro_batch_size == 4
 
 
 def test_a_run_that_goes_on_with_auto_takes_the_pieces_that_fit(run, token_files, monkeypatch):
     """Guards: all rows of a step at once, where memory is short, because the run began with smaller pieces."""
     monkeypatch.setattr(runs, "memory_bytes", lambda device: 0)
-    auto = {"micro_batch_size": 4, "grad_accum_steps": 1, "micro_batch_is_auto": True}
-    assert train(token_files, run, auto, from_step=3)["micro_batch_size"] == 1
+    assert train(token_files, run, {"micro_batch_size": "auto"}, from_step=3)["micro_batch_size"] == 1
 
 
 def test_a_change_of_processes_is_noted_once(run):

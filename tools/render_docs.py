@@ -4,6 +4,7 @@
 import argparse
 import ast
 import csv
+import dataclasses
 import importlib.util
 import re
 import sys
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from plotarmour.cli import HelpFormatter, UserError, run_command
+from plotarmour.config import DataConfig, TrainingConfig
 
 REFERENCE = ROOT / "results" / "reference"
 MARKER = re.compile(r"(<!-- BEGIN ([\w-]+) -->\n)(.*?)(<!-- END \2 -->)", re.S)
@@ -78,6 +80,16 @@ def learning_rates() -> str:
                  [[r["model"], f"{float(r['learning_rate']):g}", f"{float(r['best_val_loss']):.3f}"] for r in rows])
 
 
+def settings() -> str:
+    """Return a table of all settings of [data] and [training], from the fields of the config dataclasses."""
+    rows = []
+    for section, config in (("data", DataConfig), ("training", TrainingConfig)):
+        for f in dataclasses.fields(config):
+            default = "required" if f.default is dataclasses.MISSING else f"`{f.default}`"
+            rows.append([f"`{f.name}`", section, default, f.metadata["doc"]])
+    return table(["setting", "section", "default", "meaning"], rows, text_columns=4)
+
+
 def parser_of(tool: Path) -> argparse.ArgumentParser:
     """Return the parser of a command line in tools/, without running it."""
     spec = importlib.util.spec_from_file_location(tool.stem, tool)
@@ -135,6 +147,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "verdict": lambda: verdict("comparison"),
     "verdict-extra": lambda: verdict("comparison_extra"),
     "learning-rates": learning_rates,
+    "settings": settings,
     "commands": commands,
     "map": project_map,
 }

@@ -7,12 +7,13 @@ On several GPUs: torchrun --standalone --nproc-per-node 2 tools/train.py ..., wi
 import argparse
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plotarmour.cli import HelpFormatter, outwait_others, run_command
-from plotarmour.config import load_recipe, recipe_names
+from plotarmour.config import DataConfig, load_recipe, recipe_names, warn_ignored
 from plotarmour.models import KINDS
 
 WHAT_NOW = {
@@ -53,6 +54,8 @@ def main() -> None:
     from plotarmour.training.loop import DONE
 
     launched, is_first = stop_with_launcher(), os.environ.get("RANK", "0") == "0"
+    if is_first and not launched and args.tokenizer is None:  # a notebook's overrides have made the token files, too
+        warn_ignored(recipe, [field.name for field in fields(DataConfig)], "the token files are made already")
     try:
         final = train_run(recipe, args.train, args.val, args.out, args.resume, args.from_step, args.tokenizer,
                           args.extend)

@@ -42,7 +42,7 @@ class Windows:
         context_length: targets per window at most.
         kind: "stream" or "stories".
         seed: of the order.
-        rows_per_step: micro_batch_size · grad_accum_steps.
+        rows_per_step: of the recipe.
 
     Raises:
         UserError: a text shorter than one window.

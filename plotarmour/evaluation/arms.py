@@ -10,11 +10,9 @@ import numpy as np
 import pandas as pd
 
 from plotarmour.cli import UserError
+from plotarmour.config import training_settings
 from plotarmour.evaluation.statistics import Difference, compare_seeds, sign_test
 
-# How a run was computed, not what it learned: runs of one arm may differ in it.
-NOT_THE_RECIPE = ("seed", "device", "dtype", "max_minutes", "checkpoint_interval", "keep_every", "log_interval",
-                  "micro_batch_size", "grad_accum_steps", "micro_batch_is_auto")
 UNBOUNDED = " unbounded"  # behind the name of a run that was scored with all of each story as context
 # What arms can be matched by: words for people, the budget's column, how far apart still counts as the same.
 MATCHINGS = (("core parameters", "params_non_embedding", 0.05), ("parameters in all", "params", 0.05),
@@ -53,9 +51,9 @@ def group_runs(runs: list) -> list[Arm]:
     """
     groups: dict[str, list] = {}
     for run in runs:
-        training = {k: v for k, v in dataclasses.asdict(run.config.training).items() if k not in NOT_THE_RECIPE}
-        key = json.dumps([run.config.model, run.config.architecture, training, run.config.training.rows_per_step,
-                          run.info["train"]["payload_sha256"]], sort_keys=True)
+        training = {key: getattr(run.config.training, key) for key in training_settings("arm")}
+        key = json.dumps([run.config.model, run.config.architecture, training, run.info["train"]["payload_sha256"]],
+                         sort_keys=True)
         groups.setdefault(key, []).append(run)
     arms = []
     for group in groups.values():

@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from plotarmour.resume import NOT_IDENTITY
+from plotarmour.config import training_settings
 from plotarmour.suite.grid_state import State, read_ending, write_table
 
 ENOUGH = 3  # rates: of two, both lie at an edge
@@ -76,9 +76,9 @@ def write_rates(states: list[State], out: Path) -> str:
 
 def _all_but_the_rate(state: State) -> dict[str, object]:
     """Everything by which two runs may differ, flat, but for learning rate, place and bookkeeping."""
-    recipe, t = state.job.recipe, vars(state.job.recipe.training)
-    flat = {"model": recipe.model, "rows_per_step": recipe.training.rows_per_step, **vars(recipe.data)}
-    return flat | recipe.architecture | {k: v for k, v in t.items() if k != "learning_rate" and k not in NOT_IDENTITY}
+    recipe, settings = state.job.recipe, set(training_settings("identity")) - {"learning_rate"}
+    return {"model": recipe.model, **vars(recipe.data), **recipe.architecture,
+            **{key: value for key, value in vars(recipe.training).items() if key in settings}}
 
 
 def _told_apart(said: dict, groups: list[dict]) -> str:

@@ -4,7 +4,7 @@ import math
 import textwrap
 from pathlib import Path
 
-from plotarmour.config import AUTO, Recipe
+from plotarmour.config import Recipe
 from plotarmour.evaluation.metrics import perplexity
 from plotarmour.training.progress import duration
 
@@ -27,13 +27,10 @@ UNTRAINED = ", before any training: not better, or not evaluated, since"
 def tell_recipe(recipe: Recipe) -> str:
     """Tell all settings of a resolved recipe, grouped by what they are about, in lines of at most 100 characters."""
     t = vars(recipe.training).copy()
-    t["max_minutes"] = "auto" if t["max_minutes"] == AUTO else t["max_minutes"]
-    if t.pop("micro_batch_is_auto"):
-        t["micro_batch_size"] = f"auto, at most {t['micro_batch_size']}"
     ends = {key: t.pop(key) for key in ("max_steps", "schedule_minutes", "patience", "max_minutes")}
     log = {key: t.pop(key) for key in ("log_interval", "eval_interval", "eval_tokens", "checkpoint_interval",
                                        "keep_every")}
-    batch = {key: t.pop(key) for key in ("micro_batch_size", "grad_accum_steps", "context_length", "windows", "seed")}
+    batch = {key: t.pop(key) for key in ("rows_per_step", "micro_batch_size", "context_length", "windows", "seed")}
     batch["tokens_per_step"] = f"at most {recipe.training.tokens_per_step:,}"
     machine = {key: t.pop(key) for key in ("device", "dtype")}
     groups = {recipe.model: recipe.architecture, "batch": batch, "ends": ends, "updates": t, "log": log,

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from plotarmour.cli import UserError
-from plotarmour.config import Recipe, load_recipe
+from plotarmour.config import Recipe, load_recipe, warn_ignored
 from plotarmour.data.batches import Windows
 from plotarmour.data.facts import write_facts
 from plotarmour.data.pretokenize import part_path, pre_tokenize
@@ -18,6 +18,7 @@ from plotarmour.run import train_run
 from plotarmour.suite.live import LiveCurves
 from plotarmour.suite.multi_gpu import check_gpus, launch
 
+CORPUS_SETTINGS = ("corpus_stories", "corpus_seed", "corpus_min_events", "corpus_max_events")
 OPTIONAL = {"extra": "tokens.extra.bin", "facts": "built-in.facts.jsonl"}  # not every recipe has them
 
 
@@ -66,6 +67,8 @@ def prepare(recipe: Recipe, folder: Path, text: Path | None = None, extra_text: 
     require_text(recipe, text)
     if 0 in parse_split(recipe.data.split):
         raise UserError(f"split {recipe.data.split} leaves a part empty; the suite needs train, val and test.")
+    if text is not None:
+        warn_ignored(recipe, CORPUS_SETTINGS, f"{text} takes the place of the built-in corpus")
     paths = {}
     if text is None:
         text, paths["facts"] = tell_corpus(folder / "built-in.txt", recipe.data.corpus_stories, recipe.data.corpus_seed,

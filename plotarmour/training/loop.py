@@ -107,7 +107,7 @@ class _Session:
         asked, used = self.state.pop("split", (None, None))
         # A split that memory has forced holds as long as the recipe asks for the same: the bits depend on it.
         self.updates.begin(self.step, used if asked == config.micro_batch_size else
-                           begin_with or config.micro_batch_size)
+                           begin_with or config.micro_batch_rows)
 
     def train(self, stop: StopRequest) -> str:
         """Take steps until there is a reason not to; return it."""
@@ -294,8 +294,7 @@ class _Session:
         self.pace.forget()
         if self.ranks.is_first:
             share = self.updates.share
-            record_change(self.run, self.step, "out of memory", micro_batch_size=[before, now],
-                          grad_accum_steps=[share // before, share // now])
+            record_change(self.run, self.step, "out of memory", micro_batch_size=[before, now])
             self.bar.write(f"{self.run.name}: out of memory at step {self.step + 1}: {share // now} micro-batches of "
                            f"{now} rows instead of {share // before} of {before}", file=sys.stderr)
 

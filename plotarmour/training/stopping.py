@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 
-from plotarmour.config import AUTO
+from plotarmour.config import AUTO, Auto
 from plotarmour.machine import host
 
 # Kaggle ends sessions after 9 to 12 hours; these leave time for what comes after training.
@@ -54,11 +54,11 @@ class StopRequest(contextlib.AbstractContextManager):
             os.write(sys.stderr.fileno(), b"\nfinishing the step, then saving; once more stops at once\n")
 
 
-def session_minutes(max_minutes: float) -> float:
+def session_minutes(max_minutes: float | Auto) -> float:
     """Return how many minutes this session may train from now on; 0 for no limit.
 
     Args:
-        max_minutes: of the recipe. AUTO is no limit except on Kaggle, where it counts from the start of the process:
+        max_minutes: of the recipe. "auto" is no limit except on Kaggle, where it counts from the start of the process:
             a session's clock runs while text is prepared, too.
     """
     if max_minutes != AUTO:

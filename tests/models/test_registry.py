@@ -15,8 +15,8 @@ RECIPE = """
 tokenizer = "bpe:400"
 [training]
 context_length = 24
+rows_per_step = 2
 micro_batch_size = 2
-grad_accum_steps = 1
 max_steps = 2
 warmup_steps = 1
 learning_rate = 1e-3

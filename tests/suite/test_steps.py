@@ -19,3 +19,11 @@ def test_a_text_that_is_refused_removes_nothing(tmp_path):
     with pytest.raises(UserError, match="UTF-8"):
         prepare(load_recipe("tiny", "bdh", SMALL), tmp_path, bad)
     assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_settings_of_the_corpus_beside_a_text_are_warned_of(tmp_path, token_files):
+    """Guards: a corpus asked for with --set of which no story is in the token files; warnings about a recipe."""
+    prepare(load_recipe("tiny", "bdh", ["tokenizer=bytes", "split=8:1:1"]), tmp_path, token_files["text"])
+    overrides = ["tokenizer=bytes", "split=8:1:1", "corpus_stories=50"]
+    with pytest.warns(UserWarning, match="^corpus_stories is ignored: .* takes the place of the built-in corpus"):
+        prepare(load_recipe("tiny", "bdh", overrides), tmp_path, token_files["text"])

@@ -102,10 +102,10 @@ def test_what_cannot_go_on_is_one_line_and_touches_nothing(run_main, run, token_
 @pytest.mark.parametrize(("settings", "message"), [
     ({"context_length": 0}, "context_length = 0 must be at least 1."), ({"max_steps": -5}, "max_steps = -5 must be at"),
     ({"n_head": 0}, "n_head = 0 must be at least 1."),
-    ({"rows_per_step": 6}, "rows_per_step = 6 is no multiple of micro_batch_size = 4: set the latter to 3, or to"),
-    ({"rows_per_step": 8, "grad_accum_steps": 3}, "grad_accum_steps = 3 does not fit rows_per_step = 8"),
+    ({"rows_per_step": 6}, "rows_per_step = 6 is not a multiple of micro_batch_size = 4: set micro_batch_size to 3 or"),
+    ({"grad_accum_steps": 3}, "--set grad_accum_steps=3: unknown key 'grad_accum_steps'"),
     ({"learning_rate": "nan", "windows": "story", "eval_tokens": 0, "rows_per_step": 0, "n_layer": -1},
-     "rows_per_step = 0 must be a whole number of at least 1; eval_tokens = 0 must be at least 1; "),
+     "rows_per_step = 0 must be at least 1; learning_rate = nan must be positive; "),
     ({"n_embd": 30}, "n_embd = 30 must be divisible by n_head = 4"),
 ], ids=lambda value: "" if isinstance(value, str) else ",".join(value))
 def test_a_recipe_that_cannot_be_is_one_line_and_makes_no_folder(run_main, token_files, tmp_path, settings, message):
@@ -114,6 +114,12 @@ def test_a_recipe_that_cannot_be_is_one_line_and_makes_no_folder(run_main, token
     assert (code, err.count("\n")) == (2, 1) and err.startswith("error: recipe tiny (gpt2): ")
     assert message in err and all(key in err for key in settings), err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_data_setting_beside_token_files_is_warned_of(run_main, run, token_files):
+    """Guards: --set tokenizer=bytes that is accepted, while the token files were made with another one."""
+    with pytest.warns(UserWarning, match="^tokenizer is ignored: the token files are made already"):
+        assert run_main("train", *arguments(token_files, run, {"tokenizer": "bytes"}))[0] == 0
 
 
 @pytest.mark.skipif(os.name != "posix", reason="how a process is held")

@@ -22,7 +22,7 @@ from plotarmour.training import distributed as ranks_module
 from plotarmour.training.distributed import ALONE, LostProcess, Ranks
 from plotarmour.training.step import Updates
 
-SETTINGS = {"context_length": 24, "windows": "stream", "micro_batch_size": 2, "grad_accum_steps": 4, "max_steps": 20,
+SETTINGS = {"context_length": 24, "windows": "stream", "rows_per_step": 8, "micro_batch_size": 2, "max_steps": 20,
             "warmup_steps": 4, "learning_rate": "1e-3", "log_interval": 1, "eval_interval": 5, "eval_tokens": 400,
             "checkpoint_interval": 4, "n_layer": 2, "n_embd": 32, "n_head": 2, "dropout": 0.1, "device": "cpu"}
 
@@ -152,7 +152,7 @@ def test_what_the_second_process_alone_has_met_is_said(where, processes, first_s
     tool = tmp_path / "tool.py"
     tool.write_text(ALONE_FAILS.format(root=str(root), tool=str(root / "tools" / "train.py"), where=where,
                                        wait_s=6))  # longer than the others would take to end
-    process = start(root, token_files, tmp_path / "run", "gpt2", tool, processes, grad_accum_steps=3)
+    process = start(root, token_files, tmp_path / "run", "gpt2", tool, processes, rows_per_step=6)
     said, _ = process.communicate(timeout=120)
     line = "error: process 1: /data/t.train.bin: Input/output error. Check the path, its permissions and the disk.\n"
     assert process.returncode == 1 and said.count(line) == said.count("error: process") == 1, said
@@ -162,7 +162,7 @@ def test_what_the_second_process_alone_has_met_is_said(where, processes, first_s
 def test_rows_that_cannot_be_shared_out_are_refused(small_model):
     """Guards: rows that no GPU reads."""
     with pytest.raises(UserError, match="3 rows per step cannot be shared out evenly among 2 processes; set rows_per"):
-        Updates(small_model, None, TrainingConfig(8, 1, 3, 10, 1e-3), find_machine("cpu"), Ranks(0, 2))
+        Updates(small_model, None, TrainingConfig(8, 3, 1, 10, 1e-3), find_machine("cpu"), Ranks(0, 2))
 
 
 def test_a_process_lost_before_the_first_checkpoint_is_told_like_any_other(root, token_files, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ def clock(monkeypatch):
 
 
 def config(**settings):
-    return TrainingConfig(**{"context_length": 8, "micro_batch_size": 2, "grad_accum_steps": 1, "max_steps": 100,
+    return TrainingConfig(**{"context_length": 8, "rows_per_step": 2, "micro_batch_size": 2, "max_steps": 100,
                              "learning_rate": 1e-3, "eval_interval": 10, "checkpoint_interval": 25, "max_minutes": 0.0}
                           | settings)
 

@@ -50,15 +50,15 @@ def room_for(rows, from_step, monkeypatch):
 def test_a_step_that_does_not_fit_is_split_further_with_the_same_rows(small_recipe, token_files, tmp_path, monkeypatch):
     """Guards: a run that dies of its micro-batch, other tokens per step, gradients of the failed attempt that count."""
     recipe = dataclasses.replace(small_recipe, architecture=small_recipe.architecture | {"dropout": 0.0})
-    whole = run(recipe, token_files, tmp_path / "whole", micro_batch_size=4, grad_accum_steps=1)
+    whole = run(recipe, token_files, tmp_path / "whole", micro_batch_size=4)
     tried = room_for(1, 2, monkeypatch)
-    split = run(recipe, token_files, tmp_path / "split", micro_batch_size=4, grad_accum_steps=1)
+    split = run(recipe, token_files, tmp_path / "split", micro_batch_size=4)
     assert tried == [(0, [4]), (1, [4]), (2, [4]), (2, [2, 2]), (2, [1] * 4), (3, [1] * 4), (4, [1] * 4), (5, [1] * 4)]
     assert (split["step"], split["tokens_seen"], split["micro_batch_size"]) == (6, whole["tokens_seen"], 1)
     assert split["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-5)
     [change] = changes_of(tmp_path / "split")
     assert {key: change[key] for key in change if key != "utc"} == {
-        "step": 2, "why": "out of memory", "micro_batch_size": [4, 1], "grad_accum_steps": [1, 4]}
+        "step": 2, "why": "out of memory", "micro_batch_size": [4, 1]}
 
 
 def test_a_split_run_resumes_with_the_bits_of_an_uninterrupted_one(small_recipe, token_files, tmp_path, monkeypatch):
@@ -136,8 +136,8 @@ print(json.dumps(train_run(recipe, *(Path(path) for path in sys.argv[2:5]))))
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 def test_a_step_is_split_when_the_system_gives_no_more_memory(root, token_files, tmp_path):
     """Guards: an out-of-memory error that looks otherwise in reality. 64 rows of 160 tokens, in 500 MiB."""
-    settings = ["windows=stream", "micro_batch_size=64", "max_steps=2", "warmup_steps=1", "eval_tokens=500",
-                "device=cpu"]
+    settings = ["windows=stream", "rows_per_step=64", "micro_batch_size=64", "max_steps=2", "warmup_steps=1",
+                "eval_tokens=500", "device=cpu"]
     files = token_files["train"], token_files["val"]
     whole = train_run(load_recipe("tiny", "gpt2", settings), *files, tmp_path / "whole")
     command = [sys.executable, "-c", SCRIPT, str(root), *map(str, files), str(tmp_path / "split"), *settings]
@@ -198,7 +198,7 @@ def test_auto_takes_what_the_plan_says_and_keeps_the_rows_of_a_step(small_recipe
     from plotarmour import run as runs
 
     monkeypatch.setattr(runs, "_what_fits", lambda *args: 2)
-    auto = {"micro_batch_size": 8, "grad_accum_steps": 1, "micro_batch_is_auto": True}
+    auto = {"rows_per_step": 8, "micro_batch_size": "auto"}
     first = run(small_recipe, token_files, tmp_path / "run", max_minutes=1e-9, **auto)
     assert (first["reason"], first["micro_batch_size"]) == ("time budget", 2)
     monkeypatch.setattr(runs, "_what_fits", lambda *args: 4)
@@ -217,8 +217,7 @@ def test_auto_takes_the_most_rows_that_leave_a_reserve(monkeypatch):
         monkeypatch.setattr(runs, "memory_bytes", lambda device, gib=gib: gib * 2**30)
         chosen.append(runs._what_fits(load_recipe("kaggle_t4", "gpt2", ["micro_batch_size=auto"]), 50257, cpu, 1))
         for rows, fits in ((chosen[-1], True), (2 * chosen[-1], False)):
-            recipe = load_recipe("kaggle_t4", "gpt2", [f"micro_batch_size={rows}", "rows_per_step=64"] if rows <= 64
-                                 else ["micro_batch_size=64", "grad_accum_steps=1"])
+            recipe = load_recipe("kaggle_t4", "gpt2", [f"micro_batch_size={min(rows, 64)}"])
             plan = plan_training(recipe, 50257, cpu.dtype, "cpu").total
             assert (plan <= gib * 2**30 - RESERVE) == fits or (not fits and rows > 64) or (fits and rows == 1)
     assert chosen[0] == 1 < chosen[1] < chosen[2] < chosen[3] == 64
@@ -229,7 +228,8 @@ def test_auto_takes_the_most_rows_that_leave_a_reserve(monkeypatch):
 
 def float16_updates(model, token_files, monkeypatch, spoil):
     """Updates under a GradScaler, on a CPU; `spoil` is done to the gradients of every step."""
-    recipe = load_recipe("tiny", "gpt2", ["micro_batch_size=2", "max_steps=40", "warmup_steps=0", "context_length=24"])
+    recipe = load_recipe("tiny", "gpt2", ["rows_per_step=2", "micro_batch_size=2", "max_steps=40", "warmup_steps=0",
+                                          "context_length=24"])
     windows = Windows(TokenFile.open(token_files["train"]), 24, "stream", 0, 2)
     taken = Updates(model, windows, recipe.training, Machine(torch.device("cpu"), torch.float16, "", ""), ALONE)
     taken.begin(0, 2)
