@@ -1,7 +1,8 @@
 """Numbers that tidying must not move, recorded before the package was laid out anew (commit d1f914a).
 
-Token files are equal to the byte everywhere. Losses and nats follow from sums whose last bits depend on the processor:
-to the bit they are compared only where CPU capability and torch version are those of the recording.
+Token files are equal to the byte everywhere. Losses and nats follow from sums whose last bits depend on the processor,
+and training amplifies them: the unchanged commit differs by up to 6e-4 between two processors after twenty steps. To
+the bit they are compared only where CPU capability and torch version are those of the recording.
 """
 
 import csv
@@ -22,6 +23,8 @@ STORIES = [" ".join(WORDS[(i * j + j) % 10] for j in range(3, 9 + i % 7)) + "." 
 TEXTS = {"endoftext": "\n<|endoftext|>\n".join(STORIES), "line": "\n".join(STORIES),
          "jsonl": "".join(json.dumps({"text": story}) + "\n" for story in STORIES)}
 ARITHMETIC = [torch.__version__, torch.backends.cpu.get_cpu_capability()]
+
+PROCESSORS = 3e-3  # relative difference that two processors may make
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +88,9 @@ def test_twenty_steps_and_their_comparison_give_the_recorded_numbers(golden, tmp
             assert numbers[key] == recorded[key], key
     for model in ("bdh", "gpt2"):
         losses, expected = ([float(loss or "nan") for loss in each[model]] for each in (numbers, recorded))
-        assert losses == pytest.approx(expected, rel=1e-4, nan_ok=True)
+        assert losses == pytest.approx(expected, rel=PROCESSORS, nan_ok=True)
     for key, expected in recorded["pair"].items():
         try:
-            assert float(numbers["pair"][key]) == pytest.approx(float(expected), rel=1e-4, abs=1e-9), key
+            assert float(numbers["pair"][key]) == pytest.approx(float(expected), rel=PROCESSORS, abs=1e-9), key
         except ValueError:
             assert numbers["pair"][key] == expected, key
