@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -32,6 +33,27 @@ def token_files(tmp_path_factory) -> dict[str, Path]:
     text, facts = tell_corpus(folder / "built-in.txt", 300, 0, (0, 1))
     parts = pre_tokenize([text], "bpe:400", folder / "tokens.bin", "80:10:10")
     return {"text": text, "facts": facts} | dict(zip(("train", "val", "test"), parts, strict=True))
+
+
+@pytest.fixture
+def run_main(root, monkeypatch, capsys):
+    """Call a tool's main in this process (a fresh one costs seconds of imports): returns exit code, stdout, stderr."""
+    from plotarmour.cli import run_command
+
+    def run(tool, *args):
+        spec = importlib.util.spec_from_file_location(f"tool_{tool}", root / "tools" / f"{tool}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [tool, *map(str, args)])
+        code = 0
+        try:
+            run_command(module.main)
+        except SystemExit as ended:
+            code = ended.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
 
 
 TINY = {"bdh": {"n_layer": 2, "n_embd": 16, "n_head": 2, "mlp_internal_dim_multiplier": 4, "dropout": 0.1},

@@ -11,7 +11,6 @@ MAY_KNOW = {
     "cli": set(), "files": {"cli"}, "config": {"cli", "models"}, "limits": set(),
     "machine": {"cli", "limits"}, "loss": set(),
     "data": BASIC, "models": set(),
-    "crawl": BASIC | {"data"},
     "training": BASIC | {"config", "machine", "loss", "data", "evaluation"},  # of it metrics alone
     "evaluation": BASIC | {"config", "machine", "loss", "data"},
     # follows their constants instead of copying them

@@ -1,1 +1,0 @@
-"""Text from elsewhere: resumable downloads, and Common Crawl's pages to stories."""
