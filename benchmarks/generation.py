@@ -137,12 +137,46 @@ def prefill(device, lengths: list[int], rounds: int) -> list[dict]:
     return rows
 
 
+def activity(v, weights, n_layer: int, rotation) -> list[dict[str, float]]:
+    """Count which neurons of a BDH are active, per pass.
+
+    Args:
+        v: embeddings, (B, T, D), float32 or float64.
+        weights: `plotarmour.models.tiled.Weights` in the dtype of v.
+        n_layer: number of passes.
+        rotation: `plotarmour.models.rotary.Rotation` of the model.
+
+    Returns:
+        Per pass the shares, between 0 and 1, of active `x`, of `pairs` (2i, 2i + 1) with an active x, of active `y`,
+        and of `xy`, where both are active, over all heads, neurons and positions.
+    """
+    import torch
+
+    from plotarmour.models.rotary import rotate
+    from plotarmour.models.tiled import normalize
+
+    (B, T, _), (H, _, N), shares = v.shape, weights.shape, []
+    factors = rotation.table(0, T, v.device, v.dtype)
+    for _ in range(n_layer):
+        m, counts = torch.zeros_like(v), dict.fromkeys(("x", "pairs", "y", "xy"), 0)
+        for h in range(H):
+            x = torch.relu(v @ weights.encoder[h])  # (B, T, N)
+            q = rotate(x, factors)
+            y = torch.relu(normalize((q @ q.mT).tril(-1) @ v)[0] @ weights.encoder_v[h])
+            m += (x * y) @ weights.decoder[h * N:(h + 1) * N]
+            for name, values in (("x", x), ("pairs", x.unflatten(-1, (-1, 2)).sum(-1)), ("y", y), ("xy", x * y)):
+                counts[name] += int(values.count_nonzero())
+        total = B * T * H * N
+        shares.append({name: n / (total // 2 if name == "pairs" else total) for name, n in counts.items()})
+        v = normalize(v + normalize(m)[0])[0]
+    return shares
+
+
 def trained_run(folder: Path, data: Path) -> list[dict]:
     """Activity of a trained run on text it has not seen, per pass."""
     import torch
 
     from plotarmour.data.token_file import TokenFile
-    from plotarmour.models import recurrent
     from plotarmour.models.tiled import normalize
     from plotarmour.run import load_run
 
@@ -152,8 +186,7 @@ def trained_run(folder: Path, data: Path) -> list[dict]:
     text = torch.tensor(file.tokens[:n * length].astype("int64")).view(n, length).to(run.machine.device)
     with torch.no_grad():
         v = normalize(run.model.embed(text))[0]
-        counted = recurrent.activity(v, run.model._weights(torch.float32), run.model.config.n_layer,
-                                     run.model._rotation)
+        counted = activity(v, run.model._weights(torch.float32), run.model.config.n_layer, run.model._rotation)
     return [{"what": f"{folder.name}: active in pass {i + 1}", "context": length,
              **{f"active_{name}": share for name, share in found.items()}} for i, found in enumerate(counted)]
 

@@ -67,7 +67,7 @@ def test_equal_logits_cost_ln_of_the_vocabulary_each():
 
 def test_shapes_that_do_not_fit_are_refused():
     """Guards: broadcasting (B, T) against (B·T)."""
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="do not match"):
         summed_nats(torch.zeros(1, 3, 4), torch.ones(8, 4), torch.zeros(3, dtype=torch.int64))
 
 

@@ -1,11 +1,11 @@
-"""Architectures only. Knows nothing of files, tokenizers, losses or devices.
+"""Model architectures: the protocol that every model fulfils, and the registry of model kinds.
 
-`LanguageModel` is what every model offers, and `ModelConfig` what its config states; the rest of the package uses no
-more of a model than that. `KINDS` is the one place that lists the kinds of model. A new kind needs its own file, an
-entry here and a section in a recipe.
+The rest of the package uses a model only through the protocols `LanguageModel` and `ModelConfig`. The registry `KINDS`
+is the only list of model kinds. A new kind needs a file in this folder, an entry in `KINDS` and a section in a recipe.
+Models know nothing of files, tokenizers, losses or optimizers.
 
-Importing this module does not import torch, so that `--help` stays quick: the registry holds import paths, and
-`model_config` and `build_model` follow them.
+Importing this module does not import torch, so that `--help` stays fast: the registry holds import paths, which
+`model_config` and `build_model` resolve.
 """
 
 from __future__ import annotations
@@ -20,65 +20,79 @@ if TYPE_CHECKING:
 
 
 class ModelConfig(Protocol):
-    """The shape of a model: a frozen dataclass that raises `ValueError` for an impossible shape."""
+    """The hyperparameters of a model, as a frozen dataclass that raises `ValueError` for impossible values."""
 
     vocab_size: int
 
     @property
     def core_params(self) -> int:
-        """Parameters apart from token and position tables and the unembedding."""
+        """Number of parameters without token and position embeddings and the unembedding."""
 
     @property
     def weights_per_token(self) -> int:
-        """Core parameters that a token passes through; shared ones count at every use."""
+        """Number of core parameters used to process one token; a shared parameter counts once per use."""
 
     def flops_per_token(self, context_length: int) -> int:
-        """Count the FLOPs of one token's forward pass in a full row of `context_length` tokens.
+        """Return the forward FLOPs per token in a full row of `context_length` tokens.
 
-        Matrix products only, two FLOPs per multiply-add, the unembedding included. Attention counts all T keys for
-        every query and is not halved for causality. Not counted: embedding lookups, norms, activations, softmax,
-        rotation, biases. These are model FLOPs, not hardware FLOPs: recomputation and skipped blocks change the time
-        and not this number.
+        The count includes all matrix products, at two FLOPs per multiply-add, and the unembedding. Attention counts
+        all T keys for every query; causality does not halve it. The count excludes embedding lookups, norms,
+        activations, softmax, rotation and biases. These are model FLOPs, not hardware FLOPs: recomputation and
+        skipped blocks do not change them.
 
         Raises:
-            ValueError: a context that the model cannot have.
+            ValueError: a context length that the model does not support.
 
         Source: Chowdhery et al. 2022 (PaLM), appendix B; Kaplan et al. 2020, section 2.1; nanoGPT's `estimate_mfu`.
         """
 
 
 class LanguageModel(Protocol):
-    """What training, scoring and generation use of a model, an `nn.Module`."""
+    """The interface of a model, an `nn.Module`, for training, scoring and generation."""
 
     config: ModelConfig
-    context_length: int | None  # the most tokens of past and inputs together; None: no limit
+    context_length: int | None  # maximum number of tokens in state and inputs together; None: no limit
 
     @property
     def unembedding(self) -> Tensor:
-        """(vocab_size, n_embd): logits are features @ unembedding.T."""
+        """The (vocab_size, n_embd) matrix that gives logits: features @ unembedding.T."""
 
     def features(self, inputs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """Map int64 (B, T) ids to features (B, T, n_embd), and return the state after the last token.
+        """Map token ids to features; each feature depends on its own and earlier tokens only.
 
-        A feature depends on its own and earlier tokens only. The state is None where none came in.
+        Args:
+            inputs: int64 (B, T), ids in [0, vocab_size).
+            state: the state after the tokens before `inputs`, from `initial_state` or an earlier call, with the same
+                B. The call may change it in place: continue with the returned state, and `copy` it first to branch.
+
+        Returns:
+            Features (B, T, n_embd), and the state after the last token, or None if `state` is None.
+
+        Raises:
+            ValueError: ids outside the vocabulary (`check_ids` says when this is checked), more tokens than
+                `context_length`, or a state of another model, batch size, dtype or device.
         """
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Map int64 (B, T) ids to logits (B, T, vocab_size)."""
+        """Map token ids, int64 (B, T), to logits (B, T, vocab_size)."""
 
     def initial_state(self, batch_size: int) -> Any:
-        """Return the state before the first token, with `position`, `copy`, `detach`, `tensors`, `from_tensors`."""
+        """Return the state before the first token of `batch_size` stories.
+
+        A state has `position` (tokens read), `copy` (to branch a story), `detach` (ends the gradient), and `tensors`
+        and `from_tensors` (to save and load it with safetensors).
+        """
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of model.
+    """An entry of the registry.
 
     Attributes:
-        label: its name in figures and reports.
-        colors: of its arms in figures, the first one first.
-        config: import path of its config class, "module:Class".
-        model: import path of its model class, built from a config.
+        label: name in figures and reports.
+        colors: colours in figures: the first for the first arm of this kind, and so on.
+        config: import path of the config class, "module:Class".
+        model: import path of the model class, which takes a config.
     """
 
     label: str
@@ -87,14 +101,14 @@ class Kind:
     model: str
 
 
-# Colours are Okabe and Ito's, safe for the colour-blind: blues for BDH, warm ones for the others.
+# Colours of Okabe and Ito's palette for colour-blind readers: blues for BDH, warm colours for the others.
 KINDS: dict[str, Kind] = {
     "bdh": Kind("BDH", ("#0072B2", "#56B4E9", "#004A75"), "plotarmour.models.bdh:BDHConfig",
                 "plotarmour.models.bdh:BDH"),
     "gpt2": Kind("GPT-2", ("#D55E00", "#CC79A7", "#E69F00", "#7A3500"), "plotarmour.models.hf:GPT2Config",
                  "plotarmour.models.hf:GPT2"),
 }
-REFERENCE = "bdh"  # the kind that comparisons name first: how does it do against the others?
+REFERENCE = "bdh"  # comparisons compare this kind with all others
 
 
 def model_config(kind: str, architecture: dict[str, Any], vocab_size: int, context_length: int) -> ModelConfig:
@@ -103,11 +117,11 @@ def model_config(kind: str, architecture: dict[str, Any], vocab_size: int, conte
     Args:
         kind: a key of `KINDS`.
         architecture: fields of the kind's config class.
-        vocab_size: entries of the tokenizer.
-        context_length: tokens per row; only for a config class that has such a field.
+        vocab_size: number of entries of the tokenizer.
+        context_length: tokens per row; ignored if the config class has no such field.
 
     Raises:
-        ValueError: an impossible shape, or a field that the config class does not have.
+        ValueError: impossible values, or a field that the config class does not have.
     """
     config_class = _load(KINDS[kind].config)
     positions = {"context_length": context_length} if "context_length" in config_class.__dataclass_fields__ else {}
@@ -119,11 +133,11 @@ def model_config(kind: str, architecture: dict[str, Any], vocab_size: int, conte
 
 def build_model(kind: str, architecture: dict[str, Any], vocab_size: int, context_length: int,
                 seed: int) -> LanguageModel:
-    """Build an untrained model on the CPU; its weights follow from the seed alone.
+    """Build an untrained model on the CPU, with weights that depend on the seed only.
 
     Args:
-        kind, architecture, vocab_size, context_length: as in `model_config`.
-        seed: of torch's generator, which this sets.
+        kind, architecture, vocab_size, context_length: see `model_config`.
+        seed: seed for torch's global random generator.
 
     Raises:
         ValueError: as `model_config`.
@@ -137,48 +151,64 @@ def build_model(kind: str, architecture: dict[str, Any], vocab_size: int, contex
 
 
 def label_of(kind: str) -> str:
-    """Return a kind's name in figures and reports; an unknown kind is its own label."""
+    """Return the label of a kind; an unknown kind is its own label."""
     return KINDS[kind].label if kind in KINDS else kind
 
 
 def colors_of(kind: str) -> tuple[str, ...]:
-    """Return the colours of a kind's arms; gray for an unknown kind."""
+    """Return the colours of a kind; gray for an unknown kind."""
     return KINDS[kind].colors if kind in KINDS else ("#8A8A8A",)
+
+
+def check_dimensions(config: Any, positive: tuple[str, ...]) -> list[str]:
+    """Return the complaints about fields that must be at least 1, and about `dropout`, which must be in [0, 1)."""
+    complaints = [f"{field} = {getattr(config, field)} must be at least 1" for field in positive
+                  if getattr(config, field) < 1]
+    if not 0.0 <= config.dropout < 1.0:
+        complaints.append(f"dropout = {config.dropout} must be in [0, 1)")
+    return complaints
 
 
 def check_ids(inputs: Tensor, vocab_size: int, in_training: bool = False) -> None:
     """Raise `ValueError` unless `inputs` is int64 (B, T) with T ≥ 1 and every id in [0, vocab_size).
 
     Args:
-        inputs: the ids that a model received.
-        vocab_size: of that model.
-        in_training: whether the model is in training mode. The values of ids on a GPU are then not checked: the check
-            makes the CPU wait for the GPU once per micro-batch, and the next one could not be prepared meanwhile. The
-            reader of token files (`Windows.micro_batch`) has checked them in RAM. Another training loop must do the
-            same: an id outside the vocabulary ends a process on a GPU.
+        inputs: token ids, as passed to a model.
+        vocab_size: number of ids of that model.
+        in_training: whether the model is in training mode. The values are then not checked: on a GPU this would
+            synchronize CPU and GPU once per micro-batch. `data/batches.py` has checked them in RAM already. A training
+            loop without it must check them itself, because an invalid id ends the process on a GPU.
     """
     import torch
 
     if inputs.dim() != 2 or inputs.dtype != torch.int64 or not inputs.numel():
         raise ValueError(f"inputs: found {str(inputs.dtype).removeprefix('torch.')} {tuple(inputs.shape)}, expected "
                          "int64 (B, T) of at least one token")
-    if in_training and inputs.device.type != "cpu":
+    if in_training:
         return
-    least, most = torch.stack(inputs.aminmax()).tolist()  # one transfer from a GPU, not two
-    if least < 0 or most >= vocab_size:
-        raise ValueError(f"inputs: found id {least if least < 0 else most}, expected ids in [0, {vocab_size}); were "
-                         "they made with another tokenizer?")
+    smallest, largest = torch.stack(inputs.aminmax()).tolist()  # one transfer from a GPU instead of two
+    if smallest < 0 or largest >= vocab_size:
+        raise ValueError(f"inputs: found id {smallest if smallest < 0 else largest}, expected ids in [0, {vocab_size});"
+                         " use the tokenizer that the model was trained with")
 
 
-def check_state(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, what: str,
-                remedy: str = "make it with this model's initial_state") -> None:
+def check_state(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     """Raise `ValueError` unless a tensor of a state has the shape, dtype and device that the model expects."""
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"state: found {what} of shape {tuple(tensor.shape)}, expected {shape}; make it with this "
-                         "model's initial_state for this batch")
-    if tensor.dtype != dtype or tensor.device != device:
-        raise ValueError(f"state: found {what} as {tensor.dtype} on {tensor.device}, expected {dtype} on {device}; "
-                         f"{remedy}")
+    found, expected = (tuple(tensor.shape), tensor.dtype, tensor.device), (shape, dtype, device)
+    if found != expected:
+        raise ValueError("state: found {} {} as {} on {}, ".format(name, *found) +
+                         "expected {} as {} on {}; ".format(*expected) +
+                         "use a state of this model, batch size, device and autocast setting (initial_state)")
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of matrix products with `tensor`: autocast's if it is enabled, except for float64."""
+    import torch
+
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
 
 
 def _load(path: str) -> type:

@@ -1,27 +1,27 @@
 """Baby Dragon Hatchling (BDH-GPU): Kosowski et al., arXiv 2509.26507.
 
-One set of weights, used at every one of `n_layer` passes over v, (B, T, D):
+One set of weights is used in each of `n_layer` passes over v, (B, T, D):
 
-    x = relu(v · E_x)                        per head, (B, H, T, N): neurons that fire
+    x = relu(v · E_x)                        per head, (B, H, T, N): active neurons are > 0
     a = tril(rope(x) · rope(x)ᵀ, -1) · v     linear attention of x with itself, strictly causal
     y = relu(LN(a) · E_y)                    (B, H, T, N)
-    v = LN(v + LN(dropout(x ∘ y) · D_))      the gate uses the x that was not rotated
+    v = LN(v + LN(dropout(x ∘ y) · D_))      the gate uses x without rotation
     logits = v · head                        the head is not tied to the embedding
 
     letter   name in code      shape
     D        n_embd            width of v
-    H        n_head            heads
+    H        n_head            number of heads
     N        neurons_per_head  mlp_internal_dim_multiplier · D / H
     E_x, E_y encoder, encoder_v (H, D, N)
     D_       decoder           (H·N, D)
     LN       layer norm over D without weights, eps 1e-5
 
-Three forms that agree, and drop the same neurons: *parallel*, the formula as published (`form` = "parallel"); *tiled*
-(`tiled.py`), for training; *recurrent* (`recurrent.py`), for reading without gradients and for generation.
+Three forms give the same result and drop the same neurons: *parallel*, the formula as published (`form` = "parallel");
+*tiled* (`tiled.py`), for training; *recurrent* (`recurrent.py`), for scoring and generation, without gradients.
 
-Differences from the official code (pathwaycom/bdh), none of which changes the function: phases are multiplied and
-reduced in float64, their tables kept; dropout is by counter (`dropout.py`); float16 scores carry a scale (`tiled.py`).
-Weights keep the official names, so official checkpoints load unchanged.
+Differences from the official code (pathwaycom/bdh), none of which changes the function: phases are computed in float64
+and cached; dropout uses counter-based random numbers (`dropout.py`); float16 scores are scaled (`tiled.py`). Parameters
+have the official names, so official checkpoints load unchanged.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plotarmour.models import check_ids, check_state
+from plotarmour.models import check_dimensions, check_ids, check_state, product_dtype
 from plotarmour.models.dropout import CounterDropout
 from plotarmour.models.recurrent import BDHState, read, read_one
 from plotarmour.models.rotary import Rotation, rotate
@@ -39,7 +39,7 @@ from plotarmour.models.tiled import Setting, Tiling, Weights, normalize, run_pas
 
 @dataclass(frozen=True)
 class BDHConfig:
-    """Shape of a BDH. `n_layer` counts passes through the one shared set of weights."""
+    """Hyperparameters of a BDH. `n_layer` is the number of passes through the one shared set of weights."""
 
     n_layer: int = 6
     n_embd: int = 256
@@ -49,16 +49,14 @@ class BDHConfig:
     dropout: float = 0.1
 
     def __post_init__(self):
-        wrong = [f"{name} = {getattr(self, name)} must be at least 1"
-                 for name in ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size")
-                 if getattr(self, name) < 1]
-        if not 0.0 <= self.dropout < 1.0:
-            wrong.append(f"dropout = {self.dropout} must be in [0, 1)")
-        if not wrong and self.mlp_internal_dim_multiplier * self.n_embd % (2 * self.n_head):
-            wrong.append(f"mlp_internal_dim_multiplier · n_embd = {self.mlp_internal_dim_multiplier * self.n_embd} "
-                         f"must be divisible by 2 · n_head = {2 * self.n_head}: rotation works on pairs of neurons")
-        if wrong:
-            raise ValueError("BDH: " + "; ".join(wrong))
+        complaints = check_dimensions(self, ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier",
+                                             "vocab_size"))
+        neurons = self.mlp_internal_dim_multiplier * self.n_embd
+        if not complaints and neurons % (2 * self.n_head):
+            complaints.append(f"mlp_internal_dim_multiplier · n_embd = {neurons} must be divisible by 2 · n_head = "
+                              f"{2 * self.n_head}: rotation works on pairs of neurons")
+        if complaints:
+            raise ValueError("BDH: " + "; ".join(complaints))
 
     @property
     def neurons_per_head(self) -> int:
@@ -66,37 +64,37 @@ class BDHConfig:
 
     @property
     def core_params(self) -> int:
-        """encoder + encoder_v + decoder, each H·N·D = multiplier · D²."""
+        """Number of parameters of encoder, encoder_v and decoder; each has H·N·D = multiplier · D²."""
         return 3 * self.mlp_internal_dim_multiplier * self.n_embd**2
 
     @property
     def weights_per_token(self) -> int:
-        """The core parameters once per pass. 2 passes and 3 · 64 weights: 384."""
+        """Number of core parameters times passes. 2 passes with 3 · 64 parameters: 384."""
         return self.n_layer * self.core_params
 
     def flops_per_token(self, context_length: int) -> int:
-        """Count the FLOPs of one token's forward pass in a row of T tokens (`models.ModelConfig`).
+        """Return the forward FLOPs per token in a row of T tokens (`ModelConfig.flops_per_token`).
 
-        Per pass: x, y and the decoder, 2·H·N·D each; scores 2·T·H·N and values 2·T·H·D. Once: the unembedding, 2·D·V.
+        Per pass: 2·H·N·D each for x, y and the decoder, 2·T·H·N for scores, 2·T·H·D for a. Once: 2·D·V for logits.
 
         Raises:
-            ValueError: a context below 1.
+            ValueError: a context length below 1.
 
         Example:
-            2 passes, D 4, 2 heads of N 8, V 5, T 3: H·N·D is 64 and H·(N + D) is 24, so a pass takes
-            6 · 64 + 2 · 3 · 24 = 528; 2 · 528 + 2 · 4 · 5 = 1,096.
+            2 passes, D 4, 2 heads of N 8, V 5, T 3: H·N·D = 64 and H·(N + D) = 24, so a pass takes
+            6 · 64 + 2 · 3 · 24 = 528 FLOPs; 2 · 528 + 2 · 4 · 5 = 1,096.
         """
         if context_length < 1:
             raise ValueError(f"context_length = {context_length} must be at least 1")
         D, H, N = self.n_embd, self.n_head, self.neurons_per_head
-        level = 6 * H * N * D + 2 * context_length * H * (N + D)
-        return self.n_layer * level + 2 * D * self.vocab_size
+        flops_per_pass = 6 * H * N * D + 2 * context_length * H * (N + D)
+        return self.n_layer * flops_per_pass + 2 * D * self.vocab_size
 
 
 class BDH(nn.Module):
-    """BDH with the interface that training, scoring and sampling share: `features`, `unembedding`, `initial_state`."""
+    """BDH behind the protocol `plotarmour.models.LanguageModel`."""
 
-    context_length = None  # no table of positions: any length works
+    context_length = None  # no position embeddings: any length works
 
     def __init__(self, config: BDHConfig):
         super().__init__()
@@ -108,45 +106,33 @@ class BDH(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.02)
         self.encoder_v = nn.Parameter(torch.empty(heads, width, neurons).normal_(std=0.02))
         self.lm_head = nn.Parameter(torch.empty(width, config.vocab_size).normal_(std=0.02))
-        self.form = "tiled"  # or "parallel": the formula as published, which holds (B, H, T, N) tensors
-        self._rotation = Rotation(neurons)
+        self.form = "tiled"  # or "parallel": the formula as published, with (B, H, T, N) tensors
         self.tiling: Tiling | None = None  # of the tiled form; None: chosen by shape and device
-        self._reading: list | None = None  # what `_weights` keeps
-        # Official checkpoints carry the frequencies as a buffer; they follow from N and are not loaded.
+        self._rotation = Rotation(neurons)
+        self._weights_cache: tuple | None = None  # of `_weights`
+        # Official checkpoints contain the frequencies as a buffer. They depend on N only and are not loaded.
         self.register_load_state_dict_pre_hook(lambda m, state, prefix, *_: state.pop(prefix + "attn.freqs", None))
 
     @property
     def unembedding(self) -> Tensor:
-        """(vocab_size, n_embd): logits are features @ unembedding.T."""
+        """The (vocab_size, n_embd) matrix that gives logits: features @ unembedding.T."""
         return self.lm_head.T
 
     def initial_state(self, batch_size: int) -> BDHState:
-        """Return the empty state for `batch_size` stories: n_layer times (B, H, N, D)."""
+        """Return the state before the first token: zeros of shape (B, H, N, D) for each pass."""
         c = self.config
         return BDHState([torch.zeros(batch_size, c.n_head, c.neurons_per_head, c.n_embd, dtype=self.decoder.dtype,
                                      device=self.decoder.device) for _ in range(c.n_layer)])
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Map int64 (B, T) ids to logits (B, T, vocab_size)."""
+        """Map token ids, int64 (B, T), to logits (B, T, vocab_size)."""
         return self.features(inputs)[0] @ self.unembedding.T
 
     def features(self, inputs: Tensor, state: BDHState | None = None) -> tuple[Tensor, BDHState | None]:
-        """Map ids to features; each depends on its own and earlier tokens only.
+        """Map token ids to features (`LanguageModel.features`).
 
-        With gradients they come from the tiled form, without from the recurrent one; `form` = "parallel" asks for
-        the published formula. A state with gradients goes through the formula too.
-
-        Args:
-            inputs: int64 (B, T), ids in [0, vocab_size).
-            state: from `initial_state` or an earlier call, with the same B; the past that `inputs` continues. It is
-                used up: go on with the returned one, and `copy` it first to branch.
-
-        Returns:
-            Features (B, T, n_embd), and the state after the last token (None where none came in).
-
-        Raises:
-            ValueError: ids outside the vocabulary (unseen in training on a GPU: `check_ids`); a state of another
-                model, batch, dtype or device.
+        The tiled form computes them with gradients, the recurrent form without. The parallel form computes them if
+        `form` is "parallel", or if a state is given and gradients are needed.
         """
         (B, T), c = inputs.shape if inputs.dim() == 2 else (0, 0), self.config
         check_ids(inputs, c.vocab_size, self.training)
@@ -155,14 +141,14 @@ class BDH(nn.Module):
         v = normalize(self.embed(inputs))[0]  # (B, T, D)
         dropout = None
         if self.training and c.dropout:
-            key = int(torch.randint(2**62, ()))  # from the generator that the training loop seeds
+            key = int(torch.randint(2**62, ()))  # from torch's generator, which the training loop seeds
             dropout = CounterDropout(c.dropout, key, c.neurons_per_head, v.device)
         differentiable = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if self.form == "parallel" or (state is not None and differentiable):
             return self._parallel(v, dropout, state)
-        dtype = _product_dtype(v)
+        dtype = product_dtype(v)
         if differentiable:
-            self._reading = None
+            self._weights_cache = None
             setting = Setting(self._rotation.table(0, T, v.device, v.dtype), dropout,
                               self.tiling or Tiling.for_shape(B, T, c.neurons_per_head, v.device))
             return run_passes(v, self.encoder, self.encoder_v, self.decoder, c.n_layer, dtype, setting), None
@@ -177,7 +163,7 @@ class BDH(nn.Module):
 
     def _parallel(self, v: Tensor, dropout: CounterDropout | None, state: BDHState | None,
                   ) -> tuple[Tensor, BDHState | None]:
-        """The formula as it stands above, on (B, H, T, N) tensors. Attention in float32 or wider."""
+        """Apply the published formula with (B, H, T, N) tensors; attention in float32 or float64."""
         (B, T, _), c = v.shape, self.config
         start, synapses = (state.position, []) if state else (0, None)
         factors = self._rotation.table(start, T, v.device, v.dtype)
@@ -202,25 +188,20 @@ class BDH(nn.Module):
         return v.squeeze(1), BDHState(synapses, start + T) if state else None
 
     def _weights(self, dtype: torch.dtype) -> Weights:
-        """Weights for reading. Copies are kept while the parameters stay what they are."""
+        """Return detached weights in `dtype`; the copies are cached until a parameter changes."""
         parameters = self.encoder, self.encoder_v, self.decoder
-        made_of = dtype, *((p.data_ptr(), p._version) for p in parameters)
-        if self._reading is None or self._reading[0] != made_of:
-            self._reading = made_of, Weights(*(p.detach().to(dtype) for p in parameters))
-        return self._reading[1]
+        key = dtype, *((p.data_ptr(), p._version) for p in parameters)
+        if self._weights_cache is None or self._weights_cache[0] != key:
+            self._weights_cache = key, Weights(*(p.detach().to(dtype) for p in parameters))
+        return self._weights_cache[1]
 
     def _check_state(self, state: BDHState, batch_size: int) -> None:
         c = self.config
         if not isinstance(state, BDHState):
-            raise ValueError(f"state: found {type(state).__name__}, expected BDHState, from initial_state")
+            raise ValueError(f"state: found {type(state).__name__}, expected BDHState; use initial_state")
         if len(state.synapses) != c.n_layer:
-            raise ValueError(f"state: found {len(state.synapses)} passes, expected {c.n_layer}; it is another model's")
+            raise ValueError(f"state: found {len(state.synapses)} passes, expected {c.n_layer}; use a state of this "
+                             "model (initial_state)")
         for synapses in state.synapses:
-            check_state(synapses, (batch_size, c.n_head, c.neurons_per_head, c.n_embd), self.decoder.dtype,
-                        self.decoder.device, "synapses")
-
-
-def _product_dtype(v: Tensor) -> torch.dtype:
-    """The dtype of products: autocast's where it is on, else that of v."""
-    kind = v.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else v.dtype
+            check_state("synapses", synapses, (batch_size, c.n_head, c.neurons_per_head, c.n_embd),
+                        self.decoder.dtype, self.decoder.device)

@@ -1,43 +1,50 @@
-"""Dropout by counter: whether a neuron is dropped is a function of its place alone, not of who asks in what order.
+"""Dropout of BDH with counter-based random numbers: the mask is a hash of each neuron's coordinates.
 
     keep = hash(key, pass, batch row, head, position, neuron) ≥ p
 
-So the parallel, tiled and recurrent forms drop the same neurons, whatever their tiles, on CPU and on CUDA, and the
-backward pass makes the mask again instead of keeping it. `key` is drawn from torch's generator, which the training loop
-seeds with (seed, step, micro-batch).
+So all three forms of BDH drop the same neurons, with any tiling, on CPU and on CUDA, and the backward pass computes the
+mask again instead of storing it. `key` comes from torch's generator, which the training loop seeds with (seed, step,
+micro-batch).
 
-One 64-bit hash serves four neurons with 16 bits each, so p is rounded to a multiple of 2^-16. Rows (everything but the
-neuron) and columns (four neurons) are hashed well, by splitmix64's finalizer (Steele et al. 2014), their sum once more
-by two multiplications and a shift.
+One 64-bit hash gives 16 bits to each of four neurons, so p is rounded to a multiple of 2^-16. Rows (all coordinates but
+the neuron) and columns (groups of four neurons) are hashed by splitmix64's finalizer (Steele et al. 2014); their sum is
+hashed again by two multiplications and a shift.
 """
 
 import torch
 from torch import Tensor
 
-GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, as all below
-FIRST, SECOND = -4658895280553007687, -7723592293110705685  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+# Constants of splitmix64 as int64: 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB.
+GOLDEN, FIRST, SECOND = -7046029254386353131, -4658895280553007687, -7723592293110705685
 INT16_MIN = -(2**15)
 
 
 class CounterDropout:
-    """The mask of one forward pass and of its backward pass."""
+    """The dropout mask of one forward pass and its backward pass.
+
+    Args:
+        p: probability that a neuron is dropped, in [0, 1).
+        key: seed of the hash.
+        neurons: number of neurons per head.
+        device: device of the mask.
+    """
 
     def __init__(self, p: float, key: int, neurons: int, device: torch.device):
         dropped = min(round(p * 2**16), 2**16 - 1)  # of 2^16
         self.threshold = INT16_MIN + dropped
-        self.scale = 2**16 / (2**16 - dropped)  # what is kept grows by this
+        self.scale = 2**16 / (2**16 - dropped)  # factor on the neurons that remain
         self.key = torch.tensor(key, device=device)
         self.columns = _mix(torch.arange(-(-neurons // 4), device=device) * GOLDEN)
 
     def rows(self, level: int, batch: Tensor, head: Tensor, position: Tensor) -> Tensor:
-        """Hash all but the neuron; int64 tensors that broadcast against each other, and so does the result."""
+        """Hash all coordinates but the neuron: int64 tensors, broadcast against each other."""
         z = self.key
         for coordinate in (torch.tensor(level, device=batch.device), batch, head, position):
             z = _mix(z ^ (coordinate + 1) * GOLDEN)
         return z
 
     def kept(self, rows: Tensor, first: int, last: int) -> Tensor:
-        """Return int16 (*rows.shape, last - first): 1 where neurons first..last - 1 stay, 0 where they go."""
+        """Return the mask of neurons first..last - 1, int16 (*rows.shape, last - first): 1 keeps, 0 drops."""
         begin, end = first // 4, -(-last // 4)
         z = rows.unsqueeze(-1) + self.columns[begin:end]
         z.mul_(FIRST)
@@ -54,5 +61,5 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right: torch shifts the sign in."""
+    """Shift to the right and fill with zeros; torch's own shift fills with the sign bit."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)

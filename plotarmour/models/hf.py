@@ -1,9 +1,8 @@
-"""GPT-2 (Radford et al., 2019) as `transformers` has it, behind the interface that BDH has too.
+"""GPT-2 (Radford et al. 2019) from Hugging Face `transformers`, behind the protocol of `plotarmour.models`.
 
-The architecture is `transformers.GPT2LMHeadModel`, built from a config with random weights and attention through
-`scaled_dot_product_attention` (causal): the field's own reference, not ours. The unembedding is tied to the token
-table, positions are learned, and there are `context_length` of them. Its state is the key/value cache, which grows
-with every token.
+The architecture is `transformers.GPT2LMHeadModel`, built from a config with random weights, with causal attention
+through `scaled_dot_product_attention`. The unembedding is tied to the token embedding. There are `context_length`
+learned positions. The state is the key/value cache, which grows with every token.
 """
 
 import inspect
@@ -15,15 +14,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GPT2LMHeadModel, GPT2Model
 from transformers import GPT2Config as HFConfig
 
-from plotarmour.models import check_ids, check_state
+from plotarmour.models import check_dimensions, check_ids, check_state, product_dtype
 
-# `transformers` renamed the argument in 5.24, and warns where the old name is used.
+# `transformers` renamed the argument in 5.24 and warns if the old name is used.
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(GPT2Model.forward).parameters else "past_key_values"
 
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """Shape of a GPT-2."""
+    """Hyperparameters of a GPT-2."""
 
     n_layer: int = 12
     n_embd: int = 768
@@ -33,35 +32,32 @@ class GPT2Config:
     dropout: float = 0.1
 
     def __post_init__(self):
-        wrong = [f"{name} = {getattr(self, name)} must be at least 1"
-                 for name in ("n_layer", "n_embd", "n_head", "vocab_size", "context_length") if getattr(self, name) < 1]
-        if not 0.0 <= self.dropout < 1.0:
-            wrong.append(f"dropout = {self.dropout} must be in [0, 1)")
-        if not wrong and self.n_embd % self.n_head:
-            wrong.append(f"n_embd = {self.n_embd} must be divisible by n_head = {self.n_head}")
-        if wrong:
-            raise ValueError("GPT-2: " + "; ".join(wrong))
+        complaints = check_dimensions(self, ("n_layer", "n_embd", "n_head", "vocab_size", "context_length"))
+        if not complaints and self.n_embd % self.n_head:
+            complaints.append(f"n_embd = {self.n_embd} must be divisible by n_head = {self.n_head}")
+        if complaints:
+            raise ValueError("GPT-2: " + "; ".join(complaints))
 
     @property
     def core_params(self) -> int:
-        """Per layer 12·D² in matrices, 9·D in biases of the four, 4·D in two layer norms; 2·D in the last norm."""
+        """Number of parameters per layer (12·D² in matrices, 9·D biases, 4·D in two norms) and in the last norm."""
         return self.n_layer * (12 * self.n_embd**2 + 13 * self.n_embd) + 2 * self.n_embd
 
     @property
     def weights_per_token(self) -> int:
-        """The core parameters, each once; biases and norms included."""
+        """Number of core parameters; each is used once per token."""
         return self.core_params
 
     def flops_per_token(self, context_length: int) -> int:
-        """Count the FLOPs of one token's forward pass in a row of T tokens (`models.ModelConfig`).
+        """Return the forward FLOPs per token in a row of T tokens (`ModelConfig.flops_per_token`).
 
-        Per layer: four matrices of 12·D² together, 24·D²; scores and values, 2·T·D each. Once: the unembedding, 2·D·V.
+        Per layer: 24·D² for four matrices of 12·D² together, 2·T·D each for scores and values. Once: 2·D·V for logits.
 
         Raises:
-            ValueError: a context below 1, or of more tokens than there are positions.
+            ValueError: a context length below 1, or above the number of positions.
 
         Example:
-            2 layers, D 4, V 5, T 3: a layer takes 24 · 16 + 4 · 3 · 4 = 432; 2 · 432 + 2 · 4 · 5 = 904.
+            2 layers, D 4, V 5, T 3: a layer takes 24 · 16 + 4 · 3 · 4 = 432 FLOPs; 2 · 432 + 2 · 4 · 5 = 904.
         """
         if context_length < 1:
             raise ValueError(f"context_length = {context_length} must be at least 1")
@@ -74,13 +70,11 @@ class GPT2Config:
 
 @dataclass
 class GPT2State:
-    """What the past left behind: the keys and values of every token read.
+    """The keys and values of all tokens read so far.
 
     Attributes:
-        shape: (n_layer, B, n_head, width of a head), of the model and the stories that the state was made for: a cache
-            that has read nothing does not know them.
-        cache: of `transformers`; per layer keys and values (B, n_head, position, width of a head), in the dtype of
-            products: under autocast its dtype, else the model's.
+        shape: (n_layer, B, n_head, head width) of the model and batch; an empty cache does not know them.
+        cache: per layer keys and values, (B, n_head, position, head width), in the dtype of products.
     """
 
     shape: tuple[int, int, int, int]
@@ -88,31 +82,31 @@ class GPT2State:
 
     @property
     def position(self) -> int:
-        """How many tokens were read."""
+        """Number of tokens read."""
         return self.cache.get_seq_length()
 
     def copy(self) -> "GPT2State":
-        """Return a state of its own, to branch a story."""
-        return self._with_each(Tensor.clone)
+        """Return an independent copy, to branch a story."""
+        return self._map(Tensor.clone)
 
     def detach(self) -> "GPT2State":
-        """Return the same values without their history: training by pieces of a long text stops here."""
-        return self._with_each(Tensor.detach)
+        """Return the same values without gradient history, for truncated backpropagation through time."""
+        return self._map(Tensor.detach)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all as tensors by name, to be saved (safetensors)."""
+        """Return the state as named tensors, to save with safetensors."""
         named = {"position": torch.tensor(self.position), "shape": torch.tensor(self.shape)}
         for i, layer in enumerate(self.cache.layers):
-            named |= {f"{name}.{i}": held.clone(memory_format=torch.contiguous_format)
-                      for name, held in (("keys", layer.keys), ("values", layer.values))}
+            named[f"keys.{i}"], named[f"values.{i}"] = (
+                tensor.clone(memory_format=torch.contiguous_format) for tensor in (layer.keys, layer.values))
         return named
 
     @staticmethod
     def from_tensors(tensors: dict[str, Tensor]) -> "GPT2State":
-        """Return the state that `tensors` described.
+        """Return the state that `tensors` gave.
 
         Raises:
-            ValueError: tensors of something else.
+            ValueError: tensors of another kind of state.
         """
         try:
             state = GPT2State(tuple(tensors["shape"].tolist()))
@@ -124,15 +118,15 @@ class GPT2State:
                              "those of a GPT2State; load them with the class that saved them") from None
         return state
 
-    def _with_each(self, change: Callable[[Tensor], Tensor]) -> "GPT2State":
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "GPT2State":
         state = GPT2State(self.shape)
         for i, layer in enumerate(self.cache.layers):
-            state.cache.update(change(layer.keys), change(layer.values), i)
+            state.cache.update(function(layer.keys), function(layer.values), i)
         return state
 
 
 class GPT2(nn.Module):
-    """`transformers.GPT2LMHeadModel` with the interface `features`, `unembedding`, `initial_state`."""
+    """`transformers.GPT2LMHeadModel` behind the protocol `plotarmour.models.LanguageModel`."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -148,32 +142,19 @@ class GPT2(nn.Module):
 
     @property
     def unembedding(self) -> Tensor:
-        """(vocab_size, n_embd), tied to the token table."""
+        """The (vocab_size, n_embd) matrix that gives logits, tied to the token embedding."""
         return self.hf.lm_head.weight
 
     def initial_state(self, batch_size: int) -> GPT2State:
-        """Return the empty state for `batch_size` stories."""
+        """Return the state before the first token: an empty cache."""
         return GPT2State(self._state_shape(batch_size))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Map int64 (B, T) ids to logits (B, T, vocab_size)."""
+        """Map token ids, int64 (B, T), to logits (B, T, vocab_size)."""
         return self.features(inputs)[0] @ self.unembedding.T
 
     def features(self, inputs: Tensor, state: GPT2State | None = None) -> tuple[Tensor, GPT2State | None]:
-        """Map ids to features; each depends on its own and earlier tokens only.
-
-        Args:
-            inputs: int64 (B, T), ids in [0, vocab_size); past and T together at most `context_length`.
-            state: from `initial_state` or an earlier call, with the same B; the past that `inputs` continues. It is
-                used up: go on with the returned one, and `copy` it first to branch.
-
-        Returns:
-            Features (B, T, n_embd), and the state after the last token (None where none came in).
-
-        Raises:
-            ValueError: ids outside the vocabulary (unseen in training on a GPU: `check_ids`); more tokens than
-                positions; a state of another model, batch, dtype (also: made under another autocast) or device.
-        """
+        """Map token ids to features (`LanguageModel.features`)."""
         check_ids(inputs, self.config.vocab_size, self.training)
         if state is not None:
             self._check_state(state, len(inputs))
@@ -191,24 +172,14 @@ class GPT2(nn.Module):
 
     def _check_state(self, state: GPT2State, batch_size: int) -> None:
         if not isinstance(state, GPT2State):
-            raise ValueError(f"state: found {type(state).__name__}, expected GPT2State, from initial_state")
+            raise ValueError(f"state: found {type(state).__name__}, expected GPT2State; use initial_state")
         if state.shape != self._state_shape(batch_size):
-            raise ValueError(f"state: found {_in_words(state.shape)}, expected "
-                             f"{_in_words(self._state_shape(batch_size))}; make it with this model's initial_state for "
-                             "this batch")
-        _, *stories_and_heads, width = state.shape
-        expected = (*stories_and_heads, state.position, width)
+            raise ValueError(f"state: found (layers, B, heads, head width) {state.shape}, expected "
+                             f"{self._state_shape(batch_size)}; use a state of this model and batch size "
+                             "(initial_state)")
+        _, B, heads, width = state.shape
+        weight = self.unembedding
         for layer in state.cache.layers:
-            for what, found in (("keys", layer.keys), ("values", layer.values)):
-                check_state(found, expected, self._product_dtype(), self.unembedding.device, what,
-                            "go on with the model, the device and the autocast that made it")
-
-    def _product_dtype(self) -> torch.dtype:
-        """Of keys and values: autocast's where it is on, else the model's own; autocast leaves float64 as it is."""
-        own, kind = self.unembedding.dtype, self.unembedding.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and own != torch.float64 else own
-
-
-def _in_words(shape: tuple[int, int, int, int]) -> str:
-    n_layer, batch_size, n_head, width = shape
-    return f"{n_layer} layers of {n_head} heads of width {width} for {batch_size} stories"
+            for name in ("keys", "values"):
+                check_state(name, getattr(layer, name), (B, heads, state.position, width), product_dtype(weight),
+                            weight.device)

@@ -1,7 +1,8 @@
-"""The passes of BDH for training: heads one by one, neurons in tiles, and nothing of shape (B, H, T, N) ever held.
+"""Tiled form of BDH, for training: the passes as one autograd function without any (B, H, T, N) tensor.
 
-Forward keeps, per pass, v (B, T, D), the decoder's sum m (B, T, D) and the scores S (B, H, T, T) as the blocks on and
-under the diagonal; backward makes x and y again, per head and a few rows of the batch. For one head:
+It computes head by head, over a few rows of the batch and in tiles of neurons. The forward pass stores, per pass, v
+(B, T, D), the decoder's sum m (B, T, D), and the blocks of the scores S (B, H, T, T) on and below the diagonal; the
+backward pass computes x and y again. For one head:
 
     x = relu(v E)          q = rope(x)        S = tril(q qᵀ, -1)      a = S v
     y = relu(LN(a) E_y)    g = x ∘ y ∘ keep   m += g D_
@@ -9,11 +10,12 @@ under the diagonal; backward makes x and y again, per head and a few rows of the
     dD_ += gᵀ dm           dg = keep ∘ (dm D_ᵀ)
     dy = dg ∘ x ∘ [y > 0]  dE_y += LN(a)ᵀ dy  da = LN'(dy E_yᵀ)
     dv += Sᵀ da            dS = tril(da vᵀ, -1)
-    dq = (dS + dSᵀ) q      since q is both query and key: one product of neuron width, not two
+    dq = (dS + dSᵀ) q      q is both query and key, so this is one product of width N instead of two
     dx = (rope⁻¹(dq) + dg ∘ y) ∘ [x > 0]      dE += vᵀ dx      dv += dx Eᵀ
 
-In float16 the scores would overflow. There q carries a factor s = 2^-k, so S and a carry s², and LN's epsilon is taken
-times s⁴: (s² a) / sqrt(var(s² a) + s⁴ eps) is LN(a), exactly. Sums over tiles and heads are in float32 throughout.
+In float16 the scores would overflow. Therefore q is multiplied by s = 2^-k there, so S and a are multiplied by s², and
+the epsilon of LN by s⁴: (s² a) / sqrt(var(s² a) + s⁴ eps) is exactly LN(a). Sums over tiles and heads are in float32 or
+float64.
 """
 
 import math
@@ -27,18 +29,18 @@ from plotarmour.models.dropout import CounterDropout
 from plotarmour.models.rotary import rotate_into
 
 EPS = 1e-5
-TILE_ELEMENTS = 2**19  # of one (rows · T, neurons) tile on a CPU: 2 MiB in float32, which stays in its cache
-GPU_ELEMENTS = 2**25  # of one (rows, T, N) buffer on a GPU: 64 MiB in float16, products large enough to fill it
+TILE_ELEMENTS = 2**19  # elements of a (rows · T, neurons) tile on a CPU: 2 MiB in float32, which fits its cache
+GPU_ELEMENTS = 2**25  # elements of a (rows, T, N) buffer on a GPU: 64 MiB in float16, enough to use it fully
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How much is worked on at a time.
+    """Sizes of tiles.
 
     Attributes:
-        rows: of the batch.
-        neurons: of one head; even, since rotation works on pairs. Need not divide N.
-        positions: height of a block of scores; the blocks above the diagonal are left out.
+        rows: rows of the batch.
+        neurons: neurons of one head; even, because rotation works on pairs; need not divide N.
+        positions: height of a block of scores; blocks above the diagonal are not computed.
     """
 
     rows: int
@@ -47,7 +49,7 @@ class Tiling:
 
     @staticmethod
     def for_shape(B: int, T: int, N: int, device: torch.device) -> "Tiling":
-        """Choose tiles that go through the cache on a CPU, as measured; few large products on a GPU, not measured."""
+        """Choose tiles that fit the cache of a CPU (measured), or few large products on a GPU (not measured)."""
         if device.type == "cpu":
             rows = min(B, max(1, 2 * TILE_ELEMENTS // (T * N)))
             return Tiling(rows, min(N, max(64, TILE_ELEMENTS // (rows * T) // 64 * 64)), 128)
@@ -57,7 +59,7 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Weights:
-    """encoder (H, D, N), encoder_v (H, D, N), decoder (H·N, D), in the dtype of products."""
+    """Weights in the dtype of products: encoder (H, D, N), encoder_v (H, D, N), decoder (H·N, D)."""
 
     encoder: Tensor
     encoder_v: Tensor
@@ -70,13 +72,13 @@ class Weights:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all passes share.
+    """Settings that all passes share.
 
     Attributes:
-        factors: complex (T, N / 2), of `Rotation`.
-        dropout: or None.
-        tiling: what is worked on at a time.
-        first_position: of the sequence, for dropout.
+        factors: rotation factors, complex (T, N / 2).
+        dropout: dropout mask, or None.
+        tiling: sizes of tiles.
+        first_position: position of the first token, for dropout.
     """
 
     factors: Tensor
@@ -86,27 +88,28 @@ class Setting:
 
 
 class Scratch:
-    """Buffers by name, used again: fresh memory costs page faults as dear as arithmetic."""
+    """Reusable buffers by name and dtype. On a CPU, page faults of new memory cost as much time as the arithmetic."""
 
     def __init__(self, device: torch.device):
-        self.device, self.held = device, {}
+        self.device, self.buffers = device, {}
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        n, held = math.prod(shape), self.held.get((name, dtype))
-        if held is None or held.numel() < n:
-            held = self.held[name, dtype] = torch.empty(n, dtype=dtype, device=self.device)
-        return held[:n].view(shape)
+        """Return a buffer of this shape; its values are undefined."""
+        n, buffer = math.prod(shape), self.buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < n:
+            buffer = self.buffers[name, dtype] = torch.empty(n, dtype=dtype, device=self.device)
+        return buffer[:n].view(shape)
 
 
 def run_passes(v: Tensor, encoder: Tensor, encoder_v: Tensor, decoder: Tensor, n_layer: int, dtype: torch.dtype,
                setting: Setting) -> Tensor:
-    """Go through all passes, differentiably.
+    """Apply all passes, differentiably.
 
     Args:
-        v: (B, T, D), float32 or float64.
-        encoder, encoder_v, decoder: the parameters, (H, D, N), (H, D, N), (H·N, D).
+        v: embeddings, (B, T, D), float32 or float64.
+        encoder, encoder_v, decoder: parameters, (H, D, N), (H, D, N), (H·N, D).
         n_layer: number of passes.
-        dtype: of products; half precision as under autocast.
+        dtype: dtype of products.
         setting: rotation, dropout, tiling.
 
     Returns:
@@ -151,67 +154,78 @@ class _Passes(torch.autograd.Function):
 
 def pass_forward(level: int, v: Tensor, weights: Weights, setting: Setting, scratch: Scratch,
                  keep: list[Tensor] | None = None, synapses: Tensor | None = None) -> Tensor:
-    """Make the decoder's sum m (B, T, D) of one pass over v (B, T, D).
+    """Compute the decoder's sum m of one pass.
 
     Args:
-        level: the number of the pass.
-        v: float32 or float64.
-        weights: in the dtype of products.
+        level: index of the pass, from 0.
+        v: (B, T, D), float32 or float64.
+        weights: weights in the dtype of products.
         setting: rotation, dropout, tiling.
         scratch: buffers.
-        keep: where given, the blocks of scores (B, H, height, width) are appended.
-        synapses: (B, H, N, D), where given: what the past left in this pass. Read first, then written, in place.
+        keep: list to append the blocks of scores to, (B, H, height, width); None discards them.
+        synapses: state of this pass before the first token, (B, H, N, D), updated in place; None: there is none.
+
+    Returns:
+        m, (B, T, D), in the dtype of v.
     """
     (B, T, D), (H, _, N) = v.shape, weights.shape
     dtype, tiling, scale = weights.encoder.dtype, setting.tiling, score_scale(weights)
     m, v_product = torch.zeros_like(v), v.to(dtype)
-    blocks = list(_blocks(T, tiling.positions))
-    whole = None if keep is None else [v.new_empty(B, H, j - i, j) for i, j in blocks]
+    blocks = [(i.start, i.stop) for i in _slices(T, tiling.positions)]
+    all_scores = None if keep is None else [v.new_empty(B, H, j - i, j) for i, j in blocks]
     for h in range(H):
-        for rows in _rows(B, tiling.rows):
+        for rows in _slices(B, tiling.rows):
             G = rows.stop - rows.start
             flat_v, flat_m = v_product[rows].view(G * T, D), m[rows].view(G * T, D)
             x = _neurons(flat_v, weights.encoder[h], scratch.get("x", (G * T, N), dtype))
-            if whole is None:
+            if all_scores is None:
                 scores = [scratch.get(f"scores {i}", (G, j - i, j), v.dtype) for i, j in blocks]
             else:
-                scores = [block[rows, h] for block in whole]
+                scores = [block[rows, h] for block in all_scores]
             a = scratch.get("a", (G, T, D), v.dtype).zero_()
-            for n in _tiles(N, tiling.neurons):
+            for n in _slices(N, tiling.neurons):
                 q = _rotated(x, n, G, setting.factors, scale, scratch)
                 _add_scores(scores, q, blocks, first=n.start == 0)
                 if synapses is not None:
-                    memory, unscaled = synapses[rows, h, n], q.to(v.dtype) / scale if scale != 1 else q.to(v.dtype)
-                    a.baddbmm_(unscaled, memory, alpha=scale**2)
-                    memory.baddbmm_(unscaled.mT, v[rows])
+                    S, unscaled = synapses[rows, h, n], q.to(v.dtype) / scale if scale != 1 else q.to(v.dtype)
+                    a.baddbmm_(unscaled, S, alpha=scale**2)
+                    S.baddbmm_(unscaled.mT, v[rows])
             for (i, _), block in zip(blocks, scores, strict=True):
                 block[..., i:].tril_(-1)
             _attend(a, scores, v[rows], blocks)
             normal = normalize(a, EPS * scale**4)[0].to(dtype).view(G * T, D)
-            kept = _dropout_rows(level, rows, h, T, setting)
-            for n in _tiles(N, tiling.neurons):
+            hashes = _dropout_rows(level, rows, h, T, setting)
+            for n in _slices(N, tiling.neurons):
                 shape = G * T, n.stop - n.start
                 g = _neurons(normal, weights.encoder_v[h, :, n], scratch.get("y", shape, dtype)).mul_(x[:, n])
-                if kept is not None:
-                    g.mul_(_keep(setting.dropout, kept, n, shape, dtype, scratch))
+                if hashes is not None:
+                    g.mul_(_mask(setting.dropout, hashes, n, shape, dtype, scratch))
                 _add_product(flat_m, g, weights.decoder[h * N + n.start:h * N + n.stop])
-    if whole is not None:
-        keep += whole
+    if keep is not None:
+        keep += all_scores
     return m.mul_(setting.dropout.scale) if setting.dropout else m
 
 
 def pass_backward(level: int, v: Tensor, kept_scores: list[Tensor], dm: Tensor, dv: Tensor, weights: Weights,
                   gradient: Weights, setting: Setting, scratch: Scratch) -> None:
-    """Add to dv (B, T, D) and to the weights' gradients what follows from dm (B, T, D), in place."""
+    """Add the gradients with respect to v and to the weights to `dv` and `gradient`, in place.
+
+    Args:
+        level, v, weights, setting, scratch: see `pass_forward`.
+        kept_scores: blocks of scores that `pass_forward` stored.
+        dm: gradient with respect to m, (B, T, D).
+        dv: (B, T, D).
+        gradient: in the dtype of the parameters.
+    """
     (B, T, D), (H, _, N) = v.shape, weights.shape
     dtype, tiling, scale = weights.encoder.dtype, setting.tiling, score_scale(weights)
     if setting.dropout:
         dm = dm * setting.dropout.scale
     v_product, dm_product = v.to(dtype), dm.to(dtype)
-    blocks = list(_blocks(T, tiling.positions))
+    blocks = [(i.start, i.stop) for i in _slices(T, tiling.positions)]
     for h in range(H):
         decoder, d_decoder = (w.decoder[h * N:(h + 1) * N] for w in (weights, gradient))
-        for rows in _rows(B, tiling.rows):
+        for rows in _slices(B, tiling.rows):
             G = rows.stop - rows.start
             flat_v, flat_dm = v_product[rows].view(G * T, D), dm_product[rows].view(G * T, D)
             flat_dv, scores = dv[rows].view(G * T, D), [block[rows, h] for block in kept_scores]
@@ -221,15 +235,15 @@ def pass_backward(level: int, v: Tensor, kept_scores: list[Tensor], dm: Tensor, 
             normal, rstd = normalize(a, EPS * scale**4)
             flat_normal = normal.to(dtype).view(G * T, D)
             d_normal = scratch.get("d normal", (G * T, D), v.dtype).zero_()
-            kept = _dropout_rows(level, rows, h, T, setting)
-            for n in _tiles(N, tiling.neurons):
+            hashes = _dropout_rows(level, rows, h, T, setting)
+            for n in _slices(N, tiling.neurons):
                 shape = G * T, n.stop - n.start
                 encoder_v = weights.encoder_v[h, :, n]
                 y = _neurons(flat_normal, encoder_v, scratch.get("y", shape, dtype))
                 dg = torch.mm(flat_dm, decoder[n].T, out=scratch.get("dg", shape, dtype))
                 g = torch.mul(x[:, n], y, out=scratch.get("g", shape, dtype))
-                if kept is not None:
-                    mask = _keep(setting.dropout, kept, n, shape, dtype, scratch)
+                if hashes is not None:
+                    mask = _mask(setting.dropout, hashes, n, shape, dtype, scratch)
                     g.mul_(mask)
                     dg.mul_(mask)
                 _add_product(d_decoder[n], g.T, flat_dm)
@@ -241,7 +255,7 @@ def pass_backward(level: int, v: Tensor, kept_scores: list[Tensor], dm: Tensor, 
             for (i, j), block in zip(blocks, scores, strict=True):
                 dv[rows, :j].baddbmm_(block.mT, da[:, i:j])
             d_scores = _symmetric_score_gradient(da, v[rows], blocks, scratch).mul_(scale).to(dtype)
-            for n in _tiles(N, tiling.neurons):
+            for n in _slices(N, tiling.neurons):
                 q = _rotated(x, n, G, setting.factors, scale, scratch)
                 dq = torch.bmm(d_scores, q, out=scratch.get("dq", q.shape, dtype))
                 back = scratch.get("conjugate", (T, q.shape[-1] // 2), setting.factors.dtype)
@@ -253,33 +267,25 @@ def pass_backward(level: int, v: Tensor, kept_scores: list[Tensor], dm: Tensor, 
 
 
 def normalize(v: Tensor, eps: float = EPS) -> tuple[Tensor, Tensor]:
-    """Layer norm over the last dimension without weights. Returns it and 1 / sqrt(variance + eps), (..., 1)."""
+    """Return the layer norm over the last dimension, without weights, and 1 / sqrt(variance + eps), (..., 1)."""
     out, _, rstd = torch.native_layer_norm(v, v.shape[-1:], None, None, eps)
     return out, rstd
 
 
 def normalize_backward(d: Tensor, normal: Tensor, rstd: Tensor) -> Tensor:
-    """Gradient through `normalize` from d with respect to its output."""
-    along = (d * normal).mean(-1, keepdim=True)
-    return (d - d.mean(-1, keepdim=True)).sub_(normal * along).mul_(rstd)
+    """Return the gradient with respect to the input of `normalize` from the gradient d of its output."""
+    projection = (d * normal).mean(-1, keepdim=True)
+    return (d - d.mean(-1, keepdim=True)).sub_(normal * projection).mul_(rstd)
 
 
 def score_scale(weights: Weights) -> float:
-    """The factor s on q: about 1 / sqrt(N) in float16, as a power of two; 1 otherwise."""
+    """Return the factor s on q: in float16 the power of two next to 1 / sqrt(N), otherwise 1."""
     N = weights.shape[2]
     return 2.0 ** -math.ceil(math.log2(N) / 2) if weights.encoder.dtype == torch.float16 else 1.0
 
 
-def _rows(B: int, size: int) -> Iterator[slice]:
-    return (slice(b, min(b + size, B)) for b in range(0, B, size))
-
-
-def _tiles(N: int, size: int) -> Iterator[slice]:
-    return (slice(n, min(n + size, N)) for n in range(0, N, size))
-
-
-def _blocks(T: int, size: int) -> Iterator[tuple[int, int]]:
-    return ((t, min(t + size, T)) for t in range(0, T, size))
+def _slices(length: int, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, length)) for i in range(0, length, size))
 
 
 def _neurons(v: Tensor, encoder: Tensor, out: Tensor) -> Tensor:
@@ -287,7 +293,7 @@ def _neurons(v: Tensor, encoder: Tensor, out: Tensor) -> Tensor:
 
 
 def _rotated(x: Tensor, n: slice, G: int, factors: Tensor, scale: float, scratch: Scratch) -> Tensor:
-    """q (G, T, neurons) of the tile `n` of x (G·T, N), in the dtype of x."""
+    """Return q (G, T, neurons) of tile `n` of x (G·T, N), in the dtype of x."""
     tile = x[:, n].unflatten(0, (G, -1))
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     q = rotate_into(scratch.get("q", tile.shape, wide), tile, factors[:, n.start // 2:n.stop // 2])
@@ -304,14 +310,14 @@ def _add_scores(scores: list[Tensor], q: Tensor, blocks: list[tuple[int, int]], 
 
 
 def _attend(a: Tensor, scores: list[Tensor], v: Tensor, blocks: list[tuple[int, int]]) -> Tensor:
-    """a += S v."""
+    """Add S v to a, and return a."""
     for (i, j), block in zip(blocks, scores, strict=True):
         a[:, i:j].baddbmm_(block, v[:, :j])
     return a
 
 
 def _symmetric_score_gradient(da: Tensor, v: Tensor, blocks: list[tuple[int, int]], scratch: Scratch) -> Tensor:
-    """dS + dSᵀ, (G, T, T), with dS = tril(da vᵀ, -1)."""
+    """Return dS + dSᵀ, (G, T, T), with dS = tril(da vᵀ, -1)."""
     G, T, _ = v.shape
     d = scratch.get("d scores", (G, T, T), v.dtype)
     for i, j in blocks:
@@ -323,12 +329,12 @@ def _symmetric_score_gradient(da: Tensor, v: Tensor, blocks: list[tuple[int, int
 
 
 def _where_positive(d: Tensor, y: Tensor) -> Tensor:
-    """d where y > 0, else 0, in place: the gradient of relu."""
+    """Set d to 0 where y is 0: the gradient of relu, in place."""
     return torch.ops.aten.threshold_backward.grad_input(d, y, 0, grad_input=d)
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """out += left · right; a product in half precision is added in the wider dtype of `out`."""
+    """Add left · right to out; a product in half precision is added in the wider dtype of `out`."""
     if out.dtype == left.dtype:
         out.addmm_(left, right)
     else:
@@ -344,7 +350,7 @@ def _dropout_rows(level: int, rows: slice, h: int, T: int, setting: Setting) -> 
     return setting.dropout.rows(level, batch, torch.tensor(h, device=device), position).flatten()
 
 
-def _keep(dropout: CounterDropout, rows: Tensor, n: slice, shape: tuple[int, int], dtype: torch.dtype,
+def _mask(dropout: CounterDropout, hashes: Tensor, n: slice, shape: tuple[int, int], dtype: torch.dtype,
           scratch: Scratch) -> Tensor:
-    """The mask of a tile as 0 and 1 of `dtype`: converting costs less than a product of mixed types."""
-    return scratch.get("keep", shape, dtype).copy_(dropout.kept(rows, n.start, n.stop))
+    """Return the mask of a tile, 0 and 1 in `dtype`: a conversion costs less than a product of mixed types."""
+    return scratch.get("mask", shape, dtype).copy_(dropout.kept(hashes, n.start, n.stop))
