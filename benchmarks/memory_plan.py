@@ -79,7 +79,7 @@ def build(recipe: Recipe, vocab_size: int, machine: Machine) -> tuple[Callable, 
     gc.collect()
     held = [*model.parameters(), *(x for state in optimizer.state.values() for x in state.values())]
     if recipe.model == "bdh":
-        held += model._rotation._kept.values()
+        held += model._rotation._tables.values()
     return step, evaluate, sum(x.numel() * x.element_size() for x in held)
 
 

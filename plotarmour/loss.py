@@ -1,4 +1,7 @@
-"""Nats from features, unembedding and targets, in chunks, so that the (B·T, vocab_size) logits never exist at once."""
+"""Nats from features, unembedding and targets, in chunks.
+
+The (B·T, vocab_size) logits never exist at once.
+"""
 
 import torch
 import torch.nn.functional as F
