@@ -52,7 +52,8 @@ def test_a_state_goes_on_only_under_the_autocast_that_made_it(dtype):
         assert states[enabled].tensors()["keys.1"].dtype == (dtype if enabled else torch.float32)
         torch.testing.assert_close(features, whole, rtol=0.0, atol=0.05 if enabled else 1e-5)
     for enabled in (False, True):
-        with torch.autocast("cpu", dtype=dtype, enabled=enabled), pytest.raises(ValueError, match="keys .* device and autocast setting"):
+        refusal = pytest.raises(ValueError, match="keys .* device and autocast setting")
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled), refusal:
             model.features(inputs[:, 4:], states[not enabled])
 
 
