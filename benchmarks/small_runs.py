@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork has none of the threads of its parent
 
-MODELS = ("bdh", "gpt2")
+from plotarmour.models import KINDS
+
+MODELS = tuple(KINDS)
 TIMING = ("utc", "elapsed_s", "tokens_per_s", "peak_memory_mib")
 SETTINGS = {"context_length": 24, "windows": "stream", "rows_per_step": 4, "micro_batch_size": 2, "max_steps": 40,
             "warmup_steps": 4, "log_interval": 1, "eval_interval": 3, "eval_tokens": 400, "patience": 30,
@@ -57,7 +59,7 @@ def start(model: str, files: dict[str, Path], run: Path, said: Path, settings: d
     """Fork a process that is `python tools/train.py ...`, its words going to a file; returns its pid.
 
     Args:
-        model: "bdh" or "gpt2".
+        model: a kind of model.
         files: of `make_token_files`.
         run: the run folder.
         said: gets what the process prints, behind what is there.

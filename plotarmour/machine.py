@@ -1,10 +1,10 @@
-"""What this machine is: device, dtype, host, versions; each with its reason, as a report to print."""
+"""The machine: device, dtype with its reason, host, memory, versions, and a report of them."""
 
 import os
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,67 +16,78 @@ from plotarmour.limits import available_memory
 
 @dataclass(frozen=True)
 class Machine:
-    """Where to compute, in which dtype, and why."""
+    """Where and in which dtype to compute.
+
+    Attributes:
+        device: that computes.
+        dtype: of forward passes.
+        reason: for the dtype.
+        hardware: name and size of the device.
+    """
 
     device: torch.device
     dtype: torch.dtype
-    reason: str  # for the dtype
+    reason: str
     hardware: str
 
     @property
     def autocast(self) -> torch.autocast:
-        """Context for forward passes: does nothing in float32."""
+        """Return the context for forward passes. It does nothing in float32."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 
 def find_machine(device: str = "auto", dtype: str = "auto") -> Machine:
     """Choose device and dtype.
 
-    The dtype goes by compute capability: bfloat16 from sm_80, where it is done in hardware (a T4 also answers True
-    to `torch.cuda.is_bf16_supported`, and emulates it slowly); float16 from sm_60; float32 below and on the CPU.
+    "auto" takes the GPU if there is one, and the dtype by its compute capability: bfloat16 from sm_80 on, which
+    computes it in hardware (a T4 emulates it slowly, although `torch.cuda.is_bf16_supported` is True there); float16
+    from sm_60 on; float32 below and on the CPU.
+
+    Args:
+        device: auto, cpu or cuda.
+        dtype: auto, float32, bfloat16 or float16.
 
     Raises:
-        UserError: a device that is not there, or whose GPU this torch has no kernels for.
+        UserError: this machine has no such device, or this torch has no kernels for its GPU.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device {device!r} is unknown; expected auto, cpu or cuda.")
-    cuda = torch.cuda.is_available()
-    if device == "cuda" and not cuda:
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
         raise UserError("device cuda was asked for, but torch sees no GPU; use device=cpu, or turn the GPU on.")
-    if device == "cpu" or not cuda:
-        chosen, reason = torch.float32, "the CPU computes float32 fastest"
-        found, hardware = torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads ({_processor()})"
+    if device == "cpu" or not has_gpu:
+        machine = Machine(torch.device("cpu"), torch.float32, "the CPU computes float32 fastest",
+                          f"CPU, {torch.get_num_threads()} threads ({_processor()})")
     else:
-        found = _own_gpu()
-        name = torch.cuda.get_device_name(found)
-        major, minor = torch.cuda.get_device_capability(found)
-        built = torch.cuda.get_arch_list()
-        numbers = [int(n) for arch in built if (n := arch.removeprefix("sm_").removeprefix("compute_")).isdigit()]
-        if numbers and 10 * major + minor < min(numbers):
-            raise UserError(f"{name} is sm_{major}{minor}, but this torch was built for {', '.join(built)}: its first "
-                            "kernel would fail. Install a torch with that architecture (for sm_60: a cu126 wheel).")
-        chosen, reason = dtype_for(major, minor)
-        hardware = f"{name}, {torch.cuda.get_device_properties(found).total_memory / 2**30:.0f} GiB"
-    if dtype != "auto":
-        chosen, reason = getattr(torch, dtype), "asked for"
-        if found.type == "cpu" and chosen == torch.float16:
-            raise UserError("dtype float16 needs a GPU; use float32 on the CPU.")
-    return Machine(found, chosen, reason, hardware)
+        machine = _find_gpu()
+    if dtype == "auto":
+        return machine
+    if machine.device.type == "cpu" and dtype == "float16":
+        raise UserError("dtype float16 needs a GPU; use float32 on the CPU.")
+    return replace(machine, dtype=getattr(torch, dtype), reason="asked for")
 
 
-def _own_gpu() -> torch.device:
-    """The current GPU, or this process's own where torchrun started one process per GPU."""
+def _find_gpu() -> Machine:
+    """Return the current GPU, or this process's own where torchrun started one process per GPU."""
     processes, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if processes > count:  # said by all of them, so that the first one says it
+    if processes > count:  # every process raises this, so that the first one reports it
         raise UserError(f"{processes} processes were started for {count} GPUs; expected at most one each (torchrun "
                         f"--nproc-per-node {count}).")
     if "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cuda", torch.cuda.current_device())
+    name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    built = torch.cuda.get_arch_list()
+    numbers = [int(n) for arch in built if (n := arch.removeprefix("sm_").removeprefix("compute_")).isdigit()]
+    if numbers and 10 * major + minor < min(numbers):
+        raise UserError(f"{name} is sm_{major}{minor}, but this torch was built for {', '.join(built)}: its first "
+                        "kernel would fail. Install a torch with that architecture (for sm_60: a cu126 wheel).")
+    gib = torch.cuda.get_device_properties(device).total_memory / 2**30
+    return Machine(device, *dtype_for(major, minor), f"{name}, {gib:.0f} GiB")
 
 
 def dtype_for(major: int, minor: int) -> tuple[torch.dtype, str]:
-    """Return dtype and reason for a CUDA compute capability."""
+    """Return the fastest dtype for a CUDA compute capability, and the reason."""
     sm = f"sm_{major}{minor}"
     if major >= 8:
         return torch.bfloat16, f"{sm} computes bfloat16 in hardware"
@@ -93,9 +104,9 @@ def host() -> str:
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
-    """Peak memory in MiB: allocated on the GPU since its last reset, or resident in this process's whole life.
+    """Return the peak memory in MiB; None where the system does not count it.
 
-    None where it cannot be told.
+    On a GPU: allocated by torch since the last reset. On a CPU: resident, since this process started.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
@@ -107,7 +118,7 @@ def peak_memory_mib(device: torch.device) -> float | None:
 
 
 def peak_memory(device: torch.device) -> str:
-    """Say the peak memory and its share of all there is, for people."""
+    """Return the peak memory and its share of the device's memory, in words."""
     peak = peak_memory_mib(device)
     if peak is None:
         return "peak memory unknown"
@@ -120,35 +131,15 @@ def peak_memory(device: torch.device) -> str:
     return f"peak memory {peak / 2**10:.1f} of {total / 2**30:.1f} GiB ({peak * 2**20 / total:.0%})"
 
 
-def unused(device: torch.device, processes: int, can_grow: bool) -> str:
-    """Say what would use GPUs better, or nothing.
-
-    Args:
-        device: that computes.
-        processes: that train together, one per GPU.
-        can_grow: whether a larger micro-batch would still be part of a step.
-    """
-    if device.type != "cuda":
-        return ""
-    advice, idle = [], torch.cuda.device_count() - processes
-    if idle > 0:
-        advice.append(f"{idle} more GPU{'s are' * (idle > 1) or ' is'} idle: gpus = {processes + idle} in notebook 02, "
-                      f"or torchrun --standalone --nproc-per-node {processes + idle} tools/train.py")
-    share = torch.cuda.max_memory_allocated(device) / torch.cuda.get_device_properties(device).total_memory
-    if can_grow and share < 0.5:
-        advice.append(f"{1 - share:.0%} of the GPU's memory is free: micro_batch_size=auto takes larger pieces")
-    return "; ".join(advice)
-
-
 def memory_bytes(device: torch.device) -> int:
-    """Return memory in bytes: all that the GPU has, or what this process may still take of the machine's."""
+    """Return bytes of memory: all of a GPU's, or what this process may still take of the machine's RAM."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return available_memory()
 
 
 def versions() -> dict[str, str | None]:
-    """Versions that a result depends on, and the git commit of the checkout if there is one."""
+    """Return the versions that a result depends on, and the git commit of the checkout if there is one."""
     import numpy
     import tokenizers
     import transformers
@@ -159,7 +150,7 @@ def versions() -> dict[str, str | None]:
 
 
 def report() -> str:
-    """Describe the machine in a few lines, for people."""
+    """Return a description of the machine in a few lines."""
     try:
         machine = find_machine()
         hardware, dtype = machine.hardware, f"{str(machine.dtype).removeprefix('torch.')}: {machine.reason}"

@@ -161,7 +161,7 @@ def describe_here(recipe: Recipe, vocab_size: int, memory_gib: float | None = No
     t = recipe.training
     if t.device == "cuda" and not torch.cuda.is_available():
         if t.dtype == "auto" or memory_gib is None:
-            raise UserError("no GPU is here to ask; expected its dtype and memory: --dtype float16 (T4, P100) or "
+            raise UserError("no GPU is here to ask; expected its dtype and memory: --dtype float16 (T4) or "
                             "bfloat16 (newer), and --memory-gib G.")
         device, dtype = "cuda", getattr(torch, t.dtype)
     else:

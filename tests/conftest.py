@@ -8,6 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package works without being installed
 
+from plotarmour.models import KINDS, build_model  # noqa: E402
+
 
 @pytest.fixture(scope="session")
 def root() -> Path:
@@ -56,11 +58,12 @@ def run_main(root, monkeypatch, capsys):
     return run
 
 
-TINY = {"bdh": {"n_layer": 2, "n_embd": 16, "n_head": 2, "mlp_internal_dim_multiplier": 4, "dropout": 0.1},
+# A small architecture of every kind.
+TINY = {"bdh": {"n_layer": 2, "n_embd": 16, "n_head": 2, "mlp_internal_dim_multiplier": 8, "dropout": 0.1},
         "gpt2": {"n_layer": 2, "n_embd": 16, "n_head": 2, "dropout": 0.1}}
 
 
-@pytest.fixture(params=["bdh", "gpt2"])
+@pytest.fixture(params=list(KINDS))
 def small_recipe(request):
     """A recipe of each model that trains in a second."""
     from plotarmour.config import DataConfig, Recipe, TrainingConfig
@@ -71,15 +74,7 @@ def small_recipe(request):
     return Recipe("small", request.param, DataConfig("bpe:400"), training, TINY[request.param])
 
 
-@pytest.fixture(params=["bdh", "gpt2"])
+@pytest.fixture(params=list(KINDS))
 def small_model(request):
     """An untrained model of each kind with 50 tokens, without dropout."""
-    import torch
-
-    from plotarmour.models.bdh import BDH, BDHConfig
-    from plotarmour.models.hf import GPT2, GPT2Config
-
-    torch.manual_seed(0)
-    if request.param == "bdh":
-        return BDH(BDHConfig(2, 16, 2, 8, vocab_size=50, dropout=0.0))
-    return GPT2(GPT2Config(2, 16, 2, vocab_size=50, context_length=64, dropout=0.0))
+    return build_model(request.param, TINY[request.param] | {"dropout": 0.0}, vocab_size=50, context_length=64, seed=0)

@@ -20,13 +20,13 @@ from plotarmour.config import TrainingConfig
 from plotarmour.data.batches import Windows
 from plotarmour.evaluation.metrics import totals
 from plotarmour.files import write_json
-from plotarmour.machine import Machine, peak_memory, peak_memory_mib, unused
+from plotarmour.machine import Machine, peak_memory, peak_memory_mib
 from plotarmour.training.checkpoint import load_training, record_change, save_checkpoint
 from plotarmour.training.distributed import ALONE, LostProcess, Ranks
 from plotarmour.training.log import RunLog
 from plotarmour.training.out_of_memory import is_out_of_memory, release, too_large, warn_of_low_disk
 from plotarmour.training.pace import Pace
-from plotarmour.training.progress import Forecast
+from plotarmour.training.progress import Forecast, unused_hardware
 from plotarmour.training.schedule import learning_rate
 from plotarmour.training.step import EVALUATION_ROWS, Update, Updates, evaluate_windows
 from plotarmour.training.stopping import StopRequest, session_minutes
@@ -304,6 +304,6 @@ class _Session:
         device, waited = self.machine.device, self.updates.waited_s / max(self.pace.session_s, 1e-9)
         can_grow = self.updates.micro_batch_size < self.updates.share
         line = self.forecast.line(self.step, waited, lambda: peak_memory(device),
-                                  lambda: unused(device, self.ranks.size, can_grow))
+                                  lambda: unused_hardware(device, self.ranks.size, can_grow))
         if line:
             self.bar.write(f"{self.run.name}: {line}", file=sys.stderr)

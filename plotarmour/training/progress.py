@@ -4,6 +4,8 @@ import math
 import time
 from collections.abc import Callable
 
+import torch
+
 from plotarmour.config import TrainingConfig
 from plotarmour.training.pace import Pace
 
@@ -112,3 +114,23 @@ def clock_time(in_s: float) -> str:
     now, then = time.time(), time.time() + in_s
     same_day = time.localtime(now).tm_yday == time.localtime(then).tm_yday
     return time.strftime("%H:%M:%S" if in_s < 3600 else "%H:%M" if same_day else "%a %H:%M", time.localtime(then))
+
+
+def unused_hardware(device: torch.device, processes: int, can_grow: bool) -> str:
+    """Name what of this machine's GPUs is idle, and the setting that would use it; "" where nothing is.
+
+    Args:
+        device: that computes.
+        processes: that train together, one per GPU.
+        can_grow: whether a micro-batch may hold more rows.
+    """
+    if device.type != "cuda":
+        return ""
+    advice, idle = [], torch.cuda.device_count() - processes
+    if idle > 0:
+        advice.append(f"{idle} more GPU{'s are' if idle > 1 else ' is'} idle: gpus = {processes + idle} in notebook "
+                      f"02, or torchrun --standalone --nproc-per-node {processes + idle} tools/train.py")
+    share = torch.cuda.max_memory_allocated(device) / torch.cuda.get_device_properties(device).total_memory
+    if can_grow and share < 0.5:
+        advice.append(f"{1 - share:.0%} of the GPU's memory is free: micro_batch_size=auto takes more rows at once")
+    return "; ".join(advice)
