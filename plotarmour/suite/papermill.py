@@ -1,11 +1,9 @@
-"""One notebook in a papermill process of its own: start it, hear its last words, end it and its kernel."""
+"""One notebook in a papermill process of its own: start it, read what became of it, stop it and its kernel."""
 
 import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,154 +12,125 @@ import nbformat
 import psutil
 
 from plotarmour.cli import UserError
-from plotarmour.suite.notebooks import ROOT, tidy_streams
+from plotarmour.suite.notebooks import ROOT
 
-Value = int | float | bool | str  # what a parameter of a notebook can be
-SAVE_S = 60.0  # for a run that is asked to stop: to finish its step, save and end its notebook
-QUIT_S = 10.0  # for papermill to end its kernel
+SAVE_S = 60.0  # how long a run that is asked to stop may take to finish its step, save and end its notebook
 
 
 @dataclass(frozen=True)
-class Execution:
-    """A notebook that papermill executes.
+class Executed:
+    """What an executed notebook holds.
 
     Attributes:
-        process: papermill's; in a session of its own, so that a Ctrl-C at the terminal reaches us alone.
-        executed: the notebook with its outputs, written while it goes on.
-        log: what papermill and the kernel print.
+        parameters: that papermill passed.
+        is_complete: whether every code cell ran to its end.
+        error: kind of the exception that ended it, such as "UserError"; "" for none.
+        message: of that exception.
     """
 
-    process: subprocess.Popen
-    executed: Path
-    log: Path
+    parameters: dict[str, int | float | bool | str]
+    is_complete: bool = False
+    error: str = ""
+    message: str = ""
 
 
-def start_notebook(source: Path, executed: Path, parameters: dict[str, Value],
-                   environment: dict[str, str] | None = None) -> Execution:
-    """Start one notebook; its noise goes to a log beside the executed notebook.
+def start_notebook(source: Path, executed: Path, parameters: dict[str, int | float | bool | str],
+                   environment: dict[str, str] | None = None) -> subprocess.Popen:
+    """Start one notebook; what papermill and the kernel print goes to a .log beside the executed notebook.
 
     Args:
         source: the notebook.
-        executed: where it goes with its outputs.
-        parameters: of it, by name.
-        environment: variables on top of this process's own.
+        executed: where papermill writes it with its outputs, cell by cell.
+        parameters: by name.
+        environment: variables to add to those of this process.
+
+    Returns:
+        The process, in a session of its own, so that a Ctrl-C at the terminal reaches only us.
     """
     command = [sys.executable, "-m", "papermill", str(source), str(executed), "--cwd", str(ROOT), "--kernel", "python3",
                "--language", "python", "--no-progress-bar"]
     for name, value in parameters.items():
         command += ["-r" if isinstance(value, str) else "-p", name, str(value)]  # -r: text, whatever it looks like
-    log = executed.with_suffix(".log")
-    with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                                   env=os.environ | (environment or {}), start_new_session=True)
-    return Execution(process, executed, log)
+    executed.unlink(missing_ok=True)  # so that nobody reads the error of an earlier start
+    with executed.with_suffix(".log").open("w", encoding="utf-8") as log:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                                env=os.environ | (environment or {}), start_new_session=True)
 
 
-def run_notebook(source: Path, executed: Path, parameters: dict[str, Value],
-                 progress: Callable[[], str] | None = None) -> None:
+def run_notebook(source: Path, executed: Path, parameters: dict[str, int | float | bool | str]) -> None:
     """Run one notebook to its end.
 
     Args:
         source, executed, parameters: see `start_notebook`.
-        progress: says how far it is; shown on a terminal.
 
     Raises:
-        UserError: that the notebook has met.
-        SystemExit: it failed for another reason: exit code 1.
+        UserError: a cell raised one.
+        SystemExit: the notebook failed for another reason; exit code 1.
     """
-    execution, shown = start_notebook(source, executed, parameters), progress and sys.stdout.isatty()
+    process = start_notebook(source, executed, parameters)
     try:
-        while execution.process.poll() is None:
-            try:
-                execution.process.wait(timeout=2.0)
-            except subprocess.TimeoutExpired:
-                if shown:
-                    print(f"\r{progress():<79}", end="", flush=True)
-    except BaseException:  # interrupted: nobody must go on writing behind our back
-        end_notebooks([execution])
+        process.wait()
+    except BaseException:  # interrupted: no process may go on writing in the background
+        stop_notebooks([process])
         raise
-    if shown:
-        print("\r" + " " * 79, end="\r")
-    if not execution.process.returncode:
-        tidy_streams(executed)
-        return
-    last = last_words(execution.log)
-    if "UserError: " in last:
-        raise UserError(last.split("UserError: ", 1)[1])
-    # Not the user's mistake: exit code 1.
-    raise SystemExit(f"error: {executed.name} failed: {last}\nSee {executed} and {execution.log}; the same command "
-                     "goes on from there.")
+    result = read_executed(executed)
+    if result.error == "UserError":
+        raise UserError(result.message)
+    if process.returncode:
+        raise SystemExit(f"error: {executed.name} failed: {failure(result)}. See {executed} and "
+                         f"{executed.with_suffix('.log')}; the same command starts it again.")
 
 
-def called_with(executed: Path) -> tuple[dict[str, Value], bool]:
-    """Return the parameters that an executed notebook was called with, and whether it came to its end.
+def read_executed(executed: Path) -> Executed:
+    """Return what an executed notebook holds; an empty result where there is no such notebook."""
+    try:
+        notebook = nbformat.read(executed, as_version=4)
+    except (OSError, ValueError, nbformat.ValidationError):  # not there, or half written
+        return Executed({})
+    states = notebook.metadata.get("papermill", {})
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    error = next((o for cell in cells for o in cell.outputs if o.output_type == "error"), {"ename": "", "evalue": ""})
+    is_complete = all(cell.metadata.get("papermill", {}).get("status") == "completed" for cell in cells)
+    return Executed(dict(states.get("parameters", {})), is_complete, error["ename"], error["evalue"])
 
-    Args:
-        executed: its path; no parameters, and False, where there is no such notebook.
+
+def failure(result: Executed) -> str:
+    """Return why a notebook failed, in one line."""
+    if result.error == "UserError":
+        return " ".join(result.message.split())
+    if result.error:
+        return " ".join(f"{result.error}: {result.message}".split())
+    return "its kernel was killed, by hand or because the machine ran out of memory"
+
+
+def stop_notebooks(processes: list[subprocess.Popen]) -> None:
+    """End papermill processes and everything that they started; return when none of them is left.
+
+    A kernel is first interrupted, as by its stop button: a run that trains finishes its step and saves. Another
+    interrupt while this waits ends all of them at once.
     """
+    family = _family(processes)
     try:
-        papermill = nbformat.read(executed, as_version=4).metadata.get("papermill", {})
-    except Exception:  # whatever is there is no notebook
-        return {}, False
-    return dict(papermill.get("parameters", {})), bool(papermill.get("end_time")) and not papermill.get("exception")
-
-
-def last_words(log: Path) -> str:
-    """Return the last line of a log that says something."""
-    try:
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    except OSError as error:
-        return f"{log}: {error.strerror}"
-    return lines[-1].strip() if lines else "no output"
-
-
-def end_notebooks(executions: list[Execution]) -> None:
-    """End notebooks and everything they have started; returns when nobody is left to write behind our back.
-
-    A kernel that trains is asked first, as by its stop button: it finishes its step and saves. Interrupted once more
-    meanwhile, all end at once.
-    """
-    families = {run.process.pid: _family(run.process.pid) for run in executions if run.process.poll() is None}
-    try:
-        if os.name == "posix":  # there is no such signal elsewhere
-            for family in families.values():
-                for member in family:
-                    with suppress(psutil.Error):
-                        if any("ipykernel" in part for part in member.cmdline()):
-                            member.send_signal(signal.SIGINT)
-            _wait(executions, SAVE_S)
-            _look_again(executions, families)
-            for run in executions:
-                if run.process.poll() is None:
-                    run.process.send_signal(signal.SIGINT)
-            _wait(executions, QUIT_S)
-    finally:
-        _look_again(executions, families)
-        for family in families.values():
+        if os.name == "posix":  # no such signal on Windows
             for member in family:
-                with suppress(psutil.Error):  # psutil knows a process by its start, too: no other one is hit
-                    member.kill()
-        for run in executions:
-            run.process.wait()
+                with suppress(psutil.Error):
+                    if any("ipykernel" in part for part in member.cmdline()):
+                        member.send_signal(signal.SIGINT)
+            psutil.wait_procs([member for member in family if member.pid in {p.pid for p in processes}], SAVE_S)
+    finally:
+        for member in family | _family(processes):  # a kernel may have started after the first look
+            with suppress(psutil.Error):
+                member.kill()
+        for process in processes:
+            process.wait()
 
 
-def _look_again(executions: list[Execution], families: dict[int, list[psutil.Process]]) -> None:
-    """Add who was born since: an interrupt may come before there is a kernel."""
-    for run in executions:
-        if run.process.poll() is None:
-            known = families.setdefault(run.process.pid, [])
-            known += [member for member in _family(run.process.pid) if member not in known]
-
-
-def _family(pid: int) -> list[psutil.Process]:
-    try:
-        parent = psutil.Process(pid)
-        return [*parent.children(recursive=True), parent]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _wait(executions: list[Execution], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and any(run.process.poll() is None for run in executions):
-        time.sleep(0.1)
+def _family(processes: list[subprocess.Popen]) -> set[psutil.Process]:
+    """Return the processes that still run, with all their descendants."""
+    family = set()
+    for process in processes:
+        if process.poll() is None:
+            with suppress(psutil.NoSuchProcess):
+                parent = psutil.Process(process.pid)
+                family |= {parent, *parent.children(recursive=True)}
+    return family

@@ -1,0 +1,329 @@
+"""Runs the rows of a grid, each as a notebook in a papermill process of its own, and keeps summary.csv up to date.
+
+What became of a row is read from its run folder (DONE.json or STOPPED.json, if they are of the row's own settings,
+tokenizer and text) and, where it failed, from the error in its executed notebook.
+"""
+
+import csv
+import io
+import json
+import shutil
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from plotarmour.cli import UserError
+from plotarmour.data.token_file import TokenFile
+from plotarmour.files import locked, write_text
+from plotarmour.resume import differences, read_info
+from plotarmour.suite.grid import Grid, Row, plan_grid
+from plotarmour.suite.learning_rates import write_rates
+from plotarmour.suite.notebooks import ROOT, tidy_streams
+from plotarmour.suite.papermill import failure, read_executed, run_notebook, start_notebook, stop_notebooks
+from plotarmour.suite.steps import find_prepared, prepare
+from plotarmour.training.checkpoint import latest_whole_step
+from plotarmour.training.log import last_step
+from plotarmour.training.progress import duration
+
+LOCK = ".lock"  # folder in the results folder while a grid runs
+LOOK_S = 0.2  # seconds between two looks at the processes
+EVERY_S = 30.0  # seconds between two lines about what runs
+STATUSES = ("done", "failed", "stopped", "running", "waiting")
+MEASURED = ("model", "params", "params_non_embedding", "seed", "learning_rate", "max_steps", "step", "tokens_seen",
+            "best_step", "best_val_loss", "val_loss", "elapsed_s", "peak_memory_mib", "hardware")
+
+
+@dataclass(frozen=True)
+class State:
+    """A row and what became of it.
+
+    Attributes:
+        row: of the grid.
+        status: waiting, running, done, stopped or failed.
+        reason: of DONE.json or STOPPED.json, or why the row failed.
+        error: kind of the exception of a failed row, such as "UserError"; "" for none.
+        ending: DONE.json or STOPPED.json of the row's own run; None where there is none.
+        begun: when this start began the row, by time.monotonic(); None for a row that it has not run.
+        seconds: how long the row took in this start.
+    """
+
+    row: Row
+    status: str = "waiting"
+    reason: str = ""
+    error: str = ""
+    ending: dict | None = None
+    begun: float | None = None
+    seconds: float = 0.0
+
+
+def run_grid(grid: Grid, text: Path | None = None, extra_text: Path | None = None) -> list[State]:
+    """Run all rows of a grid that are not done; write summary.csv and, if rates were compared, learning_rates.csv.
+
+    The same call continues: it skips rows that are done, resumes stopped ones and tries failed ones again.
+
+    Args:
+        grid: of `plan_grid`.
+        text, extra_text: that it was planned with.
+
+    Returns:
+        The state of each row, in the grid's order.
+
+    Raises:
+        UserError: another process runs a grid in this folder, it holds another grid's summary, or the text does not
+            become token files. A new folder is removed again.
+    """
+    out, is_new = grid.out, not grid.out.exists()
+    try:
+        with locked(out / LOCK, out):
+            check_summary(out / "summary.csv", grid.rows)
+            (out / "notebooks").mkdir(parents=True, exist_ok=True)
+            if grid.data is not None:
+                _make_token_files(grid, text, extra_text)
+            states = _run_rows(grid)
+            ended = [state for state in states if state.row.recipe and state.ending]
+            rates = write_rates([(state.row.recipe, state.ending) for state in ended
+                                 if state.status == "done" or state.ending["reason"] == "non-finite"], out)
+    except UserError:
+        if is_new and not any(row.folder.exists() for row in grid.rows):
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+    if rates:
+        print(rates)
+    return states
+
+
+def run_suite(recipe: str, out: Path, text: Path | None = None, extra_text: Path | None = None,
+              overrides: list[str] = (), gpus: int = 1, at_once: int = 1) -> list[State]:
+    """Run the suite: notebook 1, notebook 2 for each model, and notebook 3 once all models are trained.
+
+    Args:
+        recipe: name of a recipe, or path of a TOML file.
+        out: results folder: executed notebooks, token files, run folders, comparison.
+        text: UTF-8 text to learn from; None for the built-in corpus.
+        extra_text: a second test set.
+        overrides: "key=value" for the training of both models.
+        gpus: GPUs of this machine that train each model together.
+        at_once: models that train at the same time.
+
+    Returns:
+        The state of each model's run.
+
+    Raises:
+        UserError: wrong input, before anything starts, or what a notebook raised.
+    """
+    grid = plan_grid(None, recipe, out, text=text, extra_text=extra_text, overrides=overrides, gpus=gpus,
+                     at_once=at_once)
+    begun, states = time.monotonic(), run_grid(grid, text, extra_text)
+    if all(state.status == "done" for state in states):
+        print("comparison ...", flush=True)
+        parameters = {"recipe": grid.data["recipe"], "results": grid.data["results"],
+                      "runs": ";".join(row.run for row in grid.rows)}
+        run_notebook(ROOT / "notebooks" / "03_compare.ipynb", out / "notebooks" / "03_compare.ipynb", parameters)
+        print(f"suite {recipe} done in {duration(time.monotonic() - begun)}: {out}")
+    return states
+
+
+def describe_failures(states: list[State]) -> list[str]:
+    """Return a line for each row that is not done, with its reason."""
+    lines = []
+    for state in states:
+        if state.status == "failed":
+            lines.append(f"{state.row.run} failed: {state.reason} (see {state.row.executed.with_suffix('.log')})")
+        elif state.status != "done":
+            lines.append(f"{state.row.run} {state.status}{': ' * bool(state.reason)}{state.reason}; the same command "
+                         "continues it")
+    return lines
+
+
+def check_summary(path: Path, rows: list[Row]) -> None:
+    """Raise `UserError` where a folder holds another grid's summary, which would be overwritten."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", newline="") as file:
+        names = [row.get("run") for row in csv.DictReader(file)]
+    if names and not {row.run for row in rows} & set(names):
+        raise UserError(f"{path} is of another grid (its first run: {names[0]}); expected a folder of its own for this "
+                        "one. Use another --out.")
+
+
+def find_state(row: Row) -> State:
+    """Return the state of a row by its run folder.
+
+    It is waiting where there is no DONE.json or STOPPED.json, where the folder holds a run of other settings, tokenizer
+    or text, and where the last checkpoint of a finished run is missing.
+    """
+    for name, status in (("DONE.json", "done"), ("STOPPED.json", "stopped")):
+        try:
+            ending = json.loads((row.folder / name).read_text(encoding="utf-8"))
+            reason, step = str(ending["reason"]), ending.get("step")
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        has_weights = row.recipe is None or status == "stopped" or latest_whole_step(row.folder) == step
+        if has_weights and is_of(row):
+            return State(row, status, reason, ending=ending)
+    if row.recipe is None and (row.folder / "DONE.json").exists():  # such a notebook does not look whose run it is
+        return State(row, "failed", f"{row.folder} holds a run of other settings. Name this run otherwise, or use "
+                     "another --out", "UserError")
+    return State(row)
+
+
+def is_of(row: Row) -> bool:
+    """Return whether a run folder holds the run of this row: its settings, tokenizer and text."""
+    if row.recipe is None:  # only the executed notebook holds the settings
+        return read_executed(row.executed).parameters == row.parameters
+    try:
+        before = read_info(row.folder)
+        prepared = find_prepared(row.folder.parent)
+        headers = {part: TokenFile.open(prepared[part]).header for part in ("train", "val")}
+    except UserError:
+        return False
+    dtype = row.recipe.training.dtype
+    wanted = {"recipe": row.recipe.to_dict(), "tokenizer": headers["train"]["tokenizer"],
+              "dtype": before["dtype"] if dtype == "auto" else dtype}
+    return not differences(row.folder, before | wanted | headers)
+
+
+def judge(row: Row, code: int) -> State:
+    """Return the state of a row whose papermill process has ended.
+
+    Args:
+        row: of the grid.
+        code: exit code of papermill. It is 0 for some dead kernels, and 1 for a finished run whose figure failed.
+    """
+    state, executed = find_state(row), read_executed(row.executed)
+    failed = code != 0 or executed.error
+    if state.status == "done" and failed:
+        print(f"warning: {row.run} is done, and its notebook failed after that: {failure(executed)}", file=sys.stderr,
+              flush=True)
+    if state.status == "done" or (state.status == "stopped" and not failed):
+        return state
+    if failed:
+        return State(row, "failed", failure(executed), executed.error)
+    return State(row, "failed", f"its notebook ended without a DONE.json of this run in {row.folder}")
+
+
+def summary_row(state: State, grid: Grid) -> dict[str, object]:
+    """Return a row of summary.csv: the grid's columns, then numbers of run.json, DONE.json, STOPPED.json."""
+    row, measured = state.row, {}
+    if row.recipe is not None:
+        t = row.recipe.training
+        measured = {"model": row.recipe.model, "seed": t.seed, "learning_rate": t.learning_rate,
+                    "max_steps": t.max_steps}
+    if state.ending is not None and row.recipe is not None:
+        measured = read_info(row.folder) | measured
+    measured |= state.ending or {}
+    cells = {"run": row.run, "status": {"running": "waiting"}.get(state.status, state.status),
+             "reason": " ".join(state.reason.split())}
+    for column in grid.columns:
+        if column != "run":
+            cells[column] = row.values.get(column, measured.get(column, grid.defaults[column]))
+    return cells | {column: measured.get(column) for column in MEASURED if column not in cells}
+
+
+def write_summary(states: list[State], grid: Grid) -> None:
+    """Replace summary.csv atomically: a row per run, in the grid's order; floats have nine significant digits."""
+    rows, text = [summary_row(state, grid) for state in states], io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: f"{value:.9g}" if isinstance(value, float) else value for key, value in row.items()}
+                     for row in rows)
+    write_text(grid.out / "summary.csv", text.getvalue())
+
+
+def _make_token_files(grid: Grid, text: Path | None, extra_text: Path | None) -> None:
+    """Make the token files of all rows by notebook 1, or check that those of an earlier start are still right."""
+    executed, begun = grid.out / "notebooks" / "01_pretokenize.ipynb", time.monotonic()
+    print("token files ...", flush=True)
+    before = read_executed(executed)
+    if before.is_complete and before.parameters == grid.data:
+        prepare(grid.rows[0].recipe, grid.out, text, extra_text)  # keeps files that are still right
+    else:
+        run_notebook(ROOT / "notebooks" / "01_pretokenize.ipynb", executed, grid.data)
+    print(f"token files done in {duration(time.monotonic() - begun)}", flush=True)
+
+
+def _run_rows(grid: Grid) -> list[State]:
+    """Run all rows that are not done, and return the state of each row."""
+    states, free, running = [find_state(row) for row in grid.rows], list(grid.environments), {}
+    waiting = [i for i, state in enumerate(states) if state.status in ("waiting", "stopped")]
+
+    def settle(i: int, state: State) -> None:
+        begun = states[i].begun
+        states[i] = replace(state, begun=begun, seconds=time.monotonic() - begun)
+        write_summary(states, grid)
+        print(event_line(states, i, len(grid.environments)), flush=True)
+
+    write_summary(states, grid)
+    for i, state in enumerate(states):
+        if i not in waiting:
+            print(f"[{i + 1}/{len(states)}] {state.row.run} "
+                  + (f"is done already ({state.reason})" if state.status == "done" else state.reason), flush=True)
+    said_at = time.monotonic()
+    try:
+        while waiting or running:
+            while waiting and free:
+                i, environment = waiting.pop(0), free.pop(0)
+                row = grid.rows[i]
+                states[i] = State(row, "running", begun=time.monotonic())
+                print(f"[{i + 1}/{len(states)}] {row.run} ...", flush=True)
+                running[i] = start_notebook(grid.notebook, row.executed, row.parameters, environment), environment
+            time.sleep(LOOK_S)
+            for i, (process, environment) in list(running.items()):
+                if process.poll() is not None:
+                    del running[i]
+                    free.append(environment)
+                    tidy_streams(grid.rows[i].executed)
+                    settle(i, judge(grid.rows[i], process.returncode))
+            if running and time.monotonic() - said_at >= EVERY_S:
+                said_at = time.monotonic()
+                print(running_line(states, len(grid.environments)), flush=True)
+    except BaseException:  # interrupted: no process may go on writing in the background
+        try:
+            stop_notebooks([process for process, _ in running.values()])
+        finally:  # also when interrupted again
+            for i in running:
+                state = find_state(grid.rows[i])
+                settle(i, state if state.ending else State(grid.rows[i], "stopped", "interrupted"))
+        raise
+    return states
+
+
+def event_line(states: list[State], i: int, at_once: int) -> str:
+    """Return how a row has ended, in one line.
+
+    Example: [2/12] bdh_seed-2 done in 8 min, validation loss 1.2500 | 2 done, 10 waiting; about 80 min left
+    """
+    state = states[i]
+    loss = (state.ending or {}).get("best_val_loss") if state.status == "done" else None
+    result = state.reason if loss is None else f"validation loss {loss:.4f}"
+    return (f"[{i + 1}/{len(states)}] {state.row.run} {state.status} in {duration(state.seconds)}, {result} | "
+            f"{counts(states, at_once)}")
+
+
+def running_line(states: list[State], at_once: int) -> str:
+    """Return how far the running rows are, in one line.
+
+    Example: running: bdh_seed-2 at step 300 of 600, gpt2_seed-2 | 2 done, 2 running, 8 waiting; about 70 min left
+    """
+    runs = []
+    for state in states:
+        if state.status == "running":
+            step = last_step(state.row.folder / "log.csv")
+            of = f" of {state.row.recipe.training.max_steps:,}" if state.row.recipe else ""
+            runs.append(state.row.run + (f" at step {step:,}{of}" if step is not None else ""))
+    return f"running: {', '.join(runs)} | {counts(states, at_once)}"
+
+
+def counts(states: list[State], at_once: int) -> str:
+    """Return how many rows are in each state, and when all will be done if each takes as long as those done so far."""
+    n = Counter(state.status for state in states)
+    text = ", ".join(f"{n[status]} {status}" for status in STATUSES if n[status])
+    took = [state.seconds for state in states if state.status == "done" and state.begun is not None]
+    if not took or not n["running"] + n["waiting"]:
+        return text
+    each = sum(took) / len(took)
+    ahead = [max(0.0, state.begun + each - time.monotonic()) for state in states if state.status == "running"]
+    left = max([(sum(ahead) + n["waiting"] * each) / at_once, *ahead])
+    return f"{text}; about {duration(left)} left" if left >= 1 else text
