@@ -116,7 +116,7 @@ display(Image(figure))
 # `03_compare`.
 
 # %%
-from plotarmour.data.corpus import token_counts
+from plotarmour.data.token_file import token_counts
 
 counts = token_counts(files["train"])
 top = np.argsort(-counts, kind="stable")[:15]

@@ -20,7 +20,7 @@ from torch import nn
 from plotarmour.cli import UserError
 from plotarmour.config import AUTO, DataConfig, Recipe, TrainingConfig
 from plotarmour.data.batches import Windows
-from plotarmour.data.overlap import disjoint_by_construction, overlapping_stories
+from plotarmour.data.duplicates import disjoint_by_construction, overlapping_stories
 from plotarmour.data.token_file import TokenFile, looks_like_token_file
 from plotarmour.data.tokenizer import Tokenizer, make_tokenizer
 from plotarmour.data.tokens_in_memory import TokensInMemory

@@ -1,37 +1,31 @@
-"""Copies among the stories of token files, within a part and across parts (leaks): exact, normalised, near.
+"""Copies among the stories of token files: exact, normalised and near; within a part and across parts (leaks).
 
-Three kinds, each wider than the one before; a kind's groups hold those of the kinds before it:
+A validation set that was trained on measures memory, not skill. Each kind includes the one before:
 
     exact        the same ids, and so the same text
-    normalised   the same text but for case, punctuation and spacing (`plotarmour.data.stories.normalise`)
-    near         at least `threshold` of their word 5-grams in common (`plotarmour.data.shingles`), compared exactly:
-                 MinHash only proposes pairs. A copy of a copy belongs to the group, so that two members can be less
-                 alike than the threshold.
+    normalised   the same text except for case, punctuation and spacing (`plotarmour.data.stories.normalise`)
+    near         Jaccard similarity of the word 5-grams (shared ones over all of both) of at least `threshold`
 
-Two tables come of it. Counts are complete, one row per kind, part and other part:
+Exact and normalised copies are found by 64-bit BLAKE2b keys: of two million stories, two different ones share a key in
+one of ten million token files. Near copies: MinHash signatures (the library rensa) in bands of an LSH index propose
+pairs, and these are compared exactly. With b bands of r numbers a pair of similarity s is proposed with probability
 
-    kind, part, other_part   where other_part is part: copies within it. "all parts": over all together
-    stories                  of the part
-    copies                   within a part: stories too many (stories minus groups);
-                             across: stories of `part` that have a copy in `other_part`
-    share                    copies / stories
+    1 - (1 - s**r)**b        at s = 0.8 with 25 bands of 8:  0.990;  at 0.9:  1.000;  at 0.5:  0.093
 
-Examples are pairs, at most `examples` per kind and two parts; the kind is the narrowest that holds:
+A copy of a copy belongs to the group, so two members can be less similar than the threshold. In languages without
+spaces a "word" is a clause: near copies are found only where whole clauses are equal.
 
-    kind, part_a, story_a, part_b, story_b   story is the index in the part's token file
-    similarity                               Jaccard of the word 5-grams, 1 for exact and normalised copies
-    group_stories                            stories of the whole group, of this kind
-    text_a, text_b                           the first 100 characters
+Source: Broder (1997), On the resemblance and containment of documents; Leskovec, Rajaraman, Ullman, Mining of Massive
+Datasets, chapter 3; word 5-grams and 0.8 as in Lee et al. (2022), arXiv 2107.06499.
 """
 
-import array
-import csv
-import io
-import tempfile
+import hashlib
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import sha256
+from functools import lru_cache
+from heapq import nsmallest
 from itertools import combinations_with_replacement
 from pathlib import Path
 
@@ -39,37 +33,92 @@ import numpy as np
 from tqdm import tqdm
 
 from plotarmour.cli import UserError
-from plotarmour.data.corpus import Corpus
-from plotarmour.data.overlap import story_keys
-from plotarmour.data.shingles import (
-    HOW_TO_INSTALL,
-    band_keys,
-    banding,
-    can_sign,
-    candidate_pairs,
-    jaccard,
-    shingle_sets,
-    shingles,
-    signatures,
-)
 from plotarmour.data.stories import normalise
 from plotarmour.data.token_file import TokenFile
 from plotarmour.files import write_text
 
-KINDS = ("exact", "normalised", "near")
-BATCH_PAIRS = 256  # stories of a batch of pairs are in memory at once, also where they are books
+WORDS = 5
+SIGNATURE = 200  # numbers of a MinHash signature, at most
+SEED = 42
+BATCH_TOKENS = 2**19  # about as many are decoded at a time
+MOST_COMPARED = 50  # candidates per story: no quadratic cost where many stories follow one template
 ALL = ("all parts", "all parts")
-SHOWN = 100  # characters of an example
+COUNT_COLUMNS = ("kind", "part", "other_part", "stories", "copies", "share")
+EXAMPLE_COLUMNS = ("kind", "part_a", "story_a", "part_b", "story_b", "similarity", "group_stories", "text_a", "text_b")
+HOW_TO_INSTALL = "pip install 'rensa>=0.5,<0.6'"
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Stories of one token file that another holds with the same ids.
+
+    Attributes:
+        n_stories: how many.
+        first: index of the first of them, or None.
+        first_in_other: its index in the other file, or None.
+    """
+
+    n_stories: int
+    first: int | None
+    first_in_other: int | None
+
+
+def overlapping_stories(train: object, val: object) -> Overlap:
+    """Count the stories of `val` that `train` holds with the same ids.
+
+    Args:
+        train, val: `TokenFile` or `TokensInMemory`, of one tokenizer. Each is read once; 8 bytes per story are held.
+
+    Example:
+        train has the stories 5 6 7 and 8 9, val has 8 9 and 5 6: one story of val, its story 0, train's story 1.
+    """
+    train_keys, val_keys = story_keys(train), story_keys(val)
+    shared = np.flatnonzero(np.isin(val_keys, train_keys))
+    if not len(shared):
+        return Overlap(0, None, None)
+    return Overlap(len(shared), int(shared[0]), int(np.flatnonzero(train_keys == val_keys[shared[0]])[0]))
+
+
+def disjoint_by_construction(one: dict, other: dict) -> bool:
+    """Return whether two headers name different parts of one split of the same text: a story is in one part only."""
+    def origin(header: dict) -> tuple:
+        return ([source["sha256"] for source in header["source"]], header.get("split"), header.get("stories"),
+                header["tokenizer"]["sha256"])
+
+    parts = (one.get("part"), other.get("part"))
+    return bool(one.get("split")) and origin(one) == origin(other) and None not in parts and parts[0] != parts[1]
+
+
+def story_keys(data: object) -> np.ndarray:
+    """Return a 64-bit key of each story's ids.
+
+    Args:
+        data: `TokenFile` or `TokensInMemory`; ids of any integer type.
+
+    Returns:
+        uint64 (n_stories,): equal for equal ids.
+    """
+    tokens, bounds = np.asarray(data.tokens), np.append(data.offsets, data.n_tokens).astype(np.int64).tolist()
+    return np.array([_key(tokens[begin:end].astype("<u4")) for begin, end in zip(bounds, bounds[1:], strict=False)],
+                    dtype=np.uint64)
+
+
+def _key(content: bytes | np.ndarray) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Copies that were found; the columns of both tables are described in the module.
+    """Copies among the stories of token files.
 
     Attributes:
-        counts: rows, complete.
-        examples: rows, a few of each kind.
-        near: whether near copies were looked for.
+        counts: one row per kind, part and other part. `other_part` is `part`: copies within it, `copies` = stories
+            minus groups; another part: `copies` = stories of `part` that have a copy in `other_part`; "all parts": over
+            all together. `stories` of the part; `share` = copies / stories.
+        examples: pairs, a few per kind and two parts; the kind is the narrowest that holds. `story_a` and `story_b` are
+            indices in the token files, `similarity` is Jaccard's (1 for exact and normalised copies), `group_stories`
+            counts the group of this kind, `text_a` and `text_b` are the first 100 characters.
+        near: whether near copies were searched.
     """
 
     counts: list[dict]
@@ -77,7 +126,7 @@ class Duplicates:
     near: bool
 
     def table(self) -> str:
-        """Return the counts for people: where there are copies, and always what stands in the first part (train)."""
+        """Return the rows of `counts` with copies, and always those about copies in the first part, as text."""
         lines = [f"{'kind':<12}{'stories':>12}{'copies':>12}{'share':>9}  where"]
         parts = list(dict.fromkeys(row["part"] for row in self.counts if (row["part"], row["other_part"]) != ALL))
         for row in self.counts:
@@ -94,190 +143,222 @@ def find_duplicates(files: dict[str, TokenFile], out: Path | None = None, thresh
                     examples: int = 20) -> Duplicates:
     """Find copies of stories within token files and across them.
 
-    Holds about 150 bytes per story in memory, and 8 per story and band (25 of them) in temporary files beside `out`:
-    2.1 million stories of 820 bytes took 3 minutes on two cores, 390 MiB and 420 MB of disk.
+    Memory holds 2.2 kB per story for near copies (rensa's index), else 0.2 kB.
 
     Args:
         files: by the name of their part, of one tokenizer. Name train first: examples then lead there.
         out: X.csv gets the examples, X.counts.csv the counts.
         threshold: least Jaccard similarity of near copies, 0.7 to 1.
-        near: look for near copies; needs the optional library, without which a warning says so.
-        examples: at most so many per kind and two parts.
+        near: search near copies; without rensa a warning says how to install it.
+        examples: maximum number per kind and two parts.
 
     Raises:
-        UserError: another threshold, a negative number of examples, or tokenizers that differ.
+        UserError: a threshold or number of examples out of range, or different tokenizers.
     """
     if not 0.7 <= threshold <= 1:
         raise UserError(f"--threshold {threshold} is too low or too high; expected 0.7 to 1.")
     if examples < 0:
         raise UserError(f"--examples {examples} is negative; expected 0 or more.")
     corpus = Corpus(files)
-    if near and not can_sign():
-        warnings.warn(f"near copies are not looked for: their library is missing. Install it with: {HOW_TO_INSTALL}",
-                      stacklevel=2)
-        near = False
+    if near:
+        try:
+            import rensa  # noqa: F401
+        except ImportError:
+            warnings.warn(f"near copies are not searched: rensa is not installed. Install it with: {HOW_TO_INSTALL}",
+                          stacklevel=2)
+            near = False
+    _, first, inverse = np.unique(np.concatenate([story_keys(data) for data in corpus.files]), return_index=True,
+                                  return_inverse=True)
+    exact = first[inverse]  # for each story the first one with the same ids
+    normalised, joined, similar = _compare_texts(corpus, np.sort(first), threshold if near else None, examples)
+    groups = {"exact": exact, "normalised": normalised[exact]}
+    if near:
+        groups["near"] = joined[groups["normalised"]]
+    found = Duplicates(_counts(corpus, groups), _examples(corpus, groups, normalised, similar, examples), near)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    exact = exact_groups(corpus)
-    singles = np.flatnonzero(exact == np.arange(corpus.n))
-    with tempfile.TemporaryDirectory(dir=None if out is None else out.parent, prefix=".duplicates.") as folder:
-        bands, rows = banding(threshold) if near else (0, 0)
-        normal, wordless = _normalised_groups(corpus, singles, Path(folder), bands, rows)
-        groups = {"exact": exact, "normalised": normal[exact]}
-        pairs = {"exact": _pairs(exact), "normalised": _pairs(normal)}
-        similar: list[tuple[int, int, float]] = []
-        if near:
-            # Of normalised copies only the first is compared, of stories without a word none.
-            own = np.flatnonzero((normal[singles] == singles) & ~wordless)
-            joined = _near_groups(corpus, singles, own, Path(folder), bands, threshold, examples, similar)
-            groups["near"] = joined[groups["normalised"]]
-    found = Duplicates(_counts(corpus, groups), _examples(corpus, groups, pairs, similar, examples), near)
-    if out is not None:
-        write_text(out, _to_csv(found.examples, EXAMPLE_COLUMNS))
-        write_text(out.with_suffix(".counts.csv"), _to_csv(found.counts, COUNT_COLUMNS))
+        import pandas as pd
+
+        for path, rows, columns in ((out, found.examples, EXAMPLE_COLUMNS),
+                                    (out.with_suffix(".counts.csv"), found.counts, COUNT_COLUMNS)):
+            write_text(path, pd.DataFrame(rows, columns=list(columns)).to_csv(index=False, lineterminator="\n"))
     return found
 
 
-EXAMPLE_COLUMNS = ("kind", "part_a", "story_a", "part_b", "story_b", "similarity", "group_stories", "text_a", "text_b")
-COUNT_COLUMNS = ("kind", "part", "other_part", "stories", "copies", "share")
+class Corpus:
+    """The stories of several token files, numbered consecutively.
 
+    Attributes:
+        n: number of stories.
+        files, parts: token files and their names.
+        sizes: stories of each file.
+        part_of: int16 (n,), index into `parts`.
+        place: int64 (n,), index of the story in its file.
 
-def exact_groups(corpus: Corpus) -> np.ndarray:
-    """Return for every story the first story with the same ids, int64 (n,)."""
-    keys = np.concatenate([story_keys(data) for data in corpus.files])
-    order = np.argsort(keys, kind="stable")
-    same = keys[order][1:] == keys[order][:-1]
-    groups, firsts = np.arange(corpus.n), []
-    for place in np.flatnonzero(same):
-        if place == 0 or not same[place - 1]:
-            firsts = [order[place]]  # more than one only where different ids have met in one key
-        i = order[place + 1]
-        found = next((first for first in firsts if np.array_equal(corpus.ids(first), corpus.ids(i))), None)
-        if found is None:
-            firsts.append(i)
-        else:
-            groups[i] = found
-    return groups
-
-
-def _normalised_groups(corpus: Corpus, singles: np.ndarray, folder: Path, bands: int,
-                       rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """For every story of `singles` the first with the same normal form, and whether it is empty.
-
-    The text is read only here: the band keys of all stories go to files on the way, one for each band.
+    Raises:
+        UserError: the files have different tokenizers.
     """
-    keys, wordless = array.array("Q"), bytearray()
-    files = [(folder / f"{band}").open("wb") for band in range(bands)]
-    try:
-        with tqdm(total=len(singles), unit="story", unit_scale=True, desc="read stories", mininterval=0.5) as bar:
-            for batch in corpus.batches(singles):
-                texts = [normalise(text) for text in corpus.texts(batch)]
-                keys.extend(int.from_bytes(sha256(text.encode()).digest()[:8], "little") for text in texts)
-                wordless.extend(not text for text in texts)
-                if bands:
-                    for file, row in zip(files, band_keys(signatures(*shingles(texts)), bands, rows), strict=True):
-                        file.write(row.tobytes())
-                bar.update(len(batch))
-    finally:
-        for file in files:
-            file.close()
-    _, first, inverse = np.unique(np.frombuffer(keys, dtype=np.uint64), return_index=True, return_inverse=True)
-    empty = np.frombuffer(wordless, dtype=bool)
-    groups = np.arange(corpus.n)
-    groups[singles] = np.where(empty, singles, singles[first[inverse]])  # "!!!" and "..." are no copies
-    return groups, empty
+
+    def __init__(self, files: dict[str, TokenFile]):
+        tokenizers = {name: data.header["tokenizer"]["sha256"] for name, data in files.items()}
+        if len(set(tokenizers.values())) > 1:
+            raise UserError("the token files have different tokenizers ("
+                            + ", ".join(f"{name} {sha[:12]}" for name, sha in tokenizers.items())
+                            + "); expected one. Make them again with --tokenizer of the first.")
+        self.files, self.parts = list(files.values()), list(files)
+        self.sizes = np.array([data.n_stories for data in self.files])
+        self.n = int(self.sizes.sum())
+        self.part_of = np.repeat(np.arange(len(self.files), dtype=np.int16), self.sizes)
+        self.place = np.concatenate([np.arange(size) for size in self.sizes])
+        self.tokenizer = self.files[0].tokenizer()
+        self.lengths = np.concatenate([np.diff(data.offsets.astype(np.int64), append=data.n_tokens)
+                                       for data in self.files])
+
+    def texts(self, stories: np.ndarray) -> list[str]:
+        """Return the texts of some stories."""
+        ids = [self.files[self.part_of[i]].story(int(self.place[i])).tolist() for i in stories]
+        return self.tokenizer.backend.decode_batch(ids, skip_special_tokens=False)
+
+    def batches(self, stories: np.ndarray) -> Iterator[np.ndarray]:
+        """Cut story numbers into batches of about `BATCH_TOKENS` tokens."""
+        yield from np.split(stories, np.flatnonzero(np.diff(np.cumsum(self.lengths[stories]) // BATCH_TOKENS)) + 1)
 
 
-def _near_groups(corpus: Corpus, singles: np.ndarray, own: np.ndarray, folder: Path, bands: int, threshold: float,
-                 examples: int, similar: list[tuple[int, int, float]]) -> np.ndarray:
-    """For every story the first of its near group; adds example pairs to `similar`."""
-    parents = np.arange(corpus.n)
-    kept = Counter()
-    for band in tqdm(range(bands), unit="band", desc="compare", mininterval=0.5):
-        keys = np.fromfile(folder / f"{band}", dtype=np.uint64)[own]
-        for left, right in candidate_pairs(keys):
-            left, right = singles[own[left]], singles[own[right]]
-            open_ = parents[left] != parents[right]  # pairs of one group already need no look
-            left, right = left[open_], right[open_]
-            for begin in range(0, len(left), BATCH_PAIRS):
-                _join(corpus, parents, left[begin:begin + BATCH_PAIRS], right[begin:begin + BATCH_PAIRS], threshold,
-                      examples, kept, similar)
-            if len(left):
-                while (parents[parents] != parents).any():
-                    parents[:] = parents[parents]
-    return parents
+def banding(threshold: float) -> tuple[int, int]:
+    """Return (bands, rows): the longest rows with which 98 of 100 pairs at the threshold are proposed.
+
+    Example:
+        >>> banding(0.8)
+        (25, 8)
+    """
+    rows = max(r for r in range(1, SIGNATURE + 1) if 1 - (1 - threshold**r) ** (SIGNATURE // r) >= 0.98)
+    return SIGNATURE // rows, rows
 
 
-def _join(corpus: Corpus, parents: np.ndarray, left: np.ndarray, right: np.ndarray, threshold: float, examples: int,
-          kept: Counter, similar: list[tuple[int, int, float]]) -> None:
-    """Compare pairs exactly, and join the groups of those that are similar enough."""
+def shingles(text: str) -> set[str]:
+    """Return every five words in a row of a normalised text; a shorter text is one shingle.
+
+    Example:
+        >>> sorted(shingles("a b c d e f"))
+        ['a b c d e', 'b c d e f']
+    """
+    words = text.split(" ")
+    return {" ".join(words[i:i + WORDS]) for i in range(max(1, len(words) - WORDS + 1))}
+
+
+def jaccard(one: set, other: set) -> float:
+    """Return the Jaccard similarity of two sets: shared elements over all elements.
+
+    Example:
+        >>> jaccard({1, 2, 3}, {2, 3, 4})
+        0.5
+    """
+    shared = len(one & other)
+    return shared / (len(one) + len(other) - shared)
+
+
+def _compare_texts(corpus: Corpus, singles: np.ndarray, threshold: float | None, examples: int
+                   ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int, float]]]:
+    """Read each text once and return its normalised group, its near group, and pairs of near copies as examples.
+
+    Args:
+        corpus: all stories.
+        singles: numbers of the stories to read, ascending: the first one of each exact group.
+        threshold: least similarity of near copies; None searches none.
+        examples: maximum number of pairs per two parts.
+
+    Returns:
+        For each story the number of the first story with the same normalised text and of the first story of its near
+        group (int64 (n,) each; itself if it has no copy or is not in `singles`), and (story, story, similarity).
+    """
+    normalised, parents = np.arange(corpus.n), np.arange(corpus.n)
+    first_of: dict[int, int] = {}
+    similar, n_similar, indexed = [], Counter(), []  # indexed: story number of each key of the LSH index
+    if threshold:
+        from rensa import RMinHash, RMinHashLSH
+
+        bands, rows = banding(threshold)
+        index = RMinHashLSH(threshold, bands * rows, bands)
+
     def root(i: int) -> int:
         while parents[i] != i:
-            i = parents[i]
+            i = parents[i] = parents[parents[i]]
         return i
 
-    stories = np.unique(np.append(left, right))
-    texts = [normalise(text) for text in corpus.texts(stories)]
-    sets = dict(zip(stories.tolist(), shingle_sets(texts), strict=True))
-    for a, b in zip(left.tolist(), right.tolist(), strict=True):
-        similarity = jaccard(sets[a], sets[b])
-        if similarity >= threshold:
-            first, second = sorted((root(a), root(b)))
-            parents[second] = first
-            where = (corpus.part_of[a], corpus.part_of[b])
-            kept[where] += 1
-            if kept[where] <= examples:
-                similar.append((a, b, similarity))
+    @lru_cache(maxsize=4096)
+    def set_of(i: int) -> set[str]:
+        return shingles(normalise(*corpus.texts([i])))
 
+    def join(i: int, own: set[str], candidates: list[int]) -> None:
+        """Join the group of story `i` with those of the candidates that are similar enough."""
+        for j in (indexed[key] for key in nsmallest(MOST_COMPARED, candidates)):
+            if j >= i:
+                break
+            if root(i) == root(j) or (similarity := jaccard(own, set_of(j))) < threshold:
+                continue
+            low, high = sorted((root(i), root(j)))
+            parents[high] = low
+            where = (corpus.part_of[j], corpus.part_of[i])
+            n_similar[where] += 1
+            if n_similar[where] <= examples:
+                similar.append((j, i, similarity))
 
-def _pairs(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first story of a group with each other one."""
-    copies = np.flatnonzero(groups != np.arange(len(groups)))
-    return groups[copies], copies
+    with tqdm(total=len(singles), unit="story", unit_scale=True, desc="compare stories", mininterval=0.5) as bar:
+        for batch in corpus.batches(singles):
+            new, sets = [], []
+            for i, text in zip(batch.tolist(), map(normalise, corpus.texts(batch)), strict=True):
+                if not text:  # "!!!" and "..." are no copies
+                    continue
+                normalised[i] = first_of.setdefault(_key(text.encode()), i)
+                if threshold and normalised[i] == i:
+                    new.append(i)
+                    sets.append(shingles(text))
+            if new:
+                matrix = RMinHash.digest_matrix_from_token_sets(sets, bands * rows, SEED)
+                flags = index.insert_matrix_and_query_duplicate_flags(matrix, len(indexed))
+                indexed += new
+                for i, own, has_candidates in zip(new, sets, flags, strict=True):
+                    if has_candidates:
+                        join(i, own, index.query(*RMinHash.from_token_sets([own], bands * rows, SEED)))
+            bar.update(len(batch))
+    return normalised, np.array([root(i) for i in range(corpus.n)]) if threshold else parents, sorted(similar)
 
 
 def _counts(corpus: Corpus, groups: dict[str, np.ndarray]) -> list[dict]:
+    """Return the rows of `Duplicates.counts`."""
     rows = []
 
-    def row(kind: str, part: str, other: str, stories: int, copies: int) -> None:
-        rows.append({"kind": kind, "part": part, "other_part": other, "stories": int(stories), "copies": int(copies),
-                     "share": round(int(copies) / int(stories), 6)})
+    def add(kind: str, part: str, other: str, stories: int, copies: int) -> None:
+        values = (kind, part, other, int(stories), int(copies), round(int(copies) / int(stories), 6))
+        rows.append(dict(zip(COUNT_COLUMNS, values, strict=True)))
 
     for kind, labels in groups.items():
-        present = np.zeros((len(corpus.parts), corpus.n), dtype=bool)  # which groups have a story in a part
+        present = np.zeros((len(corpus.parts), corpus.n), dtype=bool)  # which parts have a story of a group
         present[corpus.part_of, labels] = True
         if len(corpus.parts) > 1:
-            row(kind, *ALL, corpus.n, corpus.n - present.any(axis=0).sum())
+            add(kind, *ALL, corpus.n, corpus.n - present.any(axis=0).sum())
         for p, part in enumerate(corpus.parts):
-            row(kind, part, part, corpus.sizes[p], corpus.sizes[p] - present[p].sum())
+            add(kind, part, part, corpus.sizes[p], corpus.sizes[p] - present[p].sum())
             for q, other in enumerate(corpus.parts):
                 if q != p:
-                    row(kind, part, other, corpus.sizes[p], present[q][labels[corpus.part_of == p]].sum())
+                    add(kind, part, other, corpus.sizes[p], present[q][labels[corpus.part_of == p]].sum())
     return rows
 
 
-def _examples(corpus: Corpus, groups: dict[str, np.ndarray], pairs: dict[str, tuple[np.ndarray, np.ndarray]],
+def _examples(corpus: Corpus, groups: dict[str, np.ndarray], normalised: np.ndarray,
               similar: list[tuple[int, int, float]], examples: int) -> list[dict]:
-    chosen = []
-    for kind, (left, right) in pairs.items():
+    """Return the rows of `Duplicates.examples`: the first story of a group with others of it."""
+    pairs = []
+    for kind, labels in (("exact", groups["exact"]), ("normalised", normalised)):
+        copies = np.flatnonzero(labels != np.arange(corpus.n))
         for p, q in combinations_with_replacement(range(len(corpus.parts)), 2):
-            here = np.flatnonzero((corpus.part_of[left] == p) & (corpus.part_of[right] == q))[:examples]
-            chosen += [(kind, int(left[i]), int(right[i]), 1.0) for i in here]
-    chosen += [("near", *pair) for pair in sorted(similar)]
+            here = copies[(corpus.part_of[labels[copies]] == p) & (corpus.part_of[copies] == q)][:examples]
+            pairs += [(kind, int(labels[i]), int(i), 1.0) for i in here]
+    pairs += [("near", *pair) for pair in similar]
     sizes = {kind: np.bincount(labels, minlength=corpus.n) for kind, labels in groups.items()}
     rows = []
-    for kind, a, b, similarity in chosen:
-        (part_a, story_a), (part_b, story_b) = corpus.place(a), corpus.place(b)
-        text_a, text_b = (" ".join(text.split())[:SHOWN] for text in corpus.texts(np.array([a, b])))
-        values = (kind, corpus.parts[part_a], story_a, corpus.parts[part_b], story_b, round(similarity, 4),
-                  int(sizes[kind][groups[kind][a]]), text_a, text_b)
+    for kind, a, b, similarity in pairs:
+        text_a, text_b = (" ".join(text.split())[:100] for text in corpus.texts([a, b]))
+        values = (kind, corpus.parts[corpus.part_of[a]], int(corpus.place[a]), corpus.parts[corpus.part_of[b]],
+                  int(corpus.place[b]), round(similarity, 4), int(sizes[kind][groups[kind][a]]), text_a, text_b)
         rows.append(dict(zip(EXAMPLE_COLUMNS, values, strict=True)))
     return rows
-
-
-def _to_csv(rows: list[dict], columns: tuple[str, ...]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -172,6 +172,15 @@ def check_largest_id(data, most: int) -> None:
                         "tools/pre_tokenize.py, and give the same command again.")
 
 
+def token_counts(data: TokenFile) -> np.ndarray:
+    """Return how often each id occurs, int64 (vocab_size,). The tokens are read once, 4 MiB at a time."""
+    counts = np.zeros(data.header["vocab_size"], dtype=np.int64)
+    step = CRC_BLOCK // data.tokens.itemsize
+    for begin in range(0, data.n_tokens, step):
+        counts += np.bincount(data.tokens[begin:begin + step], minlength=len(counts))
+    return counts
+
+
 def read_header(path: Path) -> dict:
     """Return the checked header of a token file.
 

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 from plotarmour.cli import UserError
-from plotarmour.data.overlap import disjoint_by_construction, overlapping_stories
+from plotarmour.data.duplicates import disjoint_by_construction, overlapping_stories
 from plotarmour.evaluation.arms import UNBOUNDED
 from plotarmour.evaluation.scoring import score_stories
 

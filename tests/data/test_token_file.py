@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from plotarmour.cli import UserError
+from plotarmour.data import token_file
 from plotarmour.data.chunks import read_stories
 from plotarmour.data.pretokenize import pre_tokenize
 from plotarmour.data.readers import Source
@@ -154,3 +155,10 @@ def test_a_bpe_learns_from_the_train_part_only(tmp_path):
     assert "zyzzyva" in text.read_text()
     vocabulary = TokenFile.open(paths[0]).tokenizer().backend.get_vocab()
     assert [token for token in vocabulary if "zy" in token] == []
+
+
+def test_tokens_are_counted_across_blocks(token_files, monkeypatch):
+    """Guards: the last block, or the first token of each, left out."""
+    data = TokenFile.open(token_files["val"])
+    monkeypatch.setattr(token_file, "CRC_BLOCK", 14)
+    assert token_file.token_counts(data).tolist() == np.bincount(data.tokens, minlength=400).tolist()
