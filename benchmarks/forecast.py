@@ -48,7 +48,7 @@ def main() -> None:
         begun = time.perf_counter()
         final = runs.train_run(recipe, files["train"], files["val"], Path(name) / "run")
         took = time.perf_counter() - begun
-    real = final["elapsed_s"]
+    real = final.elapsed_s
     later = [row for row in noted if row[0] >= FIRST_S]
     if not later:
         sys.exit(f"the run took {real:.0f} s; expected more than {FIRST_S:.0f}")

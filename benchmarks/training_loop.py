@@ -110,13 +110,13 @@ def measure(recipe: Recipe, files: dict[str, Path], blocks: int, every: int) -> 
     finally:
         loop.RunLog.append, loop.save_checkpoint = append, save
     # The last block holds the last evaluation, and the first one sets things up.
-    tokens = final["tokens_seen"] / (blocks * every)
+    tokens = final.tokens_seen / (blocks * every)
     per_token = [seconds / every / tokens for seconds in ours]
     chosen = range(1, blocks - 1)
     result = {f"ratio_{loss}": statistics.median(
         (others[loss][i] + others[loss][i + 1]) / 2 / per_token[i] for i in chosen) for loss in LOSSES}
     total = sum(ours)
-    shares = {"batches": final["input_wait_s"] / total, **{key: value / total for key, value in spent.items()}}
+    shares = {"batches": final.input_wait_s / total, **{key: value / total for key, value in spent.items()}}
     return result | {f"share_{key}": value for key, value in shares.items()} | {
         "tokens_per_s": 1 / statistics.median(per_token), "step_ms": 1e3 * tokens * statistics.median(per_token)}
 

@@ -16,12 +16,12 @@ from plotarmour.training.checkpoint import (
     step_of,
 )
 from plotarmour.training.distributed import check_share
+from plotarmour.training.ending import DONE, Ending
 from plotarmour.training.log import last_step
 
 RUN_FORMAT = 1
 LOCK = ".lock"  # a folder in the run folder while a process trains it
 EXTENDABLE = training_settings("extendable")
-ENDED_BY = {"max_steps": "max_steps", "schedule_minutes": "schedule_minutes", "early stopping": "patience"}
 
 
 def read_info(folder: Path) -> dict:
@@ -154,29 +154,26 @@ def _check_goes_on(out: Path, before: dict, now: dict) -> None:
     """Raise `UserError` where a run has ended and what was changed would let it end right there again."""
     if all(before[key] == now[key] for key in EXTENDABLE):
         return
-    try:
-        done = json.loads((out / "DONE.json").read_text(encoding="utf-8"))
-        key, step = ENDED_BY[done["reason"]], int(done["step"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # not ended, or a damaged one, written again
+    ending = Ending.read(out)
+    if ending is None or not ending.is_done:
         return
+    key = DONE[ending.reason]
     endless = key != "max_steps" and now[key] == 0
     if not endless and now[key] <= before[key]:
-        raise UserError(f"{out} has ended at step {step:,}: {done['reason']}, with {key} = {before[key]:g}. It goes on "
-                        f"only with a higher {key}{'' if key == 'max_steps' else ' (or 0, for no limit)'}; found "
-                        f"{now[key]:g}. Set it higher, or go back to a kept step with --from-step.")
+        raise UserError(f"{out} has ended at step {ending.step:,}: {ending.reason}, with {key} = {before[key]:g}. It "
+                        f"continues only with a higher {key}{'' if key == 'max_steps' else ' (or 0, for no limit)'}; "
+                        f"found {now[key]:g}. Set it higher, or go back to a kept step with --from-step.")
 
 
 def is_done(out: Path, config: TrainingConfig) -> bool:
-    """Whether DONE.json stands beside the whole checkpoint that it speaks of, and no more steps are asked for."""
-    try:
-        done = json.loads((out / "DONE.json").read_text(encoding="utf-8"))
-        step = done["step"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # a damaged one is written again
+    """Whether a run is complete: it has the checkpoint that DONE.json names, and nobody asks for more steps."""
+    ending = Ending.read(out)
+    if ending is None or not ending.is_done:
         return False
     trained = _training(read_info(out))
     if any(trained[key] != getattr(config, key) for key in EXTENDABLE):
         return False
-    return latest_whole_step(out) == step
+    return latest_whole_step(out) == ending.step
 
 
 def _training(info: dict) -> dict:

@@ -7,7 +7,6 @@
     DONE.json or STOPPED.json
 """
 
-import json
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -39,6 +38,7 @@ from plotarmour.resume import (
 )
 from plotarmour.training.checkpoint import find_checkpoint, load_model, step_of, tidy
 from plotarmour.training.distributed import joined
+from plotarmour.training.ending import Ending, is_complete
 from plotarmour.training.loop import train
 from plotarmour.training.out_of_memory import within_memory
 
@@ -98,7 +98,7 @@ def open_data(path: Path, tokenizer: str | None = None, stories: str = "endoftex
 
 def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resume: str = "auto",
               from_step: int | None = None, tokenizer: str | None = None, extend: bool = False,
-              on_row: Callable[[], None] | None = None) -> dict:
+              on_row: Callable[[], None] | None = None) -> Ending:
     """Start a run, or go on with one that stopped.
 
     Args:
@@ -112,7 +112,7 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
         on_row: called after every row of log.csv.
 
     Returns:
-        The content of DONE.json or STOPPED.json.
+        How the run ended, as DONE.json or STOPPED.json holds it.
 
     Raises:
         UserError: data that do not fit each other or the recipe, validation stories that stand in the training text,
@@ -153,7 +153,8 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
                 if (out / LOCK).exists():  # of a start that was killed after it had written DONE.json
                     with suppress(OSError, UserError), locked(out / LOCK, out):
                         pass
-                return {"done": _done(out)}
+                print(f"{out} is done already: nothing to do.")
+                return {"done": Ending.read(out)}
             held.enter_context(locked(out / LOCK, out))
             checkpoint = checkpoint_to_resume(out, resume, from_step, t.max_steps)
             if from_step is not None:
@@ -205,7 +206,7 @@ def load_run(folder: str | Path, which: str | int = "best", device: str = "auto"
         load_model(checkpoint, model)
         model = model.to(machine.device).eval()
     step = step_of(checkpoint)
-    if not (folder / "DONE.json").exists():
+    if not is_complete(folder):
         warnings.warn(f"{folder} is not finished: this is its checkpoint of step {step:,}. Go on with the command that "
                       "started it.", stacklevel=2)
     return Run(folder, model, tokenizer, recipe, info, step, machine)
@@ -258,8 +259,3 @@ def _restore(path: Path, text: str) -> None:
     if not path.is_file() or path.read_bytes() != text.encode():
         warnings.warn(f"{path} was damaged or missing: written again.", stacklevel=2)
         write_text(path, text)
-
-
-def _done(out: Path) -> dict:
-    print(f"{out} is done already: nothing to do.")
-    return json.loads((out / "DONE.json").read_text(encoding="utf-8"))

@@ -121,10 +121,10 @@ def test_an_extended_run_goes_on_to_the_new_end_by_the_longer_schedule(schedule,
     """Guards: an extension that starts over, keeps the old rates or is noted anew at every start; a run.json that
     says another length than the run has."""
     run, short, long = tmp_path / "run", {"schedule": schedule}, {"schedule": schedule, "max_steps": 12}
-    assert train(token_files, run, short)["step"] == 6
+    assert train(token_files, run, short).step == 6
     log = (run / "log.csv").read_text()
     final = train(token_files, run, long, extend=True)
-    assert (final["step"], final["reason"]) == (12, "max_steps")
+    assert (final.step, final.reason) == (12, "max_steps")
     assert "continuing" in (said := capsys.readouterr().out) and "may go up again" in said
     assert (run / "log.csv").read_text().startswith(log)
     expected = [learning_rate(s, changed(**(short if s < 6 else long)).training) for s in range(12)]
@@ -153,7 +153,7 @@ def test_a_run_extended_before_its_rates_fall_has_the_bits_of_one_that_was_alway
     """Guards: an extension that differs from the run it stands for; a step back that nobody can see in run.json."""
     train(token_files, tmp_path / "whole", {"max_steps": 9})
     final = train(token_files, run, {"max_steps": 9}, extend=True, from_step=3)
-    assert final["step"] == 9 and bits(run) == bits(tmp_path / "whole")
+    assert final.step == 9 and bits(run) == bits(tmp_path / "whole")
     assert rates(run) == rates(tmp_path / "whole")
     back, longer = info_of(run)["changes"]
     assert (back["why"], back["step"], back["reached"]) == ("--from-step", 3, [6, 3])
@@ -161,7 +161,7 @@ def test_a_run_extended_before_its_rates_fall_has_the_bits_of_one_that_was_alway
 
 
 @pytest.mark.parametrize(("is_done", "from_step", "message"), [
-    (True, None, "ended at step 6: max_steps, with max_steps = 6. It goes on only with a higher max_steps; found 4"),
+    (True, None, "ended at step 6: max_steps, with max_steps = 6. It continues only with a higher max_steps; found 4"),
     (False, None, "is at step 6, beyond max_steps = 4; set max_steps to at least 6, or go back to a kept step"),
     (True, 6, "is at step 6, beyond max_steps = 4; set max_steps to at least 6, or name an earlier step"),
 ], ids=["finished", "not finished", "gone back"])
@@ -174,22 +174,22 @@ def test_a_run_is_not_made_shorter_than_it_is(run, token_files, is_done, from_st
     with pytest.raises(UserError, match=message):
         train(token_files, run, {"max_steps": 4}, extend=True, from_step=from_step)
     assert contents(run) == before
-    assert train(token_files, run)["step"] == 6
+    assert train(token_files, run).step == 6
 
 
 def test_early_stopping_that_has_fired_is_extended_by_patience_only(token_files, tmp_path):
     """Guards: an extension that ends on the spot without a word, and a run.json that calls the run longer."""
     worse = {"learning_rate": 30.0, "warmup_steps": 0, "max_steps": 9, "eval_interval": 1, "patience": 2}
     final = train(token_files, tmp_path / "run", worse)
-    assert final["reason"] == "early stopping" and final["step"] < 9
+    assert final.reason == "early stopping" and final.step < 9
     before = contents(tmp_path / "run")
     with pytest.raises(UserError, match=r"ended at step .: early stopping, with patience = 2. .* only with a higher "
                                         r"patience \(or 0, for no limit\); found 2"):
         train(token_files, tmp_path / "run", worse | {"max_steps": 20}, extend=True)
     assert contents(tmp_path / "run") == before
     more = train(token_files, tmp_path / "run", worse | {"patience": 3}, extend=True)
-    assert more["step"] == final["step"] + 1 and more["reason"] == "early stopping"
-    assert train(token_files, tmp_path / "run", worse | {"patience": 0}, extend=True)["reason"] == "max_steps"
+    assert more.step == final.step + 1 and more.reason == "early stopping"
+    assert train(token_files, tmp_path / "run", worse | {"patience": 0}, extend=True).reason == "max_steps"
     assert [change["patience"] for change in info_of(tmp_path / "run")["changes"]] == [[2, 3], [3, 0]]
 
 
@@ -197,16 +197,16 @@ def test_other_pieces_of_the_same_rows_go_on_and_are_noted(run, token_files):
     """Guards: a run bound to the memory of the machine it began on; other bits without a trace of why."""
     before = json.loads((run / "DONE.json").read_text())
     final = train(token_files, run, {"micro_batch_size": 4}, from_step=3)
-    assert final["val_loss"] == pytest.approx(before["val_loss"], rel=1e-5)
+    assert final.val_loss == pytest.approx(before["val_loss"], rel=1e-5)
     noted = info_of(run)["changes"][1]
     assert noted.pop("utc") and noted == {"step": 3, "why": "settings", "micro_batch_size": [2, 4]}
-    assert final["micro_batch_size"] == load_run(run).config.training.micro_batch_size == 4
+    assert final.micro_batch_size == load_run(run).config.training.micro_batch_size == 4
 
 
 def test_a_run_that_goes_on_with_auto_takes_the_pieces_that_fit(run, token_files, monkeypatch):
     """Guards: all rows of a step at once, where memory is short, because the run began with smaller pieces."""
     monkeypatch.setattr(runs, "memory_bytes", lambda device: 0)
-    assert train(token_files, run, {"micro_batch_size": "auto"}, from_step=3)["micro_batch_size"] == 1
+    assert train(token_files, run, {"micro_batch_size": "auto"}, from_step=3).micro_batch_size == 1
 
 
 def test_a_change_of_processes_is_noted_once(run):
@@ -240,16 +240,16 @@ def test_going_back_takes_the_best_of_then(token_files, tmp_path):
     out, settings = tmp_path / "run", {"max_steps": 12, "keep_every": 3, "eval_interval": 5, "checkpoint_interval": 3}
     train(token_files, out, settings)
     stopped = train(token_files, out, settings | {"max_minutes": 1e-7}, from_step=3)
-    assert stopped["best_step"] == 0  # nothing else was evaluated by then
+    assert stopped.best_step == 0  # nothing else was evaluated by then
     assert find_checkpoint(out, "best").name == "step_00000000"
 
     out, settings = tmp_path / "other", settings | {"keep_every": 9, "eval_interval": 6}
     train(token_files, out, settings)
     [row] = [row for row in rows_of(out) if row["step"] == "6"]
     stopped = train(token_files, out, settings | {"max_minutes": 1e-7}, from_step=9)  # the best was 6, which is gone
-    assert stopped["step"] == 10 and stopped["best_step"] == 9
-    assert stopped["best_val_loss"] == stopped["val_loss"] < 6
-    assert stopped["val_loss"] != pytest.approx(float(row["val_loss"]), abs=1e-6)
+    assert stopped.step == 10 and stopped.best_step == 9
+    assert stopped.best_val_loss == stopped.val_loss < 6
+    assert stopped.val_loss != pytest.approx(float(row["val_loss"]), abs=1e-6)
 
 
 def test_another_machine_or_program_is_noted_and_said(run, capsys):

@@ -16,14 +16,6 @@ from plotarmour.cli import HelpFormatter, outwait_others, run_command
 from plotarmour.config import DataConfig, load_recipe, recipe_names, warn_ignored
 from plotarmour.models import KINDS
 
-WHAT_NOW = {
-    "non-finite": "loss or gradients were not finite ten steps in a row, and no update was made of them. The last good "
-                  "checkpoint is of step {last_checkpoint:,}. Going on from there is likely to meet the same: start "
-                  "anew in another --out, with a lower learning_rate",
-    "lost a process": "another process of this run has died; the same command goes on from the checkpoint of step "
-                      "{last_checkpoint:,}",
-}
-
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
@@ -48,17 +40,16 @@ def main() -> None:
     args = build_parser().parse_args()
     recipe = load_recipe(args.recipe, args.model, args.overrides)
     from plotarmour.run import train_run
-    from plotarmour.suite.messages import UNTRAINED
     from plotarmour.suite.multi_gpu import stop_with_launcher
     from plotarmour.training.distributed import LostProcess, ToldElsewhere
-    from plotarmour.training.loop import DONE
+    from plotarmour.training.ending import Reason
 
     launched, is_first = stop_with_launcher(), os.environ.get("RANK", "0") == "0"
     if is_first and not launched and args.tokenizer is None:  # a notebook's overrides have made the token files, too
         warn_ignored(recipe, [field.name for field in fields(DataConfig)], "the token files are made already")
     try:
-        final = train_run(recipe, args.train, args.val, args.out, args.resume, args.from_step, args.tokenizer,
-                          args.extend)
+        ending = train_run(recipe, args.train, args.val, args.out, args.resume, args.from_step, args.tokenizer,
+                           args.extend)
     except LostProcess:
         if is_first:  # before there was anything to train: in training it says so itself, and saves
             print("another process of this run has died before training began", file=sys.stderr, flush=True)
@@ -66,21 +57,15 @@ def main() -> None:
         sys.exit(1)  # the first process says so, unless it is the one that was lost
     except ToldElsewhere:
         sys.exit(0)  # torchrun ends them all as soon as one fails, and the first has something to say
-    reason, code = final["reason"], 0
-    if reason.startswith("signal"):
-        code = 130
-    elif reason in ("non-finite", "lost a process"):
-        code = 1
-    if is_first and not launched:  # a notebook says so itself
-        print(f"{args.out}: {reason} at step {final['step']:,} after {final['tokens_seen']:,} tokens and "
-              f"{final['elapsed_s']:,.0f} s; best validation loss {final['best_val_loss']:.4f} at step "
-              f"{final['best_step']:,}{UNTRAINED if final['best_step'] == 0 < final['step'] else ''}")
-        if reason not in DONE:
-            print(WHAT_NOW.get(reason, "not finished: the same command goes on from here").format(**final))
+    if is_first and not launched:  # a notebook prints this itself
+        print(f"{args.out}: {ending.label}; {ending.step:,} steps, {ending.tokens_seen:,} tokens, "
+              f"{ending.elapsed_s:,.0f} s; best: {ending.best}")
+        if not ending.is_done:
+            print(ending.advice())
     sys.stdout.flush()
-    if is_first and reason == "lost a process":
+    if is_first and ending.reason == Reason.LOST_PROCESS:
         outwait_others()
-    sys.exit(code if is_first else 0)  # as above: the first may still be saving
+    sys.exit(ending.exit_code if is_first else 0)  # as above: the first may still be saving
 
 
 if __name__ == "__main__":

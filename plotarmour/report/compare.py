@@ -1,7 +1,6 @@
 """The third step of the suite: scores every story under some runs, checks for leaks, and writes tables and figures."""
 
 import dataclasses
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from plotarmour.report.page import write_report
 from plotarmour.report.verdict import arm_table, summarise
 from plotarmour.resume import read_info
 from plotarmour.run import Run, check_same_tokenizer, load_run, recipe_of
+from plotarmour.training.ending import Ending, is_complete
 
 OUTPUTS = ("report.html", "summary.txt", "totals.csv", "arms.csv", "pairs.csv", "checks.csv", "positions.csv",
            "win_shares.csv", "different_stories.csv", "samples.csv", "perplexity.png", "training_curves.png",
@@ -162,17 +162,17 @@ def budget_of(run) -> dict:
 
     Tokens, steps and seconds are those of the whole run; `checkpoint_step` is the step that was scored.
     """
-    final = _ending(run)
-    shape, tokens = run.model.config, final.get("tokens_seen")
+    ending = Ending.read(run.folder)
+    shape, tokens = run.model.config, ending and ending.tokens_seen
     flops = shape.flops_per_token(run.context_length)
     return {"model": run.config.model, "seed": run.config.training.seed, "params": run.info["params"],
             "params_non_embedding": run.info["params_non_embedding"], "params_per_token": shape.weights_per_token,
             "train_tokens": tokens, "flops_per_token": flops,
             # Backward has two products for each one of forward, the gradients of both its sides.
             "train_flops": None if tokens is None else 3 * flops * tokens,
-            "steps": final.get("step"), "checkpoint_step": run.step, "train_s": final.get("elapsed_s"),
-            "peak_memory_mib": final.get("peak_memory_mib"), "hardware": run.info["hardware"],
-            "ended": final.get("reason", "unfinished")}
+            "steps": ending and ending.step, "checkpoint_step": run.step, "train_s": ending and ending.elapsed_s,
+            "peak_memory_mib": ending and ending.peak_memory_mib, "hardware": run.info["hardware"],
+            "ended": str(ending.reason) if ending else "unfinished"}
 
 
 def differences(runs: list) -> list[str]:
@@ -187,8 +187,8 @@ def differences(runs: list) -> list[str]:
                  "windows": lambda run: run.config.training.windows,
                  "hardware": lambda run: run.info["hardware"], "dtype": lambda run: run.info["dtype"],
                  "processes": lambda run: run.info.get("processes", 1),
-                 "tokens": lambda run: f"{_ending(run).get('tokens_seen') or 0:,}",
-                 "end": lambda run: _ending(run).get("reason", "unfinished")}
+                 "tokens": lambda run: f"{ending.tokens_seen:,}" if (ending := Ending.read(run.folder)) else "unknown",
+                 "end": lambda run: ending.reason if (ending := Ending.read(run.folder)) else "unfinished"}
     found = []
     for what, value in looked_at.items():
         names: dict[str, list[str]] = {}
@@ -280,12 +280,6 @@ def _write(found: Comparison, out: Path, scores: dict[str, pd.DataFrame], positi
     write_report(found, out)
 
 
-def _ending(run) -> dict:
-    """How a run ended, or stopped for now; empty while it is under way."""
-    return next((json.loads((run.folder / name).read_text(encoding="utf-8"))
-                 for name in ("DONE.json", "STOPPED.json") if (run.folder / name).exists()), {})
-
-
 def _clear(out: Path) -> None:
     """Remove what an earlier comparison has left in a folder, and nothing else."""
     if (out / "totals.csv").exists():
@@ -321,7 +315,7 @@ def _check_names(folders: list[Path]) -> None:
 
 
 def _check_ended(folders: list[Path]) -> None:
-    waiting = [folder.name for folder in folders if not (folder / "DONE.json").exists()]
+    waiting = [folder.name for folder in folders if not is_complete(folder)]
     if waiting:
         raise UserError(f"{', '.join(waiting)}: not finished, no DONE.json; expected runs that have ended. Go on with "
                         "the commands that started them, or add --unfinished (in notebook 3: unfinished = True) to "

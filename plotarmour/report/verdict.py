@@ -7,7 +7,7 @@ import pandas as pd
 from plotarmour.evaluation.arms import MATCHINGS, UNBOUNDED, Arm
 from plotarmour.evaluation.metrics import totals
 from plotarmour.report.figures import arm_label
-from plotarmour.training.loop import DONE
+from plotarmour.training.ending import DONE
 
 NOT_CLAIMED = (
     "what larger models, longer training or other texts would give: small models on little text, as in the table",

@@ -9,8 +9,9 @@ from typing import Any
 
 from plotarmour.cli import UserError
 from plotarmour.files import publish, unfinished
+from plotarmour.training import ending
 
-FILES = ("log.csv", "log.cut.csv", "run.json", "DONE.json", "STOPPED.json")
+FILES = ("log.csv", "log.cut.csv", "run.json", *ending.FILES)
 
 
 def pack_run(run: Path) -> Path:

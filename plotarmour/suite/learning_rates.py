@@ -8,17 +8,18 @@ import pandas as pd
 
 from plotarmour.config import Recipe, training_settings
 from plotarmour.report.compare import write_csv
+from plotarmour.training.ending import Ending, Reason
 
 ENOUGH = 3  # learning rates: with two, each is at an edge
 
 
-def compare_rates(runs: list[tuple[Recipe, dict]]) -> list[dict[str, object]]:
+def compare_rates(runs: list[tuple[Recipe, Ending]]) -> list[dict[str, object]]:
     """Compare runs that differ only in their learning rate.
 
     A run that stopped because its loss was not finite counts as tried: it shows which rate is too high.
 
     Args:
-        runs: resolved recipe and ending (DONE.json, or STOPPED.json of a diverged run) of each run of a grid.
+        runs: resolved recipe and ending of each run of a grid that is complete or has diverged.
 
     Returns:
         A row per run, rates ascending, where at least three rates were tried: model, learning_rate, best_val_loss
@@ -27,7 +28,7 @@ def compare_rates(runs: list[tuple[Recipe, dict]]) -> list[dict[str, object]]:
     """
     groups: dict[str, list] = {}
     for recipe, ending in runs:
-        diverged, loss = ending["reason"] == "non-finite", ending.get("best_val_loss")
+        diverged, loss = ending.reason == Reason.NON_FINITE, ending.best_val_loss
         settings = _all_but_the_rate(recipe)
         loss = loss if not diverged and loss is not None and math.isfinite(loss) else None
         groups.setdefault(json.dumps(settings, sort_keys=True), []).append(
@@ -63,7 +64,7 @@ def describe_rates(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def write_rates(runs: list[tuple[Recipe, dict]], out: Path) -> str:
+def write_rates(runs: list[tuple[Recipe, Ending]], out: Path) -> str:
     """Write learning_rates.csv where rates can be compared, and return its description; "" where they cannot."""
     rows = compare_rates(runs)
     if rows:

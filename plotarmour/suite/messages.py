@@ -1,27 +1,16 @@
 """A run in words: what it is going to do, how it ended, and what to do next."""
 
-import math
 import textwrap
 from pathlib import Path
 
 from plotarmour.config import Recipe
-from plotarmour.evaluation.metrics import perplexity
+from plotarmour.training.ending import Ending, Reason
 from plotarmour.training.progress import duration
 
 WIDTH = 100
 
-ENDED = {"max_steps": "done: all steps taken", "schedule_minutes": "done: the schedule's minutes are over",
-         "early stopping": "done: validation had stopped improving",
-         "time budget": "stopped: this session's time is over", "non-finite": "stopped: loss or gradients not finite",
-         "lost a process": "stopped: another process of this run has died"}
-RESUME = ("Run the cell again: it goes on from step {last_checkpoint:,}. In a new session, attach this one's output "
-          "first, and set continue_from to its run folder {run}.")
-NEXT = {"non-finite": "Ten steps in a row were not finite, and no update was made of them; the checkpoint of step "
-                      "{last_checkpoint:,} is the last good one. Going on from there is likely to "
-                      "meet the same: start anew in another results folder with a lower learning_rate in overrides.",
-        "lost a process": "What it said, if anything, stands above the curves. " + RESUME}
-
-UNTRAINED = ", before any training: not better, or not evaluated, since"
+NEW_SESSION = (" In a new session, attach the output of this one first, and set continue_from to its run folder "
+               "{run}.")
 
 
 def tell_recipe(recipe: Recipe) -> str:
@@ -39,31 +28,28 @@ def tell_recipe(recipe: Recipe) -> str:
                      for name, group in groups.items())
 
 
-def tell_ending(final: dict, run: Path) -> str:
-    """Tell how a run ended, in lines for people, and what to do where it is not done.
+def tell_ending(ending: Ending, run: Path) -> str:
+    """Describe how a run ended, in lines for people, and what to do where it is not complete.
 
     Args:
-        final: what DONE.json or STOPPED.json holds.
+        ending: of the run.
         run: its folder.
     """
-    reason, best = final["reason"], final["best_val_loss"]
-    untrained = UNTRAINED if final["best_step"] == 0 < final["step"] else ""
-    is_done = ENDED.get(reason, "").startswith("done")
-    rows = {run.name: ENDED.get(reason, f"stopped by {reason}"),
-            "trained": f"{final['step']:,} steps, {final['tokens_seen']:,} tokens, {duration(final['elapsed_s'])} over "
-                       "all sessions",
-            "best": f"validation loss {best:.4f} (perplexity {perplexity(best):,.2f}) at step "
-                    f"{final['best_step']:,}{untrained}" if math.isfinite(best) else "never evaluated"}
-    if final.get("input_wait_s") is not None:
-        rows["waited"] = f"{final['input_wait_s']:.1f} s for batches, in the last session"
-    if final.get("peak_memory_mib"):
-        rows["memory"] = (f"{final['peak_memory_mib'] / 1024:.2f} GiB at most, in micro-batches of "
-                          f"{final.get('micro_batch_size', '?')} rows")
-    if final["skipped_steps"] or final["scaler_overflows"]:
-        rows["no update"] = (f"in {final['skipped_steps']:,} steps that were not finite, and in "
-                             f"{final['scaler_overflows']:,} that overflowed float16")
-    if not is_done:
-        rows["next"] = NEXT.get(reason, RESUME).format(run=run.name, **final)
+    rows = {run.name: ending.label,
+            "trained": f"{ending.step:,} steps, {ending.tokens_seen:,} tokens, {duration(ending.elapsed_s)} over all "
+                       "sessions",
+            "best": ending.best,
+            "waited": f"{ending.input_wait_s:.1f} s for batches, in the last session"}
+    if ending.peak_memory_mib:
+        rows["memory"] = (f"{ending.peak_memory_mib / 1024:.2f} GiB at most, in micro-batches of "
+                          f"{ending.micro_batch_size} rows")
+    if ending.skipped_steps or ending.scaler_overflows:
+        rows["no update"] = (f"in {ending.skipped_steps:,} steps that were not finite, and in "
+                             f"{ending.scaler_overflows:,} that overflowed float16")
+    if not ending.is_done:
+        rows["next"] = ending.advice("This cell, run again,")
+        if ending.reason != Reason.NON_FINITE:
+            rows["next"] += NEW_SESSION.format(run=run.name)
     width = max(map(len, rows))
     return "\n".join(_hanging(key, value, width + 2) for key, value in rows.items())
 

@@ -5,7 +5,6 @@ end is closed. That happens when somebody asks for it, and also when this proces
 trains on alone. torchrun itself gets no signal, which would give its processes 30 seconds.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -24,12 +23,12 @@ from plotarmour.config import Recipe
 from plotarmour.limits import cores
 from plotarmour.suite.relay import Relay
 from plotarmour.training.distributed import check_share
+from plotarmour.training.ending import Ending, Reason, ending_stamp
 from plotarmour.training.stopping import StopRequest, ask_to_stop
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "train.py"
 STOP_AT_EOF = "PLOTARMOUR_STOP_AT_EOF"  # set for the processes that are started here
 LOOK_S = 0.5  # between two looks at what they do
-ENDINGS = ("DONE.json", "STOPPED.json")
 
 
 def check_gpus(gpus: int, recipe: Recipe) -> None:
@@ -52,7 +51,7 @@ def check_gpus(gpus: int, recipe: Recipe) -> None:
 
 
 def launch(recipe: Recipe, name: str, train: Path, val: Path, out: Path, overrides: list[str], gpus: int,
-           extend: bool = False, from_step: int | None = None, on_row: Callable[[], None] | None = None) -> dict:
+           extend: bool = False, from_step: int | None = None, on_row: Callable[[], None] | None = None) -> Ending:
     """Train one model on several GPUs (or processes on the CPU) of this machine; see `plotarmour.run.train_run`.
 
     An interrupt, or SIGTERM, is a request to stop: they finish their step and save. A second one ends them at once.
@@ -67,7 +66,7 @@ def launch(recipe: Recipe, name: str, train: Path, val: Path, out: Path, overrid
         on_row: called, in this process, after log.csv has grown.
 
     Returns:
-        The content of DONE.json or STOPPED.json.
+        How the run ended.
 
     Raises:
         UserError: that one of them met.
@@ -76,7 +75,7 @@ def launch(recipe: Recipe, name: str, train: Path, val: Path, out: Path, overrid
     """
     options = [part for o in overrides for part in ("--set", o)]
     options += ["--extend"] * extend + (["--from-step", str(from_step)] if from_step is not None else [])
-    before = [_stamp(out / ending) for ending in ENDINGS]
+    before = ending_stamp(out)
     with tempfile.TemporaryDirectory(prefix="plotarmour_", ignore_cleanup_errors=True) as logs, StopRequest() as stop:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}",
                    "--redirects=3", f"--log-dir={logs}", str(TOOL), "--recipe", name, "--model", recipe.model,
@@ -100,11 +99,13 @@ def launch(recipe: Recipe, name: str, train: Path, val: Path, out: Path, overrid
         finally:
             _leave_nobody(process)
             relay.pass_on(to_the_end=True)
-        found = _ending(out, before, process.returncode)
-        if found is None or found["reason"] == "lost a process":
+        ending = Ending.read(out)
+        if process.returncode and ending_stamp(out) == before:  # of an earlier session
+            ending = None
+        if ending is None or ending.reason == Reason.LOST_PROCESS:
             relay.pass_on_others(gpus)
-        if found is not None:
-            return found
+        if ending is not None:
+            return ending
         if relay.errors:
             raise UserError(relay.errors[-1])
         if stop.asked:
@@ -132,19 +133,6 @@ def stop_with_launcher() -> bool:
 
     threading.Thread(target=wait, daemon=True).start()
     return True
-
-
-def _ending(out: Path, before: list, code: int) -> dict | None:
-    """What the run has ended with; None if it has written nothing and failed."""
-    for ending, stamp in zip(ENDINGS, before, strict=True):
-        path = out / ending
-        if path.exists() and (code == 0 or _stamp(path) != stamp):
-            return json.loads(path.read_text(encoding="utf-8"))
-    return None
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
 
 
 def _size(path: Path) -> int:

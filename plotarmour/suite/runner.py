@@ -6,12 +6,11 @@ tokenizer and text) and, where it failed, from the error in its executed noteboo
 
 import csv
 import io
-import json
 import shutil
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from plotarmour.cli import UserError
@@ -24,6 +23,7 @@ from plotarmour.suite.notebooks import ROOT, tidy_streams
 from plotarmour.suite.papermill import failure, read_executed, run_notebook, start_notebook, stop_notebooks
 from plotarmour.suite.steps import find_prepared, prepare
 from plotarmour.training.checkpoint import latest_whole_step
+from plotarmour.training.ending import Ending, Reason
 from plotarmour.training.log import last_step
 from plotarmour.training.progress import duration
 
@@ -44,7 +44,7 @@ class State:
         status: waiting, running, done, stopped or failed.
         reason: of DONE.json or STOPPED.json, or why the row failed.
         error: kind of the exception of a failed row, such as "UserError"; "" for none.
-        ending: DONE.json or STOPPED.json of the row's own run; None where there is none.
+        ending: how the row's own run ended; None where it has not.
         begun: when this start began the row, by time.monotonic(); None for a row that it has not run.
         seconds: how long the row took in this start.
     """
@@ -53,7 +53,7 @@ class State:
     status: str = "waiting"
     reason: str = ""
     error: str = ""
-    ending: dict | None = None
+    ending: Ending | None = None
     begun: float | None = None
     seconds: float = 0.0
 
@@ -84,7 +84,7 @@ def run_grid(grid: Grid, text: Path | None = None, extra_text: Path | None = Non
             states = _run_rows(grid)
             ended = [state for state in states if state.row.recipe and state.ending]
             rates = write_rates([(state.row.recipe, state.ending) for state in ended
-                                 if state.status == "done" or state.ending["reason"] == "non-finite"], out)
+                                 if state.status == "done" or state.ending.reason == Reason.NON_FINITE], out)
     except UserError:
         if is_new and not any(row.folder.exists() for row in grid.rows):
             shutil.rmtree(out, ignore_errors=True)
@@ -154,18 +154,14 @@ def find_state(row: Row) -> State:
     It is waiting where there is no DONE.json or STOPPED.json, where the folder holds a run of other settings, tokenizer
     or text, and where the last checkpoint of a finished run is missing.
     """
-    for name, status in (("DONE.json", "done"), ("STOPPED.json", "stopped")):
-        try:
-            ending = json.loads((row.folder / name).read_text(encoding="utf-8"))
-            reason, step = str(ending["reason"]), ending.get("step")
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        has_weights = row.recipe is None or status == "stopped" or latest_whole_step(row.folder) == step
+    ending = Ending.read(row.folder)
+    if ending is not None:
+        has_weights = row.recipe is None or not ending.is_done or latest_whole_step(row.folder) == ending.step
         if has_weights and is_of(row):
-            return State(row, status, reason, ending=ending)
-    if row.recipe is None and (row.folder / "DONE.json").exists():  # such a notebook does not look whose run it is
-        return State(row, "failed", f"{row.folder} holds a run of other settings. Name this run otherwise, or use "
-                     "another --out", "UserError")
+            return State(row, "done" if ending.is_done else "stopped", ending.reason, ending=ending)
+        if row.recipe is None and ending.is_done:  # such a notebook does not look whose run it is
+            return State(row, "failed", f"{row.folder} holds a run of other settings. Name this run otherwise, or use "
+                         "another --out", "UserError")
     return State(row)
 
 
@@ -213,7 +209,7 @@ def summary_row(state: State, grid: Grid) -> dict[str, object]:
                     "max_steps": t.max_steps}
     if state.ending is not None and row.recipe is not None:
         measured = read_info(row.folder) | measured
-    measured |= state.ending or {}
+    measured |= asdict(state.ending) if state.ending else {}
     cells = {"run": row.run, "status": {"running": "waiting"}.get(state.status, state.status),
              "reason": " ".join(state.reason.split())}
     for column in grid.columns:
@@ -296,7 +292,7 @@ def event_line(states: list[State], i: int, at_once: int) -> str:
     Example: [2/12] bdh_seed-2 done in 8 min, validation loss 1.2500 | 2 done, 10 waiting; about 80 min left
     """
     state = states[i]
-    loss = (state.ending or {}).get("best_val_loss") if state.status == "done" else None
+    loss = state.ending.best_val_loss if state.status == "done" and state.ending else None
     result = state.reason if loss is None else f"validation loss {loss:.4f}"
     return (f"[{i + 1}/{len(states)}] {state.row.run} {state.status} in {duration(state.seconds)}, {result} | "
             f"{counts(states, at_once)}")

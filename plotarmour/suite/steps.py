@@ -17,6 +17,7 @@ from plotarmour.resume import read_info
 from plotarmour.run import train_run
 from plotarmour.suite.live import LiveCurves
 from plotarmour.suite.multi_gpu import check_gpus, launch
+from plotarmour.training.ending import Ending
 
 CORPUS_SETTINGS = ("corpus_stories", "corpus_seed", "corpus_min_events", "corpus_max_events")
 OPTIONAL = {"extra": "tokens.extra.bin", "facts": "built-in.facts.jsonl"}  # not every recipe has them
@@ -102,7 +103,7 @@ def find_prepared(folder: Path) -> dict[str, Path]:
 
 
 def train_recipe(name: str, model: str, data_folder: Path, out: Path, overrides: list[str] = (),
-                 continue_from: Path | None = None, gpus: int = 1, extend: bool = False, from_step: int = -1) -> dict:
+                 continue_from: Path | None = None, gpus: int = 1, extend: bool = False, from_step: int = -1) -> Ending:
     """Train one model of a recipe on prepared token files; see `plotarmour.run.train_run`.
 
     In a notebook, the curves are drawn meanwhile.

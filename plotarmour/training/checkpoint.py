@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from plotarmour.cli import UserError
 from plotarmour.files import publish, sync_file, sync_folder, unfinished, write_json, write_text
+from plotarmour.training import ending
 
 FORMAT = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -76,8 +77,7 @@ def rewind(run: Path, step: int) -> None:
         if step_of(folder) > step:
             _remove(folder)
     sync_folder(run / "checkpoints")
-    for name in ("DONE.json", "STOPPED.json"):
-        (run / name).unlink(missing_ok=True)
+    ending.forget_ending(run)
 
 
 def tidy(run: Path, checkpoint: Path | None, keep_every: int) -> None:
@@ -86,7 +86,7 @@ def tidy(run: Path, checkpoint: Path | None, keep_every: int) -> None:
     Only for the holder of the run's lock, with the checkpoint that it continues from (None: a new run). Later ones,
     which are damaged, stay until the next save.
     """
-    written = ("run.json", "tokenizer.json", "log.csv", "log.cut.csv", "DONE.json", "STOPPED.json")
+    written = ("run.json", "tokenizer.json", "log.csv", "log.cut.csv", *ending.FILES)
     leftovers = [path for name in written for path in run.glob(f".{name}.*.unfinished")]
     for path in [*leftovers, *(run / "checkpoints").glob(".*.unfinished")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()

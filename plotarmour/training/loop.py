@@ -19,10 +19,10 @@ from tqdm import tqdm
 from plotarmour.config import TrainingConfig
 from plotarmour.data.batches import Windows
 from plotarmour.evaluation.metrics import totals
-from plotarmour.files import write_json
 from plotarmour.machine import Machine, peak_memory, peak_memory_mib
 from plotarmour.training.checkpoint import load_training, record_change, save_checkpoint
 from plotarmour.training.distributed import ALONE, LostProcess, Ranks
+from plotarmour.training.ending import Ending, Reason, forget_ending
 from plotarmour.training.log import RunLog
 from plotarmour.training.out_of_memory import is_out_of_memory, release, too_large, warn_of_low_disk
 from plotarmour.training.pace import Pace
@@ -32,12 +32,11 @@ from plotarmour.training.step import EVALUATION_ROWS, Update, Updates, evaluate_
 from plotarmour.training.stopping import StopRequest, session_minutes
 
 NON_FINITE_IN_A_ROW = 10
-DONE = ("max_steps", "schedule_minutes", "early stopping")  # reasons for DONE.json; all others are for STOPPED.json
 
 
 def train(run: Path, model: nn.Module, windows: Windows, val_windows: Windows, token_bytes: np.ndarray | None,
           config: TrainingConfig, machine: Machine, resume_from: Path | None = None, ranks: Ranks = ALONE,
-          begin_with: int | None = None, on_row: Callable[[], None] | None = None) -> dict:
+          begin_with: int | None = None, on_row: Callable[[], None] | None = None) -> Ending:
     """Train until the schedule ends, early stopping fires, or something stops the run.
 
     Args:
@@ -54,7 +53,7 @@ def train(run: Path, model: nn.Module, windows: Windows, val_windows: Windows, t
         on_row: called after every row of log.csv, such as to draw it.
 
     Returns:
-        What DONE.json or STOPPED.json holds; its `reason` tells which.
+        How the run ended, as DONE.json or STOPPED.json holds it.
 
     Raises:
         UserError: rows that cannot be shared out, a step that does not fit into memory even one row at a time, a disk
@@ -67,11 +66,14 @@ def train(run: Path, model: nn.Module, windows: Windows, val_windows: Windows, t
         try:
             return session.end(session.train(stop))
         except LostProcess:
+            ending = session.end(Reason.LOST_PROCESS)
+            # Printed here, while SIGTERM only sets a flag: torchrun sends it as soon as it sees the dead process, and
+            # after this block it would end the process without a word.
+            print("another process of this run has died; the same command continues from the latest checkpoint",
+                  file=sys.stderr, flush=True)
             if not ranks.is_first:
-                print("another process of this run has died; the same command goes on from the latest checkpoint",
-                      file=sys.stderr, flush=True)  # it may be the first one, which cannot say so
                 raise
-            return session.end("lost a process")
+            return ending
         finally:
             session.updates.close()
 
@@ -100,8 +102,7 @@ class _Session:
         if machine.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(machine.device)
         if ranks.is_first:
-            for name in ("DONE.json", "STOPPED.json"):
-                (run / name).unlink(missing_ok=True)
+            forget_ending(run)
             warn_of_low_disk(run, model, self.step, config)
             self.log = RunLog(run / "log.csv", -1 if self.is_new else self.step, self.state.pop("log_rows", None))
         asked, used = self.state.pop("split", (None, None))
@@ -109,7 +110,7 @@ class _Session:
         self.updates.begin(self.step, used if asked == config.micro_batch_size else
                            begin_with or config.micro_batch_rows)
 
-    def train(self, stop: StopRequest) -> str:
+    def train(self, stop: StopRequest) -> Reason:
         """Take steps until there is a reason not to; return it."""
         every_s = 1.0 if sys.stderr.isatty() else 5.0  # a notebook keeps every line
         with tqdm(total=self.config.max_steps, initial=self.step, desc=self.run.name, unit="step", mininterval=every_s,
@@ -126,7 +127,7 @@ class _Session:
                 self.write_row(None, None, self.evaluate())  # this was not known to be the last step
                 self.save()
             if reason is None and self._out_of_patience():
-                reason = "early stopping"
+                reason = Reason.EARLY_STOPPING
             while reason is None:
                 rate, update = self.take_step()
                 end = self._reached_end()
@@ -136,7 +137,7 @@ class _Session:
                 best = bool(evaluated) and self.state["best_step"] == self.step
                 reason = self._reason_to_stop(end, bool(evaluated), stop.asked)
                 due = reason or self.step % self.config.checkpoint_interval == 0
-                if best or (due and reason != "non-finite"):
+                if best or (due and reason != Reason.NON_FINITE):
                     self.save()
                 if reason is None:
                     self._say_when_it_ends()
@@ -213,19 +214,17 @@ class _Session:
                                 self.config.keep_every)
         self.saved = self.step
 
-    def end(self, reason: str) -> dict:
-        """Write DONE.json or STOPPED.json, and return what it holds."""
+    def end(self, reason: Reason) -> Ending:
+        """Write DONE.json or STOPPED.json, and return its content."""
         state = self.state
-        final = {"reason": reason, "step": self.step, "tokens_seen": state["tokens_seen"],
-                 "elapsed_s": round(self.pace.elapsed_s, 2), "train_loss": state["train_loss"],
-                 "val_loss": state["val_loss"], "best_step": state["best_step"],
-                 "best_val_loss": state["best_val_loss"], "skipped_steps": state["skipped_steps"],
-                 "scaler_overflows": state["scaler_overflows"],
-                 "peak_memory_mib": peak_memory_mib(self.machine.device), "last_checkpoint": self.saved or 0,
-                 "micro_batch_size": self.updates.micro_batch_size, "input_wait_s": round(self.updates.waited_s, 2)}
+        ending = Ending(
+            reason, self.step, state["tokens_seen"], round(self.pace.elapsed_s, 2), state["train_loss"],
+            state["val_loss"], state["best_step"], state["best_val_loss"], state["skipped_steps"],
+            state["scaler_overflows"], peak_memory_mib(self.machine.device), self.saved or 0,
+            self.updates.micro_batch_size, round(self.updates.waited_s, 2))
         if self.ranks.is_first:
-            write_json(self.run / ("DONE.json" if reason in DONE else "STOPPED.json"), final)
-        return final
+            ending.write(self.run)
+        return ending
 
     def _load(self, checkpoint: Path) -> None:
         self.state = load_training(checkpoint, self.model, self.updates.optimizer)
@@ -250,28 +249,28 @@ class _Session:
             release()
         return None
 
-    def _reached_end(self) -> str | None:
+    def _reached_end(self) -> Reason | None:
         """Why the schedule has ended, if it has."""
         if self.step >= self.config.max_steps:
-            return "max_steps"
+            return Reason.MAX_STEPS
         minutes = self.config.schedule_minutes
-        return "schedule_minutes" if minutes and self._schedule_s() >= 60 * minutes else None
+        return Reason.SCHEDULE_MINUTES if minutes and self._schedule_s() >= 60 * minutes else None
 
-    def _reason_to_stop(self, end: str | None, evaluated: bool, signal_name: str | None) -> str | None:
+    def _reason_to_stop(self, end: Reason | None, evaluated: bool, signal_name: str | None) -> Reason | None:
         limit = 60 * self.minutes - self._ahead_s()
         over = bool(self.minutes) and self.ranks.is_first and self.pace.session_s > limit
         asked, over = self.ranks.sum(signal_name is not None, over)
         if self.state["non_finite_in_a_row"] >= NON_FINITE_IN_A_ROW:
-            return "non-finite"
+            return Reason.NON_FINITE
         if evaluated:  # the time that it took may have been the last
             end = end or self._reached_end()
         if end:
             return end
         if evaluated and self._out_of_patience():
-            return "early stopping"
+            return Reason.EARLY_STOPPING
         if asked:
-            return f"signal {signal_name or 'to another process'}"
-        return "time budget" if over else None
+            return Reason(f"signal {signal_name or 'to another process'}")
+        return Reason.TIME_BUDGET if over else None
 
     def _out_of_patience(self) -> bool:
         patience = self.config.patience

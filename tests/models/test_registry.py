@@ -40,7 +40,7 @@ def test_a_third_kind_needs_one_entry_and_a_recipe(bigram, token_files, tmp_path
     """Guards: kinds that are also listed in config, figures or memory; a third one touched nine files."""
     final = train_run(bigram, token_files["train"], token_files["val"], tmp_path / "run")
     run = load_run(tmp_path / "run")
-    assert final["step"] == 2 and run.config.model == "bigram"
+    assert final.step == 2 and run.config.model == "bigram"
     assert run.info["params_non_embedding"] == run.model.config.core_params == 72
 
 

@@ -1,16 +1,18 @@
 import os
 import zipfile
+from dataclasses import replace
 
 import pytest
 
 from plotarmour.cli import UserError
 from plotarmour.suite.bundle import download_link, pack_run
 from plotarmour.suite.messages import tell_ending
+from plotarmour.training.ending import Ending, Reason
 from plotarmour.training.log import RunLog
 
-FINAL = {"reason": "max_steps", "step": 2200, "tokens_seen": 926179, "elapsed_s": 83.0, "train_loss": 0.5,
-         "val_loss": 0.6, "best_step": 2000, "best_val_loss": 0.5, "skipped_steps": 0, "scaler_overflows": 0,
-         "peak_memory_mib": 512.0, "last_checkpoint": 2200, "micro_batch_size": 4, "input_wait_s": 0.25}
+ENDING = Ending(Reason.MAX_STEPS, step=2200, tokens_seen=926179, elapsed_s=83.0, train_loss=0.5, val_loss=0.6,
+                best_step=2000, best_val_loss=0.5, skipped_steps=0, scaler_overflows=0, peak_memory_mib=512.0,
+                last_checkpoint=2200, micro_batch_size=4, input_wait_s=0.25)
 
 
 @pytest.fixture
@@ -61,12 +63,13 @@ def test_a_run_that_has_not_begun_is_refused(tmp_path):
 
 def test_an_ending_is_told_with_what_to_do_next(tmp_path):
     """Guards: a dict that the reader must decode; a stopped run that nobody knows how to go on with."""
-    told = tell_ending(FINAL, tmp_path / "bdh").splitlines()
+    told = tell_ending(ENDING, tmp_path / "bdh").splitlines()
     assert told == ["bdh      done: all steps taken", "trained  2,200 steps, 926,179 tokens, 83 s over all sessions",
                     "best     validation loss 0.5000 (perplexity 1.65) at step 2,000",
                     "waited   0.2 s for batches, in the last session",
                     "memory   0.50 GiB at most, in micro-batches of 4 rows"]
-    stopped = " ".join(tell_ending(FINAL | {"reason": "signal SIGINT"}, tmp_path / "bdh").split())
-    assert "stopped by signal SIGINT" in stopped and "goes on from step 2,200" in stopped
+    stopped = " ".join(tell_ending(replace(ENDING, reason=Reason.SIGINT), tmp_path / "bdh").split())
+    assert "stopped by signal SIGINT" in stopped and "continues from the checkpoint of step 2,200" in stopped
     assert "set continue_from to its run folder bdh" in stopped
-    assert "lower learning_rate" in tell_ending(FINAL | {"reason": "non-finite"}, tmp_path / "bdh")
+    failed = " ".join(tell_ending(replace(ENDING, reason=Reason.NON_FINITE), tmp_path / "bdh").split())
+    assert "with a lower learning_rate" in failed and "continue_from" not in failed

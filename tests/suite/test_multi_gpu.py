@@ -1,5 +1,4 @@
 import csv
-import json
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from plotarmour.run import train_run
 from plotarmour.suite import multi_gpu as launching
 from plotarmour.suite.multi_gpu import check_gpus, launch
 from plotarmour.suite.relay import Relay
+from plotarmour.training.ending import Ending
 
 SETTINGS = ["warmup_steps=0", "n_embd=16", "eval_tokens=200", "eval_interval=2", "log_interval=1", "device=cpu",
             "context_length=24", "schedule=linear_tail"]  # whose rate stays the same at first
@@ -87,8 +87,8 @@ def test_two_processes_learn_like_one_and_an_interrupt_waits_for_their_checkpoin
 
     final = start(token_files, two, [*SETTINGS, "max_steps=100000"], on_row=stop)
     assert "finishing the step, then saving" in capfd.readouterr().err
-    assert final == json.loads((two / "STOPPED.json").read_text()) and final["reason"] == "signal SIGINT"
-    assert final["last_checkpoint"] == final["step"] > 12
+    assert final == Ending.read(two) and final.reason == "signal SIGINT"
+    assert final.last_checkpoint == final.step > 12
     train_run(load_recipe("tiny", "bdh", [*SETTINGS, "max_steps=20"]), token_files["train"], token_files["val"],
               tmp_path / "one")
     for name in ("train_loss", "tokens_seen", "grad_norm"):
@@ -113,12 +113,12 @@ def test_a_launcher_that_is_killed_leaves_a_saved_run_and_nobody_behind(root, tm
     launcher.kill()
     launcher.wait()
     _, alive = psutil.wait_procs(family, timeout=60)
-    assert alive == [] and json.loads((tmp_path / "STOPPED.json").read_text())["reason"] == "signal SIGINT"
+    assert alive == [] and Ending.read(tmp_path).reason == "signal SIGINT"
 
 
 def test_a_users_mistake_arrives_in_one_line(token_files, tmp_path, tool, capfd):
     """Guards: torchrun's page of traceback around, and a stale ending in place of, what was wrong."""
-    (tmp_path / "STOPPED.json").write_text('{"reason": "of an earlier session"}')
+    (tmp_path / "STOPPED.json").write_text('{"reason": "time budget"}')
     tool(FAILS, said="error: found this; expected that.")
     with pytest.raises(UserError) as refused:
         start(token_files, tmp_path)
@@ -129,7 +129,7 @@ def test_what_the_second_process_alone_has_met_is_passed_on(root, token_files, t
     """Guards: a notebook that says "lost a process" of a disk that fails, and is started again for ever."""
     tool(ALONE_FAILS, train=str(root / "tools" / "train.py"))
     final = start(token_files, tmp_path / "run", [*SETTINGS, "max_steps=8"])
-    assert final["reason"] == "lost a process"
+    assert final.reason == "lost a process"
     lines = [line for line in capfd.readouterr().err.splitlines() if "/data/t.train.bin" in line]
     assert lines == ["[process 1] error: /data/t.train.bin: Input/output error. Check the path, its permissions and "
                      "the disk."]

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import nbformat
 import psutil
@@ -33,14 +33,16 @@ from plotarmour.suite.runner import (
 )
 from plotarmour.suite.steps import prepare
 from plotarmour.training.checkpoint import FILES, write_manifest
+from plotarmour.training.ending import Ending, Reason
 from plotarmour.training.log import RunLog
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="signals and limits")
 SMALL = ["corpus_stories=300", "tokenizer=bpe:400", "split=8:1:1", "n_embd=16", "max_steps=20", "warmup_steps=2",
          "eval_tokens=200", "eval_interval=5"]
 RATES = "model,overrides\n" + "".join(f"{m},learning_rate={r}\n" for m in ("bdh", "gpt2") for r in (0.001, 0.01, 0.1))
-FINAL = {"reason": "max_steps", "step": 20, "tokens_seen": 8000, "best_step": 20, "best_val_loss": 1.25,
-         "val_loss": 1.5, "elapsed_s": 3.5, "peak_memory_mib": 512.0}
+ENDING = Ending(Reason.MAX_STEPS, step=20, tokens_seen=8000, elapsed_s=3.5, train_loss=1.5, val_loss=1.5, best_step=20,
+                best_val_loss=1.25, skipped_steps=0, scaler_overflows=0, peak_memory_mib=512.0, last_checkpoint=20,
+                micro_batch_size=4, input_wait_s=0.25)
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +72,12 @@ def end(row, name="DONE.json", **changes):
         "format": 1, "recipe": row.recipe.to_dict(), "tokenizer": train["tokenizer"], "vocab_size": 400,
         "train": {"payload_sha256": train["payload_sha256"]}, "val": {"payload_sha256": val["payload_sha256"]},
         "dtype": "float32", "params": 1000, "params_non_embedding": 600, "hardware": "CPU, 2 threads"}))
-    (row.folder / name).write_text(json.dumps(FINAL | changes))
-    checkpoint = row.folder / "checkpoints" / f"step_{FINAL['step']:08d}"
+    (row.folder / name).write_text(json.dumps(asdict(ENDING) | changes))
+    checkpoint = row.folder / "checkpoints" / f"step_{ENDING.step:08d}"
     checkpoint.mkdir(parents=True, exist_ok=True)
     for file in FILES:
         (checkpoint / file).write_bytes(b"weights")
-    write_manifest(checkpoint, FINAL["step"])
+    write_manifest(checkpoint, ENDING.step)
 
 
 def executed_with(row, error="", message=""):
@@ -178,7 +180,7 @@ def test_each_event_is_one_line_and_so_is_what_runs(grid):
 def test_the_best_rate_is_chosen_on_validation_and_an_edge_is_reported(grid, tmp_path):
     """Guards: a rate at the edge of the grid reported as the best there is; a diverged run that is chosen or hidden."""
     losses = (1.5, 1.2, 1.3, 1.1, 1.2, 1.3)
-    runs = [(row.recipe, FINAL | {"best_val_loss": loss}) for row, loss in zip(grid.rows, losses, strict=True)]
+    runs = [(row.recipe, replace(ENDING, best_val_loss=loss)) for row, loss in zip(grid.rows, losses, strict=True)]
     lines = write_rates(runs, tmp_path).splitlines()
     assert lines[0] == ("bdh: of 3 learning rates from 0.001 to 0.1, 0.01 is best on validation, with a loss of "
                         "1.2000.")
@@ -186,11 +188,11 @@ def test_the_best_rate_is_chosen_on_validation_and_an_edge_is_reported(grid, tmp
     assert (tmp_path / "learning_rates.csv").read_text().splitlines()[:3] == [
         "model,learning_rate,best_val_loss,chosen,at_edge,settings", "bdh,0.001,1.5,False,True,",
         "bdh,0.01,1.2,True,False,"]
-    runs[2] = runs[2][0], {"reason": "non-finite", "best_val_loss": 0.9}
+    runs[2] = runs[2][0], replace(ENDING, reason=Reason.NON_FINITE, best_val_loss=0.9)
     rows = compare_rates(runs)
     assert rows[2]["best_val_loss"] is None and not rows[2]["chosen"] and "0.01 is best" in describe_rates(rows)
     assert [row["model"] for row in compare_rates(runs[:2] + runs[3:])] == ["gpt2"] * 3
-    seeds = [(replace(recipe, training=replace(recipe.training, seed=i)), FINAL) for i, (recipe, _) in enumerate(runs)]
+    seeds = [(replace(recipe, training=replace(recipe.training, seed=i)), ENDING) for i, (recipe, _) in enumerate(runs)]
     assert compare_rates(seeds) == []
     assert write_rates([], tmp_path) == "" and not (tmp_path / "learning_rates.csv").exists()
 

@@ -47,7 +47,7 @@ def test_from_text_to_comparison(run_main, tmp_path):
         options = [o for s in ("max_steps=4", "warmup_steps=1", "n_embd=16", "eval_tokens=100") for o in ("--set", s)]
         code, out, _ = run_main("train", "--recipe", "tiny", "--model", model, "--train", train, "--val", val, "--out",
                                 run, *options)
-        assert code == 0 and "max_steps at step 4" in out
+        assert code == 0 and "done: all steps taken; 4 steps" in out
     code, out, _ = run_main("compare", *runs, "--data", test, "--train", train, "--facts", tmp_path / "t.facts.jsonl",
                             "--out", tmp_path / "c")
     assert code == 0 and "bigram baseline" in out and "over corpus" in out
@@ -270,7 +270,7 @@ def test_a_run_goes_on_from_an_attached_read_only_output(token_files, two_runs, 
     for path in [two_runs[0], *two_runs[0].rglob("*")]:
         path.chmod(path.stat().st_mode & ~0o222)
     final = train_recipe("tiny", "bdh", data, tmp_path / "bdh", settings, continue_from=two_runs[0])
-    assert final["step"] == 1 and (tmp_path / "bdh" / "log.csv").read_text() == (two_runs[0] / "log.csv").read_text()
+    assert final.step == 1 and (tmp_path / "bdh" / "log.csv").read_text() == (two_runs[0] / "log.csv").read_text()
 
 
 def test_a_run_trained_from_text_is_known_by_its_text(run_main, token_files, tmp_path):

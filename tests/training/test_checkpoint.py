@@ -239,7 +239,7 @@ def test_a_log_that_cannot_grow_stops_the_run_with_one_line(small_recipe, token_
         patch.setattr(loop.RunLog, "append", full)
         with pytest.raises(UserError, match="log.csv cannot be written: File too large. Free some disk space"):
             train(small_recipe, token_files, tmp_path / "run")
-    assert train(small_recipe, token_files, tmp_path / "run")["reason"] == "max_steps"
+    assert train(small_recipe, token_files, tmp_path / "run").reason == "max_steps"
     assert last_bits(tmp_path / "run") == last_bits(tmp_path / "whole")
 
 
@@ -447,23 +447,23 @@ def test_a_run_whose_latest_checkpoint_is_damaged_ends_with_the_same_bits(small_
     bits, log = last_bits(run), (run / "log.csv").read_text()
     (run / "checkpoints" / "step_00000006" / "optimizer.safetensors").write_bytes(bits[1][:-1])
     with pytest.warns(UserWarning, match="optimizer.safetensors is damaged .*: going on from the checkpoint of step"):
-        assert train(small_recipe, token_files, run)["step"] == final["step"] == 6
+        assert train(small_recipe, token_files, run).step == final.step == 6
     assert last_bits(run) == bits and len((run / "log.csv").read_text().splitlines()) == len(log.splitlines())
-    assert train(small_recipe, token_files, run)["step"] == 6  # and nothing to do
+    assert train(small_recipe, token_files, run).step == 6  # and nothing to do
     assert last_bits(run) == bits
 
 
 def test_other_weights_than_the_best_are_never_scored_instead(small_recipe, token_files, tmp_path):
     """Guards: a damaged best checkpoint, and a comparison of whatever else was there."""
     final = train(small_recipe, token_files, tmp_path / "run")
-    path = tmp_path / "run" / "checkpoints" / f"step_{final['best_step']:08d}" / "model.safetensors"
+    path = tmp_path / "run" / "checkpoints" / f"step_{final.best_step:08d}" / "model.safetensors"
     raw = path.read_bytes()
     path.write_bytes(raw[:-4] + bytes(4))
     with pytest.raises(UserError, match="model.safetensors is damaged .*Whole .*step_.*Give the command"):
         load_run(tmp_path / "run")
     path.write_bytes(raw)
     (path.parent / "optimizer.safetensors").write_bytes(b"")
-    assert load_run(tmp_path / "run").step == final["best_step"]  # it loads no optimizer state, and reads none
+    assert load_run(tmp_path / "run").step == final.best_step  # it loads no optimizer state, and reads none
 
 
 def test_what_a_killed_start_left_goes_at_the_next(small_recipe, token_files, tmp_path):
@@ -481,7 +481,7 @@ def test_what_a_killed_start_left_goes_at_the_next(small_recipe, token_files, tm
     (run / ".log.csv.1-abc.unfinished").write_text("")
     shutil.copytree(run / "checkpoints" / "step_00000006", run / "checkpoints" / ".step_00000006.1-abc.unfinished")
     shutil.copytree(run / "checkpoints" / "step_00000006", run / "checkpoints" / "step_00000001")  # not removed yet
-    assert train(small_recipe, token_files, run)["step"] == final["step"]
+    assert train(small_recipe, token_files, run).step == final.step
     assert set(contents(run)) == set(before)
 
 
@@ -491,7 +491,7 @@ def test_a_killed_early_stop_does_not_train_on(small_recipe, token_files, tmp_pa
     final = train(small_recipe, token_files, tmp_path / "run", **worse)
     (tmp_path / "run" / "DONE.json").unlink()
     again = train(small_recipe, token_files, tmp_path / "run", **worse)
-    assert (again["reason"], again["step"]) == (final["reason"], final["step"]) == ("early stopping", final["step"])
+    assert (again.reason, again.step) == (final.reason, final.step) == ("early stopping", final.step)
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(small_recipe, token_files, tmp_path, monkeypatch):
@@ -506,7 +506,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(small_recipe, token_files, tm
         return original(*args)
 
     monkeypatch.setattr(step_module, "accumulate", second)
-    assert train(small_recipe, token_files, tmp_path / "run")["step"] == 6
+    assert train(small_recipe, token_files, tmp_path / "run").step == 6
     assert complaints and not (tmp_path / "run" / LOCK).exists()
 
 
@@ -518,7 +518,7 @@ def test_nothing_is_written_where_the_tokens_are(small_recipe, token_files, tmp_
     for path in (*inputs.values(), folder):
         path.chmod(path.stat().st_mode & ~0o222)
     before = folder.stat().st_mtime_ns, sorted(folder.iterdir())
-    assert train(small_recipe, inputs, tmp_path / "run")["step"] == 6
+    assert train(small_recipe, inputs, tmp_path / "run").step == 6
     assert (folder.stat().st_mtime_ns, sorted(folder.iterdir())) == before
     folder.chmod(0o755)
 

@@ -111,10 +111,10 @@ def test_a_stopped_and_resumed_run_has_the_bits_of_an_uninterrupted_one(small_re
     with monkeypatch.context() as patch:
         patch.setattr(loop, "StopRequest", StopsAfterTwo)
         final = run(small_recipe, token_files, tmp_path / "cut")
-    assert final["reason"] == "signal SIGTERM" and (tmp_path / "cut" / "STOPPED.json").exists()
-    assert final["step"] < 6 and final["last_checkpoint"] == final["step"]
+    assert final.reason == "signal SIGTERM" and (tmp_path / "cut" / "STOPPED.json").exists()
+    assert final.step < 6 and final.last_checkpoint == final.step
     final = run(small_recipe, token_files, tmp_path / "cut")
-    assert final["step"] == 6 and not (tmp_path / "cut" / "STOPPED.json").exists()
+    assert final.step == 6 and not (tmp_path / "cut" / "STOPPED.json").exists()
 
     whole, cut = (load_run(tmp_path / name, "latest") for name in ("whole", "cut"))
     for (name, a), b in zip(model_tensors(whole.model).items(), model_tensors(cut.model).values(), strict=True):
@@ -130,7 +130,7 @@ def test_training_learns_and_leaves_what_the_design_lists(small_recipe, token_fi
     final = run(small_recipe, token_files, tmp_path / "run", max_steps=40, eval_interval=20)
     table = rows(tmp_path / "run" / "log.csv")
     assert float(table[0]["val_loss"]) == pytest.approx(math.log(400), rel=0.05)  # an untrained model guesses
-    assert final["val_loss"] < float(table[0]["val_loss"]) - 0.3
+    assert final.val_loss < float(table[0]["val_loss"]) - 0.3
     with (tmp_path / "run" / "log.csv").open() as file:
         assert tuple(next(csv.reader(file))) == COLUMNS
     assert {"run.json", "log.csv", "tokenizer.json", "checkpoints", "DONE.json"} == {
@@ -177,8 +177,8 @@ def test_early_stopping_keeps_the_best(small_recipe, token_files, tmp_path):
     """Guards: the last weights reported instead of the best ones. A huge learning rate makes it worse at once."""
     final = run(small_recipe, token_files, tmp_path / "run", learning_rate=30.0, warmup_steps=0, max_steps=50,
                 eval_interval=1, patience=2, grad_clip=0.0)
-    assert final["reason"] == "early stopping" and final["step"] < 50
-    assert load_run(tmp_path / "run").step == final["best_step"] < final["step"]
+    assert final.reason == "early stopping" and final.step < 50
+    assert load_run(tmp_path / "run").step == final.best_step < final.step
 
 
 def test_a_non_finite_gradient_never_reaches_the_optimizer(small_recipe, token_files, tmp_path, monkeypatch):
@@ -192,7 +192,7 @@ def test_a_non_finite_gradient_never_reaches_the_optimizer(small_recipe, token_f
 
     monkeypatch.setattr(step_module, "accumulate", poisoned)
     final = run(small_recipe, token_files, tmp_path / "run", max_steps=50)
-    assert (final["reason"], final["step"], final["skipped_steps"]) == ("non-finite", 10, 10)
+    assert (final.reason, final.step, final.skipped_steps) == ("non-finite", 10, 10)
     with pytest.warns(UserWarning, match="not finished: this is its checkpoint of step 9"):
         loaded = load_run(tmp_path / "run", "latest")
     assert all(torch.isfinite(t).all() for t in model_tensors(loaded.model).values())
@@ -217,7 +217,7 @@ def test_bad_steps_in_a_row_are_counted_across_sessions(small_recipe, token_file
         patch.setattr(loop.RunLog, "append", killed)
         run(small_recipe, token_files, tmp_path / "run", max_steps=50)
     final = run(small_recipe, token_files, tmp_path / "run", max_steps=50)
-    assert (final["reason"], final["step"], final["skipped_steps"]) == ("non-finite", 10, 10)
+    assert (final.reason, final.step, final.skipped_steps) == ("non-finite", 10, 10)
 
 
 def test_a_signal_finishes_the_step_and_saves(small_recipe, token_files, tmp_path, monkeypatch):
@@ -230,7 +230,7 @@ def test_a_signal_finishes_the_step_and_saves(small_recipe, token_files, tmp_pat
 
     monkeypatch.setattr(step_module, "accumulate", signalled)
     final = run(small_recipe, token_files, tmp_path / "run")
-    assert (final["reason"], final["step"], final["last_checkpoint"]) == ("signal SIGTERM", 1, 1)
+    assert (final.reason, final.step, final.last_checkpoint) == ("signal SIGTERM", 1, 1)
 
 
 def test_another_run_in_the_same_folder_is_refused_with_the_differences(small_recipe, token_files, tmp_path):
@@ -247,8 +247,8 @@ def test_a_time_budget_counts_this_session_only(small_recipe, token_files, tmp_p
     reached = []
     for _ in range(2):
         final = run(small_recipe, token_files, tmp_path / "run", max_steps=100, max_minutes=5.0)
-        assert final["reason"] == "time budget"
-        reached.append(final["step"])
+        assert final.reason == "time budget"
+        reached.append(final.step)
     assert reached[1] > reached[0] + 1
 
 
@@ -261,7 +261,7 @@ def test_going_back_to_a_kept_step_forgets_what_came_after(small_recipe, token_f
     assert not [p for p in (tmp_path / "run" / "checkpoints").glob("step_*") if p.name > "step_00000003"]
     before = rows(tmp_path / "run" / "log.csv")
     final = train_run(small_recipe, token_files["train"], token_files["val"], tmp_path / "run", from_step=3)
-    assert final["step"] == 6 and rows(tmp_path / "run" / "log.csv") == before
+    assert final.step == 6 and rows(tmp_path / "run" / "log.csv") == before
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_with_a_fresh_log(small_recipe, token_files, tmp_path):

@@ -1,11 +1,11 @@
 import csv
 import dataclasses
-import json
 
 import pytest
 
 from plotarmour.config import TrainingConfig
 from plotarmour.run import train_run
+from plotarmour.training.ending import Ending
 from plotarmour.training.schedule import learning_rate
 
 COSINE = TrainingConfig(8, 1, 1, 10, 1.0, warmup_steps=2, final_learning_rate_fraction=0.0)
@@ -72,18 +72,18 @@ def test_a_schedule_by_the_clock_ends_inside_its_minutes(small_recipe, schedule,
     settings = {"schedule": schedule, "eval_interval": evaluation, "schedule_minutes": end_s / 60}
     if stop_after:  # each session's budget: evaluation and save at first, then so many steps
         recipe = timed(small_recipe, **settings, max_minutes=(110 + 20 * stop_after) / 60)
-        assert train_run(recipe, *files)["reason"] == "time budget"
+        assert train_run(recipe, *files).reason == "time budget"
         clock.now += 10**6  # between sessions the clock of the run stands still
     final = train_run(timed(small_recipe, **settings), *files)
-    assert final["reason"] == "schedule_minutes" and final == json.loads((tmp_path / "run" / "DONE.json").read_text())
-    assert end_s - 20 - 30 - 2 * 15 <= final["elapsed_s"] <= end_s
+    assert final.reason == "schedule_minutes" and final == Ending.read(tmp_path / "run")
+    assert end_s - 20 - 30 - 2 * 15 <= final.elapsed_s <= end_s
     found = column(tmp_path / "run", "learning_rate")
-    assert found[0] == 0.0015 and 0.0024 < found[1] <= 0.003 and len(found) == final["step"] < 1000
+    assert found[0] == 0.0015 and 0.0024 < found[1] <= 0.003 and len(found) == final.step < 1000
     assert all(a >= b for a, b in zip(found[1:], found[2:], strict=False))
     assert 0.0003 <= found[-1] < 0.0008  # a tenth, but for the last step and what comes after it
     last = [line.split(",") for line in (tmp_path / "run" / "log.csv").read_text().splitlines()][-1]
-    assert last[1] == str(final["step"]) == str(final["last_checkpoint"]) and float(last[8]) == pytest.approx(
-        final["val_loss"], rel=1e-6)
+    assert last[1] == str(final.step) == str(final.last_checkpoint) and float(last[8]) == pytest.approx(
+        final.val_loss, rel=1e-6)
     before = (tmp_path / "run" / "log.csv").read_bytes()
     assert train_run(timed(small_recipe, **settings), *files) == final  # done stays done
     assert (tmp_path / "run" / "log.csv").read_bytes() == before

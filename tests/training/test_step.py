@@ -18,6 +18,7 @@ from plotarmour.training import loop
 from plotarmour.training import step as step_module
 from plotarmour.training.checkpoint import model_tensors
 from plotarmour.training.distributed import ALONE, Ranks
+from plotarmour.training.ending import Ending
 from plotarmour.training.out_of_memory import is_out_of_memory, largest_divisor
 from plotarmour.training.step import Updates
 
@@ -54,8 +55,8 @@ def test_a_step_that_does_not_fit_is_split_further_with_the_same_rows(small_reci
     tried = room_for(1, 2, monkeypatch)
     split = run(recipe, token_files, tmp_path / "split", micro_batch_size=4)
     assert tried == [(0, [4]), (1, [4]), (2, [4]), (2, [2, 2]), (2, [1] * 4), (3, [1] * 4), (4, [1] * 4), (5, [1] * 4)]
-    assert (split["step"], split["tokens_seen"], split["micro_batch_size"]) == (6, whole["tokens_seen"], 1)
-    assert split["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-5)
+    assert (split.step, split.tokens_seen, split.micro_batch_size) == (6, whole.tokens_seen, 1)
+    assert split.val_loss == pytest.approx(whole.val_loss, rel=1e-5)
     [change] = changes_of(tmp_path / "split")
     assert {key: change[key] for key in change if key != "utc"} == {
         "step": 2, "why": "out of memory", "micro_batch_size": [4, 1]}
@@ -78,7 +79,7 @@ def test_a_split_run_resumes_with_the_bits_of_an_uninterrupted_one(small_recipe,
             run(small_recipe, token_files, tmp_path / "cut")
     tried = room_for(1, 0, monkeypatch)
     final = run(small_recipe, token_files, tmp_path / "cut")
-    assert {len(sizes) for _, sizes in tried} == {4} and final["micro_batch_size"] == 1
+    assert {len(sizes) for _, sizes in tried} == {4} and final.micro_batch_size == 1
     whole, cut = (model_tensors(load_run(tmp_path / name, "latest").model) for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
@@ -119,7 +120,7 @@ def test_the_largest_divisor_by_hand():
 
 
 SCRIPT = """
-import json, resource, sys
+import resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import psutil, torch
@@ -129,7 +130,7 @@ from plotarmour.run import train_run
 recipe = load_recipe("tiny", "gpt2", sys.argv[5:])
 limit = psutil.Process().memory_info().vms + 600 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-print(json.dumps(train_run(recipe, *(Path(path) for path in sys.argv[2:5]))))
+train_run(recipe, *(Path(path) for path in sys.argv[2:5]))
 """
 
 
@@ -143,9 +144,9 @@ def test_a_step_is_split_when_the_system_gives_no_more_memory(root, token_files,
     command = [sys.executable, "-c", SCRIPT, str(root), *map(str, files), str(tmp_path / "split"), *settings]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "out of memory at step 1: " in done.stderr, done.stderr
-    split = json.loads(done.stdout.splitlines()[-1])
-    assert split["micro_batch_size"] < 64 == whole["micro_batch_size"]
-    assert split["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-6)
+    split = Ending.read(tmp_path / "split")
+    assert split.micro_batch_size < 64 == whole.micro_batch_size
+    assert split.val_loss == pytest.approx(whole.val_loss, rel=1e-6)
     assert changes_of(tmp_path / "split")[0]["why"] == "out of memory"
 
 
@@ -162,7 +163,7 @@ def test_evaluation_goes_on_in_smaller_batches(small_recipe, token_files, tmp_pa
 
     monkeypatch.setattr(loop, "evaluate_windows", evaluate_windows)
     final = run(small_recipe, token_files, tmp_path / "small")
-    assert sizes == [8, 4, 2, 2, 2, 2] and final["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-6)
+    assert sizes == [8, 4, 2, 2, 2, 2] and final.val_loss == pytest.approx(whole.val_loss, rel=1e-6)
 
 
 def test_two_processes_evaluate_every_row_once_whatever_memory_they_have(monkeypatch):
@@ -200,10 +201,10 @@ def test_auto_takes_what_the_plan_says_and_keeps_the_rows_of_a_step(small_recipe
     monkeypatch.setattr(runs, "_what_fits", lambda *args: 2)
     auto = {"rows_per_step": 8, "micro_batch_size": "auto"}
     first = run(small_recipe, token_files, tmp_path / "run", max_minutes=1e-9, **auto)
-    assert (first["reason"], first["micro_batch_size"]) == ("time budget", 2)
+    assert (first.reason, first.micro_batch_size) == ("time budget", 2)
     monkeypatch.setattr(runs, "_what_fits", lambda *args: 4)
     final = run(small_recipe, token_files, tmp_path / "run", **auto)
-    assert (final["micro_batch_size"], final["tokens_seen"]) == (2, 6 * 8 * 24)
+    assert (final.micro_batch_size, final.tokens_seen) == (2, 6 * 8 * 24)
 
 
 def test_auto_takes_the_most_rows_that_leave_a_reserve(monkeypatch):

@@ -1,5 +1,4 @@
 import dataclasses
-import json
 
 import psutil
 import pytest
@@ -7,6 +6,7 @@ import pytest
 from plotarmour.config import AUTO
 from plotarmour.run import train_run
 from plotarmour.training import stopping
+from plotarmour.training.ending import Ending
 from plotarmour.training.stopping import session_minutes
 
 
@@ -59,9 +59,9 @@ def test_the_last_checkpoint_of_a_session_is_written_before_its_limit(small_reci
         begun = clock.now
         final = train_run(timed(small_recipe, checkpoint_interval=every, eval_interval=evaluation, max_minutes=9.0),
                           token_files["train"], token_files["val"], tmp_path / "run")
-        assert final["reason"] == "time budget" and final["last_checkpoint"] == final["step"]
+        assert final.reason == "time budget" and final.last_checkpoint == final.step
         assert 540 - 20 - 30 - 3 * 15 <= clock.now - begun <= 540
-    assert json.loads((tmp_path / "run" / "STOPPED.json").read_text()) == final
+    assert Ending.read(tmp_path / "run") == final
     assert not (tmp_path / "run" / "DONE.json").exists()
 
 
@@ -75,6 +75,6 @@ def test_a_kaggle_session_stops_by_itself_and_the_next_one_goes_on(small_recipe,
     for _ in range(2):
         begun = clock.now
         final = train_run(timed(small_recipe), *files)
-        assert final["reason"] == "time budget" and clock.now - begun <= 10 * 60
-        steps.append(final["step"])
+        assert final.reason == "time budget" and clock.now - begun <= 10 * 60
+        steps.append(final.step)
     assert steps[1] > steps[0] > 5
