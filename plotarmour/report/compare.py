@@ -25,6 +25,7 @@ from plotarmour.report.verdict import arm_table, summarise
 from plotarmour.resume import read_info
 from plotarmour.run import Run, check_same_tokenizer, load_run, recipe_of
 from plotarmour.training.ending import Ending, is_complete
+from plotarmour.training.log import read_log
 
 OUTPUTS = ("report.html", "summary.txt", "totals.csv", "arms.csv", "pairs.csv", "checks.csv", "positions.csv",
            "win_shares.csv", "different_stories.csv", "samples.csv", "perplexity.png", "training_curves.png",
@@ -265,7 +266,7 @@ def _write(found: Comparison, out: Path, scores: dict[str, pd.DataFrame], positi
                   out / "win_shares.csv")
     baselines = found.table.loc[found.table["name"].str.endswith(" baseline"), ["name", "loss"]]  # the best first
     contexts = {run.context_length for run in found.runs}
-    logs = {run.name: pd.read_csv(run.folder / "log.csv") for run in found.runs}
+    logs = {run.name: read_log(run.folder / "log.csv") for run in found.runs}
     per_token = {arm.name: 3 * budgets[arm.runs[0]]["flops_per_token"] for arm in found.arms}
     figures.perplexities(found.arms, found.by_arm, found.table, out / "perplexity.png", found.title)
     figures.training_curves(found.arms, logs, out / "training_curves.png", per_token,

@@ -1,6 +1,5 @@
 """What to download of a run: log, settings, ending and figures in one small zip beside its folder; no weights."""
 
-import csv
 import os
 import zipfile
 from datetime import UTC, datetime
@@ -10,6 +9,7 @@ from typing import Any
 from plotarmour.cli import UserError
 from plotarmour.files import publish, unfinished
 from plotarmour.training import ending
+from plotarmour.training.log import read_log
 
 FILES = ("log.csv", "log.cut.csv", "run.json", *ending.FILES)
 
@@ -57,10 +57,7 @@ def download_link(run: Path) -> Any:
 
 def _end(log: Path) -> datetime:
     """The time of a log's last row."""
-    rows = []
-    if log.is_file():
-        with log.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    if not rows:
+    rows = read_log(log)
+    if rows.empty:
         raise UserError(f"{log} has no row yet; expected a run that has begun. Train it first.")
-    return datetime.strptime(rows[-1]["utc"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    return datetime.strptime(rows["utc"].iloc[-1], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)

@@ -21,7 +21,7 @@ from plotarmour.cli import UserError
 from plotarmour.evaluation.arms import Arm
 from plotarmour.report.figures import training_curves
 from plotarmour.suite.relay import last_state
-from plotarmour.training.log import COLUMNS
+from plotarmour.training.log import read_log
 
 EVERY_S = 30.0
 SHARE = 0.01  # of the time, at most, goes into drawing
@@ -71,7 +71,7 @@ class LiveCurves(contextlib.ExitStack):
             self._try(lambda: self._timed(self._draw))
 
     def _draw(self) -> None:
-        log = read_rows(self.run / "log.csv")
+        log = read_log(self.run / "log.csv")
         if log["val_loss"].notna().any():
             path = self._curves(log, self.run / "figures" / "training.png")
             from IPython.display import Image
@@ -147,13 +147,6 @@ class LiveBar(io.TextIOBase):
         self.shown = bar
         with contextlib.suppress(Exception):  # as with the curves: training goes on
             self.handle.update(Pretty(bar))
-
-
-def read_rows(path: Path) -> pd.DataFrame:
-    """Return the whole rows of a log.csv, which another process may be writing; none where there is no file."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    whole = text[:text.rfind("\n") + 1]
-    return pd.read_csv(io.StringIO(whole or ",".join(COLUMNS) + "\n"))
 
 
 def _display(text: str) -> Any:

@@ -4,7 +4,6 @@ import time
 import warnings
 
 import nbformat
-import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
@@ -12,8 +11,8 @@ from plotarmour.cli import UserError
 from plotarmour.evaluation.arms import Arm
 from plotarmour.report.figures import training_curves
 from plotarmour.suite import live
-from plotarmour.suite.live import LiveBar, LiveCurves, read_rows
-from plotarmour.training.log import RunLog
+from plotarmour.suite.live import LiveBar, LiveCurves
+from plotarmour.training.log import RunLog, read_log
 
 CELL = """
 import sys, time
@@ -74,7 +73,7 @@ def test_an_executed_notebook_holds_one_figure_and_one_bar_as_they_last_were(roo
                        resources={"metadata": {"path": str(tmp_path)}}).execute()
     for run, cell, reached in zip("ab", cells, (4, 3), strict=True):
         curves, bar = (output.data for output in cell.outputs if output.output_type == "display_data")
-        log = read_rows(tmp_path / run / "log.csv")
+        log = read_log(tmp_path / run / "log.csv")
         arm = Arm("bdh", "bdh", ("bdh",), (0,))
         last = training_curves([arm], {"bdh": log}, tmp_path / "whole_log.png").read_bytes()
         assert len(log) == 4 - (run == "b") and base64.b64decode(curves["image/png"]) == last
@@ -134,14 +133,6 @@ def test_outside_notebooks_nothing_is_drawn(log, tmp_path, monkeypatch):
     with LiveCurves("bdh", tmp_path, every_s=0.0) as curves:
         curves.row()
         assert sys.stderr is before
-
-
-def test_a_row_that_is_being_written_is_left_out(log, tmp_path):
-    """Guards: half a number as a point of the curve."""
-    with (tmp_path / "log.csv").open("a") as file:
-        file.write("2026-11-21T09:34:00Z,2,0,18,2.0,0.1,3")
-    assert list(read_rows(tmp_path / "log.csv")["step"]) == [0, 1]
-    assert isinstance(read_rows(tmp_path / "none.csv"), pd.DataFrame) and read_rows(tmp_path / "none.csv").empty
 
 
 def test_the_bar_goes_to_its_place_and_lines_to_standard_error(notebook, capsys):

@@ -3,7 +3,7 @@ import csv
 import pytest
 
 from plotarmour.training import log as runlog
-from plotarmour.training.log import COLUMNS, RunLog
+from plotarmour.training.log import COLUMNS, RunLog, last_step, read_log
 
 
 def steps(path):
@@ -69,3 +69,19 @@ def test_a_torn_or_rotten_tail_never_stays(tmp_path, tail):
     path.write_bytes(whole + tail.format(row=row).encode("utf-8", errors="surrogateescape"))
     RunLog(path, 2).append(step=3)
     assert steps(path) == ["1", "2", "3"] and path.read_bytes().startswith(whole)
+
+
+def test_a_log_is_read_while_it_is_written_and_where_it_is_damaged(tmp_path):
+    """Guards: half a number as a point of a curve; readers that each take damage for something else."""
+    path = tmp_path / "log.csv"
+    assert read_log(path).empty and list(read_log(path)) == list(COLUMNS) and last_step(path) is None
+    log = RunLog(path, 0)
+    assert read_log(path).empty and last_step(path) is None
+    log.append(step=1, val_loss=2.5)
+    log.append(step=20, train_loss=1.25)
+    whole = path.read_text()
+    for damage in ("2026-11-21T09:34:00Z,21,0,18,2.0,0.1,3", "a,b,c\n", "\0" * 5000 + "\n", whole.splitlines()[2][:-1]):
+        path.write_text(whole + damage)
+        rows = read_log(path)
+        assert list(rows["step"]) == [1, 20] and last_step(path) == 20
+        assert rows["val_loss"].iloc[0] == 2.5 and rows["val_loss"].isna().iloc[1] and rows["utc"].isna().all()
