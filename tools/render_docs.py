@@ -6,7 +6,9 @@ import ast
 import csv
 import dataclasses
 import importlib.util
+import math
 import re
+import statistics
 import sys
 import textwrap
 from collections.abc import Callable
@@ -80,6 +82,50 @@ def learning_rates() -> str:
                  [[r["model"], f"{float(r['learning_rate']):g}", f"{float(r['best_val_loss']):.3f}"] for r in rows])
 
 
+def pretokenize_speed() -> str:
+    """Return speed and memory of the pretokenizer beside those of a plain script; medians."""
+    rows = rows_of("pretokenize.csv")
+
+    def median(what: str, mb: str, column: str = "mb_per_s") -> float:
+        return statistics.median(float(row[column]) for row in rows if (row["what"], row["mb"]) == (what, mb))
+
+    [plain] = [row for row in rows if row["what"] == "plain script"]
+    lines = []
+    for mb in ("206", "1006"):
+        ours = median("ours", mb)
+        lines.append([f"{int(mb):,} MB", f"{ours:.0f} MB/s", f"{ours / float(plain['mb_per_s']):.1f}",
+                      f"{median('fastokens alone', mb):,.0f} MB/s", f"{median('ours', mb, 'peak_rss_mib'):.0f} MiB"])
+    return table(["TinyStories, repeated", "whole command", "times the plain script", "fastokens alone", "peak memory"],
+                 lines, text_columns=0) + (f"\n\nThe plain script encodes {float(plain['mb_per_s']):.1f} MB/s with "
+                                           f"{float(plain['peak_rss_mib']):.0f} MiB.")
+
+
+def loop_cost() -> str:
+    """Return what the training loop adds to a step, and how well it foresees its end."""
+    rows, link = rows_of("training_loop.csv"), "../benchmarks"
+    ratios = [float(row["ratio_cross_entropy"]) for row in rows]
+    shares = [100 * sum(float(row[f"share_{part}"]) for part in ("batches", "logging", "checkpoints")) for row in rows]
+    later = [row for row in rows_of("forecast.csv") if float(row["elapsed_s"]) >= 60]
+    off = max(abs(float(row["shown_s"]) / float(row["real_s"]) - 1) for row in later)
+    minutes = float(later[0]["real_s"]) / 60
+    return table(["claim", "shown by", "measured"], [
+        ["the loop adds little to a step", f"[benchmarks/training_loop.py]({link}/training_loop.py)",
+         f"{min(ratios):.2f} to {max(ratios):.2f} times the tokens/s of a plain loop on a fixed batch; batches, log "
+         f"and checkpoints take {min(shares):.1f} to {max(shares):.1f} % of the time"],
+        ["the forecast of the end holds", f"[benchmarks/forecast.py]({link}/forecast.py)",
+         f"a run of {minutes:.0f} minutes: from its first minute on within {math.ceil(100 * off)} % of the real end"]],
+        text_columns=3)
+
+
+def memory_plan() -> str:
+    """Return how far the memory plan is from what torch allocates."""
+    rows = rows_of("memory_plan.csv")
+    off = max(abs(float(row["planned_of_measured"]) - 1) for row in rows)
+    grown = max(float(row["resident_mib"]) / float(row["measured_mib"]) for row in rows)
+    return (f"In {len(rows)} cases on a CPU the plan was within {math.ceil(100 * off)} % of the tensors that torch "
+            f"allocated; the memory of the\nprocess grew by up to {grown:.1f} times as much, since the heap has gaps.")
+
+
 def settings() -> str:
     """Return a table of all settings of [data] and [training], from the fields of the config dataclasses."""
     rows = []
@@ -147,6 +193,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "verdict": lambda: verdict("comparison"),
     "verdict-extra": lambda: verdict("comparison_extra"),
     "learning-rates": learning_rates,
+    "pretokenize-speed": pretokenize_speed,
+    "loop-cost": loop_cost,
+    "memory-plan": memory_plan,
     "settings": settings,
     "commands": commands,
     "map": project_map,
