@@ -15,14 +15,15 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=HelpFormatter,
         epilog="End-of-text separates stories, as in nanoGPT's and llm.c's files; a file without any is one story.")
     parser.add_argument("ids", type=Path, help="file of token ids, little-endian")
-    parser.add_argument("--tokenizer", required=True, help="that made the ids: gpt2, a folder with a tokenizer.json, a "
-                        "run folder, or a token file whose tokenizer to use")
+    parser.add_argument("--tokenizer", required=True, help="the one that made the ids: gpt2, a folder with a "
+                        "tokenizer.json, a run folder or a token file")
     parser.add_argument("--out", type=Path, required=True, help="token file to write, X.bin")
-    parser.add_argument("--dtype", help="of bare ids: uint16 (nanoGPT), uint32, int32 or int64; llm.c's header says it")
-    parser.add_argument("--format", default="auto", help="raw (bare ids), llm.c, or auto: llm.c where its magic stands")
-    parser.add_argument("--end-of-text", type=int, metavar="ID", help="id between documents (default: the tokenizer's)")
-    parser.add_argument("--story-tokens", type=int, metavar="N", help="cut longer documents into stories of N ids, "
-                        "such as a file without end-of-text (default: leave them whole)")
+    parser.add_argument("--dtype", help="of bare ids: uint16 (nanoGPT), uint32, int32 or int64; llm.c has it in "
+                        "its header")
+    parser.add_argument("--format", default="auto", help="raw (bare ids), llm.c, or auto: llm.c if the "
+                        "file begins with its magic")
+    parser.add_argument("--end-of-text", type=int, metavar="ID", help="id between documents (default: the "
+                        "tokenizer's; llm.c separates Llama 3's documents by 128000)")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     return parser
 
@@ -31,12 +32,11 @@ def main() -> None:
     args = build_parser().parse_args()
     from plotarmour.data.import_bin import import_bin
 
-    made = import_bin(args.ids, args.tokenizer, args.out, args.dtype, args.format, args.end_of_text, args.story_tokens,
-                      args.force)
-    empty = f", {made.n_empty_dropped:,} empty dropped" if made.n_empty_dropped else ""
-    print(f"{made.path}: {made.n_tokens:,} tokens, {made.n_stories:,} stories ({made.path.stat().st_size / 2**20:.1f} "
-          f"MiB) from {made.format} {made.dtype} ids{empty}")
-    print(f"first story: {made.first_story}")
+    result = import_bin(args.ids, args.tokenizer, args.out, args.dtype, args.format, args.end_of_text, args.force)
+    empty = f", {result.n_empty_dropped:,} empty dropped" if result.n_empty_dropped else ""
+    print(f"{result.path}: {result.n_tokens:,} tokens, {result.n_stories:,} stories "
+          f"({result.path.stat().st_size / 2**20:.1f} MiB) from {result.format} {result.dtype} ids{empty}")
+    print(f"first story: {result.first_story}")
 
 
 if __name__ == "__main__":

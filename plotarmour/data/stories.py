@@ -2,8 +2,8 @@
 
 What makes a story is a policy: text between literal `<|endoftext|>` separators, one per line, or the whole file. The
 blank space around a separator is not part of a story; inside a story every byte counts; empty stories are dropped
-and counted. Which part (train, val, test) a story belongs to follows from a hash of its normalised text alone, so
-copies, also near-copies, always land on the same side and the result does not depend on the order of reading.
+and counted. A hash of the normalised text alone decides the part (train, val, test) of a story, so normalised copies
+are always in the same part, and the order of reading does not matter.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ _FOLDED = bytes(32 if i in _SPACES else i + 32 if 65 <= i <= 90 else i for i in 
 
 
 def normalise(story: str) -> str:
-    """Lower-case, drop punctuation, fold blank space: near-copies of a story become equal.
+    """Lower-case, drop punctuation, fold blank space: normalised copies of a story become equal.
 
     Example:
         >>> normalise('"Hello,"  said Tom.')
@@ -60,7 +60,7 @@ class StoryHasher:
 
 
 def story_hash(story: str) -> int:
-    """Return the first 64 bits of the SHA-256 of the normalised story: equal for near-copies."""
+    """Return the first 64 bits of the SHA-256 of the normalised story: equal for normalised copies."""
     normalised = _normalise_ascii(story.encode()) if story.isascii() else normalise(story).encode()
     return int.from_bytes(hashlib.sha256(normalised).digest()[:8], "little")
 

@@ -1,27 +1,32 @@
-"""The built-in corpus: tales told by a small probabilistic grammar, each with its exact log-probability.
+"""The built-in corpus: stories told by a small probabilistic grammar, each with its exact log-probability.
 
-A story is a sequence of free choices; everything else is fixed text or the recall of an earlier choice. Every
-choice can be read off the text in only one way (the alternatives of a choice differ in their first word), so a text
-has exactly one derivation and
+A story is a sequence of free choices; everything else is fixed text, or repeats ("recalls") an earlier choice. The
+alternatives of a choice differ in their first word, so a text determines its choices. It has exactly one derivation
+(the tests parse stories to check it), and
 
-    nats(story) = - sum over its choices of ln(weight of what was chosen / sum of the weights on offer).
+    nats(story) = - sum over its choices of ln(weight of the chosen alternative / sum of the weights of all).
 
-No model can beat that on average: it is the entropy of the source. `parse` finds all derivations of a text, which is
-how the tests check both statements.
+No model can be better than that on average: it is the entropy of the source. `write_facts` stores these nats and the
+positions of the recalled words beside a text, and scoring reads them.
 
-What makes the grammar learnable in minutes (measured, see `recipes/tiny.toml`): facts are named early, recalled soon
-and often behind a fixed cue word ("the *old* park", "the *dear* kite"), and drawn from skewed distributions.
+The grammar can be learned in minutes (measured, see `recipes/tiny.toml`) because facts are named early, recalled soon,
+often after a fixed cue word ("the *old* park", "the *dear* kite"), and drawn from skewed distributions.
 """
 
+import json
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from numpy.random import Philox
+
+from plotarmour.cli import UserError
+from plotarmour.data.stories import story_hash
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Pool:
 
 
 def pool(words: str | tuple[str, ...], exponent: float = 0.0) -> Pool:
-    """Pool with weight 1/rank**exponent: 0 is uniform, 1.2 is skewed like names in real tales."""
+    """Return a pool with weights 1/rank**exponent: 0 is uniform, 1.2 is skewed like the names of real stories."""
     options = tuple(words.split()) if isinstance(words, str) else words
     weights = [1.0 / (rank + 1) ** exponent for rank in range(len(options))]
     cumulative, total = [], 0.0
@@ -48,7 +53,7 @@ def pool(words: str | tuple[str, ...], exponent: float = 0.0) -> Pool:
 
 SKEW = 1.2
 POOLS = {
-    # Facts: skewed, recalled later.
+    # Facts: skewed, recalled later in the story.
     "girl": pool("Lily Mia Sara Anna Emma Zoe Lucy Ella Ruby Nora Ivy Jane Rose Clara Hazel Tina Maya Wendy Olga Freya",
                  SKEW),
     "boy": pool("Tom Ben Max Sam Leo Jack Tim Finn Noah Oscar Peter Hugo Felix Milo Adam Ralph Toby Karl Igor Bruno",
@@ -91,7 +96,7 @@ POOLS = {
     "time": pool("morning evening afternoon night summer winter spring autumn Monday Sunday"),
     "lesson": pool("share listen help forgive wait smile learn try care trust dream rest"),
 }
-# A line's marks: <fact:pool> introduces a fact, {fact} recalls it, [pool] is a free choice, all else is said as it is.
+# In a line, <fact:pool> chooses a fact, {fact} recalls it, [pool] is a free choice; the rest is fixed text.
 OPENINGS = {
     "girl": " girl named <hero:girl>. {hero} lived near the old <place:place> with a little <animal:animal>. "
             "One [time] she found her dear <object:object> at the old {place}. ",
@@ -115,11 +120,11 @@ EVENTS = {
 ENDING = (" the end {holder} kept the dear {object} at the old {place}. {hero} and the little {animal} felt [mood] and "
           "learned to [lesson].")
 STOP = "In"  # the ending's first word
-# What can happen depends on who holds the dear object: nobody puts away or gives away what is not theirs.
+# Which events are possible depends on who holds the dear object: only its holder can put it away or give it away.
 POSSIBLE = {"hero": tuple(e for e in EVENTS if e != "Finally"),
             "friend": tuple(e for e in EVENTS if e not in ("Then", "Kindly"))}
 DEFAULT_EVENTS = (2, 4)
-TOKENS_PER_STORY = 62  # without events, about; an event is 14 more (BPE of 1,024)
+TOKENS_PER_STORY = 62  # on average without events, in BPE of 1,024; an event has 14
 
 
 @cache
@@ -128,9 +133,9 @@ def _parts(line: str) -> tuple[str, ...]:
 
 
 @cache
-def _event_pool(holder: str, told: int, low: int, high: int) -> Pool:
-    """Pool of the next event or the ending, such that the number of events is uniform in low..high."""
-    stop = 0.0 if told < low else 1.0 / (high - told + 1)
+def _event_pool(holder: str, n_events: int, low: int, high: int) -> Pool:
+    """Return the choice of the next event or the ending, such that the number of events is uniform in low..high."""
+    stop = 0.0 if n_events < low else 1.0 / (high - n_events + 1)
     names, total, cumulative = (STOP, *POSSIBLE[holder]), stop, [stop]
     for _ in POSSIBLE[holder]:
         total += (1.0 - stop) / len(POSSIBLE[holder])
@@ -139,30 +144,36 @@ def _event_pool(holder: str, told: int, low: int, high: int) -> Pool:
     return Pool(names, tuple(cumulative))
 
 
-def tell(teller, low: int, high: int) -> dict[str, str]:
-    """Tell one story of `low` to `high` events through `teller` (a `Teller` or a `Reader`); return its facts."""
+def derive(walker: "Writer", low: int, high: int) -> dict[str, str]:
+    """Walk through the grammar for one story of `low` to `high` events; return its facts.
+
+    Args:
+        walker: makes each choice (`pick`) and receives the text (`say`, `recall`); the tests have one that parses.
+        low, high: least and most events.
+    """
     facts: dict[str, str] = {}
 
     def line(text: str) -> None:
         for part in _parts(text):
             if part[0] == "<":
                 fact, name = part[1:-1].split(":")
-                facts[fact] = teller.pick(POOLS[name])
-                teller.say(facts[fact])
+                facts[fact] = walker.pick(POOLS[name])
+                walker.say(facts[fact])
             elif part[0] == "{":
-                teller.recall(facts[part[1:-1]])
+                walker.recall(facts[part[1:-1]])
             elif part[0] == "[":
-                teller.say(teller.pick(POOLS[part[1:-1]]))
+                walker.say(walker.pick(POOLS[part[1:-1]]))
             else:
-                teller.say(part)
+                walker.say(part)
 
     line("Once upon a time there was a [trait]")
-    facts["gender"] = teller.pick(pool(tuple(OPENINGS)))
+    facts["gender"] = walker.pick(pool(tuple(OPENINGS)))
     line(OPENINGS[facts["gender"]])
     facts["holder"], facts["friend"] = facts["hero"], ""
-    for told in range(high + 1):
-        event = teller.pick(_event_pool("hero" if facts["holder"] == facts["hero"] else "friend", told, low, high))
-        teller.say(event)
+    for n_events in range(high + 1):
+        holder = "hero" if facts["holder"] == facts["hero"] else "friend"
+        event = walker.pick(_event_pool(holder, n_events, low, high))
+        walker.say(event)
         if event == STOP:
             break
         line(EVENTS[event])
@@ -174,10 +185,13 @@ def tell(teller, low: int, high: int) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Story:
-    """One tale, what it costs the corpus itself, and what it says.
+    """A story of the corpus.
 
-    `recalls` are [start, end) offsets of the words that repeat an earlier choice (bytes and characters agree: ASCII).
-    `facts` holds the last state: who is who, where, and who holds the object in the end.
+    Attributes:
+        text: ASCII.
+        nats: exact negative log-probability under the grammar.
+        facts: final state: hero, place, animal, object, and who holds the object at the end.
+        recalls: [start, end) of each word that repeats an earlier choice, in characters (equal to bytes).
     """
 
     text: str
@@ -186,8 +200,8 @@ class Story:
     recalls: list[tuple[int, int]]
 
 
-class Teller:
-    """Makes the choices from raw Philox words (stable across NumPy versions) and writes the text down."""
+class Writer:
+    """Draws the choices from raw Philox words (stable across NumPy versions) and collects the text."""
 
     def __init__(self, seed: int, index: int):
         self.bits = Philox(key=np.array([seed, index], dtype=np.uint64))
@@ -207,87 +221,29 @@ class Teller:
         self.length += len(text)
 
     def recall(self, word: str) -> None:
-        """Say a word that the story so far determines."""
+        """Add a word that the story so far determines."""
         self.recalls.append((self.length, self.length + len(word)))
         self.say(word)
 
 
-class Reader:
-    """Follows a text with a script of choices; stops where the script ends or the text disagrees."""
-
-    def __init__(self, text: str, script: tuple[int, ...]):
-        self.text, self.script, self.position, self.nats, self.at = text, script, 0, 0.0, 0
-
-    def pick(self, choices: Pool) -> str:
-        if self.at == len(self.script):
-            raise _ScriptEnds(len(choices.options))
-        i = self.script[self.at]
-        self.at += 1
-        if choices.probability(i) <= 0.0:
-            raise _Disagrees
-        self.nats -= math.log(choices.probability(i))
-        return choices.options[i]
-
-    def say(self, text: str) -> None:
-        if not self.text.startswith(text, self.position):
-            raise _Disagrees
-        self.position += len(text)
-
-    recall = say
-
-
-class _ScriptEnds(Exception):
-    pass
-
-
-class _Disagrees(Exception):
-    pass
-
-
-def parse(text: str, events: tuple[int, int] = DEFAULT_EVENTS) -> list[float]:
-    """Find every derivation of a text.
-
-    Args:
-        text: a story.
-        events: least and most events, as the story was told with.
-
-    Returns:
-        The nats of each derivation: one entry for a story of this grammar, none for any other text.
-    """
-    found, scripts = [], [()]
-    while scripts:
-        script = scripts.pop()
-        reader = Reader(text, script)
-        try:
-            tell(reader, *events)
-        except _ScriptEnds as end:
-            scripts += [(*script, i) for i in range(end.args[0])]
-        except _Disagrees:
-            continue
-        else:
-            if reader.position == len(text):
-                found.append(reader.nats)
-    return found
-
-
 def tell_story(seed: int, index: int, events: tuple[int, int] = DEFAULT_EVENTS) -> Story:
-    """Tell story `index` of the corpus with this seed: a pure function of its arguments.
+    """Return story `index` of the corpus with this seed: a pure function of its arguments.
 
     Args:
         seed: of the corpus, 0 or more.
         index: of the story, 0 or more.
-        events: least and most events; about 14 tokens each on top of 62 (see `events_for_tokens`).
+        events: least and most events; the number is uniform between them. `events_for_tokens` gives the tokens.
 
     Returns:
-        The story, its exact negative log-probability in nats (the end of the story included), facts and recalls.
+        The story; its nats include the end of the story.
 
     Example:
         >>> tell_story(0, 0).text[:29]
         'Once upon a time there was a '
     """
-    teller = Teller(seed, index)
-    facts = tell(teller, *events)
-    return Story("".join(teller.parts), teller.nats, facts, teller.recalls)
+    writer = Writer(seed, index)
+    facts = derive(writer, *events)
+    return Story("".join(writer.parts), writer.nats, facts, writer.recalls)
 
 
 def tell_stories(n: int, seed: int = 0, events: tuple[int, int] = DEFAULT_EVENTS) -> Iterator[Story]:
@@ -296,5 +252,55 @@ def tell_stories(n: int, seed: int = 0, events: tuple[int, int] = DEFAULT_EVENTS
 
 
 def events_for_tokens(tokens: int) -> int:
-    """Number of events that makes a story about this many BPE-1,024 tokens long (60 or more)."""
+    """Return the number of events of a story of about this many tokens in BPE of 1,024 (60 or more)."""
     return max(0, round((tokens - TOKENS_PER_STORY) / 14))
+
+
+FACT_COLUMNS = ["recall_tokens", "recall_nats", "corpus_nats"]
+
+
+@dataclass(frozen=True)
+class CorpusFacts:
+    """What the corpus knows about a story: its exact nats, and [start, end) of the recalled words in bytes."""
+
+    nats: float
+    recalls: list[tuple[int, int]]
+
+
+def write_facts(path: Path, stories: Iterable[Story]) -> Iterator[str]:
+    """Yield the texts of stories, and write what the corpus knows about each to a JSON-lines file."""
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for story in stories:
+            file.write(json.dumps({"hash": story_hash(story.text), "nats": story.nats, "recalls": story.recalls,
+                                   "facts": story.facts}) + "\n")
+            yield story.text
+
+
+def read_facts(path: Path) -> dict[int, CorpusFacts]:
+    """Read a file of `write_facts`, by story hash."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; expected the .facts.jsonl beside a text of tools/tell_stories.py.")
+    try:
+        with path.open(encoding="utf-8") as file:
+            entries = (json.loads(line) for line in file)
+            return {e["hash"]: CorpusFacts(e["nats"], [tuple(r) for r in e["recalls"]]) for e in entries}
+    except (ValueError, KeyError, TypeError):  # not UTF-8, not JSON, or JSON of something else
+        raise UserError(f"{path} does not hold facts; expected the .facts.jsonl beside a text of "
+                        "tools/tell_stories.py.") from None
+
+
+def fact_columns(score, data, sizes: np.ndarray, facts: CorpusFacts) -> list[float]:
+    """Return `FACT_COLUMNS` of a scored story: tokens that overlap a recalled word, their nats, the corpus's own nats.
+
+    Args:
+        score: `StoryScore` of the story.
+        data: the token file that holds it.
+        sizes: bytes of each token of the vocabulary, int64 (vocab_size,).
+        facts: of the story.
+    """
+    ends = np.cumsum(sizes[np.asarray(data.story(score.story))])
+    starts = np.append(0, ends[:-1])
+    recalled = np.zeros(score.tokens, dtype=bool)  # the last token, end-of-text, never is
+    for begin, end in facts.recalls:
+        recalled[:-1] |= (starts < end) & (ends > begin)
+    return [int(recalled.sum()), float(score.token_nats[recalled].sum(dtype=np.float64)), facts.nats]

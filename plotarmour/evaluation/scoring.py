@@ -17,8 +17,8 @@ from torch import nn
 from tqdm import tqdm
 
 from plotarmour.cli import UserError
-from plotarmour.data.facts import FACT_COLUMNS, CorpusFacts, fact_columns
 from plotarmour.data.stories import story_hash
+from plotarmour.data.tales import FACT_COLUMNS, CorpusFacts, fact_columns
 from plotarmour.evaluation.metrics import totals
 from plotarmour.loss import IGNORE, token_nats
 from plotarmour.machine import Machine

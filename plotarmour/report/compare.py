@@ -9,7 +9,7 @@ import pandas as pd
 
 from plotarmour.cli import UserError
 from plotarmour.config import Recipe
-from plotarmour.data.facts import read_facts
+from plotarmour.data.tales import read_facts
 from plotarmour.data.token_file import TokenFile
 from plotarmour.evaluation.arms import UNBOUNDED, Arm, compare_arms, group_runs, pairs_of
 from plotarmour.evaluation.leak_checks import check_run, require

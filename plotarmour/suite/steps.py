@@ -6,10 +6,9 @@ from pathlib import Path
 from plotarmour.cli import UserError
 from plotarmour.config import Recipe, load_recipe, warn_ignored
 from plotarmour.data.batches import Windows
-from plotarmour.data.facts import write_facts
 from plotarmour.data.pretokenize import part_path, pre_tokenize
 from plotarmour.data.stories import PARTS, SEPARATOR, parse_split
-from plotarmour.data.tales import tell_stories
+from plotarmour.data.tales import tell_stories, write_facts
 from plotarmour.data.token_file import TokenFile
 from plotarmour.files import publish, unfinished, write_text
 from plotarmour.machine import host

@@ -4,7 +4,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from plotarmour.cli import UserError
 from plotarmour.data import import_bin as imports
-from plotarmour.data.import_bin import Documents, import_bin
+from plotarmour.data.import_bin import import_bin, split_documents
 from plotarmour.data.pretokenize import pre_tokenize
 from plotarmour.data.token_file import TokenFile
 
@@ -39,13 +39,13 @@ def test_our_tokens_written_as_bare_ids_come_back(tmp_path, monkeypatch, dtype, 
     ours = TokenFile.open(path)
     raw = tmp_path / "raw.bin"
     raw.write_bytes(np.asarray(ours.tokens).astype(np.dtype(dtype).newbyteorder("<")).tobytes())
-    made = import_bin(raw, str(path), tmp_path / "again.bin", dtype=dtype)
+    result = import_bin(raw, str(path), tmp_path / "again.bin", dtype=dtype)
     again = TokenFile.open(tmp_path / "again.bin")
     again.verify()
     assert again.tokens.tolist() == ours.tokens.tolist() and again.offsets.tolist() == ours.offsets.tolist()
     assert again.story_bytes.tolist() == ours.story_bytes.tolist()
-    assert (made.n_stories, made.n_tokens, made.n_empty_dropped) == (3, ours.n_tokens, 0)
-    assert (made.format, made.dtype, made.first_story) == ("raw", dtype, "One day,\nTom ran.")
+    assert (result.n_stories, result.n_tokens, result.n_empty_dropped) == (3, ours.n_tokens, 0)
+    assert (result.format, result.dtype, result.first_story) == ("raw", dtype, "One day,\nTom ran.")
     assert again.header["source"][0]["bytes"] == raw.stat().st_size
 
 
@@ -53,46 +53,35 @@ def test_our_tokens_written_as_bare_ids_come_back(tmp_path, monkeypatch, dtype, 
 def test_files_of_llm_c_open_their_documents_with_end_of_text(write, tmp_path, header, dtype):
     """Guards: an empty first story, a header read as ids, the last document dropped."""
     path = write([END, 72, 105, END, END, 33], dtype, (*header, 6))
-    made = import_bin(path, "bytes", tmp_path / "x.bin")
+    result = import_bin(path, "bytes", tmp_path / "x.bin")
     assert ids_of(tmp_path / "x.bin") == [[72, 105], [33]]
-    assert (made.format, made.n_empty_dropped, made.n_tokens) == ("llm.c", 1, 5)
+    assert (result.format, result.n_empty_dropped, result.n_tokens) == ("llm.c", 1, 5)
 
 
-def test_a_file_without_separators_is_one_story_or_as_many_as_asked(write, tmp_path, monkeypatch):
+def test_a_file_without_separators_is_one_story(write, tmp_path, monkeypatch):
     """Guards: nanoGPT's Shakespeare refused, or its last tokens lost."""
-    path = write(range(10))
-    import_bin(path, "bytes", tmp_path / "one.bin", "uint16")
+    monkeypatch.setattr(imports, "BLOCK_TOKENS", 4)
+    import_bin(write(range(10)), "bytes", tmp_path / "one.bin", "uint16")
     assert ids_of(tmp_path / "one.bin") == [list(range(10))]
-    for block in (1, 4, 100):
-        monkeypatch.setattr(imports, "BLOCK_TOKENS", block)
-        import_bin(path, "bytes", tmp_path / "cut.bin", "uint16", story_tokens=4, force=True)
-        assert ids_of(tmp_path / "cut.bin") == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
-def cut(*blocks, **changes):
-    documents = Documents(**{"separator": 0, "end_of_text": 0, "story_tokens": None, "path": "x"} | changes)
-    return [ids.tolist() for ids in documents.stories(map(np.array, blocks))], documents.n_empty
+def split(*blocks, separator=0):
+    return [ids.tolist() for ids in split_documents(map(np.array, blocks), separator)]
 
 
 def test_documents_are_cut_at_separators():
-    """Guards: empty documents kept, or the gaps at both ends counted as such. The docstring's integers."""
-    assert cut([5, 0, 0, 6, 7]) == ([[5], [6, 7]], 1)
-    assert cut([0, 5, 0]) == cut([0], [5], [0]) == ([[5]], 0)
-    assert cut([0, 0], [0, 5]) == ([[5]], 2)
-    assert cut([1, 2], [3, 0, 4]) == ([[1, 2, 3], [4]], 0)
-    assert cut([1, 2, 3, 4, 0, 5], story_tokens=2) == ([[1, 2], [3, 4], [5]], 0)
-    assert cut([1, 9, 2], separator=9) == ([[1], [2]], 0)
+    """Guards: empty documents lost, or the gaps at both ends counted as such. The docstring's integers."""
+    assert split([5, 0, 0, 6, 7]) == [[5], [], [6, 7]]
+    assert split([0, 5, 0]) == split([0], [5], [0]) == [[5]]
+    assert split([0, 0], [0, 5]) == [[], [], [5]]
+    assert split([1, 2], [3, 0, 4]) == [[1, 2, 3], [4]]
+    assert split([1, 9, 2], separator=9) == [[1], [2]]
 
 
-def test_a_document_that_does_not_fit_into_memory_is_refused(write, tmp_path, monkeypatch):
-    """Guards: a file of billions of ids without a separator, read as one story until memory ends."""
-    monkeypatch.setattr(imports, "LONGEST_STORY", 5)
-    monkeypatch.setattr(imports, "BLOCK_TOKENS", 2)
-    path = write([1] * 9)
-    with pytest.raises(UserError, match="more than 5 ids without end-of-text 256.*--story-tokens"):
-        import_bin(path, "bytes", tmp_path / "x.bin", "uint16")
-    import_bin(path, "bytes", tmp_path / "x.bin", "uint16", story_tokens=5)
-    assert list(map(len, ids_of(tmp_path / "x.bin"))) == [5, 4]
+def test_another_separator_is_replaced_by_the_tokenizers(write, tmp_path):
+    """Guards: llm.c's files of Llama 3, whose documents begin with another id than the tokenizer's end-of-text."""
+    import_bin(write([9, 1, 2, 9, 3]), "bytes", tmp_path / "x.bin", "uint16", end_of_text=9)
+    assert TokenFile.open(tmp_path / "x.bin").tokens.tolist() == [1, 2, END, 3, END]
 
 
 WRONG = {
@@ -113,7 +102,6 @@ WRONG = {
     "too long": (dict(ids=[1, 2], header=[20240520, 1, 1]), {"dtype": None}, "is not whole"),
     "two separators": (dict(ids=[1, END, 2, 9]), {"end_of_text": 9}, "end-of-text id 256 inside a document"),
     "foreign separator": (dict(ids=[1]), {"end_of_text": 50256}, "--end-of-text 50256 is outside"),
-    "story of nothing": (dict(ids=[1]), {"story_tokens": 0}, "expected at least 1"),
 }
 
 

@@ -28,7 +28,7 @@ def side(story, shares):
     return part_of(story_hash(story), shares)
 
 
-def test_near_copies_land_on_the_same_side():
+def test_normalised_copies_are_in_the_same_part():
     """Guards: a copy with another comma in train and test. Shares are kept to a few percent."""
     shares = parse_split("80:10:10")
     assert normalise('"Hello,"  said\nTom.') == "hello said tom"

@@ -4,7 +4,62 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from plotarmour.data.tales import POOLS, events_for_tokens, parse, tell_stories, tell_story
+from plotarmour.data.tales import DEFAULT_EVENTS, POOLS, Pool, derive, events_for_tokens, tell_stories, tell_story
+
+
+class Reader:
+    """Compares a text with the story of given choices; raises where the choices end or the text differs."""
+
+    def __init__(self, text: str, choices: tuple[int, ...]):
+        self.text, self.choices, self.position, self.nats, self.n_made = text, choices, 0, 0.0, 0
+
+    def pick(self, choices: Pool) -> str:
+        if self.n_made == len(self.choices):
+            raise _ChoicesEnd(len(choices.options))
+        i = self.choices[self.n_made]
+        self.n_made += 1
+        if choices.probability(i) <= 0.0:
+            raise _TextDiffers
+        self.nats -= math.log(choices.probability(i))
+        return choices.options[i]
+
+    def say(self, text: str) -> None:
+        if not self.text.startswith(text, self.position):
+            raise _TextDiffers
+        self.position += len(text)
+
+    recall = say
+
+
+class _ChoicesEnd(Exception):
+    """The next choice is open; the argument is the number of its alternatives."""
+
+
+class _TextDiffers(Exception):
+    """The text is not that of these choices."""
+
+
+def parse(text: str, events: tuple[int, int] = DEFAULT_EVENTS) -> list[float]:
+    """Return the nats of every derivation of a text: one for a story of this grammar, none for any other text.
+
+    Args:
+        text: a story.
+        events: least and most events, as in `tell_story`.
+    """
+    derivations, open_choices = [], [()]
+    while open_choices:
+        choices = open_choices.pop()
+        reader = Reader(text, choices)
+        try:
+            derive(reader, *events)
+        except _ChoicesEnd as end:
+            open_choices += [(*choices, i) for i in range(end.args[0])]
+        except _TextDiffers:
+            continue
+        else:
+            if reader.position == len(text):
+                derivations.append(reader.nats)
+    return derivations
 
 
 def test_every_story_has_one_derivation_and_its_stated_nats():

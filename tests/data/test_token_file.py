@@ -69,7 +69,7 @@ def test_parts_hold_every_story_once_and_share_none(shared, tmp_path):
 
 
 def test_stories_that_stand_in_another_text_are_excluded_and_counted(shared, tmp_path):
-    """Guards: a second test set that was trained on. The eight known near-copies are lower-cased, unpunctuated."""
+    """Guards: a second test set that was trained on. The eight normalised copies are lower-cased, unpunctuated."""
     folder = shared / "data" / "tinystories"
     [path] = pre_tokenize([folder / "stories_b.txt"], "bytes", tmp_path / "b.bin", exclude=[folder / "stories_a.txt"])
     header = TokenFile.open(path).header

@@ -34,7 +34,7 @@ def pages(n, seed=0):
             (page + " " + page.replace("\n", " "), "repeated_ngrams"),
             (page + "\n<|endoftext|>\n" + page, "separator"), (page + "\ufffd", "undecoded"),
             (" ".join(str(rng.randrange(10**6)) for _ in range(80)), "few_letters")][kind])
-        if i % 24 == 23:  # a near-copy of any page before, also one that is in another file
+        if i % 24 == 23:  # a normalised copy of an earlier page, perhaps of another file
             made[-1] = (made[rng.randrange(0, i, 12)][0].upper().replace(".", " !"), "duplicate")
     return made
 
