@@ -2,9 +2,11 @@
 
 import argparse
 import errno
+import json
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 
@@ -12,7 +14,8 @@ from collections.abc import Callable
 USER_OS_ERRORS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENOSPC,
                   errno.ENAMETOOLONG, errno.EEXIST, errno.ELOOP, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
-OTHERS_WAIT_S = 10.0  # before one of torchrun's processes beside the first says what it has met
+OTHERS_WAIT_S = 10.0  # seconds before a process of torchrun other than the first reports its error and ends
+LAUNCHED = "PLOTARMOUR_LAUNCHED"  # set for processes that suite/multi_gpu.py starts and whose error.json it reads
 
 
 class UserError(ValueError):
@@ -34,30 +37,44 @@ def run_command(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except UserError as error:
-        sys.exit(_complain(str(error)))
+        sys.exit(_report(str(error)))
     except BrokenPipeError:  # of whoever reads our output, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
         disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # a write that fails does not know its file's name
         if error.errno not in USER_OS_ERRORS or (error.filename is None and not disk_full):
+            _record(type(error).__name__, traceback.format_exc())
             raise
         where = f"{error.filename}: " if error.filename else ""
-        sys.exit(_complain(f"{where}{error.strerror}. Check the path, its permissions and the disk."))
+        sys.exit(_report(f"{where}{error.strerror}. Check the path, its permissions and the disk."))
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        _record(type(error).__name__, traceback.format_exc())
+        raise
 
 
-def _complain(message: str) -> int:
+def _report(message: str) -> int:
+    """Report a user's mistake, and return the exit code."""
     rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        print(f"error: {message}", file=sys.stderr)
-    else:
-        # Torchrun ends them all as soon as one has failed. Mostly the first has met the same and ends this sleep by
-        # saying so; what this one alone has met, nobody else will say (they wait for it, `outwait_others`).
+    _record("UserError", message)
+    if rank != "0":
+        # torchrun ends all processes as soon as one has failed. Usually the first process meets the same mistake and
+        # reports it during this sleep; a mistake of this process alone is reported here (`outwait_others` waits).
         time.sleep(OTHERS_WAIT_S)
-        print(f"error: process {rank}: {message}", file=sys.stderr, flush=True)
+        message = f"process {rank}: {message}"
+    if LAUNCHED not in os.environ:
+        print(f"error: {message}", file=sys.stderr, flush=True)
     return 2
+
+
+def _record(kind: str, message: str) -> None:
+    """Write error.json, where torchrun expects it: torchrun reads `message` and `timestamp`, the launcher `kind`."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"kind": kind, "message": message, "timestamp": int(time.time())}, file)
 
 
 def say(message: str) -> None:

@@ -20,7 +20,6 @@ import pandas as pd
 from plotarmour.cli import UserError
 from plotarmour.evaluation.arms import Arm
 from plotarmour.report.figures import training_curves
-from plotarmour.suite.relay import last_state
 from plotarmour.training.log import read_log
 
 EVERY_S = 30.0
@@ -157,3 +156,9 @@ def _display(text: str) -> Any:
     except ImportError:
         return None
     return display(Pretty(text), display_id=True) if InteractiveShell.initialized() else None
+
+
+def last_state(line: str) -> str:
+    """Return what a terminal shows of a line that was overwritten several times."""
+    states = [state for state in line.split("\r") if state.strip()]
+    return states[-1].rstrip() if states else ""

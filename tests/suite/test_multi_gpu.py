@@ -15,8 +15,7 @@ from plotarmour.config import load_recipe
 from plotarmour.run import train_run
 from plotarmour.suite import multi_gpu as launching
 from plotarmour.suite.multi_gpu import check_gpus, launch
-from plotarmour.suite.relay import Relay
-from plotarmour.training.ending import Ending
+from plotarmour.training.ending import Ending, Reason
 
 SETTINGS = ["warmup_steps=0", "n_embd=16", "eval_tokens=200", "eval_interval=2", "log_interval=1", "device=cpu",
             "context_length=24", "schedule=linear_tail"]  # whose rate stays the same at first
@@ -38,8 +37,13 @@ if os.environ["RANK"] == "0":
 
 FAILS = """
 import os, sys
+sys.path.insert(0, {root!r})
+from plotarmour.cli import UserError, run_command
+def main():
+    print("a line")
+    raise {kind}("{message}")
 if os.environ["RANK"] == "0":
-    sys.exit("{said}")
+    run_command(main)
 """
 
 ALONE_FAILS = """
@@ -85,10 +89,10 @@ def test_two_processes_learn_like_one_and_an_interrupt_waits_for_their_checkpoin
         if len(column(two, "step")) > 12 and not asked:
             asked.append(os.kill(os.getpid(), signal.SIGINT))
 
-    final = start(token_files, two, [*SETTINGS, "max_steps=100000"], on_row=stop)
+    ending = start(token_files, two, [*SETTINGS, "max_steps=100000"], on_row=stop)
     assert "finishing the step, then saving" in capfd.readouterr().err
-    assert final == Ending.read(two) and final.reason == "signal SIGINT"
-    assert final.last_checkpoint == final.step > 12
+    assert ending == Ending.read(two) and ending.reason == Reason.SIGINT
+    assert ending.last_checkpoint == ending.step > 12
     train_run(load_recipe("tiny", "bdh", [*SETTINGS, "max_steps=20"]), token_files["train"], token_files["val"],
               tmp_path / "one")
     for name in ("train_loss", "tokens_seen", "grad_norm"):
@@ -113,26 +117,33 @@ def test_a_launcher_that_is_killed_leaves_a_saved_run_and_nobody_behind(root, tm
     launcher.kill()
     launcher.wait()
     _, alive = psutil.wait_procs(family, timeout=60)
-    assert alive == [] and Ending.read(tmp_path).reason == "signal SIGINT"
+    assert alive == [] and Ending.read(tmp_path).reason == Reason.SIGINT
 
 
 def test_a_users_mistake_arrives_in_one_line(token_files, tmp_path, tool, capfd):
     """Guards: torchrun's page of traceback around, and a stale ending in place of, what was wrong."""
     (tmp_path / "STOPPED.json").write_text('{"reason": "time budget"}')
-    tool(FAILS, said="error: found this; expected that.")
+    tool(FAILS, kind="UserError", message="found this; expected that.")
     with pytest.raises(UserError) as refused:
         start(token_files, tmp_path)
-    assert str(refused.value) == "found this; expected that." and capfd.readouterr().err == ""
+    assert str(refused.value) == "found this; expected that."
+    assert capfd.readouterr() == ("a line\n", "")
+
+
+def test_any_other_error_is_shown_and_named(token_files, tmp_path, tool, capfd):
+    """Guards: a traceback that is lost between torchrun and the notebook."""
+    tool(FAILS, kind="ZeroDivisionError", message="boom")
+    with pytest.raises(RuntimeError, match="2 processes ended with exit code 1 .*: ZeroDivisionError"):
+        start(token_files, tmp_path)
+    assert "ZeroDivisionError: boom" in capfd.readouterr().err
 
 
 def test_what_the_second_process_alone_has_met_is_passed_on(root, token_files, tmp_path, tool, capfd):
     """Guards: a notebook that says "lost a process" of a disk that fails, and is started again for ever."""
     tool(ALONE_FAILS, train=str(root / "tools" / "train.py"))
-    final = start(token_files, tmp_path / "run", [*SETTINGS, "max_steps=8"])
-    assert final.reason == "lost a process"
+    assert start(token_files, tmp_path / "run", [*SETTINGS, "max_steps=8"]).reason == Reason.LOST_PROCESS
     lines = [line for line in capfd.readouterr().err.splitlines() if "/data/t.train.bin" in line]
-    assert lines == ["[process 1] error: /data/t.train.bin: Input/output error. Check the path, its permissions and "
-                     "the disk."]
+    assert lines == ["[process 1] /data/t.train.bin: Input/output error. Check the path, its permissions and the disk."]
 
 
 def test_more_gpus_than_there_are_is_one_line_before_anything_starts(monkeypatch):
@@ -151,23 +162,3 @@ def test_more_gpus_than_there_are_is_one_line_before_anything_starts(monkeypatch
     check_gpus(2, on_cpu)
     with pytest.raises(UserError, match="4 rows per step cannot be shared out evenly among 3"):
         check_gpus(3, on_cpu)
-
-
-def test_lines_are_passed_on_and_a_bar_only_now_and_then(tmp_path, capsys, monkeypatch):
-    """Guards: a notebook flooded by a bar's states; a user's mistake shown twice."""
-    now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    log = tmp_path / "none_x" / "attempt_0" / "0"
-    log.mkdir(parents=True)
-    (log / "stdout.log").touch()
-    relay = Relay(tmp_path)
-    with (log / "stderr.log").open("wb", buffering=0) as file:
-        for percent in range(10):
-            file.write(f"\rrun: {percent}%|   |".encode())
-            relay.pass_on()
-            now[0] += 1.0
-        file.write(b"\r        \ra line\nerror: found this. Do that.\n\rrun: 99%|## |")
-        relay.pass_on(to_the_end=True)
-    err = capsys.readouterr().err
-    assert err.count("%|") == 3 and err.count("a line\n") == 1 and "error" not in err
-    assert relay.errors == ["found this. Do that."]
