@@ -1,7 +1,7 @@
-"""The metrics' one rule: add nats, count tokens, divide once, exponentiate once.
+"""Metrics, by one rule: add nats, count tokens, divide once, exponentiate once.
 
-Loss is nats per token, perplexity is exp(loss), bits per byte are nats / ln 2 / bytes of the text. Each story counts
-its ids and the end-of-text token that closes it. The mean of several losses or perplexities is none of these.
+Loss is nats per token, perplexity is exp(loss), and bits per byte are nats / ln 2 / bytes of the text. The tokens of a
+story are its ids and the end-of-text token that closes it. A mean of losses or perplexities is none of these metrics.
 """
 
 import math
@@ -13,9 +13,9 @@ def totals(nats: float, n_tokens: int, n_bytes: int) -> dict[str, float | None]:
     """Compute loss, perplexity and bits per byte from summed nats.
 
     Args:
-        nats: summed over all tokens.
+        nats: sum over all tokens.
         n_tokens: number of tokens, at least 1.
-        n_bytes: UTF-8 bytes of the text. 0: bits_per_byte is None.
+        n_bytes: number of UTF-8 bytes of the text; 0 gives None for bits_per_byte.
 
     Returns:
         loss (nats per token), perplexity, bits_per_byte.
@@ -30,5 +30,5 @@ def totals(nats: float, n_tokens: int, n_bytes: int) -> dict[str, float | None]:
 
 
 def perplexity(loss: float) -> float:
-    """Return exp(loss), for a loss in nats per token; losses above `MAX_LOSS` give exp(MAX_LOSS)."""
+    """Return exp(loss) of a loss in nats per token; losses above `MAX_LOSS` give exp(MAX_LOSS)."""
     return math.exp(min(loss, MAX_LOSS))

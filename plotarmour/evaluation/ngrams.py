@@ -1,16 +1,14 @@
-"""N-gram baselines: what counting the training tokens gives without a neural network.
+"""N-gram baselines: the loss of counting training tokens, without a neural network.
 
-Each order is interpolated with the one below it, by Witten and Bell's method C:
+Each order is interpolated with the order below by Witten and Bell's method C (1991):
 
     P(w | h) = (c(h, w) + t(h) · P(w | shorter h)) / (c(h) + t(h))
 
-h is the history (no token, one or two tokens), c counts, and t(h) is the number of different tokens seen after h. Below
-unigrams stands the uniform distribution, 1 / V. A history that never occurs gives P(w | shorter h). So every token has
-a probability above 0, and nats are finite on any text.
+h is the history (0, 1 or 2 tokens), c counts occurrences, and t(h) is the number of different tokens after h. The order
+below unigrams is the uniform distribution, 1 / V. A history that does not occur gives P(w | shorter h). So each token
+has a probability above 0, and nats are finite for any text.
 
-Stories are independent: before each stands the end-of-text id twice, in counting as in scoring.
-
-Source: Witten & Bell 1991.
+Stories are independent: both counting and scoring put the end-of-text id twice before each story.
 """
 
 from collections.abc import Iterator
@@ -20,17 +18,23 @@ import pandas as pd
 
 from plotarmour.evaluation.scoring import story_tokens
 
+MAX_COUNTED = 50_000_000  # training tokens; more are not counted, which bounds memory to about 3 GB
 BLOCK = 2**22  # training tokens counted at once
-SCORED = 2**22  # tokens scored at once; each such block reads the training file once per order
+SCORED = 2**22  # tokens scored at once; each such block reads the training tokens once per order
 ORDERS = ("unigram", "bigram", "trigram")
+
+
+def counted_tokens(train_data) -> int:
+    """Return the number of training tokens that the baselines count: the first `MAX_COUNTED` of the file."""
+    return min(train_data.n_tokens, MAX_COUNTED)
 
 
 def evaluate_baselines(train_data, data) -> dict[str, pd.DataFrame]:
     """Score every story under the n-gram baselines of the training tokens.
 
     Args:
-        train_data: `TokenFile` to count.
-        data: `TokenFile` to score, of the same tokenizer.
+        train_data: `TokenFile` to count; of a large file, the first `MAX_COUNTED` tokens.
+        data: `TokenFile` to score, with the same tokenizer.
 
     Returns:
         By name (uniform, unigram, bigram, trigram): a row per story with story, tokens, bytes, nats.
@@ -41,22 +45,22 @@ def evaluate_baselines(train_data, data) -> dict[str, pd.DataFrame]:
 
 
 def story_nats(train_data, data) -> dict[str, np.ndarray]:
-    """Compute the nats of every story, its closing end-of-text included, under each baseline.
+    """Compute the nats of every story, including its closing end-of-text token, under each baseline.
 
     Args:
-        train_data, data: as for `evaluate_baselines`.
+        train_data, data: see `evaluate_baselines`.
 
     Returns:
         By name: float64 (n_stories,).
     """
-    offsets = np.append(data.offsets, data.n_tokens).astype(np.int64)  # the last one ends the last story
+    offsets = np.append(data.offsets, data.n_tokens).astype(np.int64)
     blocks, first = [], 0
     while first < data.n_stories:
         last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + SCORED, side="right")) - 1)
-        [tokens] = _trigrams(data, offsets[first], offsets[last], offsets[last] - offsets[first])
-        probabilities = token_probabilities(train_data, *tokens)
+        [trigrams] = _trigrams(data, offsets[first], offsets[last], offsets[last] - offsets[first])
         starts = offsets[first:last] - offsets[first]
-        blocks.append({name: np.add.reduceat(-np.log(p), starts) for name, p in probabilities.items()})
+        blocks.append({name: np.add.reduceat(-np.log(p), starts)
+                       for name, p in token_probabilities(train_data, *trigrams).items()})
         first = last
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
@@ -65,8 +69,8 @@ def token_probabilities(train_data, before: np.ndarray, history: np.ndarray, wor
                         ) -> dict[str, np.ndarray]:
     """Compute P(word | before, history) under each baseline.
 
-    Counts are held for the given histories only. Memory grows with the number of different training n-grams that begin
-    with one of them (16 bytes each, about three times that while they are merged), not with the training file.
+    Only n-grams that begin with one of the given histories are kept: 16 bytes per different n-gram, and about three
+    times as much while counts are merged.
 
     Args:
         train_data: `TokenFile` to count.
@@ -85,9 +89,9 @@ def token_probabilities(train_data, before: np.ndarray, history: np.ndarray, wor
         keys, counts = _count(train_data, order, histories)
         totals = np.bincount(keys // V, weights=counts, minlength=len(histories))[j]
         types = np.bincount(keys // V, minlength=len(histories))[j]
-        at, occurs = _find(keys, j * V + words)
-        seen = np.where(occurs, counts[at] if len(counts) else 0, 0)
-        p = np.where(totals > 0, (seen + types * p) / np.maximum(totals + types, 1), p)
+        index, occurs = _find(keys, j * V + words)
+        count = np.where(occurs, counts[index] if len(counts) else 0, 0)
+        p = np.where(totals > 0, (count + types * p) / np.maximum(totals + types, 1), p)
         result[name] = p
     return result
 
@@ -105,43 +109,43 @@ def _count(data, order: int, histories: np.ndarray) -> tuple[np.ndarray, np.ndar
     """
     V = data.header["vocab_size"]
     keys, counts = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
-    for before, history, words in _trigrams(data, 0, data.n_tokens, BLOCK):
+    for before, history, words in _trigrams(data, 0, counted_tokens(data), BLOCK):
         ngrams, n = np.unique(_history_keys(order, before, history, V) * V + words, return_counts=True)
-        j, wanted = _find(histories, ngrams // V)
-        keys.append((j * V + ngrams % V)[wanted])
-        counts.append(n[wanted])
-        if sum(map(len, keys)) > 2 * len(keys[0]) + BLOCK:  # so each key is merged a few times only
+        j, known = _find(histories, ngrams // V)
+        keys.append((j * V + ngrams % V)[known])
+        counts.append(n[known])
+        if sum(map(len, keys)) > 2 * len(keys[0]) + BLOCK:  # each key is then merged a few times only
             keys, counts = ([merged] for merged in _merge(keys, counts))
     return _merge(keys, counts)
 
 
 def _merge(keys: list[np.ndarray], counts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Add the counts of equal keys. Returns the sorted distinct keys and their counts, int64."""
-    distinct, place = np.unique(np.concatenate(keys), return_inverse=True)
-    return distinct, np.bincount(place, weights=np.concatenate(counts), minlength=len(distinct)).astype(np.int64)
+    """Add the counts of equal keys, and return the sorted different keys and their counts, int64."""
+    different, index = np.unique(np.concatenate(keys), return_inverse=True)
+    return different, np.bincount(index, weights=np.concatenate(counts), minlength=len(different)).astype(np.int64)
 
 
 def _history_keys(order: int, before: np.ndarray, history: np.ndarray, vocab_size: int) -> np.ndarray:
-    """One int64 per history of 0, 1 or 2 tokens."""
+    """Return one int64 per history of 0, 1 or 2 tokens."""
     return (np.zeros_like(history), history, before * vocab_size + history)[order]
 
 
 def _trigrams(data, start: int, stop: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield blocks of (token before the history, history, token), int64, from the start of a story on."""
-    end = data.header["end_of_text_id"]
-    before, history = end, end
-    for at in range(start, stop, size):
-        words = np.asarray(data.tokens[at:min(stop, at + size)], dtype=np.int64)
+    """Yield blocks of (token before the history, history, token), int64; `start` is the start of a story."""
+    end_of_text = data.header["end_of_text_id"]
+    before = history = end_of_text
+    for i in range(start, stop, size):
+        words = np.asarray(data.tokens[i:min(stop, i + size)], dtype=np.int64)
         histories = np.append(history, words[:-1])
         befores = np.append(before, histories[:-1])
-        befores[histories == end] = end  # not the last token of another story
+        befores[histories == end_of_text] = end_of_text  # instead of the last token of the story before
         yield befores, histories, words
         before, history = histories[-1], words[-1]
 
 
 def _find(keys: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each wanted key its place among the sorted ones, and whether it is there."""
+    """Return the index of each wanted key among the sorted keys, and whether it is one of them."""
     if not len(keys):
         return np.zeros(len(wanted), dtype=np.int64), np.zeros(len(wanted), dtype=bool)
-    at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return at, keys[at] == wanted
+    index = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return index, keys[index] == wanted

@@ -28,7 +28,7 @@ def test_runs_that_differ_only_in_their_seed_are_one_arm():
 
 def test_one_run_under_two_names_is_refused():
     """Guards: an interval that shrinks because one run is counted twice."""
-    with pytest.raises(UserError, match="a and b are the same run"):
+    with pytest.raises(UserError, match="a and b have the same settings and the same seed"):
         group_runs([run("a", "bdh"), run("b", "bdh")])
 
 

@@ -116,8 +116,8 @@ def test_beyond_its_positions_a_model_reads_the_last_tokens_afresh(gpt2, slide_t
     listening, keep = Listening(gpt2), 8 if slide_to is None else slide_to
     with pytest.warns(UserWarning) as said:
         new = generate(listening, [1, 2, 3], END, CPU, 40, temperature=0, slide_to=slide_to)
-    assert [str(w.message) for w in said] == ["The model's 16 positions are used up: from token 17 on the story is "
-                                              f"read through a window, which sees its last {keep} to 16 tokens."]
+    assert [str(w.message) for w in said] == ["Token 17 needs more than the model's 16 positions: from here on "
+                                              f"the context is the last {keep} to 16 tokens."]
     assert said[0].filename == __file__
     seen, begin, reread = [END, 1, 2, 3], 0, []
     for token in new:
@@ -138,8 +138,8 @@ def test_slide_to_0_stops_at_the_last_position(gpt2):
     with pytest.warns(UserWarning) as said:
         new = generate(gpt2, [1, 2, 3], END, CPU, 40, temperature=0, slide_to=0)
     assert len(new) == 13 and [str(w.message) for w in said] == [
-        "The model's 16 positions are used up: the story stops at its token 16, with 13 of 40 new tokens. A slide_to "
-        "above 0 goes on."]
+        "Token 17 needs more than the model's 16 positions: generation stops after 13 of 40 new tokens; set slide_to "
+        "above 0 to continue."]
     assert generate(gpt2, [1, 2, 3], END, CPU, 13, temperature=0, slide_to=0) == new  # without a warning: none was cut
     assert generate(gpt2, [1, 2, 3], END, CPU, 13, temperature=0) == new
 
@@ -148,7 +148,7 @@ def test_a_prompt_longer_than_the_context_follows_the_same_rule(gpt2):
     """Guards: the beginning of a long prompt dropped without a word."""
     prompt = torch.randint(0, 96, (30,)).tolist()
     listening = Listening(gpt2)
-    with pytest.warns(UserWarning, match="from token 31 on the story .* sees its last 6 to 16 tokens"):
+    with pytest.warns(UserWarning, match="Token 31 needs more .* the context is the last 6 to 16 tokens"):
         [first] = generate(listening, prompt, END, CPU, 1, temperature=0, slide_to=6)
     assert listening.read == [prompt[-6:]] and first == greedy(gpt2, prompt[-6:])
     with pytest.raises(UserError, match="the prompt has 30 tokens; expected at most 15 with slide_to 0"):
@@ -169,9 +169,9 @@ def test_bdh_never_slides():
     model = Listening(BDH(BDHConfig(1, 16, 2, 4, vocab_size=97, dropout=0.0)).eval())
     plain = generate(model, [1, 2, 3], END, CPU, 100, temperature=0)
     assert sum(map(len, model.read)) == 4 + len(plain) - 1
-    with pytest.warns(UserWarning, match="slide_to 0 is ignored: this model has no positions"):
+    with pytest.warns(UserWarning, match="slide_to 0 is ignored: the context of this model is not limited"):
         assert generate(model, [1, 2, 3], END, CPU, 100, temperature=0, slide_to=0) == plain
-    with pytest.raises(UserError, match="slide_to -1 must be at least 0."):
+    with pytest.raises(UserError, match="slide_to -1 must be at least 0"):
         generate(model, [1], END, CPU, slide_to=-1)
 
 

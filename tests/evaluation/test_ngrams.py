@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from in_memory import data, draw_stories
 
-from plotarmour.evaluation.ngrams import evaluate_baselines, story_nats, token_probabilities
+from plotarmour.evaluation.ngrams import counted_tokens, evaluate_baselines, story_nats, token_probabilities
 from plotarmour.evaluation.scoring import STORY_COLUMNS
 
 
@@ -132,3 +132,13 @@ def test_rows_of_the_baselines_are_those_of_runs():
         assert (frame.dtypes == ["int64", "int64", "int64", "float64"]).all()
     assert result["trigram"]["nats"].tolist() == story_nats(train, test)["trigram"].tolist()
     assert result["uniform"]["nats"].tolist() == pytest.approx([3 * math.log(4), 2 * math.log(4)])
+
+
+def test_baselines_count_only_the_first_tokens_of_a_large_training_file(monkeypatch):
+    """Guards: n-grams of 500 million training tokens, which fill a laptop's memory."""
+    stories, test = draw_stories(40, 30, 77), data(*draw_stories(41, 5))
+    monkeypatch.setattr("plotarmour.evaluation.ngrams.MAX_COUNTED", 41)
+    cut = data(*stories)
+    assert counted_tokens(cut) == 41 and counted_tokens(test) == 41 and counted_tokens(data([1, 2])) == 3
+    for name, nats in story_nats(cut, test).items():
+        np.testing.assert_array_equal(nats, story_nats(data(stories[0]), test)[name])

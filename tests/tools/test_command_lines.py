@@ -238,7 +238,7 @@ def test_dishonest_comparisons_are_refused(run_main, two_runs, token_files, tmp_
 def test_a_story_beyond_the_positions_follows_slide_to(run_main, two_runs):
     """Guards: an option that is not passed on; a story that stops, or forgets its beginning, without a word."""
     options = (two_runs[1], "--temperature", 0, "--max-new-tokens", 200, "--slide-to")
-    with pytest.warns(UserWarning, match="160 positions are used up: the story stops at its token 160"):
+    with pytest.warns(UserWarning, match="Token 161 needs more than the model's 160 positions: generation stops"):
         assert run_main("generate", *options, 0)[0] == 0
     with pytest.warns(UserWarning, match="from token 161 on .* sees its last 40 to 160 tokens"):
         assert run_main("generate", *options, 40)[0] == 0
