@@ -14,7 +14,6 @@ from plotarmour.cli import UserError
 from plotarmour.config import training_settings
 from plotarmour.evaluation.statistics import compare_seeds, sign_test
 
-UNBOUNDED = " unbounded"  # suffix of a run's name in rows where each token has its whole story as context
 # Budgets in which two arms can match: label, column of the budget, largest relative difference that counts as equal.
 MATCHINGS = (("core parameters", "params_non_embedding", 0.05), ("parameters in all", "params", 0.05),
              ("training tokens", "train_tokens", 0.02), ("FLOPs per token", "flops_per_token", 0.05),

@@ -1,9 +1,9 @@
-"""Nats of every token of every story, given only its own story so far.
+"""Scoring: the nats of every token of every story, with only its own story as context.
 
-The context of a story starts at the end-of-text token, and its closing end-of-text token is scored too: a story of n
-ids costs n + 1 tokens. Its bytes are those of its text alone. Stories longer than the context are scored by sliding
-windows: each window after the first sees context_length - stride tokens of the past and scores the next `stride`. A
-model that carries a state of any length (BDH) can also be scored *unbounded*: every token given its whole story.
+The context of a story starts with the end-of-text token. Its closing end-of-text token is scored as well, so a story of
+n ids has n + 1 tokens. Its bytes are those of its text only. Stories longer than the context are scored with sliding
+windows: each window after the first has context_length - stride tokens of context and scores the next `stride`. A model
+with a state of any length (BDH) can also be scored *unbounded*: every token has its whole story as context.
 """
 
 import math
@@ -24,7 +24,8 @@ from plotarmour.loss import IGNORE, token_nats
 from plotarmour.machine import Machine
 
 TOKENS_PER_BATCH = 4096
-PIECE = 4096  # tokens that are read at once where there is no context length: memory does not grow with the story
+PIECE = 4096  # tokens per forward pass if the context is not limited: memory does not grow with the story
+UNBOUNDED = " unbounded"  # suffix of a run's name in rows where each token has its whole story as context
 STORY_COLUMNS = ["story", "tokens", "bytes", "nats"]
 WHOLE_NUMBERS = ("params", "params_non_embedding", "params_per_token", "train_tokens", "steps", "checkpoint_step",
                  "seed", "recall_tokens")
@@ -32,11 +33,11 @@ WHOLE_NUMBERS = ("params", "params_non_embedding", "params_per_token", "train_to
 
 @dataclass(frozen=True)
 class StoryScore:
-    """One story under one model.
+    """The score of one story under one model.
 
     Attributes:
-        story: its number in the token file.
-        tokens: ids + 1.
+        story: its index in the token file.
+        tokens: number of tokens, ids + 1.
         bytes: UTF-8 bytes of its text.
         nats: sum over its tokens.
         token_nats: float32 (tokens,).
@@ -51,14 +52,14 @@ class StoryScore:
 
 @dataclass(frozen=True)
 class Scores:
-    """All stories of a token file under one model.
+    """The scores of all stories of a token file under one model.
 
     Attributes:
-        stories: a row per story, in order: story, tokens, bytes, nats; with facts also recall_tokens, recall_nats
-            (tokens that overlap a recalled word) and corpus_nats.
-        positions: a row per place in a story: position (0 is a story's first token), tokens (stories that have it),
-            nats (their sum).
-        token_nats: for every story, float32 (tokens,): the nats of its tokens.
+        stories: a row per story, in order: story, tokens, bytes, nats. With facts also recall_tokens and recall_nats
+            (tokens that overlap a recalled word, and their nats) and corpus_nats.
+        positions: a row per position in a story: position (0 is the first token of a story), tokens (stories that have
+            it), nats (their sum).
+        token_nats: for each story, float32 (tokens,).
     """
 
     stories: pd.DataFrame
@@ -68,19 +69,19 @@ class Scores:
 
 def score_stories(model: nn.Module, data, context_length: int | None, machine: Machine, stride: int | None = None,
                   stories: Sequence[int] | None = None, name: str | None = "model") -> Iterator[StoryScore]:
-    """Score the stories of a token file, in batches of similar length.
+    """Score stories of a token file, in batches of similar length.
 
     Args:
-        model: with `features` and `unembedding`, on the machine's device.
-        data: a `TokenFile` (or `TokensInMemory`) of the model's tokenizer.
-        context_length: tokens a model sees at once; None: all of a story, through the model's state.
+        model: a `plotarmour.models.LanguageModel`, on the machine's device.
+        data: a `TokenFile` or `TokensInMemory` of the model's tokenizer.
+        context_length: maximum number of tokens in a window; None: the whole story, through the model's state.
         machine: device and dtype.
-        stride: of sliding windows, in tokens; half a context by default.
-        stories: score only these, by number.
-        name: for the progress bar; None: no bar.
+        stride: stride of sliding windows, in tokens; None: half of `context_length`.
+        stories: indices of the stories to score; None: all.
+        name: label of the progress bar; None: no bar.
 
     Yields:
-        A `StoryScore` per story; not in order. A few words of memory per story, and one batch, are held.
+        A `StoryScore` per story, not in order. Memory holds one batch and the unfinished stories.
 
     Raises:
         UserError: a stride outside 1..context_length.
@@ -89,17 +90,16 @@ def score_stories(model: nn.Module, data, context_length: int | None, machine: M
     lengths = story_tokens(data)
     chosen = np.arange(data.n_stories) if stories is None else np.asarray(stories, dtype=np.int64)
     order = chosen[np.argsort(lengths[chosen], kind="stable")]
-    waiting: dict[int, list] = {}  # stories with windows still to come
+    unfinished: dict[int, list] = {}  # nats of stories with more windows to come
     with tqdm(total=int(lengths[chosen].sum()), desc=f"score {name}", unit="token", unit_scale=True,
               mininterval=1.0, disable=name is None) as bar:
         for batch in _batches(data, order, context_length, stride):
             for i, first, nats, last in _score_batch(model, batch, machine, data.header["end_of_text_id"]):
-                waiting.setdefault(i, []).append(nats[first:])
+                unfinished.setdefault(i, []).append(nats[first:])
                 if last:
-                    whole = np.concatenate(waiting.pop(i))
-                    bar.update(len(whole))
-                    yield StoryScore(i, len(whole), int(data.story_bytes[i]), float(whole.sum(dtype=np.float64)),
-                                     whole)
+                    nats = np.concatenate(unfinished.pop(i))
+                    bar.update(len(nats))
+                    yield StoryScore(i, len(nats), int(data.story_bytes[i]), float(nats.sum(dtype=np.float64)), nats)
 
 
 def evaluate_run(run, data, facts: dict[int, CorpusFacts] | None = None, stride: int | None = None,
@@ -109,63 +109,63 @@ def evaluate_run(run, data, facts: dict[int, CorpusFacts] | None = None, stride:
     Args:
         run: a `plotarmour.run.Run`.
         data: a `TokenFile` of the run's tokenizer.
-        facts: by story hash, for stories of the built-in corpus.
-        stride: of sliding windows, in tokens; half a context by default.
-        unbounded: whether every token is given its whole story, through the model's state, instead of a window.
+        facts: facts of the built-in corpus by story hash, or None.
+        stride: stride of sliding windows, in tokens; None: half a context.
+        unbounded: whether each token has its whole story as context, through the model's state, instead of a window.
+
+    Raises:
+        UserError: facts with a tokenizer that is not byte-level, or without facts of a story.
     """
-    n = data.n_stories
-    columns = STORY_COLUMNS + (FACT_COLUMNS if facts else [])
-    table = np.zeros((n, len(columns)))
-    longest = int(story_tokens(data).max())
-    nats, count, token_nats = np.zeros(longest), np.zeros(longest, dtype=np.int64), [np.empty(0)] * n
     sizes = run.tokenizer.token_bytes if facts else None
     if facts and sizes is None:
         raise UserError(f"{run.name} was trained with a tokenizer that is not byte-level; expected bpe:N, gpt2 or "
                         "bytes to count nats on facts. Compare without --facts.")
+    longest = int(story_tokens(data).max())
+    nats, count = np.zeros(longest), np.zeros(longest, dtype=np.int64)
+    rows, token_nats = [[]] * data.n_stories, [np.empty(0)] * data.n_stories
     for score in score_stories(run.model, data, None if unbounded else run.context_length, run.machine,
-                               None if unbounded else stride, name=run.name + (" unbounded" if unbounded else "")):
-        table[score.story, :4] = score.story, score.tokens, score.bytes, score.nats
+                               None if unbounded else stride, name=run.name + UNBOUNDED * unbounded):
+        rows[score.story] = [score.story, score.tokens, score.bytes, score.nats]
         nats[:score.tokens] += score.token_nats
         count[:score.tokens] += 1
         token_nats[score.story] = score.token_nats
         if facts:
-            known = facts.get(story_hash(run.tokenizer.decode(data.story(score.story))))
-            if known is None:
+            story_facts = facts.get(story_hash(run.tokenizer.decode(data.story(score.story))))
+            if story_facts is None:
                 raise UserError(f"story {score.story} of {data.path} is not in the facts file; expected the "
                                 ".facts.jsonl that was written with this text.")
-            table[score.story, 4:] = fact_columns(score, data, sizes, known)
-    stories = pd.DataFrame(table, columns=columns)
-    stories = stories.astype({name: "int64" for name in ("story", "tokens", "bytes", "recall_tokens")
-                              if name in stories})
+            rows[score.story] += fact_columns(score, data, sizes, story_facts)
+    stories = pd.DataFrame(rows, columns=STORY_COLUMNS + (FACT_COLUMNS if facts else []))
     return Scores(stories, pd.DataFrame({"position": np.arange(longest), "tokens": count, "nats": nats}), token_nats)
 
 
 def comparison_table(scores: dict[str, pd.DataFrame], budgets: dict[str, dict]) -> pd.DataFrame:
-    """Put totals of runs and baselines into one table, best loss first.
+    """Return the totals of runs and baselines as one table, sorted by loss.
 
     Args:
-        scores: by name, the stories' rows.
-        budgets: by name, what a run cost: columns of its own, such as params and seconds.
+        scores: by name, a row per story with tokens, bytes, nats (and the columns of facts).
+        budgets: by name, further columns, such as parameters and seconds.
 
     Returns:
-        One row per name.
+        A row per name, and with facts one for the corpus itself.
 
     Raises:
-        UserError: the rows do not cover the same tokens.
+        UserError: names that were scored on different tokens.
     """
     first = next(iter(scores.values()))
     for name, frame in scores.items():
         if not frame[["story", "tokens", "bytes"]].equals(first[["story", "tokens", "bytes"]]):
-            raise UserError(f"{name} was scored on other tokens than {next(iter(scores))}; score all on one file.")
+            raise UserError(f"{name} and {next(iter(scores))} were scored on different tokens; expected the same "
+                            "token file for all.")
     rows = []
     for name, frame in scores.items():
         sums = _sums(frame, "nats")
         row = {"name": name, **budgets.get(name, {}), "stories": len(frame), **sums}
         if "corpus_nats" in frame:
-            recalled, count = float(frame["recall_nats"].sum()), int(frame["recall_tokens"].sum())
+            nats, count = float(frame["recall_nats"].sum()), int(frame["recall_tokens"].sum())
             row |= {"over_corpus": sums["nats"] / float(frame["corpus_nats"].sum()) - 1.0,
-                    "recall_tokens": count, "recall_loss": recalled / count if count else math.nan,
-                    "other_loss": (sums["nats"] - recalled) / (sums["tokens"] - count)}
+                    "recall_tokens": count, "recall_loss": nats / count if count else math.nan,
+                    "other_loss": (sums["nats"] - nats) / (sums["tokens"] - count)}
         rows.append(row)
     if "corpus_nats" in first:
         sums = _sums(first, "corpus_nats")
@@ -176,53 +176,52 @@ def comparison_table(scores: dict[str, pd.DataFrame], budgets: dict[str, dict]) 
     table = pd.DataFrame(rows).sort_values("loss", ignore_index=True, kind="stable")
     for column in WHOLE_NUMBERS:
         if column in table:
-            table[column] = table[column].astype("Int64")  # baselines have none: empty, not 0
+            table[column] = table[column].astype("Int64")  # nullable: baselines have no value
     return table
 
 
 def _sums(stories: pd.DataFrame, column: str) -> dict[str, float]:
-    """Sum the tokens, bytes and nats of some stories, and divide."""
+    """Return the sums of tokens, bytes and nats of stories, and their metrics."""
     tokens, n_bytes, nats = int(stories["tokens"].sum()), int(stories["bytes"].sum()), float(stories[column].sum())
     return {"tokens": tokens, "bytes": n_bytes, "nats": nats} | totals(nats, tokens, n_bytes)
 
 
 def story_tokens(data) -> np.ndarray:
-    """Return the tokens of every story of a token file, its closing end-of-text included; int64 (n_stories,)."""
+    """Return the number of tokens of each story, including its closing end-of-text; int64 (n_stories,)."""
     return np.diff(np.append(data.offsets, data.n_tokens).astype(np.int64))
 
 
 def check_stride(stride: int | None, context_length: int | None) -> None:
-    """Raise `UserError` unless sliding windows can go on by this stride."""
+    """Raise `UserError` unless the stride of sliding windows is in 1..context_length."""
     if stride is not None and not 1 <= stride <= (context_length or 0):
         raise UserError(f"stride {stride} must be between 1 and the context length {context_length}.")
 
 
 def windows_of(n_targets: int, context_length: int, stride: int) -> list[tuple[int, int, int]]:
-    """Cut a story into (begin, end, first scored): windows over its targets that score each exactly once.
+    """Cut a story into windows (begin, end, first scored target) that score each target exactly once.
 
     Example:
         >>> windows_of(10, 6, 2)
         [(0, 6, 0), (2, 8, 4), (4, 10, 4)]
     """
-    rows, done = [], 0
-    while done < n_targets:
-        end = min(n_targets, context_length if not rows else done + stride)
+    windows, scored = [], 0
+    while scored < n_targets:
+        end = min(n_targets, context_length if not windows else scored + stride)
         begin = max(0, end - context_length)
-        rows.append((begin, end, done - begin))
-        done = end
-    return rows
+        windows.append((begin, end, scored - begin))
+        scored = end
+    return windows
 
 
 def _batches(data, order: np.ndarray, context_length: int | None, stride: int | None) -> Iterator[list[tuple]]:
-    """Rows (story, first scored, inputs, targets, last window), short ones together, about TOKENS_PER_BATCH each."""
+    """Yield batches of rows (story, first scored, inputs, targets, is last window), about TOKENS_PER_BATCH each."""
     end_of_text = data.header["end_of_text_id"]
     batch, longest = [], 0
     for i in order:
         ids = np.asarray(data.story(int(i)), dtype=np.int64)
         inputs, targets = np.append(end_of_text, ids), np.append(ids, end_of_text)
         T = context_length or len(targets)
-        rows = windows_of(len(targets), T, stride or max(1, T // 2))
-        for begin, end, first in rows:
+        for begin, end, first in windows_of(len(targets), T, stride or max(1, T // 2)):
             if batch and max(longest, end - begin) * (len(batch) + 1) > TOKENS_PER_BATCH:
                 yield batch
                 batch, longest = [], 0
@@ -235,12 +234,12 @@ def _batches(data, order: np.ndarray, context_length: int | None, stride: int | 
 @torch.no_grad()
 def _score_batch(model: nn.Module, batch: list[tuple], machine: Machine, pad: int) -> Iterator[tuple]:
     T = max(len(inputs) for _, _, inputs, _, _ in batch)
-    inputs = torch.full((len(batch), T), pad)  # padding stands behind: causal models never see it
-    targets = torch.full((len(batch), T), IGNORE)
-    for row, (_, first, x, y, _) in enumerate(batch):  # what another window scores costs nothing here
+    inputs = torch.full((len(batch), T), pad)  # padding comes last, so a causal model does not see it
+    targets = torch.full((len(batch), T), IGNORE)  # also for tokens that another window scores
+    for row, (_, first, x, y, _) in enumerate(batch):
         inputs[row, :len(x)], targets[row, first:len(y)] = torch.from_numpy(x), torch.from_numpy(y[first:])
     inputs, targets = inputs.to(machine.device), targets.to(machine.device)
-    size = PIECE if len(batch) == 1 else T  # only a story on its own can be that long
+    size = PIECE if len(batch) == 1 else T  # a batch of several rows is shorter than a piece
     state, pieces = model.initial_state(1) if T > size else None, []
     with machine.autocast:
         for begin in range(0, T, size):

@@ -11,10 +11,10 @@ from plotarmour.cli import UserError
 from plotarmour.config import Recipe
 from plotarmour.data.tales import read_facts
 from plotarmour.data.token_file import TokenFile
-from plotarmour.evaluation.arms import UNBOUNDED, Arm, compare_arms, group_runs, pairs_of
+from plotarmour.evaluation.arms import Arm, compare_arms, group_runs, pairs_of
 from plotarmour.evaluation.leak_checks import check_run, require
 from plotarmour.evaluation.ngrams import evaluate_baselines
-from plotarmour.evaluation.scoring import check_stride, comparison_table, evaluate_run, story_tokens
+from plotarmour.evaluation.scoring import UNBOUNDED, check_stride, comparison_table, evaluate_run, story_tokens
 from plotarmour.evaluation.statistics import win_share_by_length
 from plotarmour.files import write_text
 from plotarmour.models import REFERENCE

@@ -4,8 +4,9 @@ import dataclasses
 
 import pandas as pd
 
-from plotarmour.evaluation.arms import MATCHINGS, UNBOUNDED, Arm
+from plotarmour.evaluation.arms import MATCHINGS, Arm
 from plotarmour.evaluation.metrics import totals
+from plotarmour.evaluation.scoring import UNBOUNDED
 from plotarmour.report.figures import arm_label
 from plotarmour.training.ending import DONE
 

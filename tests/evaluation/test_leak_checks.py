@@ -90,13 +90,10 @@ def run_of(model, context_length=64, byte_level=True):
 class Data(Stories):
     """Stories of two bytes per token, one after the other like in a token file."""
 
-    @property
-    def story_bytes(self):
-        return np.array([2 * len(ids) for ids in self.ids])
-
-    @property
-    def tokens(self):
-        return np.concatenate([np.append(ids, 0) for ids in self.ids])
+    def __init__(self, ids, header):
+        super().__init__(ids, header)
+        self.story_bytes = np.array([2 * len(story) for story in ids])
+        self.tokens = np.concatenate([np.append(story, 0) for story in ids])
 
 
 @pytest.fixture
@@ -130,7 +127,7 @@ def test_a_model_that_sees_one_token_ahead_is_refused_by_name(data):
     scores = scored(run, data)
     assert scores["nats"].sum() / scores["tokens"].sum() < 1, "it cheats well"
     assert "sum of probabilities" in failed(run, data, scores)
-    with pytest.raises(UserError, match="no comparison is made.*cheat, sum of probabilities: found [0-9.]+, expected"):
+    with pytest.raises(UserError, match="leak checks failed: cheat, sum of probabilities: found [0-9.]+, expected"):
         require(check_run(run, data, scores))
 
 
