@@ -75,7 +75,7 @@ def resample_seeds(tokens: np.ndarray, a: np.ndarray, b: np.ndarray, spread: flo
     found = []
     for value in ((sums[0] - sums[1]) / (times @ tokens), sums[0] / sums[1]):
         found.append(Interval(float(value.mean()), *map(float, np.quantile(value, (0.025, 0.975)))))
-    return Difference(*found, n, len(a), len(b))
+    return Difference(*found)
 
 
 def differences(case: Case, stories: int, cases: int, draws: int, seed: int) -> Iterator[Difference]:

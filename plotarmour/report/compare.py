@@ -13,7 +13,7 @@ from plotarmour.data.tales import read_facts
 from plotarmour.data.token_file import TokenFile
 from plotarmour.evaluation.arms import Arm, compare_arms, group_runs, pairs_of
 from plotarmour.evaluation.leak_checks import check_run, require
-from plotarmour.evaluation.ngrams import evaluate_baselines
+from plotarmour.evaluation.ngrams import ORDERS, counted_tokens, evaluate_baselines
 from plotarmour.evaluation.scoring import UNBOUNDED, check_stride, comparison_table, evaluate_run, story_tokens
 from plotarmour.evaluation.statistics import win_share_by_length
 from plotarmour.files import write_text
@@ -145,6 +145,7 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
     print(f"{tested.passed.sum()} leak checks passed", flush=True)
     if train_data is not None:
         scores |= {f"{name} baseline": frame for name, frame in evaluate_baselines(train_data, test).items()}
+        budgets |= {f"{order} baseline": {"train_tokens": counted_tokens(train_data)} for order in ORDERS}
     table, unequal = comparison_table(scores, budgets), differences(runs)
     orders = {(run.config.training.seed, run.info["train"].get("order_sha256")) for run in runs}
     same_order = len({seed for seed, _ in orders}) == len(orders) and None not in {order for _, order in orders}

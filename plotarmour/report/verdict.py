@@ -78,8 +78,8 @@ def arm_table(arms: list[Arm], table: pd.DataFrame) -> pd.DataFrame:
             row["ended"] = next((end for end in own["ended"] if end not in DONE), own["ended"].iloc[0])
         rows.append(row)
     rest = table[~table["name"].isin(used)]
-    columns = [c for c in ("name", "model", "tokens", "bytes", "loss", "perplexity", "bits_per_byte", "over_corpus",
-                           "recall_loss", "other_loss") if c in rest]
+    columns = [c for c in ("name", "model", "train_tokens", "tokens", "bytes", "loss", "perplexity", "bits_per_byte",
+                           "over_corpus", "recall_loss", "other_loss") if c in rest]
     rows += rest[columns].to_dict("records")
     return pd.DataFrame(rows).sort_values("loss", ignore_index=True, kind="stable")
 

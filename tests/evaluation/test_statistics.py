@@ -50,7 +50,6 @@ def test_two_stories_by_hand():
     assert ends(found.difference) == pytest.approx([-0.5, -1.0, -1 / 3])
     assert ends(found.ratio) == pytest.approx([0.8, 2 / 3, 6 / 7])
     assert ends(found.perplexity_ratio) == pytest.approx([math.exp(-0.5), math.exp(-1), math.exp(-1 / 3)])
-    assert (found.n_stories, found.n_seeds_a, found.n_seeds_b, found.paired_seeds) == (2, 1, 1, False)
 
 
 def test_a_constant_advantage_has_no_uncertainty():
@@ -112,7 +111,7 @@ def test_one_seed_on_each_side_speaks_of_checkpoints():
     """Guards: a recipe's interval claimed for one seed."""
     tokens, a, b = drawn_stories()
     found = compare_seeds(tokens, a[None], b[None])
-    assert found == compare_stories(tokens, a, b) and (found.n_seeds_a, found.n_seeds_b) == (1, 1)
+    assert found == compare_stories(tokens, a, b)
 
 
 def test_seeds_by_hand():
@@ -130,7 +129,6 @@ def test_seeds_by_hand():
         found = compare_seeds(tokens, a, b, paired)
         assert ends(found.difference) == pytest.approx([-0.2, -0.2 - half, -0.2 + half])
         assert ends(found.ratio) == pytest.approx([2.8 / 3, (2.8 - half) / 3, (2.8 + half) / 3])
-        assert (found.n_seeds_a, found.n_seeds_b, found.paired_seeds) == (3, 3, paired)
     stories = compare_stories(tokens, a.mean(0) + [1, -1, 0], b[0])
     both = compare_seeds(tokens, a + [1, -1, 0], b, paired=True)
     assert both.difference.high - both.difference.value == pytest.approx(
@@ -169,7 +167,6 @@ def test_a_side_with_one_seed_is_taken_as_it_is():
     """Guards: a variance of one value, nan; and an interval that forgets the other side's seeds."""
     tokens, a, b = drawn_stories(seeds=4, spread=0.1)
     one, none = compare_seeds(tokens, a, b[:1]), compare_seeds(tokens, a[:1], b[:1])
-    assert (one.n_seeds_a, one.n_seeds_b) == (4, 1)
     assert one.difference.high - one.difference.low > 2 * (none.difference.high - none.difference.low)
 
 
@@ -239,7 +236,7 @@ def test_wins_by_length():
 @pytest.mark.parametrize("compare", [compare_stories, sign_test, win_share_by_length])
 def test_what_cannot_be_compared_is_refused(compare):
     """Guards: broadcasting that compares every story with the first; an interval of one story; nan that spreads."""
-    with pytest.raises(UserError, match="1 stories tell nothing about others; expected at least 2"):
+    with pytest.raises(UserError, match="1 stories give no interval; expected at least 2"):
         compare([3], [1.0], [2.0])
     for tokens, a, b, complaint in (([3, 4], [1.0], [1.0, 2.0], r"nats_a \(1,\); expected \(n,\)"),
                                     ([3, 4], [1.0, 2.0], [[1.0, 2.0]], r"nats_b \(1, 2\); expected \(n,\)"),

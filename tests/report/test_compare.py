@@ -63,7 +63,7 @@ def test_totals_are_those_of_plain_transformers(runs, compared, token_files):
     assert total["tokens"] == sum(len(test.story(i)) + 1 for i in range(test.n_stories))
 
 
-def test_seeds_are_put_together_and_pairs_have_intervals(compared):
+def test_seeds_are_put_together_and_pairs_have_intervals(compared, token_files):
     """Guards: six rows where two recipes were compared; a difference without its interval."""
     arms = pd.read_csv(compared / "arms.csv").set_index("name")
     assert arms.loc["bdh", "seeds"] == "1, 2" and arms.loc["gpt2", "seeds"] == "1, 2"
@@ -71,6 +71,8 @@ def test_seeds_are_put_together_and_pairs_have_intervals(compared):
     both = totals.loc[["bdh_seed-1", "bdh_seed-2"]]
     assert arms.loc["bdh", "loss"] == pytest.approx(both["nats"].sum() / both["tokens"].sum(), rel=1e-6)
     assert {"trigram baseline", "the corpus itself"} <= set(arms.index)
+    counted = TokenFile.open(token_files["train"]).n_tokens  # baselines state how many training tokens they count
+    assert arms.loc["trigram baseline", "train_tokens"] == totals.loc["trigram baseline", "train_tokens"] == counted
     pairs = pd.read_csv(compared / "pairs.csv")
     assert pairs["speaks_of"].tolist() == ["recipes", "checkpoints", "checkpoints"]
     assert (pairs["difference_low"] < pairs["difference"]).all()
