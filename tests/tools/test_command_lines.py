@@ -240,7 +240,7 @@ def test_a_story_beyond_the_positions_follows_slide_to(run_main, two_runs):
     options = (two_runs[1], "--temperature", 0, "--max-new-tokens", 200, "--slide-to")
     with pytest.warns(UserWarning, match="Token 161 needs more than the model's 160 positions: generation stops"):
         assert run_main("generate", *options, 0)[0] == 0
-    with pytest.warns(UserWarning, match="from token 161 on .* sees its last 40 to 160 tokens"):
+    with pytest.warns(UserWarning, match="Token 161 needs more .* the context is the last 40 to 160 tokens"):
         assert run_main("generate", *options, 40)[0] == 0
     code, _, err = run_main("generate", *options, 160)
     assert code == 2 and err == "error: slide_to 160 must be at least 0 and below the model's 160 positions.\n"
