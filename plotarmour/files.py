@@ -1,4 +1,4 @@
-"""Atomic writes and the one lock.
+"""Atomic writes, downloads and the one lock.
 
 A file appears under its name only complete: written beside its place, flushed, fsynced, renamed, the folder fsynced.
 """
@@ -11,10 +11,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
-from plotarmour.cli import UserError
+from plotarmour.cli import UserError, say
 
 LOCK_FILES = {"lock", "owner.json"}
+ATTEMPTS = 5  # of a download
+BUSY = (429, 500, 502, 503, 504)  # HTTP statuses after which a download is tried again
 
 
 def unfinished(path: Path) -> Path:
@@ -45,26 +48,69 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file atomically."""
+@contextmanager
+def complete_file(path: Path, mode: str = "w") -> Iterator[IO]:
+    """Open a file that replaces `path` only if the block ends without an exception. Text is UTF-8 with "\\n"."""
     temporary = unfinished(path)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with temporary.open(mode, **text) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         publish(temporary, path)
     except BaseException as error:
         if isinstance(error, OSError) and error.filename is None:  # a write that fails does not know its file's name
             error.filename = str(path)
-        with suppress(OSError):  # the first failure is the one to tell; the next start of a run removes the rest
+        with suppress(OSError):  # the first failure is the one to report
             temporary.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file atomically."""
+    with complete_file(path) as file:
+        file.write(text)
 
 
 def write_json(path: Path, value: object) -> None:
     """Replace a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def download(url: str, path: Path) -> None:
+    """Download a file with the optional package requests, unless `path` exists.
+
+    A dropped connection is resumed by a Range request; If-Range (RFC 9110) restarts a file that the server replaced.
+
+    Raises:
+        UserError: the server does not have the file, or `ATTEMPTS` attempts fail.
+    """
+    if path.exists():
+        return
+    import requests
+
+    say(f"downloading {url}")
+    with complete_file(path, "wb") as file:
+        etag = ""
+        for attempt in range(ATTEMPTS):
+            resume = {"Range": f"bytes={file.tell()}-", "If-Range": etag} if file.tell() and etag else {}
+            try:
+                with requests.get(url, headers={"Accept-Encoding": "identity"} | resume, stream=True,
+                                  timeout=60) as response:
+                    response.raise_for_status()
+                    if response.status_code != 206:  # not the rest, but the whole file
+                        file.truncate(file.seek(0))
+                    etag = response.headers.get("ETag", "")
+                    for block in response.iter_content(2**18):
+                        file.write(block)
+                return
+            except requests.RequestException as error:
+                refused = error.response is not None and error.response.status_code not in BUSY
+                if refused or isinstance(error, ValueError) or attempt == ATTEMPTS - 1:
+                    raise UserError(f"{url} cannot be downloaded: {str(error).splitlines()[0]}. Check the address and "
+                                    f"the network, or put the file at {path}.") from None
+                time.sleep(2**attempt)
 
 
 @contextmanager

@@ -15,15 +15,11 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO
 from urllib.parse import urlsplit
 
 from datatrove.data import Document, DocumentsPipeline
@@ -34,12 +30,10 @@ from loguru import logger
 from plotarmour.cli import UserError, say
 from plotarmour.data.stories import SEPARATOR, story_hash
 from plotarmour.data.web_pages import GZIP, REASONS, PageRules, check_file, check_language, read_wet, why_dropped
-from plotarmour.files import publish, unfinished, write_json
+from plotarmour.files import complete_file, download, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON_CRAWL = "https://data.commoncrawl.org/"
-ATTEMPTS = 5  # of a download
-BUSY = (429, 500, 502, 503, 504)  # HTTP statuses after which a download is tried again
 
 
 @dataclass(frozen=True)
@@ -103,21 +97,18 @@ def list_wets(inputs: list[str], downloads: Path, base_url: str = COMMON_CRAWL, 
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit} leaves no file; expected 1 or more.")
-    wets, downloads = [], downloads.absolute()
+    names, downloads = [], downloads.absolute()
     for name in inputs:
         if name.endswith((".paths", ".paths.gz")):
-            urls = [f"{base_url.rstrip('/')}/{line}" for line in _read_listing(name, downloads)]
-        elif "://" in name:
-            urls = [name]
+            names += [f"{base_url.rstrip('/')}/{line}" for line in _read_listing(name, downloads)]
         else:
-            wets.append(Wet(Path(name).absolute()))
-            continue
-        for url in urls:
-            if not url.endswith((".wet", ".wet.gz")):
-                raise UserError(f"{name}: {url[:120]!r} is no WET file; expected a path that ends in .warc.wet.gz, as "
-                                "in a crawl's wet.paths.gz.")
-            wets.append(Wet(downloads / url.rsplit("/", 1)[-1], url))
-    wets = wets[:limit]
+            names.append(name)
+    wets = []
+    for name in names[:limit]:
+        if "://" in name and not name.endswith((".wet", ".wet.gz")):
+            raise UserError(f"{name[:160]} is no WET file; expected an address that ends in .warc.wet.gz, as in a "
+                            "crawl's wet.paths.gz.")
+        wets.append(Wet(downloads / name.rsplit("/", 1)[-1], name) if "://" in name else Wet(Path(name).absolute()))
     twice = [path for path, times in Counter(wet.path for wet in wets).items() if times > 1]
     if not wets or twice:
         raise UserError(f"{twice[0]} is named twice; expected every WET file once." if twice else
@@ -138,61 +129,6 @@ def _read_listing(name: str, downloads: Path) -> list[str]:
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a listing of WET files ({error}); expected text, plain or gzip. Download it "
                         "again.") from None
-
-
-def download(url: str, path: Path) -> None:
-    """Download a file, unless `path` exists; `path` appears only complete.
-
-    A dropped connection is resumed by a Range request; If-Range (RFC 9110) restarts a file that the server replaced.
-
-    Raises:
-        UserError: the server does not have the file, or `ATTEMPTS` attempts fail.
-    """
-    if path.exists():
-        return
-    import requests
-
-    say(f"downloading {url}")
-    temporary, etag = unfinished(path), ""
-    try:
-        with temporary.open("wb") as file:
-            for attempt in range(ATTEMPTS):
-                resume = {"Range": f"bytes={file.tell()}-", "If-Range": etag} if file.tell() and etag else {}
-                try:
-                    with requests.get(url, headers={"Accept-Encoding": "identity"} | resume, stream=True,
-                                      timeout=60) as response:
-                        response.raise_for_status()
-                        if response.status_code != 206:  # not the rest, but the whole file
-                            file.truncate(file.seek(0))
-                        etag = response.headers.get("ETag", "")
-                        for block in response.iter_content(2**18):
-                            file.write(block)
-                    break
-                except requests.RequestException as error:
-                    refused = error.response is not None and error.response.status_code not in BUSY
-                    if refused or isinstance(error, ValueError) or attempt == ATTEMPTS - 1:
-                        raise UserError(f"{url} cannot be downloaded: {str(error).splitlines()[0]}. Check the address "
-                                        f"and the network, or put the file at {path}.") from None
-                    time.sleep(2**attempt)
-            file.flush()
-            os.fsync(file.fileno())
-        publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _complete_file(path: Path) -> Iterator[IO[str]]:
-    """Open a text file that appears under its name only if the block ends without an exception."""
-    temporary = unfinished(path)
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class ReadWet(PipelineStep):
@@ -232,7 +168,7 @@ def write_shard(crawl: Crawl, missing: list[int], filters: LambdaFilter, data: D
                 world_size: int) -> None:
     """datatrove step: write the shard of the task's WET file, then the counts from the statistics of `filters`."""
     index, wet = missing[rank], crawl.wets[missing[rank]]
-    with _complete_file(crawl.shard(index)) as shard:
+    with complete_file(crawl.shard(index)) as shard:
         for document in data:
             shard.write(json.dumps(document.text) + "\n")
     totals = {label: int(metric.total) for label, metric in filters.stats.stats.items()}
@@ -360,30 +296,26 @@ def join_shards(crawl: Crawl, *_task: object) -> Counter:
         UserError: no page was kept.
     """
     counts, seen = Counter(kept=0), set()
-    try:
-        with _complete_file(crawl.out) as text:
-            for index in range(len(crawl.wets)):
-                counts.update(json.loads(crawl.shard_counts(index).read_text(encoding="utf-8")))
-                with crawl.shard(index).open(encoding="utf-8") as shard:
-                    for story in map(json.loads, shard):
-                        key = story_hash(story)
-                        counts["duplicate" if key in seen else "kept"] += 1
-                        if key not in seen:
-                            seen.add(key)
-                            text.write(f"{story}\n{SEPARATOR.decode()}\n")
-            if not counts["kept"]:
-                raise UserError(f"no page of {counts['pages']:,} was kept; expected at least one. Dropped: "
-                                f"{describe_dropped(counts)}. Use more files, another --language or a lower "
-                                "--min-words.")
-        with _complete_file(crawl.out.with_name(f"{crawl.out.stem}.counts.csv")) as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["outcome", "pages", "meaning"])
-            writer.writerow(["read", counts["pages"], "pages in the WET files"])
-            writer.writerows([reason, counts[reason], meaning] for reason, meaning in REASONS.items())
-            writer.writerow(["kept", counts["kept"], "stories written"])
-    except UserError:
-        shutil.rmtree(crawl.work)
-        raise
+    with complete_file(crawl.out) as text:
+        for index in range(len(crawl.wets)):
+            counts.update(json.loads(crawl.shard_counts(index).read_text(encoding="utf-8")))
+            with crawl.shard(index).open(encoding="utf-8") as shard:
+                for story in map(json.loads, shard):
+                    key = story_hash(story)
+                    counts["duplicate" if key in seen else "kept"] += 1
+                    if key not in seen:
+                        seen.add(key)
+                        text.write(f"{story}\n{SEPARATOR.decode()}\n")
+        if not counts["kept"]:
+            shutil.rmtree(crawl.work)
+            raise UserError(f"no page of {counts['pages']:,} was kept; expected at least one. Dropped: "
+                            f"{describe_dropped(counts)}. Use more files, another --language or a lower --min-words.")
+    with complete_file(crawl.out.with_name(f"{crawl.out.stem}.counts.csv")) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["outcome", "pages", "meaning"])
+        writer.writerow(["read", counts["pages"], "pages in the WET files"])
+        writer.writerows([reason, counts[reason], meaning] for reason, meaning in REASONS.items())
+        writer.writerow(["kept", counts["kept"], "stories written"])
     shutil.rmtree(crawl.work)
     return counts
 
