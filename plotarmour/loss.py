@@ -67,6 +67,22 @@ def token_nats(features: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor
     return nats
 
 
+def loss_bytes(n_tokens: int, n_embd: int, vocab_size: int, dtype: torch.dtype, with_gradient: bool = True) -> int:
+    """Return about how many bytes `summed_nats` holds at most, features and unembedding not included.
+
+    Args:
+        n_tokens: B·T.
+        n_embd, vocab_size: C and V.
+        dtype: of products; half precision adds copies of features and unembedding.
+        with_gradient: whether gradients of features and unembedding are computed, too.
+    """
+    is_half = dtype.itemsize < 4
+    rows = min(n_tokens, max(1, CHUNK_LOGITS // vocab_size))
+    chunk = rows * vocab_size * (dtype.itemsize + (8 if is_half else 4))  # logits, and log-probabilities in float32
+    copies = is_half * dtype.itemsize * (n_tokens + vocab_size) * n_embd
+    return chunk + copies + with_gradient * (4 * vocab_size + dtype.itemsize * n_tokens) * n_embd
+
+
 def _chunks(rows: int, vocab_size: int, logits: int = CHUNK_LOGITS) -> list[tuple[int, int]]:
     """Return the [begin, end) of each chunk of rows; one empty chunk if there are no rows."""
     size = max(1, logits // vocab_size)

@@ -25,7 +25,7 @@ from plotarmour.data.tokenizer import Tokenizer, make_tokenizer
 from plotarmour.data.tokens_in_memory import TokensInMemory
 from plotarmour.files import locked, write_json, write_text
 from plotarmour.machine import Machine, find_machine, memory_bytes, versions
-from plotarmour.memory import RESERVE, largest_split
+from plotarmour.memory import RESERVE, largest_micro_batch
 from plotarmour.resume import (
     LOCK,
     RUN_FORMAT,
@@ -250,8 +250,7 @@ def _what_fits(recipe: Recipe, vocab_size: int, machine: Machine, processes: int
         return None
     shared = processes if machine.device.type == "cpu" else 1  # GPUs have their own memory each
     budget = memory_bytes(machine.device) // shared - RESERVE
-    split = largest_split(recipe, vocab_size, machine.dtype, machine.device.type, budget)
-    return split.training.micro_batch_size if split else 1
+    return largest_micro_batch(recipe, vocab_size, machine.dtype, machine.device.type, budget) or 1
 
 
 def _restore(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The memory plan against what torch allocates, counted exactly."""
+"""The memory plan against what torch allocates."""
 
 import importlib.util
 from dataclasses import replace
@@ -8,7 +8,8 @@ import torch
 
 from plotarmour.config import load_recipe
 from plotarmour.machine import Machine
-from plotarmour.memory import describe, largest_micro_batch, largest_split, plan_training
+from plotarmour.memory import describe, largest_micro_batch, plan_training
+from plotarmour.models import KINDS
 from plotarmour.models.tiled import Tiling
 
 GIB = 2**30
@@ -22,7 +23,7 @@ def benchmark(root):
     return module
 
 
-CASES = {  # so chosen that each moment is the fullest once, and each part large
+CASES = {  # in each, another part of the memory is large
     "evaluation": ("bdh", 1024, "bfloat16", ["context_length=64", "rows_per_step=1", "micro_batch_size=1"]),
     "loss": ("gpt2", 1024, "float32", ["context_length=64"]),
     "loss, mostly the unembedding's": ("gpt2", 4096, "bfloat16", ["context_length=16", "rows_per_step=8"]),
@@ -43,14 +44,14 @@ CASES = {  # so chosen that each moment is the fullest once, and each part large
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_plan_is_what_torch_allocates(benchmark, case):
-    """Guards: a buffer added to models or loss that the plan does not know; a recipe that then dies on the GPU."""
+def test_the_plan_is_within_a_fifth_of_what_torch_allocates(benchmark, case):
+    """Guards: a buffer added to a model or the loss that no config states; a recipe that then dies on the GPU."""
     model, vocab_size, dtype, settings = CASES[case]
     machine = Machine(torch.device("cpu"), getattr(torch, dtype), "asked for", "")
     recipe = load_recipe("tiny", model, ["windows=stream", *settings])
     plan = plan_training(recipe, vocab_size, machine.dtype, "cpu")
     measured, _ = benchmark.measure(recipe, vocab_size, machine)
-    assert case.startswith(plan.moment) and measured == pytest.approx(plan.total, rel=0.1), plan
+    assert plan.total == pytest.approx(measured, rel=0.2), plan
 
 
 def test_the_plan_follows_the_tiles_of_a_gpu(benchmark, monkeypatch):
@@ -61,7 +62,7 @@ def test_the_plan_follows_the_tiles_of_a_gpu(benchmark, monkeypatch):
     recipe = load_recipe("tiny", "bdh", ["windows=stream", "context_length=200", "rows_per_step=8", "dropout=0.1"])
     plan = plan_training(recipe, 300, machine.dtype, "cpu")
     measured, _ = benchmark.measure(recipe, 300, machine)
-    assert plan.scratch > plan.total / 2 and measured == pytest.approx(plan.total, rel=0.1), plan
+    assert plan.activations > plan.total / 2 and plan.total == pytest.approx(measured, rel=0.2), plan
 
 
 def test_planning_allocates_nothing(benchmark):
@@ -81,23 +82,28 @@ def test_the_kaggle_recipe_fits_with_room_to_spare(model):
 
 
 @pytest.mark.parametrize("model", ["bdh", "gpt2"])
-def test_the_largest_micro_batch_is_the_largest(model):
-    """Guards: advice that is off by one row, or changes the tokens of a step."""
+def test_the_largest_micro_batch_is_the_largest_that_divides_a_step(model):
+    """Guards: advice that is off by one size, or changes the tokens of a step."""
     recipe, budget = load_recipe("kaggle_t4", model, ["context_length=1024"]), 5 * GIB
     most = largest_micro_batch(recipe, 50257, torch.float16, "cuda", budget)
     totals = [plan_training(replace(recipe, training=replace(recipe.training, micro_batch_size=rows)), 50257,
-                            torch.float16, "cuda").total for rows in (most, most + 1)]
-    assert totals[0] <= budget < totals[1]
-    split = largest_split(recipe, 50257, torch.float16, "cuda", budget).training
-    assert split.tokens_per_step == recipe.training.tokens_per_step
-    assert split.micro_batch_size <= most < 2 * split.micro_batch_size
-    assert largest_split(recipe, 50257, torch.float16, "cuda", GIB // 2) is None
+                            torch.float16, "cuda").total for rows in (most, 2 * most)]
+    assert 1 < most < 64 == recipe.training.rows_per_step and totals[0] <= budget < totals[1]
+    assert largest_micro_batch(recipe, 50257, torch.float16, "cuda", GIB // 2) == 0
+
+
+@pytest.mark.parametrize("model", KINDS)
+def test_a_config_states_the_number_of_parameters(model):
+    """Guards: a plan for another model than the one that is built."""
+    recipe = load_recipe("tiny", model)
+    assert recipe.model_config(300).params == sum(p.numel() for p in recipe.build_model(300).parameters())
 
 
 def test_the_advice_names_what_to_set():
     """Guards: a plan that does not fit and does not say what would."""
     recipe = load_recipe("kaggle_t4", "gpt2", ["micro_batch_size=64"])
     told = [describe(recipe, 50257, torch.float16, "cuda", n * GIB).splitlines()[-1] for n in (15, 7, 1)]
-    assert told[0].startswith("fits 15 GiB less 1.0 in reserve: largest micro-batch ")
+    assert told[0] == ("fits 15 GiB less 1.0 in reserve: the largest micro-batch of 64 rows per step is 64; "
+                       "the recipe's is 64")
     assert "set micro_batch_size=16, which keeps 32,768 tokens a step" in told[1]
     assert "not even a row at a time" in told[2]

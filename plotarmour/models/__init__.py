@@ -22,11 +22,16 @@ if TYPE_CHECKING:
 class ModelConfig(Protocol):
     """The hyperparameters of a model, as a frozen dataclass that raises `ValueError` for impossible values."""
 
+    n_embd: int
     vocab_size: int
 
     @property
     def core_params(self) -> int:
         """Number of parameters without token and position embeddings and the unembedding."""
+
+    @property
+    def params(self) -> int:
+        """Number of all parameters."""
 
     @property
     def weights_per_token(self) -> int:
@@ -44,6 +49,19 @@ class ModelConfig(Protocol):
             ValueError: a context length that the model does not support.
 
         Source: Chowdhery et al. 2022 (PaLM), appendix B; Kaplan et al. 2020, section 2.1; nanoGPT's `estimate_mfu`.
+        """
+
+
+    def activation_bytes(self, batch_size: int, length: int, dtype: torch.dtype, device: str) -> int:
+        """Return about how many bytes a training step's forward and backward pass hold at most, up to the features.
+
+        The count includes tensors that forward stores for backward, buffers of backward, cached tables and copies of
+        weights in half precision. It excludes parameters, their gradients, and the loss.
+
+        Args:
+            batch_size, length: of a micro-batch, in rows and tokens.
+            dtype: of products: float32, or float16 or bfloat16 under autocast.
+            device: "cpu" or "cuda".
         """
 
 

@@ -68,6 +68,11 @@ class BDHConfig:
         return 3 * self.mlp_internal_dim_multiplier * self.n_embd**2
 
     @property
+    def params(self) -> int:
+        """Number of core parameters, and of the embedding and the head, (V, D) each."""
+        return self.core_params + 2 * self.vocab_size * self.n_embd
+
+    @property
     def weights_per_token(self) -> int:
         """Number of core parameters times passes. 2 passes with 3 · 64 parameters: 384."""
         return self.n_layer * self.core_params
@@ -89,6 +94,20 @@ class BDHConfig:
         D, H, N = self.n_embd, self.n_head, self.neurons_per_head
         flops_per_pass = 6 * H * N * D + 2 * context_length * H * (N + D)
         return self.n_layer * flops_per_pass + 2 * D * self.vocab_size
+
+    def activation_bytes(self, batch_size: int, length: int, dtype: torch.dtype, device: str) -> int:
+        """Return about how many bytes `tiled.py` holds in backward (`ModelConfig.activation_bytes`)."""
+        B, T, D, H, N, size = batch_size, length, self.n_embd, self.n_head, self.neurons_per_head, dtype.itemsize
+        is_half = size < 4
+        has_wide_copies = is_half or self.dropout > 0  # tiles in float32 beside those in half precision, or a mask
+        tiling = Tiling.for_shape(B, T, N, torch.device(device))
+        rows, tile = tiling.rows * T, tiling.rows * T * tiling.neurons
+        v = 4 * B * T * D
+        scores = 4 * H * B * T * min(T, (T + tiling.positions) // 2)
+        saved = 2 * v + self.n_layer * (2 * v + scores)
+        tiles = size * (2 * rows * N + 4 * tile) + 8 * tile + has_wide_copies * (size + 4) * tile
+        heads = 4 * rows * (6 * D + T) + 4 * T * tiling.neurons  # a, LN(a), their gradients, dS, conjugate factors
+        return saved + tiles + heads + 6 * v + is_half * size * self.core_params + 4 * T * N  # and rotation factors
 
 
 class BDH(nn.Module):

@@ -44,6 +44,11 @@ class GPT2Config:
         return self.n_layer * (12 * self.n_embd**2 + 13 * self.n_embd) + 2 * self.n_embd
 
     @property
+    def params(self) -> int:
+        """Number of core parameters, and of token and position embeddings; the unembedding is the former."""
+        return self.core_params + (self.vocab_size + self.context_length) * self.n_embd
+
+    @property
     def weights_per_token(self) -> int:
         """Number of core parameters; each is used once per token."""
         return self.core_params
@@ -66,6 +71,23 @@ class GPT2Config:
                              "of this GPT-2")
         D = self.n_embd
         return self.n_layer * (24 * D**2 + 4 * context_length * D) + 2 * D * self.vocab_size
+
+    def activation_bytes(self, batch_size: int, length: int, dtype: torch.dtype, device: str) -> int:
+        """Return about how many bytes `transformers`' GPT-2 holds in backward (`ModelConfig.activation_bytes`).
+
+        The fused attention kernel stores queries, keys and values. There is none on a CPU with dropout, and on CUDA
+        for heads of odd width: the formula stores them in float32, and scores before and after dropout.
+        """
+        is_cuda, size, n_values = device == "cuda", dtype.itemsize, batch_size * length * self.n_embd
+        is_half = size < 4
+        is_fused = self.n_embd // self.n_head % (8 if is_half else 4) == 0 if is_cuda else not self.dropout
+        scores = 0 if is_fused else 3 * 4 * batch_size * self.n_head * length**2
+        attention = 3 * n_values * (size if is_fused else 4) + scores
+        gelu = (3 * (4 if is_cuda else size) + 2 * size) * 4 * n_values  # CUDA's autocast takes its cube in float32
+        norms_and_products = (2 * 4 + 3 * size) * n_values
+        masks = 2 * size * n_values if self.dropout else 0
+        layer = norms_and_products + attention + gelu + masks + is_half * size * 12 * self.n_embd**2
+        return self.n_layer * layer + 5 * 4 * n_values + scores
 
 
 @dataclass

@@ -44,13 +44,13 @@ def test_a_third_kind_needs_one_entry_and_a_recipe(bigram, token_files, tmp_path
     assert run.info["params_non_embedding"] == run.model.config.core_params == 72
 
 
-def test_a_kind_without_a_memory_plan_is_refused_in_one_line(bigram):
-    """Guards: a KeyError, or GPT-2's plan for a model that is no GPT-2."""
+def test_a_third_kind_has_a_memory_plan(bigram):
+    """Guards: a plan that only knows the kinds of this package, or takes GPT-2's for another model."""
     import torch
 
     from plotarmour.memory import plan_training
-    with pytest.raises(UserError, match="no memory plan for this model; .* set micro_batch_size to a number"):
-        plan_training(bigram, 400, torch.float32, "cpu")
+    plan = plan_training(bigram, 400, torch.float32, "cpu")
+    assert plan.weights == 4 * bigram.model_config(400).params and plan.total > 4 * plan.weights
 
 
 def test_a_field_that_the_config_class_lacks_is_one_line():

@@ -15,11 +15,18 @@ class BigramConfig:
         return self.n_embd**2 + self.n_embd
 
     @property
+    def params(self) -> int:
+        return self.core_params + self.n_embd * self.vocab_size
+
+    @property
     def weights_per_token(self) -> int:
         return self.core_params
 
     def flops_per_token(self, context_length: int) -> int:
         return 2 * self.n_embd**2 + 2 * self.n_embd * self.vocab_size
+
+    def activation_bytes(self, batch_size: int, length: int, dtype, device: str) -> int:
+        return 4 * 4 * batch_size * length * self.n_embd
 
 
 class Bigram(nn.Module):
