@@ -97,8 +97,8 @@ print(describe_here(settings, data.header["vocab_size"], processes=gpus))
 
 # %% [markdown]
 # ## The work
-# The loss should start near ln(vocabulary), which is guessing, and fall quickly. After five steps a line says when it
-# will be done; the bar shows loss, tokens per second and the time of the end.
+# The loss should start near ln(vocabulary), which is guessing, and fall quickly. After five steps a line says when the
+# run will be done; from then on, a line at most every half minute gives loss, tokens per second and the time left.
 #
 # The figure is redrawn as `log.csv` grows: left against tokens, right against time; points are validation, the faint
 # line is training. Later it leaves out the first, steep part. Validation text is never trained on, so a widening gap

@@ -9,11 +9,16 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 # What an operating system says about a path that the user gave; anything else is our own failure.
 USER_OS_ERRORS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENOSPC,
                   errno.ENAMETOOLONG, errno.EEXIST, errno.ELOOP, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
+LINE_EVERY_S = 30.0  # seconds between two lines of progress
 OTHERS_WAIT_S = 10.0  # seconds before a process of torchrun other than the first reports its error and ends
 LAUNCHED = "PLOTARMOUR_LAUNCHED"  # set for processes that suite/multi_gpu.py starts and whose error.json it reads
 
@@ -78,10 +83,72 @@ def _record(kind: str, message: str) -> None:
 
 
 def say(message: str) -> None:
-    """Print a line to stderr without tearing a progress bar."""
+    """Print a line to stderr, above a progress bar if there is one."""
     from tqdm import tqdm
 
     tqdm.write(message, file=sys.stderr)
+
+
+def progress(total: int, unit: str, description: str, initial: int = 0, is_timed: bool = True,
+             is_shown: bool = True) -> "tqdm | ProgressLines":
+    """Show progress on stderr: a bar on a terminal; in a notebook, a pipe or a file a line at most every 30 seconds.
+
+    Args:
+        total: of the work, in units.
+        unit: plural, such as "tokens".
+        description: names the work.
+        initial: units done by an earlier start.
+        is_timed: whether speed and time left are added; training gives its own, by `set_postfix_str`.
+        is_shown: False shows nothing.
+
+    Returns:
+        A context manager with `update(n)` and `set_postfix_str(text)`.
+    """
+    if not (is_shown and sys.stderr is not None and sys.stderr.isatty()):
+        return ProgressLines(total, unit, description, initial, is_timed, is_shown)
+    from tqdm import tqdm
+
+    bar_format = None if is_timed else "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+    return tqdm(total=total, unit=unit, desc=description, initial=initial, unit_scale=is_timed, mininterval=0.5,
+                bar_format=bar_format)
+
+
+class ProgressLines:
+    """The part of tqdm's interface that `progress` promises, in lines: see there for the arguments."""
+
+    def __init__(self, total: int, unit: str, description: str, initial: int, is_timed: bool, is_shown: bool):
+        self.total, self.unit, self.description, self.initial = total, unit, description, initial
+        self.is_timed, self.is_shown, self.n, self.postfix = is_timed, is_shown, initial, ""
+        self.begun = self.shown_at = time.monotonic()
+
+    def __enter__(self) -> "ProgressLines":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+    def set_postfix_str(self, text: str, refresh: bool = False) -> None:
+        """Set what the next line ends with."""
+        self.postfix = text
+
+    def update(self, n: int = 1) -> None:
+        """Count units; print a line if the last one is older than 30 seconds and 1 % of the time so far."""
+        self.n, now = self.n + n, time.monotonic()
+        if not self.is_shown or now - self.shown_at < max(LINE_EVERY_S, 0.01 * (now - self.begun)):
+            return
+        self.shown_at, parts = now, [f"{self.n / max(self.total, 1):.0%} of {self.total:,} {self.unit}"]
+        if self.is_timed:
+            rate = (self.n - self.initial) / (now - self.begun)
+            parts += [f"{rate:,.0f} {self.unit}/s", f"{duration((self.total - self.n) / max(rate, 1e-9))} left"]
+        say(f"{self.description}: {', '.join(parts + [self.postfix] * bool(self.postfix))}")
+
+
+def duration(seconds: float) -> str:
+    """Return seconds for people: "45 s", "12 min" or "3 h 05 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def outwait_others() -> None:

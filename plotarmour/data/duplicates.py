@@ -30,9 +30,8 @@ from itertools import combinations_with_replacement
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from plotarmour.cli import UserError
+from plotarmour.cli import UserError, progress
 from plotarmour.data.stories import normalise
 from plotarmour.data.token_file import TokenFile
 from plotarmour.files import write_text
@@ -302,7 +301,7 @@ def _compare_texts(corpus: Corpus, singles: np.ndarray, threshold: float | None,
             if n_similar[where] <= examples:
                 similar.append((j, i, similarity))
 
-    with tqdm(total=len(singles), unit="story", unit_scale=True, desc="compare stories", mininterval=0.5) as bar:
+    with progress(len(singles), "stories", "compare stories") as bar:
         for batch in corpus.batches(singles):
             new, sets = [], []
             for i, text in zip(batch.tolist(), map(normalise, corpus.texts(batch)), strict=True):

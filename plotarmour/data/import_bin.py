@@ -17,9 +17,8 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from plotarmour.cli import UserError
+from plotarmour.cli import UserError, progress
 from plotarmour.data.readers import Source
 from plotarmour.data.token_file import TokenFile, looks_like_token_file
 from plotarmour.data.token_writer import TokenFileWriter
@@ -146,7 +145,7 @@ def open_ids(path: Path, dtype: str | None, format: str = "auto") -> tuple[str, 
 
 def _checked_blocks(path: Path, ids: np.ndarray, tokenizer: Tokenizer, separator: int) -> Iterator[np.ndarray]:
     """Yield the ids in int64 blocks, and check each id against the vocabulary."""
-    with tqdm(total=len(ids), unit="token", unit_scale=True, desc="import", mininterval=0.5) as bar:
+    with progress(len(ids), "tokens", "import") as bar:
         for begin in range(0, len(ids), BLOCK_TOKENS):
             block = ids[begin:begin + BLOCK_TOKENS].astype(np.int64)
             wrong = np.flatnonzero((block < 0) | (block >= tokenizer.vocab_size))

@@ -14,9 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from plotarmour.cli import UserError
+from plotarmour.cli import UserError, progress
 from plotarmour.data.stories import story_hash
 from plotarmour.data.tales import FACT_COLUMNS, CorpusFacts, fact_columns
 from plotarmour.evaluation.metrics import totals
@@ -91,8 +90,7 @@ def score_stories(model: nn.Module, data, context_length: int | None, machine: M
     chosen = np.arange(data.n_stories) if stories is None else np.asarray(stories, dtype=np.int64)
     order = chosen[np.argsort(lengths[chosen], kind="stable")]
     unfinished: dict[int, list] = {}  # nats of stories with more windows to come
-    with tqdm(total=int(lengths[chosen].sum()), desc=f"score {name}", unit="token", unit_scale=True,
-              mininterval=1.0, disable=name is None) as bar:
+    with progress(int(lengths[chosen].sum()), "tokens", f"score {name}", is_shown=name is not None) as bar:
         for batch in _batches(data, order, context_length, stride):
             for i, first, nats, last in _score_batch(model, batch, machine, data.header["end_of_text_id"]):
                 unfinished.setdefault(i, []).append(nats[first:])

@@ -3,9 +3,9 @@
 import textwrap
 from pathlib import Path
 
+from plotarmour.cli import duration
 from plotarmour.config import Recipe
 from plotarmour.training.ending import Ending, Reason
-from plotarmour.training.progress import duration
 
 WIDTH = 100
 

@@ -8,8 +8,6 @@ from pathlib import Path
 import jupytext
 import nbformat
 
-from plotarmour.files import write_text
-
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
@@ -41,25 +39,6 @@ def generate_notebook(script: Path, root: Path = ROOT) -> str:
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     nbformat.validate(notebook)
     return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-
-
-def tidy_streams(path: Path) -> None:
-    """Rewrite an executed notebook so that each progress bar shows once, as it ended, as a terminal would."""
-    notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:
-        outputs = []
-        for output in cell.get("outputs", []):
-            before = outputs[-1] if outputs else {}
-            if output.output_type == "stream" and before.get("name") == output.name:
-                before.text += output.text
-            else:
-                outputs.append(output)
-        for output in outputs:
-            if output.output_type == "stream":
-                output.text = "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in output.text.split("\n"))
-        if "outputs" in cell:
-            cell.outputs = outputs
-    write_text(path, nbformat.writes(notebook))
 
 
 def out_of_step(root: Path = ROOT) -> list[Path]:

@@ -13,19 +13,18 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from plotarmour.cli import UserError
+from plotarmour.cli import UserError, duration
 from plotarmour.data.token_file import TokenFile
 from plotarmour.files import locked, write_text
 from plotarmour.resume import differences, read_info
 from plotarmour.suite.grid import Grid, Row, plan_grid
 from plotarmour.suite.learning_rates import write_rates
-from plotarmour.suite.notebooks import ROOT, tidy_streams
+from plotarmour.suite.notebooks import ROOT
 from plotarmour.suite.papermill import failure, read_executed, run_notebook, start_notebook, stop_notebooks
 from plotarmour.suite.steps import find_prepared, prepare
 from plotarmour.training.checkpoint import latest_whole_step
 from plotarmour.training.ending import Ending, Reason
 from plotarmour.training.log import last_step
-from plotarmour.training.progress import duration
 
 LOCK = ".lock"  # folder in the results folder while a grid runs
 LOOK_S = 0.2  # seconds between two looks at the processes
@@ -270,7 +269,6 @@ def _run_rows(grid: Grid) -> list[State]:
                 if process.poll() is not None:
                     del running[i]
                     free.append(environment)
-                    tidy_streams(grid.rows[i].executed)
                     settle(i, judge(grid.rows[i], process.returncode))
             if running and time.monotonic() - said_at >= EVERY_S:
                 said_at = time.monotonic()

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
+from plotarmour.cli import duration, progress, say
 from plotarmour.config import TrainingConfig
 from plotarmour.data.batches import Windows
 from plotarmour.evaluation.metrics import totals
@@ -25,8 +25,7 @@ from plotarmour.training.distributed import ALONE, LostProcess, Ranks
 from plotarmour.training.ending import Ending, Reason, forget_ending
 from plotarmour.training.log import RunLog
 from plotarmour.training.out_of_memory import is_out_of_memory, release, too_large, warn_of_low_disk
-from plotarmour.training.pace import Pace
-from plotarmour.training.progress import Forecast, unused_hardware
+from plotarmour.training.progress import TIMED_STEPS, Pace, unused_hardware
 from plotarmour.training.schedule import learning_rate
 from plotarmour.training.step import EVALUATION_ROWS, Update, Updates, evaluate_windows
 from plotarmour.training.stopping import StopRequest, session_minutes
@@ -95,9 +94,9 @@ class _Session:
         self.step, self.saved, self.is_new = 0, None, resume_from is None
         if resume_from is not None:
             self._load(resume_from)
-        self.pace = Pace(self.state["elapsed_s"], self.state.pop("evaluation_s", 0.0), self.state.pop("save_s", 0.0))
-        self.minutes = session_minutes(config.max_minutes)
-        self.forecast = Forecast(config, self.pace, self.minutes)
+        self.minutes, self.has_forecast = session_minutes(config.max_minutes), False
+        self.pace = Pace(config, self.minutes, self.state["elapsed_s"], self.state.pop("evaluation_s", 0.0),
+                         self.state.pop("save_s", 0.0))
         self.val_rows, self.evaluation_rows = val_windows.first_rows(config.eval_tokens), EVALUATION_ROWS
         if machine.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(machine.device)
@@ -112,10 +111,8 @@ class _Session:
 
     def train(self, stop: StopRequest) -> Reason:
         """Take steps until there is a reason not to; return it."""
-        every_s = 1.0 if sys.stderr.isatty() else 5.0  # a notebook keeps every line
-        with tqdm(total=self.config.max_steps, initial=self.step, desc=self.run.name, unit="step", mininterval=every_s,
-                  bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
-                  disable=not self.ranks.is_first) as self.bar:
+        with progress(self.config.max_steps, "steps", self.run.name, self.step, is_timed=False,
+                      is_shown=self.ranks.is_first) as self.bar:
             if self.is_new:
                 self.write_row(None, None, self.evaluate())
                 self.save()
@@ -140,7 +137,7 @@ class _Session:
                 if best or (due and reason != Reason.NON_FINITE):
                     self.save()
                 if reason is None:
-                    self._say_when_it_ends()
+                    self._print_forecast()
         return reason
 
     def take_step(self) -> tuple[float, Update]:
@@ -160,9 +157,8 @@ class _Session:
         state["skipped_steps"] += update.skipped
         state["non_finite_in_a_row"] = state["non_finite_in_a_row"] + 1 if update.skipped else 0
         self.pace.count(update.n_tokens, time.perf_counter() - begun)
-        end = self.forecast.ends(self.step)
-        self.bar.set_postfix_str(f"loss {update.loss:.3f}, {self.pace.rate():,.0f} tokens/s"
-                                 + (f", until {end}" if end else ""), refresh=False)
+        left = f", {duration(self.pace.session_left_s(self.step))} left" if self.pace.steps else ""
+        self.bar.set_postfix_str(f"loss {update.loss:.3f}, {self.pace.rate():,.0f} tokens/s{left}", refresh=False)
         self.bar.update()
         return rate, update
 
@@ -294,15 +290,16 @@ class _Session:
         if self.ranks.is_first:
             share = self.updates.share
             record_change(self.run, self.step, "out of memory", micro_batch_size=[before, now])
-            self.bar.write(f"{self.run.name}: out of memory at step {self.step + 1}: {share // now} micro-batches of "
-                           f"{now} rows instead of {share // before} of {before}", file=sys.stderr)
+            say(f"{self.run.name}: out of memory at step {self.step + 1}: {share // now} micro-batches of {now} rows "
+                f"instead of {share // before} of {before}")
 
-    def _say_when_it_ends(self) -> None:
-        if not self.ranks.is_first:
+    def _print_forecast(self) -> None:
+        """Print once, after some timed steps, when the run will end and what it uses of the machine."""
+        if self.has_forecast or self.pace.steps < TIMED_STEPS or not self.ranks.is_first:
             return
-        device, waited = self.machine.device, self.updates.waited_s / max(self.pace.session_s, 1e-9)
+        self.has_forecast, device = True, self.machine.device
+        waited = self.updates.waited_s / max(self.pace.session_s, 1e-9)
         can_grow = self.updates.micro_batch_size < self.updates.share
-        line = self.forecast.line(self.step, waited, lambda: peak_memory(device),
-                                  lambda: unused_hardware(device, self.ranks.size, can_grow))
-        if line:
-            self.bar.write(f"{self.run.name}: {line}", file=sys.stderr)
+        parts = [self.pace.forecast(self.step), peak_memory(device), f"{waited:.1%} of the time waiting for batches",
+                 unused_hardware(device, self.ranks.size, can_grow)]
+        say(f"{self.run.name}: {'; '.join(part for part in parts if part)}")

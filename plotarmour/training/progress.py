@@ -1,88 +1,101 @@
-"""When a run will be done: said after five timed steps, and again where it turns out otherwise."""
+"""How fast a run goes and when it will end: for log.csv, the progress line, and a forecast after five timed steps."""
 
 import math
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
+from plotarmour.cli import duration
 from plotarmour.config import TrainingConfig
-from plotarmour.training.pace import Pace
 
-TIMED_STEPS = 5
-OFF_BY, OFF_BY_S = 0.1, 30.0  # of the whole session, and in seconds: so much, and it is said anew
-QUIET_S = 60.0  # between two lines
+TIMED_STEPS = 5  # before the forecast
 
 
-class Forecast:
-    """What is left of a run, in seconds, and the lines that say so.
+class Pace:
+    """The time that a run takes: so far, per step, evaluation and checkpoint, and until its end.
 
     Args:
-        config: of the run.
-        pace: that the loop keeps.
-        minutes: that this session may take; 0 for no limit.
+        config: the training part of a recipe.
+        minutes: limit of this session; 0 for none.
+        before_s: seconds of earlier sessions.
+        evaluation_s, save_s: seconds of the last evaluation and checkpoint of an earlier session.
     """
 
-    def __init__(self, config: TrainingConfig, pace: Pace, minutes: float):
-        self.config, self.pace, self.minutes = config, pace, minutes
-        self.said_at: float | None = None
-        self.said_end = 0.0
+    def __init__(self, config: TrainingConfig, minutes: float = 0.0, before_s: float = 0.0, evaluation_s: float = 0.0,
+                 save_s: float = 0.0):
+        self.config, self.minutes, self.before_s, self.start = config, minutes, before_s, time.perf_counter()
+        self.took = {"evaluation_s": evaluation_s, "save_s": save_s}
+        self._recent: deque[tuple[float, int]] = deque([(self.start, 0)], maxlen=50)
+        self.forget()
+
+    def forget(self) -> None:
+        """Start the mean time of a step anew, because the steps are different from now on."""
+        self.steps, self._steps_s, self._tokens, self._is_warm = 0, 0.0, 0, False
+
+    @property
+    def session_s(self) -> float:
+        return time.perf_counter() - self.start
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds over all sessions."""
+        return self.before_s + self.session_s
+
+    @property
+    def step_s(self) -> float:
+        """Mean seconds of a step in this session, without the first, which sets things up; 0 before the second."""
+        return self._steps_s / self.steps if self.steps else 0.0
+
+    @contextmanager
+    def timing(self, what: str) -> Iterator[None]:
+        """Time an evaluation ("evaluation_s") or a checkpoint ("save_s")."""
+        begun = time.perf_counter()
+        yield
+        self.took[what] = time.perf_counter() - begun
+
+    def count(self, n_tokens: int, seconds: float) -> None:
+        """Count a step, with the seconds it took without evaluation and checkpoint."""
+        self._recent.append((time.perf_counter(), n_tokens))
+        if self._is_warm:
+            self.steps, self._steps_s, self._tokens = self.steps + 1, self._steps_s + seconds, self._tokens + n_tokens
+        self._is_warm = True
+
+    def rate(self) -> float | None:
+        """Return tokens per second over the last 50 steps, evaluations and checkpoints included."""
+        span = self._recent[-1][0] - self._recent[0][0]
+        return sum(n for _, n in list(self._recent)[1:]) / span if span > 0 else None
 
     def left_s(self, step: int) -> float:
-        """Seconds until the schedule ends, at this session's pace, evaluations and checkpoints included."""
-        t, took = self.config, self.pace.took
-        evaluations, saves = coming(step, t)
-        left = ((t.max_steps - step) * self.pace.step_s + evaluations * took["evaluation_s"] + saves * took["save_s"])
+        """Return the seconds until the schedule ends, evaluations and checkpoints included."""
+        t, (evaluations, saves) = self.config, coming(step, self.config)
+        left = ((t.max_steps - step) * self.step_s + evaluations * self.took["evaluation_s"]
+                + saves * self.took["save_s"])
         if t.schedule_minutes:
-            left = min(left, max(0.0, 60 * t.schedule_minutes - self.pace.elapsed_s))
+            left = min(left, max(0.0, 60 * t.schedule_minutes - self.elapsed_s))
         return left
 
     def session_left_s(self, step: int) -> float:
-        """The same, but no more than the session's limit leaves."""
-        limit = 60 * self.minutes - self.pace.session_s if self.minutes else float("inf")
+        """Return the seconds until the schedule or this session ends, whichever comes first."""
+        limit = 60 * self.minutes - self.session_s if self.minutes else math.inf
         return min(self.left_s(step), max(0.0, limit))
 
-    def ends(self, step: int) -> str:
-        """The clock time at which this session ends, for a progress bar; empty before there is a pace."""
-        return clock_time(self.session_left_s(step)) if self.pace.steps else ""
-
-    def line(self, step: int, waited: float, memory: Callable[[], str], hint: Callable[[], str]) -> str | None:
-        """Return what is to be said now, if anything.
-
-        Args:
-            step: reached.
-            waited: share of the session spent waiting for batches.
-            memory: tells the peak memory and its share, for people; asked once, since that takes a while.
-            hint: tells what would use the machine better, or nothing.
-        """
-        if self.pace.steps < TIMED_STEPS:
-            return None
-        left, now = self.left_s(step), self.pace.session_s
-        if self.said_at is None:
-            line = self._first(step, left, waited, memory(), hint())
-        elif now - self.said_at < QUIET_S or abs(now + left - self.said_end) < max(OFF_BY * (now + left), OFF_BY_S):
-            return None
-        else:
-            line = (f"now expected to take {duration(left)} more, until {clock_time(left)}, instead of "
-                    f"{duration(max(0.0, self.said_end - now))}: a step takes {self.pace.step_s:.2g} s")
-        self.said_at, self.said_end = now, now + left
-        return line
-
-    def _first(self, step: int, left: float, waited: float, memory: str, hint: str) -> str:
-        t, took = self.config, self.pace.took
-        evaluations, saves = coming(step, t)
-        rate = self.pace.tokens_per_step / max(self.pace.step_s, 1e-9)
+    def forecast(self, step: int) -> str:
+        """Return what the rest of the run consists of and when it ends, in one line."""
+        t, left, (evaluations, saves) = self.config, self.left_s(step), coming(step, self.config)
+        at_most = "up to " if saves > (t.max_steps - step) // t.checkpoint_interval else ""
         line = (f"{duration(left)} to go, until {clock_time(left)}"
                 f"{', or until early stopping' if t.patience else ''}: {t.max_steps - step:,} steps of "
-                f"{self.pace.step_s:.2g} s, {evaluations:,} evaluations of {took['evaluation_s']:.2g} s, "
-                f"{'up to ' * (saves > (t.max_steps - step) // t.checkpoint_interval)}{saves:,} checkpoints of "
-                f"{took['save_s']:.2g} s; {rate:,.0f} tokens/s; {memory}; {waited:.1%} of the time waiting for "
-                "batches")
+                f"{self.step_s:.2g} s, {evaluations:,} evaluations of {self.took['evaluation_s']:.2g} s, {at_most}"
+                f"{saves:,} checkpoints of {self.took['save_s']:.2g} s; "
+                f"{self._tokens / max(self._steps_s, 1e-9):,.0f} tokens/s")
         if t.schedule_minutes:
             line += f"; the schedule ends after {t.schedule_minutes:g} minutes in all"
-        if self.minutes and left > 60 * self.minutes - self.pace.session_s:
-            line += f"; this session stops after {self.minutes:,.0f} minutes, the next one goes on"
-        return line + (f"; {hint}" if hint else "")
+        if self.minutes and left > 60 * self.minutes - self.session_s:
+            line += f"; this session stops after {self.minutes:,.0f} minutes, the next one continues"
+        return line
 
 
 def coming(step: int, t: TrainingConfig) -> tuple[int, int]:
@@ -95,33 +108,23 @@ def coming(step: int, t: TrainingConfig) -> tuple[int, int]:
         return t.max_steps // n - step // n
 
     every, save, both = t.eval_interval, t.checkpoint_interval, math.lcm(t.eval_interval, t.checkpoint_interval)
-    last = step < t.max_steps
-    evaluations = multiples(every) + (last and t.max_steps % every > 0)
-    saves = multiples(every) + multiples(save) - multiples(both)
-    return evaluations, saves + (last and t.max_steps % every > 0 and t.max_steps % save > 0)
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: "45 s", "12 min" or "3 h 05 min"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+    last = step < t.max_steps and t.max_steps % every > 0  # an evaluation that no interval asks for
+    evaluations = multiples(every) + last
+    return evaluations, multiples(every) + multiples(save) - multiples(both) + (last and t.max_steps % save > 0)
 
 
 def clock_time(in_s: float) -> str:
-    """The local clock time in so many seconds, with the day where it is another one."""
-    now, then = time.time(), time.time() + in_s
-    same_day = time.localtime(now).tm_yday == time.localtime(then).tm_yday
-    return time.strftime("%H:%M:%S" if in_s < 3600 else "%H:%M" if same_day else "%a %H:%M", time.localtime(then))
+    """Return the local clock time in so many seconds, with the day where it is another one."""
+    now, then = time.localtime(), time.localtime(time.time() + in_s)
+    return time.strftime("%H:%M:%S" if in_s < 3600 else "%H:%M" if now.tm_yday == then.tm_yday else "%a %H:%M", then)
 
 
 def unused_hardware(device: torch.device, processes: int, can_grow: bool) -> str:
-    """Name what of this machine's GPUs is idle, and the setting that would use it; "" where nothing is.
+    """Name the GPUs and the GPU memory that are not used, and the setting that would use them; "" for none.
 
     Args:
         device: that computes.
-        processes: that train together, one per GPU.
+        processes: number of processes that train together, one per GPU.
         can_grow: whether a micro-batch may hold more rows.
     """
     if device.type != "cuda":

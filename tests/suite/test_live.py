@@ -11,30 +11,27 @@ from plotarmour.cli import UserError
 from plotarmour.evaluation.arms import Arm
 from plotarmour.report.figures import training_curves
 from plotarmour.suite import live
-from plotarmour.suite.live import LiveBar, LiveCurves
+from plotarmour.suite.live import LiveCurves
 from plotarmour.training.log import RunLog, read_log
 
 CELL = """
 import sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from tqdm import tqdm
 from plotarmour.suite.live import LiveCurves
 from plotarmour.training.log import RunLog
 
 log = RunLog(Path("{run}") / "log.csv", -1)
 with LiveCurves("bdh", Path("{run}"), every_s=0.0) as curves:
     curves.took_s = 0.0
-    with tqdm(total=4, desc="run", mininterval=0.0) as bar:
-        for step in range(4):
-            log.append(utc="2026-11-21T09:34:00Z", step=step, tokens_seen=step, elapsed_s=step, val_loss=4.0 - step)
-            curves.row()
-            curves.every_s = 0.0 if step == 0 else 1e9  # the last rows are drawn at the end only
-            bar.update()
-            if step == 1:
-                bar.write("a line to keep", file=sys.stderr)
-            if step == 2 and {interrupted}:
-                raise KeyboardInterrupt
+    for step in range(4):
+        log.append(utc="2026-11-21T09:34:00Z", step=step, tokens_seen=step, elapsed_s=step, val_loss=4.0 - step)
+        curves.row()
+        curves.every_s = 0.0 if step == 0 else 1e9  # the last rows are drawn at the end only
+        if step == 1:
+            print("a line to keep", file=sys.stderr)
+        if step == 2 and {interrupted}:
+            raise KeyboardInterrupt
 """
 
 
@@ -64,21 +61,20 @@ def log(tmp_path):
     return written
 
 
-def test_an_executed_notebook_holds_one_figure_and_one_bar_as_they_last_were(root, tmp_path):
-    """Guards: a figure per drawing, a line per state of the bar, and nothing at all after an interrupt."""
+def test_an_executed_notebook_holds_one_figure_as_it_last_was(root, tmp_path):
+    """Guards: a figure per drawing, and nothing at all after an interrupt."""
     cells = [nbformat.v4.new_code_cell(CELL.format(root=str(root), run=run, interrupted=run == "b")) for run in "ab"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of jupyter's own
         NotebookClient(nbformat.v4.new_notebook(cells=cells), allow_errors=True, kernel_name="python3",
                        resources={"metadata": {"path": str(tmp_path)}}).execute()
-    for run, cell, reached in zip("ab", cells, (4, 3), strict=True):
-        curves, bar = (output.data for output in cell.outputs if output.output_type == "display_data")
+    for run, cell in zip("ab", cells, strict=True):
+        [curves] = (output.data for output in cell.outputs if output.output_type == "display_data")
         log = read_log(tmp_path / run / "log.csv")
         arm = Arm("bdh", "bdh", ("bdh",), (0,))
         last = training_curves([arm], {"bdh": log}, tmp_path / "whole_log.png").read_bytes()
         assert len(log) == 4 - (run == "b") and base64.b64decode(curves["image/png"]) == last
         assert last == (tmp_path / run / "figures" / "training.png").read_bytes()
-        assert f"| {reached}/4" in bar["text/plain"]
         assert "".join(o.text for o in cell.outputs if o.output_type == "stream") == "a line to keep\n"
     assert [o.ename for o in cells[1].outputs if o.output_type == "error"] == ["KeyboardInterrupt"]
 
@@ -133,13 +129,3 @@ def test_outside_notebooks_nothing_is_drawn(log, tmp_path, monkeypatch):
     with LiveCurves("bdh", tmp_path, every_s=0.0) as curves:
         curves.row()
         assert sys.stderr is before
-
-
-def test_the_bar_goes_to_its_place_and_lines_to_standard_error(notebook, capsys):
-    """Guards: a bar in the lines, or lines lost in the bar, however they are cut into writes."""
-    bar = LiveBar(sys.stderr)
-    for text in ("\rrun:   0%|", "    | 0/4", "\r" + " " * 20 + "\r", "a li", "ne\n", "\rrun:  25%|#   | 1/4", "",
-                 "\rrun: 100%|####| 4/4", "\n", "warning: 5% left\n"):
-        bar.write(text)
-    assert capsys.readouterr().err == "a line\nwarning: 5% left\n"
-    assert notebook[0].shown[-1].data == "run: 100%|####| 4/4"

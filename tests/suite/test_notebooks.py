@@ -5,7 +5,7 @@ import nbformat
 import pytest
 from papermill.inspection import inspect_notebook
 
-from plotarmour.suite.notebooks import ROOT, generate_notebook, notebook_scripts, out_of_step, tidy_streams
+from plotarmour.suite.notebooks import ROOT, generate_notebook, notebook_scripts, out_of_step
 
 SCRIPTS = notebook_scripts()
 
@@ -54,14 +54,3 @@ def test_badges_appear_once_the_repository_is_named(tmp_path):
     (tmp_path / "pyproject.toml").write_text('[tool.plotarmour]\nrepository = "someone/plot-armour"\n')
     assert "someone/plot-armour/blob/main/notebooks/02_train.ipynb" in generate_notebook(SCRIPTS[1], tmp_path)
     assert "badge" not in generate_notebook(SCRIPTS[1], ROOT)
-
-
-def test_progress_bars_show_once_in_executed_notebooks(tmp_path):
-    """Guards: an executed notebook with five hundred lines of a progress bar."""
-    cell = nbformat.v4.new_code_cell("...")
-    texts = ("\rbar: 1%", "\rbar: 50%", "\rbar: 100%\n", "done\n")
-    cell.outputs = [nbformat.v4.new_output("stream", name="stderr", text=text) for text in texts]
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "n.ipynb")
-    tidy_streams(tmp_path / "n.ipynb")
-    [output] = nbformat.read(tmp_path / "n.ipynb", as_version=4).cells[0].outputs
-    assert output.text == "bar: 100%\ndone\n"

@@ -13,7 +13,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that only the work of a run moves, by the seconds of TAKES_S."""
-    from plotarmour.training import loop, pace
+    from plotarmour.training import loop, progress
     from plotarmour.training import step as step_module
 
     clock = Clock()
@@ -26,5 +26,5 @@ def clock(monkeypatch):
 
     for module, name in ((step_module, "accumulate"), (loop, "evaluate_windows"), (loop, "save_checkpoint")):
         monkeypatch.setattr(module, name, taking(getattr(module, name), TAKES_S[name]))
-    monkeypatch.setattr(pace.time, "perf_counter", clock)
+    monkeypatch.setattr(progress.time, "perf_counter", clock)
     return clock

@@ -13,7 +13,7 @@ from plotarmour.config import TrainingConfig, load_recipe
 from plotarmour.loss import IGNORE
 from plotarmour.machine import find_machine
 from plotarmour.run import load_run, train_run
-from plotarmour.training import loop, pace
+from plotarmour.training import loop, progress
 from plotarmour.training import step as step_module
 from plotarmour.training.checkpoint import checkpoint_folders, model_tensors, rewind
 from plotarmour.training.log import COLUMNS
@@ -243,7 +243,7 @@ def test_another_run_in_the_same_folder_is_refused_with_the_differences(small_re
 def test_a_time_budget_counts_this_session_only(small_recipe, token_files, tmp_path, monkeypatch):
     """Guards: a resumed run that stops after one step, because its earlier sessions used the budget up."""
     clock = iter(range(0, 10**6, 20))  # every look at the clock is 20 s later
-    monkeypatch.setattr(pace.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: float(next(clock)))
     reached = []
     for _ in range(2):
         final = run(small_recipe, token_files, tmp_path / "run", max_steps=100, max_minutes=5.0)

@@ -3,16 +3,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plotarmour.config import TrainingConfig
-from plotarmour.training import pace as pace_module
-from plotarmour.training.pace import Pace
-from plotarmour.training.progress import Forecast, coming, duration
+from plotarmour.training import progress
+from plotarmour.training.progress import Pace, coming
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that goes on only when told to."""
     now = [1000.0]
-    monkeypatch.setattr(pace_module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     return now
 
 
@@ -20,10 +19,6 @@ def config(**settings):
     return TrainingConfig(**{"context_length": 8, "rows_per_step": 2, "micro_batch_size": 2, "max_steps": 100,
                              "learning_rate": 1e-3, "eval_interval": 10, "checkpoint_interval": 25, "max_minutes": 0.0}
                           | settings)
-
-
-def line_of(forecast, step, waited=0.0, memory="", hint=""):
-    return forecast.line(step, waited, lambda: memory, lambda: hint)
 
 
 def take(pace, clock, seconds, steps=1):
@@ -49,38 +44,18 @@ def test_coming_evaluations_and_checkpoints_are_counted(max_steps, every, save, 
 
 def test_the_forecast_adds_steps_evaluations_and_checkpoints(clock):
     """Guards: a forecast of steps alone. 94 steps of 2 s, 10 evaluations of 30 s, 12 checkpoints of 5 s."""
-    pace = Pace(evaluation_s=30.0, save_s=5.0)
-    forecast = Forecast(config(), pace, minutes=0)
+    pace = Pace(config(), evaluation_s=30.0, save_s=5.0)
     take(pace, clock, 60.0)  # the first one compiles, and does not count
-    take(pace, clock, 2.0, 4)
-    assert line_of(forecast, 5, 0.01, "peak memory 1.0 of 2.0 GiB (50%)", "") is None  # four steps are too few
-    take(pace, clock, 2.0)
-    assert forecast.left_s(6) == pytest.approx(94 * 2 + 10 * 30 + 12 * 5)
-    line = line_of(forecast, 6, 0.01, "peak memory 1.0 of 2.0 GiB (50%)", "a hint")
+    take(pace, clock, 2.0, 5)
+    assert pace.left_s(6) == pytest.approx(94 * 2 + 10 * 30 + 12 * 5)
+    line = pace.forecast(6)
     assert line.startswith("9 min to go, until ")
-    assert ("94 steps of 2 s, 10 evaluations of 30 s, up to 12 checkpoints of 5 s; 8 tokens/s; peak memory 1.0 of 2.0 "
-            "GiB (50%); 1.0% of the time waiting for batches; a hint") in line
-
-
-def test_it_is_said_again_only_where_it_turns_out_otherwise(clock):
-    """Guards: a forecast that stays wrong, and one that fills the screen."""
-    pace = Pace()
-    forecast = Forecast(config(max_steps=1000), pace, minutes=0)
-    take(pace, clock, 1.0, 6)
-    assert line_of(forecast, 6)
-    take(pace, clock, 1.0, 100)
-    assert line_of(forecast, 106) is None  # as expected
-    take(pace, clock, 3.0, 30)
-    assert "now expected to take 21 min more" in line_of(forecast, 136)
-    take(pace, clock, 9.0, 6)
-    assert line_of(forecast, 142) is None  # within a minute of the last
-    take(pace, clock, 9.0, 10)
-    assert "instead of" in line_of(forecast, 152)
+    assert "94 steps of 2 s, 10 evaluations of 30 s, up to 12 checkpoints of 5 s; 8 tokens/s" in line
 
 
 def test_other_steps_make_a_new_pace(clock):
     """Guards: a forecast from the steps before the micro-batch was halved."""
-    pace = Pace()
+    pace = Pace(config())
     take(pace, clock, 1.0, 10)
     pace.forget()
     take(pace, clock, 50.0)
@@ -90,23 +65,16 @@ def test_other_steps_make_a_new_pace(clock):
 
 def test_a_time_budget_is_named_with_the_end_of_the_session(clock):
     """Guards: an end that this session will not see."""
-    pace = Pace()
-    forecast = Forecast(config(max_steps=10_000), pace, minutes=10)
+    pace = Pace(config(max_steps=10_000), minutes=10)
     take(pace, clock, 1.0, 6)
-    line = line_of(forecast, 6)
-    assert line.startswith("2 h 47 min to go") and "this session stops after 10 minutes, the next one goes on" in line
-    assert forecast.session_left_s(6) == 10 * 60 - 6
+    line = pace.forecast(6)
+    assert line.startswith("2 h 47 min to go") and "this session stops after 10 minutes, the next one continues" in line
+    assert pace.session_left_s(6) == 10 * 60 - 6
 
 
 def test_a_schedule_by_the_clock_ends_the_forecast(clock):
     """Guards: an estimate by steps that will not be taken. 5 minutes, 100 s of them in an earlier session."""
-    pace = Pace(before_s=100.0, evaluation_s=2.0, save_s=1.0)
-    forecast = Forecast(config(max_steps=10_000, schedule_minutes=5.0), pace, minutes=0)
+    pace = Pace(config(max_steps=10_000, schedule_minutes=5.0), before_s=100.0, evaluation_s=2.0, save_s=1.0)
     take(pace, clock, 1.0, 6)
-    assert forecast.left_s(6) == pytest.approx(300 - 100 - 6)  # the last evaluation and checkpoint are within
-    assert "the schedule ends after 5 minutes in all" in line_of(forecast, 6)
-
-
-def test_durations_for_people():
-    """Guards: "0 h 00 min" of a short run, and 3,600 s of a long one."""
-    assert [duration(s) for s in (4.6, 89, 91, 11_100)] == ["5 s", "89 s", "2 min", "3 h 05 min"]
+    assert pace.left_s(6) == pytest.approx(300 - 100 - 6)  # the last evaluation and checkpoint are within
+    assert "the schedule ends after 5 minutes in all" in pace.forecast(6)
