@@ -18,11 +18,10 @@ from torch import nn
 
 from plotarmour.cli import UserError
 from plotarmour.config import AUTO, DataConfig, Recipe, TrainingConfig
-from plotarmour.data.batches import Windows
+from plotarmour.data.batches import Tokens, TokensInMemory, Windows
 from plotarmour.data.duplicates import disjoint_by_construction, overlapping_stories
-from plotarmour.data.token_file import TokenFile, looks_like_token_file
-from plotarmour.data.tokenizer import Tokenizer, make_tokenizer
-from plotarmour.data.tokens_in_memory import TokensInMemory
+from plotarmour.data.token_file import TokenFile, looks_like_token_file, open_tokenizer
+from plotarmour.data.tokenizer import Tokenizer
 from plotarmour.files import locked, write_json, write_text
 from plotarmour.machine import Machine, find_machine, memory_bytes, versions
 from plotarmour.memory import RESERVE, largest_micro_batch
@@ -74,7 +73,7 @@ class Run:
         return self.config.training.context_length
 
 
-def open_data(path: Path, tokenizer: str | None = None, stories: str = "endoftext") -> TokenFile | TokensInMemory:
+def open_data(path: Path, tokenizer: str | None = None, stories: str = "endoftext") -> Tokens:
     """Open a token file, or, slowly and with a warning, a text.
 
     Args:
@@ -91,8 +90,7 @@ def open_data(path: Path, tokenizer: str | None = None, stories: str = "endoftex
     if tokenizer and not is_text:
         warnings.warn(f"--tokenizer {tokenizer} is ignored: {path} brings its own.", stacklevel=2)
     if is_text:
-        made = (TokenFile.open(tokenizer).tokenizer() if tokenizer.endswith(".bin") else make_tokenizer(tokenizer))
-        return TokensInMemory(path, made, stories)
+        return TokensInMemory(path, open_tokenizer(tokenizer), stories)
     return TokenFile.open(path)
 
 

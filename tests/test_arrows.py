@@ -10,7 +10,7 @@ BASIC = {"cli", "files", "limits"}
 MAY_KNOW = {
     "cli": set(), "files": {"cli"}, "config": {"cli", "models"}, "limits": set(),
     "machine": {"cli", "limits"}, "loss": set(),
-    "data": BASIC, "models": set(),
+    "data": BASIC | {"loss"}, "models": set(),
     "training": BASIC | {"config", "machine", "loss", "data", "evaluation"},  # of it metrics alone
     "evaluation": BASIC | {"config", "machine", "loss", "data"},
     # follows their constants instead of copying them

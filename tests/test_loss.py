@@ -69,10 +69,3 @@ def test_shapes_that_do_not_fit_are_refused():
     """Guards: broadcasting (B, T) against (B·T)."""
     with pytest.raises(ValueError, match="do not match"):
         summed_nats(torch.zeros(1, 3, 4), torch.ones(8, 4), torch.zeros(3, dtype=torch.int64))
-
-
-def test_the_padding_mark_is_the_same_in_batches_and_loss():
-    """Guards: two rooms that do not know each other drifting apart."""
-    from plotarmour.data import batches
-
-    assert batches.IGNORE == IGNORE

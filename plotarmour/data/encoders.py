@@ -1,9 +1,8 @@
-"""Texts to ids, fast and checked: `fastokens` where it is installed, compared with `tokenizers` on the user's own text.
+"""Texts to ids in batches: by `fastokens` where it is installed, checked against `tokenizers` on the user's own text.
 
-`tokenizers` (Hugging Face) is the reference and the fallback. `fastokens` (Apache-2.0; one wheel per system for Linux,
-macOS and Windows and any Python from 3.9) gives the same ids a hundred times faster, for GPT-2's vocabulary and for
-one's own; `tokie`, half as fast, has wheels for each Python apart and reads its vocabulary only from a file. All three
-are measured by benchmarks/pretokenize.py.
+`tokenizers` (Hugging Face) is the reference. `fastokens` (Apache-2.0; one wheel per system for Linux, macOS and Windows
+and any Python from 3.9) gives the same ids about a hundred times faster, for GPT-2's vocabulary and for learned ones.
+benchmarks/pretokenize.py measures both, and `tokie`, which is half as fast as fastokens.
 """
 
 import json
@@ -13,22 +12,21 @@ from itertools import chain
 import numpy as np
 
 from plotarmour.cli import UserError
-from plotarmour.data.chunks import PIECE
-from plotarmour.data.tokenizer import END_OF_TEXT, Tokenizer
+from plotarmour.data.tokenizer import END_OF_TEXT, Tokenizer, cut_place
 from plotarmour.limits import cores
 
 BACKENDS = ("auto", "fastokens", "tokenizers")
-CHECKED_SHARE = 0.005  # of the bytes, at most
-WORTHWHILE = 2**20  # bytes of text: below, the reference alone is done before a second library has loaded
-SAMPLED = 2048  # characters at each end of a long text that are compared
+CHECKED_SHARE = 0.005  # of the characters that fastokens encodes are encoded by tokenizers as well, at most
+CHECKED_CHARACTERS = 2048  # of one text, at most
+WORTHWHILE = 2**20  # bytes of text: below, the reference has finished before fastokens is loaded
 
 
 class Differs(Exception):
-    """The fast ids are not the reference's: nothing that they gave can be trusted."""
+    """fastokens gave other ids than `tokenizers`: none of its ids can be trusted."""
 
 
 class ReferenceEncoder:
-    """Ids by `tokenizers`."""
+    """Encode by `tokenizers`."""
 
     name = "tokenizers"
 
@@ -39,8 +37,8 @@ class ReferenceEncoder:
         """Encode some texts.
 
         Returns:
-            All ids, uint32 (n,), each text closed by end-of-text; and the number of ids of each text with it, int64
-            (len(texts),).
+            All ids, uint32 (n,), each text followed by end-of-text; and how many ids each text has, end-of-text
+            included, int64 (len(texts),).
         """
         end = [self.tokenizer.end_of_text_id]
         rows = [row + end for row in self.tokenizer.encode_batch(texts)]
@@ -49,7 +47,7 @@ class ReferenceEncoder:
 
 
 class FastEncoder:
-    """Ids by `fastokens`, some of them compared with `tokenizers`: the first texts, then some of every chunk.
+    """Encode by `fastokens`; compare the first texts, then one of every batch, with `tokenizers`.
 
     Raises:
         ImportError: fastokens is not installed.
@@ -59,90 +57,76 @@ class FastEncoder:
     name = "fastokens"
 
     def __init__(self, tokenizer: Tokenizer):
-        # One core is left for reading and writing, which go on meanwhile.
-        os.environ.setdefault("FASTOKENS_BPE_THREADS", str(max(1, cores() - 1)))
+        os.environ.setdefault("FASTOKENS_BPE_THREADS", str(max(1, cores() - 1)))  # one core reads and writes
         import fastokens
 
         closing = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}]
         template = {"type": "TemplateProcessing", "single": closing, "pair": closing, "special_tokens": {
             END_OF_TEXT: {"id": END_OF_TEXT, "ids": [tokenizer.end_of_text_id], "tokens": [END_OF_TEXT]}}}
-        made = json.loads(tokenizer.json)
-        if "merges" in made["model"]:
-            made["model"].setdefault("type", "BPE")  # GPT-2's own file leaves it out, and older releases need it
+        settings = json.loads(tokenizer.json)
+        if "merges" in settings["model"]:
+            settings["model"].setdefault("type", "BPE")  # missing in GPT-2's own file
         try:
             self.backend = fastokens.Tokenizer.from_json_str(
-                json.dumps({**made, "post_processor": template, "truncation": None, "padding": None}))
-            self._flat(["a"])  # an older release lacks the option
-        except Exception as error:  # whatever it says, the reference can read it
+                json.dumps({**settings, "post_processor": template, "truncation": None, "padding": None}))
+            self._encode(["a"])  # an older release lacks the option
+        except Exception as error:  # of any kind: the reference can read this tokenizer
             raise ValueError(str(error)) from None
         self.tokenizer = tokenizer
-        self.n_seen = self.n_checked = self.n_calls = 0  # bytes, bytes, calls
+        self.n_seen = self.n_checked = self.n_calls = 0  # characters, characters, calls
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Encode some texts; see `ReferenceEncoder.encode`.
 
         Raises:
-            Differs: from the reference.
+            Differs: ids that are not the reference's.
         """
-        ids, offsets = self._flat(texts)
+        ids, offsets = self._encode(texts)
         ids, offsets = np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<u8").astype(np.int64)
         self._check(texts, ids, offsets)
         return ids, np.diff(offsets)
 
-    def _flat(self, texts: list[str]) -> tuple[bytes, bytes]:
+    def _encode(self, texts: list[str]) -> tuple[bytes, bytes]:
         return self.backend.encode_batch_flat(texts, add_special_tokens=True, split_special_tokens=True)
 
     def _check(self, texts: list[str], ids: np.ndarray, offsets: np.ndarray) -> None:
         end = self.tokenizer.end_of_text_id
         if len(offsets) != len(texts) + 1 or (ids[offsets[1:] - 1] != end).any() or (ids == end).sum() != len(texts):
-            raise Differs("fastokens does not close every text by one end-of-text, as tokenizers does")
-        self.n_seen += sum(map(len, texts))  # characters: no more than bytes, so the share holds
+            raise Differs("fastokens does not end every text with one end-of-text, as tokenizers does")
+        self.n_seen += sum(map(len, texts))
         self.n_calls += 1
-        i = 0 if self.n_calls == 1 else self.n_calls * 7919 % max(1, len(texts))  # from the beginning, then anywhere
-        for i in range(i, len(texts) if self.n_calls == 1 else min(i + 1, len(texts))):
-            found = ids[offsets[i]:offsets[i + 1] - 1].tolist()
-            for sample, at_end in self._samples(texts[i]):
-                size = len(sample.encode())
-                if self.n_checked + size > CHECKED_SHARE * self.n_seen:
-                    return
-                self.n_checked += size
-                expected = self.tokenizer.encode(sample)
-                same = found == expected if sample is texts[i] else (
-                    found[len(found) - len(expected):] if at_end else found[:len(expected)]) == expected
-                if not same:
-                    raise Differs(f"fastokens gives other ids than tokenizers for {sample[:60]!r}")
+        first = self.n_calls * 7919 % max(1, len(texts))
+        for i in range(len(texts)) if self.n_calls == 1 else range(first, min(first + 1, len(texts))):
+            sample = self._sample(texts[i])
+            if self.n_checked + len(sample) > CHECKED_SHARE * self.n_seen:
+                return
+            self.n_checked += len(sample)
+            expected = self.tokenizer.encode(sample)
+            actual = ids[offsets[i]:offsets[i + 1] - 1]
+            if actual[:None if sample == texts[i] else len(expected)].tolist() != expected:
+                raise Differs(f"fastokens gives other ids than tokenizers for {sample[:60]!r}")
 
-    def _samples(self, text: str) -> list[tuple[str, bool]]:
-        """A text, or beginning and end of a long one; with each, whether it is the end."""
-        if len(text) <= SAMPLED:
-            return [(text, False)]
-        if not self.tokenizer.takes_pieces:
-            return []
-        cuts = [cut for cut in (_cut(text, 1, SAMPLED), _cut(text, len(text) - SAMPLED, len(text))) if cut]
-        return [(text[:cuts[0]], False), (text[cuts[-1]:], True)] if cuts else []
-
-
-def _cut(text: str, start: int, end: int) -> int:
-    """The last place between `start` and `end` where a space follows a character that is not blank; 0: none."""
-    while (end := text.rfind(" ", start, end)) > 0:
-        if not text[end - 1].isspace():
-            return end
-    return 0
+    def _sample(self, text: str) -> str:
+        """A text, or the beginning of a long one whose ids are the first ids of the text; "" if there is none."""
+        if len(text) <= CHECKED_CHARACTERS:
+            return text
+        start = text[:CHECKED_CHARACTERS].encode()
+        return start[:cut_place(start, len(start))].decode() if self.tokenizer.takes_pieces else ""
 
 
 Encoder = ReferenceEncoder | FastEncoder
 
 
-def make_encoder(tokenizer: Tokenizer, backend: str = "auto", n_bytes: int = PIECE) -> Encoder:
+def make_encoder(tokenizer: Tokenizer, backend: str, n_bytes: int) -> Encoder:
     """Choose what encodes a text.
 
     Args:
         tokenizer: the reference.
-        backend: "auto" takes fastokens where it is installed, can read the tokenizer and pays.
-        n_bytes: of the text.
+        backend: "auto" takes fastokens if it is installed, can read the tokenizer and the text is long enough.
+        n_bytes: size of the text.
 
     Raises:
-        UserError: an unknown backend, or fastokens asked for and not to be had.
+        UserError: an unknown backend, or "fastokens" where it cannot be used.
     """
     if backend not in BACKENDS:
         raise UserError(f"--backend {backend!r} is unknown; expected one of {', '.join(BACKENDS)}.")

@@ -20,9 +20,8 @@ import numpy as np
 
 from plotarmour.cli import UserError, progress
 from plotarmour.data.readers import Source
-from plotarmour.data.token_file import TokenFile, looks_like_token_file
-from plotarmour.data.token_writer import TokenFileWriter
-from plotarmour.data.tokenizer import Tokenizer, make_tokenizer
+from plotarmour.data.token_file import TokenFile, TokenFileWriter, looks_like_token_file, open_tokenizer
+from plotarmour.data.tokenizer import Tokenizer
 
 FORMATS = ("auto", "raw", "llm.c")
 DTYPES = ("uint16", "uint32", "int32", "int64")
@@ -74,7 +73,7 @@ def import_bin(path: Path, tokenizer: str, out: Path, dtype: str | None = None, 
     if out.exists() and not force:
         raise UserError(f"{out} exists already; expected a new name. Use another --out, or --force to replace it.")
     format, dtype, ids = open_ids(path, dtype, format)
-    loaded = TokenFile.open(tokenizer).tokenizer() if tokenizer.endswith(".bin") else make_tokenizer(tokenizer)
+    loaded = open_tokenizer(tokenizer)
     separator = loaded.end_of_text_id if end_of_text is None else end_of_text
     if not 0 <= separator < loaded.vocab_size:
         raise UserError(f"--end-of-text {separator} is outside the vocabulary of {loaded.vocab_size:,} entries; "

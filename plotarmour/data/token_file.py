@@ -1,4 +1,4 @@
-"""Token files (`*.bin`): the tokens of a text, self-describing, memory-mapped, published only whole.
+"""Token files (`*.bin`): the tokens of a text, self-describing and memory-mapped; reading and writing.
 
     bytes      what
     0..4096    magic "PLOTARM\\x01", format version (uint32), length of the JSON header (uint32), the header padded
@@ -9,21 +9,25 @@
     checks     uint32 CRC-32 per 4 MiB block of the tokens, then of offsets and lengths together
     tokenizer  its own JSON: the file can be decoded with nothing else at hand
 
-Little-endian throughout. `sections` in the header gives offset and bytes of each; `payload_sha256` covers everything
-after the first 4,096 bytes.
+All numbers are little-endian. `sections` in the header gives offset and bytes of each section; `payload_sha256` covers
+everything after the first 4,096 bytes. A file appears under its name only complete.
 """
 
 import hashlib
 import json
+import os
 import struct
+import tempfile
 import zlib
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+import plotarmour
 from plotarmour.cli import UserError
-from plotarmour.data.tokenizer import Tokenizer
+from plotarmour.data.tokenizer import Tokenizer, make_tokenizer
+from plotarmour.files import publish, unfinished
 
 MAGIC = b"PLOTARM\x01"
 FORMAT_VERSION = 1
@@ -31,16 +35,6 @@ DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 HEADER_BYTES = 4096
 CRC_BLOCK = 4 * 2**20
 _FIXED = struct.Struct("<8sII")
-
-
-def header_block(header: dict) -> bytes:
-    """Return the first 4,096 bytes of a token file."""
-    text = json.dumps(header, ensure_ascii=False).encode()
-    room = HEADER_BYTES - _FIXED.size - 4
-    if len(text) > room:
-        raise UserError(f"the header needs {len(text)} bytes, {room} fit; join the source files into one.")
-    block = _FIXED.pack(MAGIC, FORMAT_VERSION, len(text)) + text.ljust(room)
-    return block + struct.pack("<I", zlib.crc32(block))
 
 
 class TokenFile:
@@ -55,7 +49,7 @@ class TokenFile:
     """
 
     def __init__(self, path: Path, header: dict):
-        self.path, self.header = path, header
+        self.path, self.header, self._index_is_checked = path, header, False
         self.tokens = self._map("tokens", DTYPES[header["dtype"]])
 
     @classmethod
@@ -76,13 +70,11 @@ class TokenFile:
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        self._check_index()
-        return self._map("offsets", np.dtype("<u8"))
+        return self._map_index("offsets", np.dtype("<u8"))
 
     @cached_property
     def story_bytes(self) -> np.ndarray:
-        self._check_index()
-        return self._map("lengths", np.dtype("<u4"))
+        return self._map_index("lengths", np.dtype("<u4"))
 
     @property
     def n_tokens(self) -> int:
@@ -143,32 +135,32 @@ class TokenFile:
                             "tools/pre_tokenize.py.")
         return stored
 
-    def _check_index(self) -> None:
-        """Compare the index with its CRC-32s before anything is read by it; 12 bytes a story, once."""
-        if "_index_checked" in self.__dict__:
-            return
-        crcs = self._checks()[-(-self.tokens.nbytes // CRC_BLOCK):]
-        start, size = self.header["sections"]["offsets"][0], 12 * self.n_stories
-        index = np.memmap(self.path, mode="r", dtype="u1", offset=start, shape=(size,))
-        for i, crc in enumerate(crcs):
-            if zlib.crc32(index[i * CRC_BLOCK:(i + 1) * CRC_BLOCK]) != crc:
-                raise UserError(f"{self.path} is damaged: its index of stories does not match its CRC-32. Make it "
-                                "again with tools/pre_tokenize.py.")
-        self._index_checked = True
+    def _map_index(self, section: str, dtype: np.dtype) -> np.ndarray:
+        """Map offsets or lengths, after one comparison of both (12 bytes a story) with their CRC-32."""
+        if self.n_stories and not self._index_is_checked:
+            crcs = self._checks()[-(-self.tokens.nbytes // CRC_BLOCK):]
+            start = self.header["sections"]["offsets"][0]
+            index = np.memmap(self.path, mode="r", dtype="u1", offset=start, shape=(12 * self.n_stories,))
+            for i, crc in enumerate(crcs):
+                if zlib.crc32(index[i * CRC_BLOCK:(i + 1) * CRC_BLOCK]) != crc:
+                    raise UserError(f"{self.path} is damaged: its index of stories does not match its CRC-32. Make it "
+                                    "again with tools/pre_tokenize.py.")
+            self._index_is_checked = True
+        return self._map(section, dtype)
 
     def _map(self, section: str, dtype: np.dtype) -> np.ndarray:
         offset, length = self.header["sections"][section]
-        if not length:  # nothing to map: a file is never published so, but a reader must not crash
+        if not length:  # an empty section cannot be mapped
             return np.zeros(0, dtype)
         return np.memmap(self.path, mode="r", dtype=dtype, offset=offset, shape=(length // dtype.itemsize,))
 
 
-def check_largest_id(data, most: int) -> None:
-    """Raise `UserError` unless the largest of some ids read from a token file is one: opening it checks no tokens."""
+def check_largest_id(data, largest: int) -> None:
+    """Raise `UserError` unless the largest of some ids is in the vocabulary; `TokenFile.open` does not check tokens."""
     size = data.header["vocab_size"]
-    if most >= size:
-        raise UserError(f"{data.path} is damaged: found id {most:,} among its tokens, expected ids in [0, {size:,}). "
-                        f"Look with tools/pre_tokenize.py --verify {data.path}, make the file again with "
+    if largest >= size:
+        raise UserError(f"{data.path} is damaged: found id {largest:,} among its tokens, expected ids in [0, {size:,}"
+                        f"). Look with tools/pre_tokenize.py --verify {data.path}, make the file again with "
                         "tools/pre_tokenize.py, and give the same command again.")
 
 
@@ -216,3 +208,140 @@ def looks_like_token_file(path: Path) -> bool:
     """Whether the file begins with the magic of a token file."""
     with path.open("rb") as file:
         return file.read(8) == MAGIC
+
+
+def open_tokenizer(spec: str | Path) -> Tokenizer:
+    """Return the tokenizer of a token file (`*.bin`), or `make_tokenizer(spec)` for any other name."""
+    return TokenFile.open(spec).tokenizer() if str(spec).endswith(".bin") else make_tokenizer(str(spec))
+
+
+class TokenFileWriter:
+    """Write a token file batch by batch; it appears under its name only when `publish` succeeds.
+
+    Args:
+        path: of the file.
+        tokenizer: whose ids are written.
+        policies: more entries of the header, such as `stories` and `split`.
+
+    Use as a context manager.
+    """
+
+    def __init__(self, path: Path, tokenizer: Tokenizer, policies: dict):
+        self.path, self.tokenizer, self.policies = path, tokenizer, policies
+        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+        self.n_tokens = self.n_stories = self.n_indexed = 0  # n_indexed: tokens of the stories in the index
+        self.sha256, self.crcs = hashlib.sha256(), BlockCRCs()
+        self.temporary = unfinished(path)
+        self.body = self.temporary.open("w+b", buffering=0)
+        self.body.write(bytes(HEADER_BYTES))
+        # The index comes behind the tokens, whose number is known only at the end.
+        self.index = {name: tempfile.TemporaryFile(dir=path.parent) for name in ("offsets", "lengths")}
+
+    def __enter__(self) -> "TokenFileWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for file in (self.body, *self.index.values()):
+            file.close()
+        self.temporary.unlink(missing_ok=True)
+
+    def add(self, ids: np.ndarray, counts: np.ndarray, sizes: np.ndarray) -> None:
+        """Append ids, and the stories that end in them. Further calls may continue the last story.
+
+        Args:
+            ids: unsigned integers (n,); each story ends with end-of-text.
+            counts: integers (m,): ids of each story, end-of-text and ids of earlier calls included.
+            sizes: integers (m,): UTF-8 bytes of each story.
+
+        Raises:
+            UserError: an id outside the vocabulary, or a story of 4 GiB or more.
+
+        Example:
+            `add([5, 6, 0, 7], [3], [2])`, then `add([8, 0], [3], [4])`: the stories 5 6 0 of 2 bytes, 7 8 0 of 4.
+        """
+        ids, counts, sizes = np.asarray(ids), np.asarray(counts, np.int64), np.asarray(sizes, np.int64)
+        if ids.max(initial=0) >= self.tokenizer.vocab_size:  # astype would wrap silently
+            bad = ids[ids >= self.tokenizer.vocab_size][0]
+            raise UserError(f"story {self.n_stories} or one soon after: id {bad} is outside the vocabulary of "
+                            f"{self.tokenizer.vocab_size:,} entries; the tokenizer is inconsistent.")
+        if sizes.max(initial=0) >= 2**32:
+            raise UserError(f"story {self.n_stories} or one soon after has {sizes.max():,} bytes; expected less than "
+                            f"{2**32:,}. Put separators into it.")
+        ends = self.n_indexed + np.cumsum(counts)
+        self.index["offsets"].write((ends - counts).astype("<u8").data)
+        self.index["lengths"].write(sizes.astype("<u4").data)
+        self.n_indexed, self.n_stories = self.n_indexed + int(counts.sum()), self.n_stories + len(counts)
+        self._append(ids.astype(self.dtype).view("u1").data, checked=True)
+        self.n_tokens += len(ids)
+
+    def publish(self, sources: list[dict], n_empty_dropped: int = 0, n_excluded: int = 0, n_replaced: int = 0) -> None:
+        """Add index, checks, tokenizer and header, and put the file under its name, atomically.
+
+        Args:
+            sources: name, bytes and hashes of the texts, for the header.
+            n_empty_dropped, n_excluded: stories of the whole text that no part holds.
+            n_replaced: U+FFFD put in.
+        """
+        self.crcs.end_block()
+        sections = {"tokens": [HEADER_BYTES, self.n_tokens * self.dtype.itemsize]}
+        self._append(bytes(-self.body.tell() % 8))  # offsets begin at a multiple of 8
+        for name, file in self.index.items():
+            start = self.body.tell()
+            file.seek(0)
+            while block := file.read(2**20):
+                self._append(block, checked=True)
+            sections[name] = [start, self.body.tell() - start]
+        self.crcs.end_block()
+        checks = struct.pack(f"<{len(self.crcs.done)}I", *self.crcs.done)
+        for name, data in (("checks", checks), ("tokenizer", self.tokenizer.json.encode())):
+            sections[name] = [self.body.tell(), len(data)]
+            self._append(data)
+        self.body.seek(0)
+        self.body.write(header_block({
+            "dtype": "uint16" if self.dtype.itemsize == 2 else "uint32", "n_tokens": self.n_tokens,
+            "n_stories": self.n_stories, "n_empty_dropped": n_empty_dropped, "n_excluded": n_excluded,
+            "n_replaced": n_replaced, "vocab_size": self.tokenizer.vocab_size,
+            "end_of_text_id": self.tokenizer.end_of_text_id,
+            "tokenizer": {"kind": self.tokenizer.kind, "sha256": self.tokenizer.sha256}, "source": sources,
+            **self.policies, "payload_sha256": self.sha256.hexdigest(), "checks_crc32": zlib.crc32(checks),
+            "sections": sections, "program": f"plotarmour {plotarmour.__version__}"}))
+        os.fsync(self.body.fileno())
+        self.body.close()
+        publish(self.temporary, self.path)
+
+    def _append(self, data: bytes | memoryview, checked: bool = False) -> None:
+        self.sha256.update(data)
+        if checked:
+            self.crcs.update(data)
+        while data:
+            data = data[self.body.write(data):]  # an unbuffered file may take only a part
+
+
+class BlockCRCs:
+    """CRC-32 of every `CRC_BLOCK` bytes of a stream."""
+
+    def __init__(self):
+        self.done, self.crc, self.filled = [], 0, 0
+
+    def update(self, data: bytes | memoryview) -> None:
+        data = memoryview(data)
+        while data:
+            piece, data = data[:CRC_BLOCK - self.filled], data[CRC_BLOCK - self.filled:]
+            self.crc, self.filled = zlib.crc32(piece, self.crc), self.filled + len(piece)
+            if self.filled == CRC_BLOCK:
+                self.end_block()
+
+    def end_block(self) -> None:
+        if self.filled:
+            self.done.append(self.crc)
+        self.crc, self.filled = 0, 0
+
+
+def header_block(header: dict) -> bytes:
+    """Return the first 4,096 bytes of a token file."""
+    text = json.dumps(header, ensure_ascii=False).encode()
+    room = HEADER_BYTES - _FIXED.size - 4
+    if len(text) > room:
+        raise UserError(f"the header needs {len(text)} bytes, {room} fit; join the source files into one.")
+    block = _FIXED.pack(MAGIC, FORMAT_VERSION, len(text)) + text.ljust(room)
+    return block + struct.pack("<I", zlib.crc32(block))

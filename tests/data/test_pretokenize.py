@@ -4,22 +4,21 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from plotarmour.cli import UserError
-from plotarmour.data import chunks, pipeline, pretokenize
+from plotarmour.data import chunks, pretokenize, shards
 from plotarmour.data.pretokenize import pre_tokenize
+from plotarmour.data.sample import sample_stories
 from plotarmour.data.stories import part_of, story_hash
-from plotarmour.data.token_file import TokenFile
-from plotarmour.data.token_writer import TokenFileWriter
+from plotarmour.data.token_file import TokenFile, TokenFileWriter
 from plotarmour.data.tokenizer import make_tokenizer
 
 
@@ -40,45 +39,54 @@ class Killed(BaseException):
 
 
 def stop_after(monkeypatch, n):
-    """Stop a start after its n-th note; returns a list whose first entry is what is left to go."""
-    note, left = pipeline._Sink._note, [n]
+    """Kill each start after its n-th shard."""
+    write, publish, left = pretokenize.write_shards, shards._Shard.publish, [n]
 
-    def interrupt(sink, *args):
-        note(sink, *args)
+    def begin(*args):
+        left[0] = n
+        return write(*args)
+
+    def end(shard, *args):
+        publish(shard, *args)
         left[0] -= 1
         if not left[0]:
             raise Killed
 
-    monkeypatch.setattr(pipeline._Sink, "_note", interrupt)
-    return left
+    monkeypatch.setattr(pretokenize, "write_shards", begin)
+    monkeypatch.setattr(shards._Shard, "publish", end)
+
+
+def until_done(*args, **options):
+    """Call `pre_tokenize` until it is not killed; return its result and the number of kills."""
+    kills = 0
+    while True:
+        try:
+            return pre_tokenize(*args, **options), kills
+        except Killed:
+            kills += 1
 
 
 @pytest.mark.parametrize("spec", ["bytes", "bpe:300"])
-def test_a_start_stopped_at_any_chunk_goes_on_to_the_same_bytes(text, tmp_path, monkeypatch, capsys, spec):
+def test_a_start_killed_after_any_shard_continues_to_the_same_bytes(text, tmp_path, monkeypatch, capsys, spec):
     """Guards: stories lost or doubled where two starts meet; split, exclusion and counts carried over."""
-    other = tmp_path / "other.txt"
+    other, split = tmp_path / "other.txt", "80:10:10"
     other.write_text("STORY 7!\n<|endoftext|>\nstory 1899")
-    made = pre_tokenize([text, other], spec, tmp_path / "a.bin", "80:10:10", exclude=[other], block=9000)
-    expected = digest(made)
-    for stop in range(1, 15):
-        left = stop_after(monkeypatch, stop)
-        for _ in range(30):  # and the next start is stopped as soon as it has done something
-            try:
-                again = pre_tokenize([text, other], spec, tmp_path / "b.bin", "80:10:10", exclude=[other], block=9000)
-                break
-            except Killed:
-                left[0] = stop
-        assert digest(again) == expected
+    expected = digest(pre_tokenize([text, other], spec, tmp_path / "a.bin", split, exclude=[other]))
+    for n, shard_bytes in ((1, 20_000), (2, 9000), (1, 100_000), (3, 1)):
+        with monkeypatch.context() as patch:
+            stop_after(patch, n)
+            made, kills = until_done([text, other], spec, tmp_path / "b.bin", split, exclude=[other], block=9000,
+                                     shard_bytes=shard_bytes)
+        assert kills >= 1 and digest(made) == expected
         assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
             [text.name, other.name, *(f"{n}.{part}.bin" for n in "ab" for part in ("train", "val", "test"))])
-        for path in again:
+        for path in made:
             path.unlink()
-        monkeypatch.undo()
     assert "going on where an earlier start was stopped" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["txt.gz", "long.txt", "broken.txt", "jsonl", "parquet", "two"])
-def test_every_kind_of_text_goes_on_where_it_was_stopped(tmp_path, monkeypatch, kind):
+def test_every_kind_of_text_continues_where_it_was_stopped(tmp_path, monkeypatch, kind):
     """Guards: positions that count packed bytes, rows or pieces; replaced characters counted twice."""
     stories = [f"Story {i}. " + "The dog ran é. " * (i % 9) for i in range(300)]
     if kind == "long.txt":
@@ -102,22 +110,17 @@ def test_every_kind_of_text_goes_on_where_it_was_stopped(tmp_path, monkeypatch, 
     made = pre_tokenize(texts, "bytes", tmp_path / "a.bin", **options)
     assert (TokenFile.open(made[0]).header["n_replaced"] > 0) == (kind == "broken.txt")
     assert sum(TokenFile.open(path).n_stories for path in made) == 300 + (2 if kind == "two" else 0)
-    for n in (1, 2, 3, 7):
+    for n in (1, 3):
         with monkeypatch.context() as patch:
-            left, stops = stop_after(patch, n), 0
-            while True:
-                try:
-                    again = pre_tokenize(texts, "bytes", tmp_path / "b.bin", **options)
-                    break
-                except Killed:
-                    left[0], stops = n, stops + 1
-        assert stops and digest(again) == digest(made)
+            stop_after(patch, n)
+            again, kills = until_done(texts, "bytes", tmp_path / "b.bin", **options, shard_bytes=2000)
+        assert kills and digest(again) == digest(made)
         for path in again:
             path.unlink()
 
 
-def test_a_write_that_fails_is_not_followed_by_a_note(text, tmp_path, monkeypatch):
-    """Guards: chunks queued behind one that could not be written, noted as if it had been: stories lost in silence."""
+def test_a_shard_whose_write_failed_is_not_published(text, tmp_path, monkeypatch):
+    """Guards: chunks queued behind one that could not be written, published without it: stories lost in silence."""
     [expected] = pre_tokenize([text], "bytes", tmp_path / "y.bin")
     add, calls = TokenFileWriter.add, []
 
@@ -130,7 +133,7 @@ def test_a_write_that_fails_is_not_followed_by_a_note(text, tmp_path, monkeypatc
 
     monkeypatch.setattr(TokenFileWriter, "add", fail)
     with pytest.raises(OSError, match="Input/output"):
-        pre_tokenize([text], "bytes", tmp_path / "x.bin", block=9000)
+        pre_tokenize([text], "bytes", tmp_path / "x.bin", block=9000, shard_bytes=50_000)
     monkeypatch.undo()
     [path] = pre_tokenize([text], "bytes", tmp_path / "x.bin", block=9000)
     assert path.read_bytes() == expected.read_bytes()
@@ -143,11 +146,11 @@ def test_a_tokenizer_that_changed_meanwhile_is_not_continued_with(text, tmp_path
     make_tokenizer("bpe:260", ["the dog ran " * 50]).save(folder / "tokenizer.json")
     stop_after(monkeypatch, 5)
     with pytest.raises(Killed):
-        pre_tokenize([text], str(folder), tmp_path / "x.bin", block=9000)
+        pre_tokenize([text], str(folder), tmp_path / "x.bin", block=9000, shard_bytes=9000)
     monkeypatch.undo()
     make_tokenizer("bpe:260", ["Story number nine " * 50]).save(folder / "tokenizer.json")
     [path] = pre_tokenize([text], str(folder), tmp_path / "x.bin", block=9000)
-    assert "the tokenizer has changed" in capsys.readouterr().err
+    assert "starting over" in capsys.readouterr().err
     data = TokenFile.open(path)
     assert data.tokenizer().decode(data.story(5)).startswith("Story 5. The dog")
 
@@ -156,29 +159,11 @@ def test_a_text_that_changes_before_its_turn_is_refused(text, tmp_path, monkeypa
     """Guards: a header with the size of the old and the hash of the new text; a BPE of a text that is gone."""
     second = tmp_path / "b.txt"
     second.write_text("old")
-    note = pipeline._Sink._note
-    monkeypatch.setattr(pipeline._Sink, "_note", lambda *args: (note(*args), second.write_text("newer")))
+    add = shards._Shard.add
+    monkeypatch.setattr(shards._Shard, "add", lambda *args: (add(*args), second.write_text("newer")))
     with pytest.raises(UserError, match="b.txt changed while it was read"):
         pre_tokenize([text, second], "bytes", tmp_path / "x.bin", block=9000)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b.txt", "stories.txt"]
-
-
-def test_a_small_first_text_does_not_fill_the_disk_in_thought(text, tmp_path, monkeypatch):
-    """Guards: the end-of-text of a tiny first text taken for the size of all that follow."""
-    first = tmp_path / "a.txt"
-    first.write_text("Hi")
-    real, size = shutil.disk_usage, text.stat().st_size
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=4 * size))
-    [path] = pre_tokenize([first, text], "bytes", tmp_path / "x.bin", block=9000)
-    assert TokenFile.open(path).n_stories == 2001
-    monkeypatch.setattr(pipeline, "ENOUGH", 100)  # and a small last one, where a start goes on
-    for n in range(10, 20):
-        with monkeypatch.context() as patch:
-            stop_after(patch, n)
-            with suppress(Killed):
-                pre_tokenize([text, first], "bytes", tmp_path / f"{n}.bin", block=9000)
-        [path] = pre_tokenize([text, first], "bytes", tmp_path / f"{n}.bin", block=9000)
-        assert TokenFile.open(path).n_stories == 2001
 
 
 def test_another_column_is_another_text(tmp_path, monkeypatch):
@@ -212,36 +197,49 @@ def test_what_is_read_is_not_written(text, tmp_path):
         pre_tokenize([text], "bytes", Path("."), "80:10:10")
 
 
-@pytest.mark.parametrize("damage", ["none", "tokens", "index", "journal", "text", "settings", "missing"])
-def test_leftovers_that_do_not_fit_are_not_continued(text, tmp_path, monkeypatch, capsys, damage):
-    """Guards: a file made of two texts, of two settings, or of tokens that were lost with the power."""
-    stop_after(monkeypatch, 5)
+@pytest.mark.parametrize("damage", ["none", "shard", "middle", "text", "settings", "part"])
+def test_shards_of_something_else_are_not_continued(text, tmp_path, monkeypatch, capsys, damage):
+    """Guards: a file made of two texts or of two settings, or with a damaged shard."""
+    stop_after(monkeypatch, 3)
     with pytest.raises(Killed):
-        pre_tokenize([text], "bytes", tmp_path / "x.bin", block=9000)
+        pre_tokenize([text], "bytes", tmp_path / "x.bin", block=9000, shard_bytes=20_000)
     monkeypatch.undo()
     work, stories = tmp_path / ".x.bin.unfinished", "endoftext"
-    raw = bytearray((work / "x.bin").read_bytes())
-    if damage == "none":  # what was written behind the last note is cut off, and the rest goes on
-        (work / "x.bin").write_bytes(raw + b"behind")
-    elif damage == "tokens":
-        raw[5000] ^= 1
-        (work / "x.bin").write_bytes(raw)
-    elif damage == "index":
-        (work / "x.bin.lengths").write_bytes(bytes((work / "x.bin.lengths").stat().st_size))
-    elif damage == "journal":
-        (work / "journal.json").write_text("{")
-    elif damage == "text":  # the same size, times, beginning and end would need a larger text: only the middle differs
-        journal = json.loads((work / "journal.json").read_text())
-        journal["read"][1] = "0" * 64
-        (work / "journal.json").write_text(json.dumps(journal))
+    shard = work / "shards" / "00001.all.bin"
+    (work / "shards" / ".00003.all.bin.7-abc.unfinished").write_text("of a killed start")
+    if damage == "shard":
+        shard.write_bytes(shard.read_bytes()[:-1])
+        with pytest.raises(UserError, match="truncated"):
+            pre_tokenize([text], "bytes", tmp_path / "x.bin")
+        assert not work.exists()
+    elif damage == "middle":  # the same size, beginning and end
+        text.write_text(text.read_text().replace("Story 900.", "Story 9oo."))
+    elif damage == "text":
+        text.write_text(text.read_text() + "more")
     elif damage == "settings":
         stories = "line"
-    else:
-        (work / "x.bin.offsets").unlink()
+    elif damage == "part":  # what follows a gap is written again
+        shard.unlink()
     [path] = pre_tokenize([text], "bytes", tmp_path / "x.bin", stories=stories, block=9000)
-    assert ("going on" if damage == "none" else "starting over") in capsys.readouterr().err
+    message = {"none": "going on", "part": "going on", "shard": ""}.get(damage, "starting over")
+    assert message in capsys.readouterr().err
     [expected] = pre_tokenize([text], "bytes", tmp_path / "y.bin", stories=stories)
     assert path.read_bytes() == expected.read_bytes() and not work.exists()
+
+
+def test_a_refused_command_leaves_unfinished_work(text, tmp_path, monkeypatch, capsys):
+    """Guards: hours of work removed by a misspelt name."""
+    stop_after(monkeypatch, 3)
+    with pytest.raises(Killed):
+        pre_tokenize([text], "bytes", tmp_path / "x.bin", block=9000, shard_bytes=20_000)
+    monkeypatch.undo()
+    before = sorted((tmp_path / ".x.bin.unfinished").rglob("*"))
+    for wrong in ({"texts": [tmp_path / "none.txt"]}, {"tokenizer": "none"}, {"split": "1"}):
+        with pytest.raises(UserError):
+            pre_tokenize(**{"texts": [text], "tokenizer": "bytes", "out": tmp_path / "x.bin"} | wrong)
+    assert sorted((tmp_path / ".x.bin.unfinished").rglob("*")) == before
+    pre_tokenize([text], "bytes", tmp_path / "x.bin")
+    assert "going on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("removed", [False, True])
@@ -265,7 +263,7 @@ def test_a_start_killed_while_files_get_their_names_gives_the_others_theirs(text
     assert digest(pre_tokenize([text], "bytes", tmp_path / "x.bin", "80:10:10")) == expected
     assert len(list(tmp_path.iterdir())) == 4
     (tmp_path / ".x.bin.unfinished").mkdir()  # and one killed while it cleared up afterwards
-    (tmp_path / ".x.bin.unfinished" / "x.train.bin.lengths").touch()
+    (tmp_path / ".x.bin.unfinished" / "x.train.bin").touch()
     assert digest(pre_tokenize([text], "bytes", tmp_path / "x.bin", "80:10:10")) == expected
     assert len(list(tmp_path.iterdir())) == 4
     (tmp_path / ".y.bin.unfinished").mkdir()  # a tokenizer that nobody answers for
@@ -278,7 +276,7 @@ KILLED = """
 import sys; sys.path.insert(0, {root!r})
 from pathlib import Path
 from plotarmour.data.pretokenize import pre_tokenize
-pre_tokenize([Path({text!r})], "bpe:300", Path({out!r}), "80:10:10", block=20_000)
+pre_tokenize([Path({text!r})], "bpe:300", Path({out!r}), "80:10:10", block=20_000, shard_bytes=500_000)
 """
 
 
@@ -375,29 +373,22 @@ def test_a_long_story_is_one_story_whatever_the_split(tmp_path, monkeypatch, spl
 
 def test_two_processes_do_not_write_one_file(text, tmp_path, monkeypatch):
     """Guards: two starts of one command that tear each other's file."""
-    note, complaints = pipeline._Sink._note, []
+    add, complaints = shards._Shard.add, []
 
-    def second(sink, *args):
-        note(sink, *args)
+    def second(shard, *args):
+        add(shard, *args)
         if not complaints:
             with pytest.raises(UserError, match=f"is being written by process {os.getpid()}, since 20") as caught:
                 pre_tokenize([text], "bytes", tmp_path / "x.bin", block=9000)
             complaints.append(caught)
 
-    monkeypatch.setattr(pipeline._Sink, "_note", second)
+    monkeypatch.setattr(shards._Shard, "add", second)
     pre_tokenize([text], "bytes", tmp_path / "x.bin", block=9000)
     assert complaints and sorted(p.name for p in tmp_path.iterdir()) == ["stories.txt", "x.bin"]
 
 
 def test_a_full_disk_gives_one_line_and_leaves_nothing(text, tmp_path, monkeypatch):
-    """Guards: a run of hours that ends with half a file. First noticed before, then in the middle of writing."""
-    real = shutil.disk_usage
-    monkeypatch.setattr(pipeline, "ENOUGH", 9000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=10_000))
-    with pytest.raises(UserError, match=r"has 0\.0 MB free; the token files need about 0\.\d MB"):
-        pre_tokenize([text], "bytes", tmp_path / "x.bin", block=9000)
-    assert list(tmp_path.iterdir()) == [text]
-    monkeypatch.undo()
+    """Guards: a run of hours that ends with half a file."""
     limited = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); import signal; "
                "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.argv = ['x', *sys.argv[1:]]; "
                "from plotarmour.cli import run_command; from plotarmour.data.pretokenize import pre_tokenize; "
@@ -432,5 +423,17 @@ def test_bpe_learns_from_a_bounded_sample_spread_over_the_text(tmp_path):
                                               block=block)[0]).tokenizer() for block in (500, 2**20)]
     assert tokenizers[0].json == tokenizers[1].json
     assert {"Ġzyzzyva", "Ġhippopotamus"} <= set(tokenizers[0].backend.get_vocab())
-    sample = list(pretokenize.sample_stories([pretokenize.Source(text, "t.txt")], chunks.Reading(), None, None, 40_000))
+    job = shards.Job([pretokenize.Source(text, "t.txt")], {}, None, chunks.Reading(), {})
+    sample = list(sample_stories(job, 40_000))
     assert 5_000 <= sum(map(len, sample)) <= 40_000
+
+
+def test_parts_by_array_are_the_parts_of_each_story():
+    """Guards: a split that differs between the rule in stories.py and the fast one."""
+    hashes = np.random.default_rng(0).integers(0, 2**63, 1000, dtype=np.uint64) * np.uint64(2)
+    for shares in ((90, 5, 5), (1, 0, 1), (7, 2, 0)):
+        names = [part for part, share in zip(("train", "val", "test"), shares, strict=True) if share]
+        job = shards.Job([], dict.fromkeys(names), shares, chunks.Reading(), {}, np.sort(hashes[:10]))
+        parts = shards.parts_of(hashes, job)
+        assert parts[:10].tolist() == [-1] * 10
+        assert [names[i] for i in parts[10:]] == [part_of(int(h), shares) for h in hashes[10:]]

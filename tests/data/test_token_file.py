@@ -8,14 +8,13 @@ import pytest
 
 from plotarmour.cli import UserError
 from plotarmour.data import token_file
+from plotarmour.data.batches import TokensInMemory
 from plotarmour.data.chunks import read_stories
 from plotarmour.data.pretokenize import pre_tokenize
 from plotarmour.data.readers import Source
 from plotarmour.data.stories import normalise, part_of, story_hash
-from plotarmour.data.token_file import HEADER_BYTES, TokenFile, header_block
-from plotarmour.data.token_writer import TokenFileWriter
+from plotarmour.data.token_file import HEADER_BYTES, TokenFile, TokenFileWriter, header_block
 from plotarmour.data.tokenizer import make_tokenizer
-from plotarmour.data.tokens_in_memory import TokensInMemory
 
 
 @pytest.fixture
