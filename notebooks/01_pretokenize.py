@@ -11,27 +11,18 @@
 #
 # **What you get:** three token files (train, val, test) that both models will read, and a look at what is in them.
 #
-# **Time:** seconds for the built-in corpus, minutes for the two gigabytes of TinyStories on two CPU cores; files that
-# are there already are taken as they are, and a cut session goes on where it was. **Hardware:** any; no GPU.
-# **Needs:** nothing, or a UTF-8 text with `<|endoftext|>` between stories (TinyStories has it), also gzipped, .jsonl or
-# .parquet. **Leaves behind:** `tokens.train.bin`, `tokens.val.bin`, `tokens.test.bin` and `duplicates.csv` in the
-# results folder.
+# **Time:** seconds for the built-in corpus, minutes for the two gigabytes of TinyStories on two CPU cores. Token files
+# of the same text and settings are kept, and a new session continues where the last one was cut. **Hardware:** any; no
+# GPU. **Needs:** nothing, or a UTF-8 text with `<|endoftext|>` between stories, as in TinyStories; gzipped text, .jsonl
+# and .parquet work too. **Leaves behind:** `tokens.train.bin`, `tokens.val.bin`, `tokens.test.bin` and `duplicates.csv`
+# in the results folder.
 
 # %% [markdown]
 # ## Set-up
-# The next cell finds the package: in the checkout around this notebook, in a clone beside it, or in an attached Kaggle
-# dataset. It installs nothing, so Kaggle's and Colab's own torch stay as they are.
+# The next cell finds the package. It installs nothing, so the torch of Kaggle and Colab stays as it is.
 
-# %%
-import sys
-from pathlib import Path
-
-here = Path.cwd().resolve()
-places = [here, *here.parents, *here.glob("*")]
-places += [p for depth in range(1, 5) for p in Path("/kaggle/input").glob("/".join("*" * depth))]
-home = next((p for p in places if (p / "plotarmour" / "__init__.py").is_file()), None)
-assert home, "plotarmour not found: clone its repository here, or attach it as a Kaggle dataset"
-sys.path.insert(0, str(home))
+# %% tags=["set-up"]
+import set_up  # noqa: F401  (the notebook has the text of set_up.py here)
 
 # %%
 from IPython.display import Image, display
@@ -42,17 +33,19 @@ print(report())
 
 # %% [markdown]
 # ## Parameters
-# With an empty `text` the built-in corpus is told: small tales from a grammar that knows the exact probability of each
-# of its stories. With a text of yours, choose the recipe `laptop` or one of the `kaggle_` recipes.
+# If `text` is empty, this notebook writes the built-in corpus: short tales from a grammar that knows the exact
+# probability of each story. For a text of your own, choose the recipe `laptop` or `kaggle_t4`.
 
 # %% tags=["parameters"]
 recipe = "tiny"  # name of a file in plotarmour/recipes, without .toml
 text = ""  # path of a UTF-8 text; empty: the built-in corpus
-extra_text = ""  # path of a second text to test on; its stories that also stand in `text` are left out
-results = ""  # folder for everything made; empty: results/RECIPE
+extra_text = ""  # path of a second text to test on; stories that are also in `text` are left out
+results = ""  # folder for all results; empty: results/RECIPE
 overrides = ""  # settings of the recipe to override, separated by ; (see tools/train.py, --set)
 
 # %%
+from pathlib import Path
+
 from plotarmour.config import load_recipe
 from plotarmour.suite.steps import list_files, prepare, results_folder
 
@@ -62,9 +55,9 @@ print(settings.data)
 
 # %% [markdown]
 # ## The work
-# Every story goes to train, val or test by a hash of its words (lower-cased, without punctuation), so a copy that
-# differs only in case, punctuation or spacing stands on the same side. A `bpe:N` tokenizer learns from the train part
-# only.
+# A hash of its words (lower-cased, without punctuation) decides whether a story belongs to train, val or test. So two
+# copies that differ only in case, punctuation or spacing are in the same part. A `bpe:N` tokenizer learns from the
+# train part only.
 
 # %%
 paths = prepare(settings, folder, Path(text) if text else None, Path(extra_text) if extra_text else None)
@@ -72,8 +65,8 @@ print(list_files(folder))
 
 # %% [markdown]
 # ## One real story
-# First as text, then as the model will see it: one tint per token. Words that are common in the
-# training part are one piece; rare ones are spelled.
+# First as text, then as the model sees it, with one tint per token. A word that is frequent in the training part is one
+# token; a rare word is split into several.
 
 # %%
 from plotarmour.data.token_file import TokenFile
@@ -91,8 +84,8 @@ HTML(coloured_tokens([tokenizer.decode([i]) for i in story]))
 
 # %% [markdown]
 # ## How much there is
-# `bytes_per_token` tells how much text one token carries. It is why perplexities of different tokenizers cannot be
-# compared, while bits per byte can.
+# `bytes_per_token` says how much text one token stands for. It differs between tokenizers, so their perplexities cannot
+# be compared; bits per byte can.
 
 # %%
 import pandas as pd
@@ -112,7 +105,7 @@ display(Image(figure))
 
 # %% [markdown]
 # ## The most frequent tokens
-# A few tokens make up much of every text. A model that knows no more than these shares is the unigram baseline of
+# A few tokens make up a large part of every text. A model that knows only these shares is the unigram baseline of
 # `03_compare`.
 
 # %%
@@ -125,11 +118,11 @@ pd.DataFrame({"token": [repr(tokenizer.decode([i])) for i in top], "times": coun
 
 # %% [markdown]
 # ## Copies
-# A test story that also stands in the training part measures memory, not skill. *Exact* copies have the same text,
-# *normalised* ones differ in case, punctuation or spacing; both always land in one part. *Near* copies share at
-# least 80 % of their sequences of five words (MinHash proposes pairs, and each is compared exactly); the split cannot
-# know of them, so this is where a leak would show. `duplicates.csv` has examples. Two million stories take about three
-# minutes.
+# A test story that is also in the training part measures memory, not skill. *Exact* copies have the same text;
+# *normalised* copies differ only in case, punctuation or spacing. The split puts both into one part. *Near* copies
+# share at least 80 % of their sequences of five words (MinHash proposes pairs, and each pair is compared exactly). The
+# split does not detect them, so look here for a leak. `duplicates.csv` has examples. Two million stories take about
+# three minutes.
 
 # %%
 from plotarmour.data.duplicates import find_duplicates
@@ -139,8 +132,8 @@ print(copies.table())
 
 # %% [markdown]
 # ## What it means
-# Stories left of the orange line fit into one context and are scored in one piece. Longer ones are scored by a sliding
-# window, so each of their tokens still sees at least half a context of its past. If most stories are longer than the
-# line, a recipe with a longer context will serve you better.
+# Stories left of the orange line in the figure of lengths fit into one context and are scored in one piece. Longer
+# stories are scored by a sliding window, in which each token still sees at least half a context before it. If most
+# stories are longer than one context, use a recipe with a longer `context_length`.
 #
 # **Next:** `02_train`, once with `model = "bdh"` and once with `model = "gpt2"`, with the same results folder.

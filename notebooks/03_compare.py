@@ -9,26 +9,18 @@
 # %% [markdown]
 # # 3 · Compare on held-out stories
 #
-# **What you get:** the verdict with its interval: perplexity and bits per byte of all runs on every test story, beside
-# what one gets without a neural network, as table, figures, CSVs and one page to hand on, `report.html`.
+# **What you get:** the verdict with its interval: perplexity and bits per byte of all runs on the test stories, beside
+# n-gram baselines, as a table, figures, CSVs and one page to share, `report.html`.
 #
 # **Time:** a minute for `tiny`, a few for `laptop` on two CPU cores. **Hardware:** as for training.
 # **Needs:** the results folder with trained runs, such as `bdh` and `gpt2`. **Leaves behind:** the folder `comparison`.
 
 # %% [markdown]
 # ## Set-up
-# Finds the package in the checkout, in a clone beside this notebook, or in an attached Kaggle dataset.
+# The next cell finds the package. It installs nothing.
 
-# %%
-import sys
-from pathlib import Path
-
-here = Path.cwd().resolve()
-places = [here, *here.parents, *here.glob("*")]
-places += [p for depth in range(1, 5) for p in Path("/kaggle/input").glob("/".join("*" * depth))]
-home = next((p for p in places if (p / "plotarmour" / "__init__.py").is_file()), None)
-assert home, "plotarmour not found: clone its repository here, or attach it as a Kaggle dataset"
-sys.path.insert(0, str(home))
+# %% tags=["set-up"]
+import set_up  # noqa: F401  (the notebook has the text of set_up.py here)
 
 # %%
 from IPython.display import Image, display
@@ -39,22 +31,24 @@ print(report())
 
 # %% [markdown]
 # ## Parameters
-# The same recipe and results folder as before. On Kaggle, attach the outputs of the other notebooks and name their
-# run folders. Runs that differ only in their seed are put together.
+# Use the same recipe and results folder as before. On Kaggle, attach the outputs of the other notebooks and name their
+# run folders in `runs`. Runs that differ only in their seed are compared as one arm.
 
 # %% tags=["parameters"]
 recipe = "tiny"  # name of a file in plotarmour/recipes, without .toml
 results = ""  # folder for the comparison; empty: results/RECIPE
 tokens = ""  # folder that notebook 1 wrote; empty: the results folder
-runs = ""  # run folders separated by ; each a path, or a name in the results folder; empty: all that are there
-unfinished = False  # True: compare runs that have not ended, too; they are labelled
+runs = ""  # run folders separated by ; each a path, or a name in the results folder; empty: all in that folder
+unfinished = False  # True: also compare runs that are not complete; they are labelled
 
 # %% [markdown]
 # ## One real example
-# The first test story, and how well each model foresaw every token of it: the less probable a token was, the more it
-# costs. One nat is a factor of 2.7.
+# The first test story, and how well each model predicted every token of it: the less probable a token, the more nats it
+# costs. One nat is a factor of 2.7 in probability.
 
 # %%
+from pathlib import Path
+
 from plotarmour.data.token_file import TokenFile
 from plotarmour.evaluation.scoring import score_stories
 from plotarmour.report.compare import check_together, compare_runs, find_runs
@@ -80,9 +74,10 @@ pd.DataFrame(example).head(40).T
 
 # %% [markdown]
 # ## The work
-# Every test story is scored by all runs on exactly the same tokens, given only its own story so far. Nats are added,
-# tokens counted, divided once. The n-gram baselines count the training tokens: uniform, single, pairs, triples.
-# Before anything is reported, every model is checked for leaks: does it see what it is to foresee?
+# All runs score every test story on exactly the same tokens; each token is predicted from the story before it. Nats are
+# added, tokens are counted, and one division follows. The n-gram baselines count the training tokens: none, single
+# tokens, pairs, triples. Before anything is reported, every model is checked for leaks: does it see what it must
+# predict?
 
 # %%
 table = compare_runs(run_folders, paths["test"], folder / "comparison", paths["train"], paths.get("facts"),
@@ -107,7 +102,7 @@ pd.read_csv(folder / "comparison" / "checks.csv")
 
 # %% [markdown]
 # ## A second text
-# Only if notebook 1 was given an `extra_text`: its stories that also stand in the training text were left out.
+# This applies only if notebook 1 got an `extra_text`. Its stories that are also in the training text were left out.
 
 # %%
 if "extra" in paths:
@@ -117,17 +112,17 @@ if "extra" in paths:
 
 # %% [markdown]
 # ## What it means
-# Lower is better, and a model that is not below the best baseline is no better than counting. On the built-in corpus
-# the corpus itself stands first: no honest model can beat it, so a model listed above it has a leak. `loss on facts`
-# counts only words that the story so far determines (who, where, which object), `loss elsewhere` the free choices.
+# Lower is better. A model that is not below the best baseline is no better than counting. For the built-in corpus, the
+# first row is the corpus itself: no honest model can beat it, so a model above it has a leak. `loss on facts` covers
+# only words that the story so far determines (who, where, which object); `loss elsewhere` covers all other words.
 
 # %%
-print((folder / "comparison" / "summary.txt").read_text())
+print((folder / "comparison" / "summary.txt").read_text(encoding="utf-8"))
 
 # %% [markdown]
 # ## Files written
-# `report.html` holds it all in one page, to hand on; `stories_*.csv` a row per story (tokens, bytes, nats), so that
-# every number above can be recomputed; `pairs.csv` the differences with their intervals.
+# `report.html` holds all results in one page. `stories_*.csv` have a row per story (tokens, bytes, nats), so that you
+# can recompute every number above. `pairs.csv` holds the differences with their intervals.
 
 # %%
 print(list_files(folder / "comparison"))

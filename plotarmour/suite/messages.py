@@ -1,4 +1,4 @@
-"""A run in words: what it is going to do, how it ended, and what to do next."""
+"""Texts about a run for people: its settings, how it ended, and what to do next."""
 
 import textwrap
 from pathlib import Path
@@ -13,8 +13,8 @@ NEW_SESSION = (" In a new session, attach the output of this one first, and set 
                "{run}.")
 
 
-def tell_recipe(recipe: Recipe) -> str:
-    """Tell all settings of a resolved recipe, grouped by what they are about, in lines of at most 100 characters."""
+def describe_recipe(recipe: Recipe) -> str:
+    """Return all settings of a resolved recipe, grouped by subject, in lines of at most 100 characters."""
     t = vars(recipe.training).copy()
     ends = {key: t.pop(key) for key in ("max_steps", "schedule_minutes", "patience", "max_minutes")}
     log = {key: t.pop(key) for key in ("log_interval", "eval_interval", "eval_tokens", "checkpoint_interval",
@@ -28,8 +28,8 @@ def tell_recipe(recipe: Recipe) -> str:
                      for name, group in groups.items())
 
 
-def tell_ending(ending: Ending, run: Path) -> str:
-    """Describe how a run ended, in lines for people, and what to do where it is not complete.
+def describe_ending(ending: Ending, run: Path) -> str:
+    """Return how a run ended, in lines for people, and what to do if it is not complete.
 
     Args:
         ending: of the run.
@@ -55,6 +55,6 @@ def tell_ending(ending: Ending, run: Path) -> str:
 
 
 def _hanging(head: str, text: str, indent: int) -> str:
-    """A row of two columns, the second one wrapped."""
+    """Return a row of two columns, of which the second is wrapped."""
     return textwrap.fill(text, WIDTH, initial_indent=f"{head:<{indent}}", subsequent_indent=" " * indent,
                          break_long_words=False, break_on_hyphens=False)

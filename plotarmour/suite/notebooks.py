@@ -1,4 +1,4 @@
-"""Notebook pairing: the .py in percent format is the truth, the .ipynb is generated from it, always the same bytes."""
+"""Pairs of notebook files: the .py in percent format is the source, and the .ipynb is generated from it."""
 
 import hashlib
 import json
@@ -18,10 +18,10 @@ def notebook_scripts(root: Path = ROOT) -> list[Path]:
 
 
 def generate_notebook(script: Path, root: Path = ROOT) -> str:
-    """Return the .ipynb of a percent script as text: no outputs, no tool versions, cell ids from content.
+    """Return the .ipynb of a percent script as text: without outputs and tool versions, with cell ids from content.
 
-    An id is made of the cell's text and of how often that text has occurred before, so that editing one cell leaves
-    the others' ids alone.
+    A cell tagged `set-up` gets the text of notebooks/set_up.py. A cell's id depends on its text and on how often that
+    text occurs before it, so that an edit of one cell leaves all other ids as they are.
     """
     notebook = jupytext.read(script, fmt="py:percent")
     badges = _badges(script, root)
@@ -29,6 +29,8 @@ def generate_notebook(script: Path, root: Path = ROOT) -> str:
         notebook.cells[0].source += "\n\n" + badges
     seen: dict[str, int] = {}
     for cell in notebook.cells:
+        if "set-up" in cell.metadata.get("tags", []):
+            cell.source = script.with_name("set_up.py").read_text(encoding="utf-8").strip()
         content = f"{cell.cell_type}\n{cell.source}"
         seen[content] = seen.get(content, 0) + 1
         cell.id = hashlib.sha256(f"{seen[content]}\n{content}".encode()).hexdigest()[:12]
@@ -42,14 +44,14 @@ def generate_notebook(script: Path, root: Path = ROOT) -> str:
 
 
 def out_of_step(root: Path = ROOT) -> list[Path]:
-    """Return the .ipynb files that are not what their .py gives (missing ones too)."""
+    """Return the .ipynb files that are missing or differ from what their .py gives."""
     return [script.with_suffix(".ipynb") for script in notebook_scripts(root)
             if not script.with_suffix(".ipynb").exists()
             or script.with_suffix(".ipynb").read_text(encoding="utf-8") != generate_notebook(script, root)]
 
 
 def _badges(script: Path, root: Path) -> str:
-    """Open in Kaggle and Colab, once pyproject.toml says where the repository lives."""
+    """Return badges that open the notebook in Kaggle and Colab, if pyproject.toml names the repository."""
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     repository = project["tool"]["plotarmour"]["repository"]
     if not repository:

@@ -1,7 +1,11 @@
-"""The first two steps of the suite, as the notebooks and the command lines call them: prepare, train."""
+"""The steps of the suite that notebooks and command lines call: prepare the token files, train, pack the results."""
 
+import os
 import shutil
+import tempfile
+from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from plotarmour.cli import UserError
 from plotarmour.config import Recipe, load_recipe, warn_ignored
@@ -17,19 +21,29 @@ from plotarmour.run import train_run
 from plotarmour.suite.live import LiveCurves
 from plotarmour.suite.multi_gpu import check_gpus, launch
 from plotarmour.training.ending import Ending
+from plotarmour.training.log import read_log
+
+if TYPE_CHECKING:
+    import IPython.display
 
 CORPUS_SETTINGS = ("corpus_stories", "corpus_seed", "corpus_min_events", "corpus_max_events")
 OPTIONAL = {"extra": "tokens.extra.bin", "facts": "built-in.facts.jsonl"}  # not every recipe has them
 
 
 def tell_corpus(path: Path, n_stories: int, seed: int, events: tuple[int, int]) -> tuple[Path, Path]:
-    """Write stories of the built-in corpus as text, and beside it what the corpus knows of each.
+    """Write stories of the built-in corpus as text, and beside it the facts and the exact nats of each story.
+
+    Args:
+        path: of the text.
+        n_stories: at least 1.
+        seed: of the stories.
+        events: least and most events of a story.
 
     Returns:
         The paths of the text and of the .facts.jsonl.
     """
     if n_stories < 1:
-        raise UserError(f"{n_stories} stories were asked for; expected at least 1.")
+        raise UserError(f"{n_stories} stories; expected at least 1.")
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = path.with_suffix(".facts.jsonl")
     temporary = unfinished(facts)
@@ -53,16 +67,19 @@ def require_text(recipe: Recipe, text: Path | None) -> None:
 
 
 def prepare(recipe: Recipe, folder: Path, text: Path | None = None, extra_text: Path | None = None) -> dict[str, Path]:
-    """Make the token files of a recipe in `folder`.
+    """Write the token files of a recipe; files of the same text and settings are kept.
 
     Args:
-        recipe: its `data` part counts.
+        recipe: resolved; only its data settings and its windows matter.
         folder: for the token files.
-        text: what to learn from; None tells the built-in corpus.
-        extra_text: a second test set: only its stories that do not stand in `text` are kept.
+        text: UTF-8 text to learn from; None for the built-in corpus.
+        extra_text: a second test set; its stories that are also in `text` are left out.
 
     Returns:
-        Paths by name: train, val, test; extra and facts where there are.
+        Paths by name: train, val and test; extra with `extra_text`, facts with the built-in corpus.
+
+    Raises:
+        UserError: a text that cannot be used; earlier files stay as they are.
     """
     require_text(recipe, text)
     if 0 in parse_split(recipe.data.split):
@@ -73,15 +90,15 @@ def prepare(recipe: Recipe, folder: Path, text: Path | None = None, extra_text: 
     if text is None:
         text, paths["facts"] = tell_corpus(folder / "built-in.txt", recipe.data.corpus_stories, recipe.data.corpus_seed,
                                            (recipe.data.corpus_min_events, recipe.data.corpus_max_events))
-    made = pre_tokenize([text], recipe.data.tokenizer, folder / "tokens.bin", recipe.data.split, recipe.data.stories,
+    files = pre_tokenize([text], recipe.data.tokenizer, folder / "tokens.bin", recipe.data.split, recipe.data.stories,
                         replace=True)
-    paths |= dict(zip(PARTS, made, strict=True))
+    paths |= dict(zip(PARTS, files, strict=True))
     t = recipe.training
     try:
-        for part in ("train", "val"):  # a text too short for the recipe is noticed here, not after the set-up of a run
+        for part in ("train", "val"):  # refuse a text that is too short for the recipe now, not when training begins
             Windows(TokenFile.open(paths[part]), t.context_length, t.windows, t.seed, t.rows_per_step)
     except UserError:
-        for path in made:
+        for path in files:
             path.unlink()
         raise
     if extra_text is not None:
@@ -93,7 +110,7 @@ def prepare(recipe: Recipe, folder: Path, text: Path | None = None, extra_text: 
 
 
 def find_prepared(folder: Path) -> dict[str, Path]:
-    """Return the paths that `prepare` made in a folder."""
+    """Return the paths of the files that `prepare` wrote into a folder."""
     paths = {part: part_path(folder / "tokens.bin", part) for part in PARTS}
     missing = [str(path) for path in paths.values() if not path.exists()]
     if missing:
@@ -105,16 +122,20 @@ def train_recipe(name: str, model: str, data_folder: Path, out: Path, overrides:
                  continue_from: Path | None = None, gpus: int = 1, extend: bool = False, from_step: int = -1) -> Ending:
     """Train one model of a recipe on prepared token files; see `plotarmour.run.train_run`.
 
-    In a notebook, the curves are drawn meanwhile.
+    A notebook shows the curves during training.
 
     Args:
-        name, model, overrides: of the recipe.
-        data_folder: that `prepare` wrote.
+        name, model, overrides: see `load_recipe`.
+        data_folder: folder with the token files of `prepare`.
         out: the run folder.
-        continue_from: run folder of an earlier session, which may be read-only: copied to `out` unless that exists.
-        gpus: of this machine, that train together; with device=cpu as many processes.
-        extend: whether the run may become longer than it began.
-        from_step: kept step to go back to; negative: go on from the latest.
+        continue_from: run folder of an earlier session, which may be read-only; it is copied to `out` unless that
+            exists.
+        gpus: GPUs of this machine that train together; with device=cpu the number of processes.
+        extend: whether max_steps, schedule_minutes and patience may differ from those that the run began with.
+        from_step: step of a kept checkpoint to go back to; negative: continue from the latest.
+
+    Returns:
+        How the run ended.
     """
     paths, recipe = find_prepared(data_folder), load_recipe(name, model, overrides)
     check_gpus(gpus, recipe)
@@ -122,7 +143,7 @@ def train_recipe(name: str, model: str, data_folder: Path, out: Path, overrides:
         raise UserError(f"extend = {extend!r} and from_step = {from_step!r}; expected True or False, and a number "
                         "(papermill: -p, not -r, which makes text of them).")
     if continue_from is not None:
-        _bring(continue_from, out)
+        _copy_run(continue_from, out)
     back_to = from_step if from_step >= 0 else None
     with LiveCurves(model, out) as live:
         if gpus == 1:
@@ -131,32 +152,59 @@ def train_recipe(name: str, model: str, data_folder: Path, out: Path, overrides:
         return launch(recipe, name, paths["train"], paths["val"], out, list(overrides), gpus, extend, back_to, live.row)
 
 
-def _bring(run: Path, out: Path) -> None:
-    """Copy the run folder of an earlier session, which may be read-only, to where it can go on."""
+def _copy_run(run: Path, out: Path) -> None:
+    """Copy the run folder of an earlier session, which may be read-only, to a folder where it can continue."""
     if out.is_dir() and not any(out.iterdir()):
         out.rmdir()
     if out.exists():
-        print(f"{out} is there already: going on with it, not with another copy of {run}")
+        print(f"{out} exists already: continuing it, not another copy of {run}")
         return
-    within = sorted(path.parent.name for path in run.glob("*/run.json")) if not (run / "run.json").exists() else []
-    if within:
-        raise UserError(f"{run} is no run folder, but holds {', '.join(within)}: name one of these in continue_from.")
+    runs = sorted(path.parent.name for path in run.glob("*/run.json")) if not (run / "run.json").exists() else []
+    if runs:
+        raise UserError(f"{run} is not a run folder, but holds {', '.join(runs)}: name one of these in continue_from.")
     read_info(run)
     temporary = unfinished(out)
     try:
         shutil.copytree(run, temporary, copy_function=shutil.copyfile)
         for folder in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
-            folder.chmod(0o755)  # copied with the folder: the permissions of where it was
+            folder.chmod(0o755)  # copytree copies the permissions of a read-only folder too
         publish(temporary, out)
-    except shutil.Error as error:  # of all the files; one of them will do
+    except shutil.Error as error:  # lists all files that failed; the first is enough
         source, _, reason = error.args[0][0]
         raise UserError(f"{source} cannot be copied: {reason}. Check its permissions and the disk.") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def pack_run(run: Path) -> Path:
+    """Zip the small files of a run folder, such as log, settings, ending and figures, without weights.
+
+    Returns:
+        Path of the zip beside the run folder. Its name ends with the UTC time of the last row of log.csv, as in
+        bdh_20261121-0934.zip.
+
+    Raises:
+        UserError: the log has no row.
+    """
+    log = read_log(run / "log.csv")
+    if log.empty:
+        raise UserError(f"{run / 'log.csv'} has no row; expected a run that has begun. Train it first.")
+    name = f"{run.name}_{datetime.fromisoformat(log['utc'].iloc[-1]):%Y%m%d-%H%M}"
+    large = shutil.ignore_patterns("checkpoints", "tokenizer.json", ".*")
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(run, Path(folder) / run.name, ignore=large)
+        return Path(shutil.make_archive(str(run.with_name(name)), "zip", folder, run.name))
+
+
+def download_link(run: Path) -> "IPython.display.FileLink":
+    """Return a link to the zip of `pack_run`, for a notebook to show."""
+    from IPython.display import FileLink
+
+    return FileLink(os.path.relpath(pack_run(run)))  # Jupyter and Kaggle serve only what is below the working folder
+
+
 def results_folder(recipe: str, given: str = "") -> Path:
-    """Return where a recipe's results go: as given, or results/RECIPE in the checkout (on Kaggle /kaggle/working)."""
+    """Return the folder of a recipe's results: `given`, or results/RECIPE in the checkout or /kaggle/working."""
     if given:
         return Path(given)
     base = Path("/kaggle/working") if host() == "kaggle" else Path(__file__).resolve().parents[2]
@@ -164,7 +212,7 @@ def results_folder(recipe: str, given: str = "") -> Path:
 
 
 def list_files(folder: Path) -> str:
-    """List the files below a folder with their sizes, one per line; hidden ones left out."""
+    """Return the files below a folder with their sizes, one per line, without hidden ones."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
     sizes = [path.stat().st_size for path in files]
     lines = [(f"{size / 2**20:9,.1f} MiB" if size >= 2**20 else f"{size / 2**10:9,.1f} KiB")

@@ -44,7 +44,7 @@ def test_an_attached_output_is_brought_once_and_can_be_written_to(called, attach
     assert all(path.stat().st_mode & 0o200 for path in [out, *out.rglob("*")])
     (out / "later").touch()
     train_recipe("tiny", "bdh", tmp_path, out, continue_from=attached)
-    assert "later" in called[1]["found"] and "is there already: going on with it" in capsys.readouterr().out
+    assert "later" in called[1]["found"] and "exists already: continuing it" in capsys.readouterr().out
     assert not [path for path in tmp_path.iterdir() if "unfinished" in path.name]
 
 
@@ -61,7 +61,7 @@ def test_an_attached_output_that_cannot_be_read_is_one_line(called, attached, tm
 
 def test_a_folder_of_runs_names_those_within(called, attached, tmp_path):
     """Guards: an attached output that holds the run folder, of which is said that it is none."""
-    with pytest.raises(UserError, match=f"is no run folder, but holds {attached.name}: name one of these"):
+    with pytest.raises(UserError, match=f"is not a run folder, but holds {attached.name}: name one of these"):
         train_recipe("tiny", "bdh", tmp_path, tmp_path / "out", continue_from=attached.parent)
     assert not called
 

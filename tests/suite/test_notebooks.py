@@ -49,6 +49,15 @@ def test_notebooks_tell_and_show_without_logic(script):
     assert words >= 3 * sum(len(source.splitlines()) for source in code)
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_every_notebook_finds_the_package_with_the_code_of_set_up(script):
+    """Guards: three copies of one cell that differ; a notebook that imports a file which Kaggle does not have."""
+    cells = nbformat.reads(generate_notebook(script), as_version=4).cells
+    assert [cell.source for cell in cells if "set-up" in cell.metadata.get("tags", [])] == [
+        script.with_name("set_up.py").read_text(encoding="utf-8").strip()]
+    assert not any("import set_up" in cell.source for cell in cells)
+
+
 def test_badges_appear_once_the_repository_is_named(tmp_path):
     """Guards: links that lead nowhere."""
     (tmp_path / "pyproject.toml").write_text('[tool.plotarmour]\nrepository = "someone/plot-armour"\n')

@@ -1,10 +1,13 @@
 """The steps that notebooks and command lines call."""
 
+import zipfile
+
 import pytest
 
 from plotarmour.cli import UserError
 from plotarmour.config import load_recipe
-from plotarmour.suite.steps import prepare
+from plotarmour.suite.steps import download_link, pack_run, prepare
+from plotarmour.training.log import RunLog
 
 SMALL = ["max_steps=2", "warmup_steps=0"]
 
@@ -37,3 +40,38 @@ def test_a_text_too_short_for_one_context_leaves_no_token_files(tmp_path):
     with pytest.raises(UserError, match="fewer than one context of 200"):
         prepare(load_recipe("tiny", "bdh", settings), tmp_path, text)
     assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "bdh"
+    (folder / "figures").mkdir(parents=True)
+    (folder / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (folder / "checkpoints" / "step_00000001" / "model.safetensors").write_bytes(b"weights")
+    (folder / "figures" / "training.png").write_bytes(b"png")
+    for name in ("run.json", "DONE.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    RunLog(folder / "log.csv", -1).append(utc="2026-11-21T09:34:59Z", step=1)
+    return folder
+
+
+def test_the_zip_holds_what_is_small_and_no_weights(run):
+    """Guards: gigabytes to download for a curve."""
+    packed = pack_run(run)
+    assert packed == run.parent / "bdh_20261121-0934.zip"
+    with zipfile.ZipFile(packed) as bundle:
+        files = [name for name in bundle.namelist() if not name.endswith("/")]
+        assert sorted(files) == ["bdh/DONE.json", "bdh/figures/training.png", "bdh/log.csv", "bdh/run.json"]
+        assert bundle.read("bdh/log.csv") == (run / "log.csv").read_bytes()
+
+
+def test_a_notebook_links_to_the_zip_from_its_own_folder(run, monkeypatch):
+    """Guards: a link to an absolute path, which no notebook server follows."""
+    monkeypatch.chdir(run.parent)
+    assert 'href=\'bdh_20261121-0934.zip\'' in download_link(run)._repr_html_()
+
+
+def test_a_run_that_has_not_begun_is_refused(tmp_path):
+    """Guards: an empty zip with a made-up name."""
+    with pytest.raises(UserError, match="has no row; expected"):
+        pack_run(tmp_path)

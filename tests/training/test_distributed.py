@@ -17,7 +17,7 @@ from plotarmour.cli import UserError
 from plotarmour.config import TrainingConfig, load_recipe
 from plotarmour.machine import find_machine
 from plotarmour.run import train_run
-from plotarmour.suite.messages import tell_ending
+from plotarmour.suite.messages import describe_ending
 from plotarmour.training import distributed as ranks_module
 from plotarmour.training.distributed import ALONE, LostProcess, Ranks
 from plotarmour.training.step import Updates
@@ -177,7 +177,7 @@ def test_a_process_lost_before_the_first_checkpoint_is_told_like_any_other(root,
     monkeypatch.setattr(runs, "joined", lambda device: nullcontext(Lost(0, 2)))
     final = alone(token_files, tmp_path / "run", "gpt2")
     assert (final.reason, final.step, final.last_checkpoint) == ("lost a process", 0, 0)
-    assert "continues from the checkpoint of step 0" in " ".join(tell_ending(final, tmp_path / "run").split())
+    assert "continues from the checkpoint of step 0" in " ".join(describe_ending(final, tmp_path / "run").split())
 
 
 def test_alone_nothing_is_asked_of_others():
