@@ -14,14 +14,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=HelpFormatter,
         epilog="exact: the same ids. normalised: the same but for case, punctuation and spacing. near: word 5-grams "
-               "with a Jaccard similarity of at least the threshold; groups hold copies of copies.")
+               "with a Jaccard similarity of at least the threshold; a copy of a copy belongs to the group.")
     parser.add_argument("files", nargs="+", type=Path, metavar="X.bin",
                         help="token files of one tokenizer, train first")
     parser.add_argument("--out", type=Path, metavar="X.csv",
-                        help="gets pairs as examples; X.counts.csv beside it gets the counts (default: only print)")
+                        help="table of example pairs; X.counts.csv beside it gets the counts (default: only print)")
     parser.add_argument("--threshold", type=float, default=0.8, help="least similarity of near copies, 0.7 to 1")
-    parser.add_argument("--no-near", action="store_true", help="look only for exact and normalised copies")
-    parser.add_argument("--examples", type=int, default=20, metavar="N", help="most pairs per kind and two files")
+    parser.add_argument("--no-near", action="store_true", help="find only exact and normalised copies")
+    parser.add_argument("--examples", type=int, default=20, metavar="N", help="at most N pairs per kind and two files")
     parser.add_argument("--force", action="store_true", help="replace existing CSVs")
     return parser
 
@@ -36,19 +36,20 @@ def main() -> None:
     from plotarmour.data.token_file import TokenFile
 
     if len({path.resolve() for path in args.files}) < len(args.files):
-        raise UserError("a token file is named twice; all of its stories would be copies. Name each once.")
+        raise UserError("a token file is named twice, so all of its stories would be copies; expected each file once. "
+                        "Leave one out.")
     files = {path: TokenFile.open(path) for path in args.files}
     parts = [data.header.get("part", "all") for data in files.values()]
-    if "all" in parts or len(set(parts)) < len(parts):  # not the parts of one split: told apart by their names
+    if "all" in parts or len(set(parts)) < len(parts):  # not the parts of one split: their file names tell them apart
         parts = [path.name.removesuffix(".bin") for path in files]
     if len(set(parts)) < len(parts):
         parts = [str(path) for path in files]
-    found = find_duplicates(dict(zip(parts, files.values(), strict=True)), args.out, args.threshold, not args.no_near,
-                            args.examples)
-    print(found.table())
-    print("shown: where there are copies, and copies in the first file; \"surplus\" counts all but one of each group")
+    result = find_duplicates(dict(zip(parts, files.values(), strict=True)), args.out, args.threshold, not args.no_near,
+                             args.examples)
+    print(result.table())
+    print("rows with copies, and copies in the first file; \"surplus\" counts all but one of each group")
     if args.out:
-        print(f"{args.out}: {len(found.examples):,} examples; counts in {args.out.with_suffix('.counts.csv')}")
+        print(f"{args.out}: {len(result.examples):,} examples; counts in {args.out.with_suffix('.counts.csv')}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tell stories of the built-in corpus: text, and beside it the exact nats and facts of every story."""
+"""Write stories of the built-in corpus: a text, and beside it the exact nats and facts of every story."""
 
 import argparse
 import sys
@@ -15,11 +15,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="text file; X.txt gets X.facts.jsonl beside it")
     parser.add_argument("--count", type=int, default=20_000, help="how many stories")
-    parser.add_argument("--seed", type=int, default=0, help="of the corpus: same seed, same stories")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the corpus: same seed, same stories")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--events", default="2:4", help="least:most events per story; a story has about "
                         f"{TOKENS_PER_STORY} + 14 x events tokens (BPE-1,024)")
-    length.add_argument("--tokens", type=int, help="instead of --events: about so many tokens per story, 60 to 10,000")
+    length.add_argument("--tokens", type=int, help="instead of --events: tokens per story, about; 60 to 10,000")
     parser.add_argument("--force", action="store_true", help="replace an existing text")
     return parser
 
@@ -40,7 +40,7 @@ def main() -> None:
         raise UserError(f"--seed {args.seed} must be in [0, 2**32).")
     if args.out.exists() and not args.force:
         raise UserError(f"{args.out} exists already; expected a new name. Use another --out, or --force.")
-    from plotarmour.suite.steps import tell_corpus  # heavy: --help does without
+    from plotarmour.suite.steps import tell_corpus  # imports torch, which --help does not need
 
     text, facts = tell_corpus(args.out, args.count, args.seed, (low, high))
     print(f"{text}: {args.count:,} stories ({text.stat().st_size / 2**20:.1f} MiB); facts in {facts}")

@@ -44,7 +44,6 @@ MOST_COMPARED = 50  # candidates per story: no quadratic cost where many stories
 ALL = ("all parts", "all parts")
 COUNT_COLUMNS = ("kind", "part", "other_part", "stories", "copies", "share")
 EXAMPLE_COLUMNS = ("kind", "part_a", "story_a", "part_b", "story_b", "similarity", "group_stories", "text_a", "text_b")
-HOW_TO_INSTALL = "pip install 'rensa>=0.5,<0.6'"
 
 
 @dataclass(frozen=True)
@@ -163,8 +162,8 @@ def find_duplicates(files: dict[str, TokenFile], out: Path | None = None, thresh
         try:
             import rensa  # noqa: F401
         except ImportError:
-            warnings.warn(f"near copies are not searched: rensa is not installed. Install it with: {HOW_TO_INSTALL}",
-                          stacklevel=2)
+            warnings.warn("near copies are not searched: rensa is not installed. Install it with: pip install "
+                          "'rensa>=0.5,<0.6'", stacklevel=2)
             near = False
     _, first, inverse = np.unique(np.concatenate([story_keys(data) for data in corpus.files]), return_index=True,
                                   return_inverse=True)
@@ -173,14 +172,14 @@ def find_duplicates(files: dict[str, TokenFile], out: Path | None = None, thresh
     groups = {"exact": exact, "normalised": normalised[exact]}
     if near:
         groups["near"] = joined[groups["normalised"]]
-    found = Duplicates(_counts(corpus, groups), _examples(corpus, groups, normalised, similar, examples), near)
+    result = Duplicates(_counts(corpus, groups), _examples(corpus, groups, normalised, similar, examples), near)
     if out is not None:
         import pandas as pd
 
-        for path, rows, columns in ((out, found.examples, EXAMPLE_COLUMNS),
-                                    (out.with_suffix(".counts.csv"), found.counts, COUNT_COLUMNS)):
+        for path, rows, columns in ((out, result.examples, EXAMPLE_COLUMNS),
+                                    (out.with_suffix(".counts.csv"), result.counts, COUNT_COLUMNS)):
             write_text(path, pd.DataFrame(rows, columns=list(columns)).to_csv(index=False, lineterminator="\n"))
-    return found
+    return result
 
 
 class Corpus:
@@ -234,40 +233,28 @@ def banding(threshold: float) -> tuple[int, int]:
 
 
 def shingles(text: str) -> set[str]:
-    """Return every five words in a row of a normalised text; a shorter text is one shingle.
-
-    Example:
-        >>> sorted(shingles("a b c d e f"))
-        ['a b c d e', 'b c d e f']
-    """
+    """Return every five words in a row of a normalised text; a shorter text is one shingle."""
     words = text.split(" ")
     return {" ".join(words[i:i + WORDS]) for i in range(max(1, len(words) - WORDS + 1))}
 
 
 def jaccard(one: set, other: set) -> float:
-    """Return the Jaccard similarity of two sets: shared elements over all elements.
-
-    Example:
-        >>> jaccard({1, 2, 3}, {2, 3, 4})
-        0.5
-    """
+    """Return the Jaccard similarity of two sets, shared elements over all: {1, 2, 3} and {2, 3, 4} give 0.5."""
     shared = len(one & other)
     return shared / (len(one) + len(other) - shared)
 
 
 def _compare_texts(corpus: Corpus, singles: np.ndarray, threshold: float | None, examples: int
                    ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int, float]]]:
-    """Read each text once and return its normalised group, its near group, and pairs of near copies as examples.
+    """Read each text once and find its normalised group, its near group, and examples of near copies.
 
     Args:
-        corpus: all stories.
         singles: numbers of the stories to read, ascending: the first one of each exact group.
         threshold: least similarity of near copies; None searches none.
-        examples: maximum number of pairs per two parts.
 
     Returns:
-        For each story the number of the first story with the same normalised text and of the first story of its near
-        group (int64 (n,) each; itself if it has no copy or is not in `singles`), and (story, story, similarity).
+        For each story the number of the first story of its normalised and of its near group (int64 (n,) each; itself if
+        it has no copy or is not in `singles`), and (story, story, similarity).
     """
     normalised, parents = np.arange(corpus.n), np.arange(corpus.n)
     first_of: dict[int, int] = {}
@@ -327,8 +314,8 @@ def _counts(corpus: Corpus, groups: dict[str, np.ndarray]) -> list[dict]:
     rows = []
 
     def add(kind: str, part: str, other: str, stories: int, copies: int) -> None:
-        values = (kind, part, other, int(stories), int(copies), round(int(copies) / int(stories), 6))
-        rows.append(dict(zip(COUNT_COLUMNS, values, strict=True)))
+        rows.append({"kind": kind, "part": part, "other_part": other, "stories": int(stories), "copies": int(copies),
+                     "share": round(int(copies) / int(stories), 6)})
 
     for kind, labels in groups.items():
         present = np.zeros((len(corpus.parts), corpus.n), dtype=bool)  # which parts have a story of a group

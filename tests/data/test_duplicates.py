@@ -179,7 +179,7 @@ def pairs():
 
 
 def test_shingles_are_every_five_words_in_a_row():
-    """Guards: a last shingle that is missing; short texts without one. The docstrings' examples."""
+    """Guards: a last shingle that is missing; short texts without one."""
     assert shingles("a b c d e f") == {"a b c d e", "b c d e f"}
     assert shingles("a b c d e") == {"a b c d e"} and shingles("a b") == {"a b"}
     assert jaccard({1, 2, 3}, {2, 3, 4}) == 0.5
