@@ -1,1 +1,1 @@
-"""Papermill runs and notebook pairing: the only room that knows all the others."""
+"""What notebooks and command lines call: the steps of the suite, grids through papermill, several GPUs."""

@@ -5,7 +5,6 @@ names the run folders. Where it is empty, the name is made of the row's own valu
 are moved or added. The suite without a CSV is a grid of one row per model.
 """
 
-import ast
 import csv
 import hashlib
 import io
@@ -16,7 +15,6 @@ import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import nbformat
 import torch
 
 from plotarmour.cli import UserError
@@ -27,9 +25,9 @@ from plotarmour.limits import cores
 from plotarmour.models import KINDS
 from plotarmour.suite.multi_gpu import check_gpus
 from plotarmour.suite.notebooks import ROOT
+from plotarmour.suite.papermill import Value, parameters_of
 from plotarmour.suite.steps import require_text
 
-Value = int | float | bool | str  # of a notebook's parameter
 EXPECTED = {bool: "True or False", int: "a whole number", float: "a number"}
 OURS = {"results": "is set by --out", "tokens": "is set by --out", "status": "is a column of summary.csv",
         "reason": "is a column of summary.csv"}
@@ -156,37 +154,6 @@ def plan_grid(path: Path | None, recipe: str, out: Path, notebook: Path = TRAIN,
         raise UserError("\n".join(f"{mistake}." for mistake in dict.fromkeys(wrong)))
     data = _data_parameters(rows[0], text, extra_text) if rows[0].recipe else None
     return Grid(notebook, out, columns, defaults, rows, data, environments)
-
-
-def parameters_of(notebook: Path) -> dict[str, Value | None]:
-    """Return the parameters of a notebook with their defaults, from its cell tagged `parameters`.
-
-    The cell is parsed as Python, because `papermill.inspect_notebook` loses a line with a second "=". A default that is
-    not a literal is None.
-
-    Raises:
-        UserError: no notebook, or one without such a cell.
-    """
-    try:
-        cells = nbformat.read(notebook, as_version=4).cells
-        cell = next(cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
-        nodes = ast.parse(cell.source).body
-    except StopIteration:
-        raise UserError(f"{notebook} has no cell tagged parameters; expected one, with a default for each column of "
-                        "the grid.") from None
-    except (OSError, ValueError, SyntaxError, AttributeError, nbformat.ValidationError) as error:
-        raise UserError(f"{notebook} cannot be read as a notebook whose parameters are Python literals "
-                        f"({type(error).__name__}: {str(error).splitlines()[0]}); expected the .ipynb that the rows "
-                        "run.") from None
-    defaults = {}
-    for node in nodes:
-        target = getattr(node, "target", None) or getattr(node, "targets", [None])[0]
-        if isinstance(target, ast.Name) and node.value is not None:
-            try:
-                defaults[target.id] = ast.literal_eval(node.value)
-            except ValueError:
-                defaults[target.id] = None
-    return defaults
 
 
 def run_name(values: dict[str, Value], defaults: dict[str, Value]) -> str:

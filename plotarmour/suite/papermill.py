@@ -1,5 +1,6 @@
-"""One notebook in a papermill process of its own: start it, read what became of it, stop it and its kernel."""
+"""One notebook in a papermill process of its own: read its parameters, start it, read its result, stop it."""
 
+import ast
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import psutil
 from plotarmour.cli import UserError
 from plotarmour.suite.notebooks import ROOT
 
+Value = int | float | bool | str  # of a notebook's parameter
 SAVE_S = 60.0  # how long a run that is asked to stop may take to finish its step, save and end its notebook
 
 
@@ -28,13 +30,44 @@ class Executed:
         message: of that exception.
     """
 
-    parameters: dict[str, int | float | bool | str]
+    parameters: dict[str, Value]
     is_complete: bool = False
     error: str = ""
     message: str = ""
 
 
-def start_notebook(source: Path, executed: Path, parameters: dict[str, int | float | bool | str],
+def parameters_of(notebook: Path) -> dict[str, Value | None]:
+    """Return the parameters of a notebook with their defaults, from its cell tagged `parameters`.
+
+    The cell is parsed as Python, because `papermill.inspect_notebook` loses a line with a second "=". A default that is
+    not a literal is None.
+
+    Raises:
+        UserError: no notebook, or one without such a cell.
+    """
+    try:
+        cells = nbformat.read(notebook, as_version=4).cells
+        cell = next(cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
+        nodes = ast.parse(cell.source).body
+    except StopIteration:
+        raise UserError(f"{notebook} has no cell tagged parameters; expected one, with a default for each column of "
+                        "the grid.") from None
+    except (OSError, ValueError, SyntaxError, AttributeError, nbformat.ValidationError) as error:
+        raise UserError(f"{notebook} cannot be read as a notebook whose parameters are Python literals "
+                        f"({type(error).__name__}: {str(error).splitlines()[0]}); expected the .ipynb that the rows "
+                        "run.") from None
+    defaults = {}
+    for node in nodes:
+        target = getattr(node, "target", None) or getattr(node, "targets", [None])[0]
+        if isinstance(target, ast.Name) and node.value is not None:
+            try:
+                defaults[target.id] = ast.literal_eval(node.value)
+            except ValueError:
+                defaults[target.id] = None
+    return defaults
+
+
+def start_notebook(source: Path, executed: Path, parameters: dict[str, Value],
                    environment: dict[str, str] | None = None) -> subprocess.Popen:
     """Start one notebook; what papermill and the kernel print goes to a .log beside the executed notebook.
 
@@ -57,7 +90,7 @@ def start_notebook(source: Path, executed: Path, parameters: dict[str, int | flo
                                 env=os.environ | (environment or {}), start_new_session=True)
 
 
-def run_notebook(source: Path, executed: Path, parameters: dict[str, int | float | bool | str]) -> None:
+def run_notebook(source: Path, executed: Path, parameters: dict[str, Value]) -> None:
     """Run one notebook to its end.
 
     Args:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from plotarmour.cli import UserError
-from plotarmour.suite.grid import TRAIN, is_safe, parameters_of, plan_grid, run_name, share_machine
+from plotarmour.suite.grid import TRAIN, is_safe, plan_grid, run_name, share_machine
+from plotarmour.suite.papermill import parameters_of
 
 SMALL = ["corpus_stories=300", "tokenizer=bpe:400", "split=8:1:1", "n_embd=16", "max_steps=20", "warmup_steps=2",
          "eval_tokens=200", "eval_interval=5"]

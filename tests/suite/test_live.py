@@ -23,7 +23,6 @@ from plotarmour.training.log import RunLog
 
 log = RunLog(Path("{run}") / "log.csv", -1)
 with LiveCurves("bdh", Path("{run}"), every_s=0.0) as curves:
-    curves.took_s = 0.0
     for step in range(4):
         log.append(utc="2026-11-21T09:34:00Z", step=step, tokens_seen=step, elapsed_s=step, val_loss=4.0 - step)
         curves.row()
@@ -85,7 +84,7 @@ def test_an_error_while_drawing_warns_once_and_training_goes_on(notebook, log, t
         raise OSError("no space left")
 
     monkeypatch.setattr(live, "training_curves", fail)
-    with pytest.warns(UserWarning, match="OSError: no space left.*training goes on") as warned:
+    with pytest.warns(UserWarning, match="OSError: no space left.*training continues") as warned:
         with LiveCurves("bdh", tmp_path, every_s=0.0) as curves:
             for _ in range(3):
                 curves.row()
