@@ -1,4 +1,4 @@
-"""The user's mistakes: one clear line (found, expected, what to do) and exit code 2."""
+"""Command lines: options that several tools share, exit codes, and the user's mistakes in one line each."""
 
 import argparse
 import errno
@@ -9,6 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,22 +29,59 @@ class UserError(ValueError):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds defaults to --help, where there is one."""
+    """Shows the default of every option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        none = action.default is None or action.default is False or action.default == []  # 0 is a default, too
-        return action.help if none else super()._get_help_string(action)
+        has_none = action.default is None or action.default is False or action.default == []  # 0 is a default
+        return action.help if has_none else super()._get_help_string(action)
+
+
+def add_common(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add options that mean the same in every tool: "device", "checkpoint", "force" and "set".
+
+    With "set", --device is short for --set device=...; `overrides_of` returns both.
+    """
+    if "device" in names:
+        parser.add_argument("--device", default=None if "set" in names else "auto", metavar="auto|cpu|cuda",
+                            help="where to compute" + ("; without it, the recipe's" if "set" in names else ""))
+    if "checkpoint" in names:
+        parser.add_argument("--checkpoint", default="best", type=_checkpoint, metavar="best|latest|STEP",
+                            help="checkpoint of a run: best by validation loss, latest, or a step that was kept")
+    if "force" in names:
+        parser.add_argument("--force", action="store_true", help="replace results that exist")
+    if "set" in names:
+        parser.add_argument("--set", action="append", default=[], metavar="key=value", dest="overrides",
+                            help="override a setting of the recipe; may be repeated")
+
+
+def overrides_of(args: argparse.Namespace) -> list[str]:
+    """Return "key=value" for each --set, and for --device where it is given."""
+    return [*args.overrides, *([f"device={args.device}"] if args.device is not None else [])]
+
+
+def refuse_existing(path: Path, force: bool) -> None:
+    """Raise `UserError` if a result exists and the user has not said --force."""
+    if path.exists() and not force:
+        raise UserError(f"{path} exists already; expected a new --out. Use another --out, or --force to replace it.")
+
+
+def _checkpoint(text: str) -> str | int:
+    if text in ("best", "latest"):
+        return text
+    if text.isdecimal():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a checkpoint; expected best, latest or a step")
 
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command line's `main` and end the process: 0 on success, 2 on the user's mistake, 1 on our failure."""
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # for people: without our line of code
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without the line of code
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
         sys.exit(_report(str(error)))
-    except BrokenPipeError:  # of whoever reads our output, such as head
+    except BrokenPipeError:  # the reader of stdout has ended, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
@@ -152,8 +190,8 @@ def duration(seconds: float) -> str:
 
 
 def outwait_others() -> None:
-    """In one of torchrun's processes, before it ends because another is lost: let that one say why.
+    """Wait before this process of torchrun ends because another one is lost, so that the other one can report why.
 
-    Torchrun ends this wait as soon as another has failed; one that was killed has nothing to say, and ends it at once.
+    torchrun ends this wait as soon as it notices that the other process has failed or was killed.
     """
     time.sleep(OTHERS_WAIT_S + 5.0)

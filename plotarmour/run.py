@@ -175,12 +175,12 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
                          found["checkpoint"], ranks, found["begin_with"], on_row)
 
 
-def load_run(folder: str | Path, which: str | int = "best", device: str = "auto") -> Run:
+def load_run(folder: str | Path, checkpoint: str | int = "best", device: str = "auto") -> Run:
     """Load a run with nothing but its folder at hand.
 
     Args:
         folder: of the run.
-        which: the checkpoint: "best" by validation loss, "latest", or a step.
+        checkpoint: "best" by validation loss, "latest", or a step.
         device: "auto", "cpu" or "cuda".
 
     Raises:
@@ -193,7 +193,7 @@ def load_run(folder: str | Path, which: str | int = "best", device: str = "auto"
     tokenizer = Tokenizer(tokenizer_text, info["tokenizer"]["kind"])
     if tokenizer.sha256 != info["tokenizer"]["sha256"]:
         raise UserError(f"{folder / 'tokenizer.json'} is not the tokenizer that run.json names; restore it.")
-    checkpoint = find_checkpoint(folder, which, files=["model.safetensors"])
+    checkpoint_folder = find_checkpoint(folder, checkpoint, files=["model.safetensors"])
     if device == "auto" and recipe.training.device == "cpu":
         device = "cpu"  # as it was trained: there may be a GPU that this torch has no kernels for
     machine = find_machine(device)
@@ -201,9 +201,9 @@ def load_run(folder: str | Path, which: str | int = "best", device: str = "auto"
         machine = find_machine(device, recipe.training.dtype)
     with within_memory("the model"):
         model = recipe.build_model(info["vocab_size"])
-        load_model(checkpoint, model)
+        load_model(checkpoint_folder, model)
         model = model.to(machine.device).eval()
-    step = step_of(checkpoint)
+    step = step_of(checkpoint_folder)
     if not is_complete(folder):
         warnings.warn(f"{folder} is not finished: this is its checkpoint of step {step:,}. Go on with the command that "
                       "started it.", stacklevel=2)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, run_command
+from plotarmour.cli import HelpFormatter, add_common, refuse_existing, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,16 +23,17 @@ def build_parser() -> argparse.ArgumentParser:
                         "context (default: half a context)")
     parser.add_argument("--title", default="", help="of the figure")
     parser.add_argument("--unfinished", action="store_true", help="compare runs that have not ended, too, labelled")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
+    add_common(parser, "device", "checkpoint", "force")
     return parser
 
 
 def main() -> None:
     args = build_parser().parse_args()
+    refuse_existing(args.out / "totals.csv", args.force)
     from plotarmour.report.compare import compare_runs  # heavy: --help does without
 
-    compare_runs(args.runs, args.data, args.out, args.train, args.facts, args.stride, args.title, device=args.device,
-                 unfinished=args.unfinished)
+    compare_runs(args.runs, args.data, args.out, args.train, args.facts, args.stride, args.title, args.checkpoint,
+                 args.device, args.unfinished)
     print((args.out / "summary.txt").read_text(encoding="utf-8"))
     print(f"report.html, totals, per-story rows and figures in {args.out}")
 

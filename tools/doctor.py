@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, UserError, run_command
+from plotarmour.cli import HelpFormatter, UserError, add_common, overrides_of, run_command
 from plotarmour.config import load_recipe, recipe_names
 from plotarmour.models import KINDS
 
@@ -17,12 +17,10 @@ def build_parser() -> argparse.ArgumentParser:
     plan = parser.add_argument_group("memory plan", "by arithmetic: nothing is built or allocated")
     plan.add_argument("--recipe", help=f"one of {', '.join(recipe_names())}, or a TOML file")
     plan.add_argument("--model", help=f"one of {', '.join(KINDS)}; without it both")
-    plan.add_argument("--set", action="append", default=[], metavar="key=value", dest="overrides",
-                      help="override a setting of the recipe; may be repeated")
+    add_common(plan, "set", "device")
     plan.add_argument("--vocab-size", type=int, metavar="V", help="entries; without it those of the recipe's tokenizer")
     plan.add_argument("--memory-gib", type=float, metavar="G",
                       help="plan for a device of G GiB; without it this GPU's memory, or the RAM available now")
-    plan.add_argument("--device", help="auto, cpu or cuda, also where there is none; without it the recipe's")
     plan.add_argument("--dtype", help="auto, float32, float16 or bfloat16; without it the recipe's")
     return parser
 
@@ -38,9 +36,9 @@ def main() -> None:
 
         print(report())
         return
-    asked = [f"{key}={value}" for key, value in (("device", args.device), ("dtype", args.dtype)) if value is not None]
+    overrides = overrides_of(args) + ([f"dtype={args.dtype}"] if args.dtype is not None else [])
     models = [args.model] if args.model else KINDS
-    recipes = [load_recipe(args.recipe, model, [*args.overrides, *asked]) for model in models]
+    recipes = [load_recipe(args.recipe, model, overrides) for model in models]
     from plotarmour.data.tokenizer import vocab_size_of
     from plotarmour.memory import describe_here
 

@@ -9,24 +9,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, UserError, run_command
+from plotarmour.cli import HelpFormatter, UserError, add_common, run_command
 
 DATASET = "roneneldan/TinyStories"
-FILES = {("v2", "train"): "TinyStoriesV2-GPT4-train.txt", ("v2", "valid"): "TinyStoriesV2-GPT4-valid.txt",
-         ("v1", "train"): "TinyStories-train.txt", ("v1", "valid"): "TinyStories-valid.txt"}
+FILES = {("v2", "train"): "TinyStoriesV2-GPT4-train.txt", ("v2", "val"): "TinyStoriesV2-GPT4-valid.txt",
+         ("v1", "train"): "TinyStories-train.txt", ("v1", "val"): "TinyStories-valid.txt"}
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=HelpFormatter,
-        epilog="Sizes: v2 train 2.2 GB, v2 valid 22 MB; v1 train 1.9 GB, v1 valid 19 MB. GPT-4 alone wrote v2; GPT-3.5 "
+        epilog="Sizes: v2 train 2.2 GB, v2 val 22 MB; v1 train 1.9 GB, v1 val 19 MB. GPT-4 alone wrote v2; GPT-3.5 "
                "and GPT-4 wrote v1. A dropped connection is resumed. The environment variable HF_ENDPOINT names a "
                "mirror of the Hub.")
     parser.add_argument("--version", choices=("v2", "v1"), default="v2", help="which TinyStories")
-    parser.add_argument("--part", choices=("train", "valid", "both"), default="valid",
-                        help="valid is enough for recipe laptop; train is a hundred times as large")
+    parser.add_argument("--part", choices=("train", "val", "both"), default="val",
+                        help="val is enough for recipe laptop; train is a hundred times as large")
     parser.add_argument("--out", type=Path, default=Path("data"), metavar="FOLDER", help="folder for the texts")
-    parser.add_argument("--force", action="store_true", help="download again a file that exists already")
+    add_common(parser, "force")
     return parser
 
 
@@ -64,7 +64,7 @@ def _cause(error: BaseException) -> str:
 
 def main() -> None:
     args = build_parser().parse_args()
-    parts = ("train", "valid") if args.part == "both" else (args.part,)
+    parts = ("train", "val") if args.part == "both" else (args.part,)
     texts = []
     for part in parts:
         path, downloaded = download(FILES[args.version, part], args.out, args.force)
@@ -74,7 +74,7 @@ def main() -> None:
         print(f"{path}: {path.stat().st_size:,} bytes, SHA-256 {sha256}{existed}", flush=True)
         texts.append(path.as_posix())
     # A hash of each story decides its part: copies across the official files never stand in two parts.
-    options = (["--tokenizer", "bpe:4096", "--split", "90:5:5"] if args.part == "valid" else
+    options = (["--tokenizer", "bpe:4096", "--split", "90:5:5"] if args.part == "val" else
                ["--tokenizer", "gpt2", "--split", "98:1:1"])
     tool = Path(sys.argv[0]).with_name("pre_tokenize.py").as_posix()  # as it was typed: works from the same folder
     print("next: " + shlex.join(["python", tool, *texts, *options, "--out",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, run_command
+from plotarmour.cli import HelpFormatter, add_common, refuse_existing, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -20,19 +20,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--facts", type=Path, help=".facts.jsonl of the built-in corpus")
     parser.add_argument("--stride", type=int, help="tokens scored per sliding window in stories longer than the "
                         "context (default: half a context)")
-    parser.add_argument("--checkpoint", default="best", choices=("best", "latest"), help="by validation loss, or last")
     parser.add_argument("--unfinished", action="store_true", help="score a run that has not ended, labelled")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
+    add_common(parser, "device", "checkpoint", "force")
     return parser
 
 
 def main() -> None:
     args = build_parser().parse_args()
+    refuse_existing(args.out / "totals.csv", args.force)
     from plotarmour.report.compare import compare_runs  # heavy: --help does without
     from plotarmour.report.verdict import for_people
 
-    table = compare_runs([args.run], args.data, args.out, args.train, args.facts, args.stride, which=args.checkpoint,
-                         device=args.device, unfinished=args.unfinished)
+    table = compare_runs([args.run], args.data, args.out, args.train, args.facts, args.stride, "",
+                         args.checkpoint, args.device, args.unfinished)
     print(for_people(table).to_string(index=False))
     print(f"per-story rows and totals.csv in {args.out}")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, UserError, run_command
+from plotarmour.cli import HelpFormatter, UserError, add_common, refuse_existing, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threshold", type=float, default=0.8, help="least similarity of near copies, 0.7 to 1")
     parser.add_argument("--no-near", action="store_true", help="find only exact and normalised copies")
     parser.add_argument("--examples", type=int, default=20, metavar="N", help="at most N pairs per kind and two files")
-    parser.add_argument("--force", action="store_true", help="replace existing CSVs")
+    add_common(parser, "force")
     return parser
 
 
@@ -30,8 +30,8 @@ def main() -> None:
     args = build_parser().parse_args()
     if args.out and args.out.suffix != ".csv":
         raise UserError(f"--out {args.out} does not end in .csv; expected a table's name, such as duplicates.csv.")
-    if args.out and args.out.exists() and not args.force:
-        raise UserError(f"{args.out} exists already; expected a new name. Use another --out, or --force to replace it.")
+    if args.out:
+        refuse_existing(args.out, args.force)
     from plotarmour.data.duplicates import find_duplicates
     from plotarmour.data.token_file import TokenFile
 

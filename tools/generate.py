@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, run_command
+from plotarmour.cli import HelpFormatter, add_common, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="same seed, same story")
     parser.add_argument("--slide-to", type=int, help="how many of the last tokens are kept and read again when a "
                         "model's positions are used up (GPT-2): 0 stops there; half its context if not given")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
+    add_common(parser, "device", "checkpoint")
     return parser
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     from plotarmour.evaluation.generation import generate
     from plotarmour.run import load_run
 
-    run = load_run(args.run, device=args.device)
+    run = load_run(args.run, args.checkpoint, args.device)
     prompt = run.tokenizer.encode(args.prompt)
     new = generate(run.model, prompt, run.tokenizer.end_of_text_id, run.machine, args.max_new_tokens, args.temperature,
                    args.top_k, args.top_p, args.seed, args.slide_to)

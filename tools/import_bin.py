@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, run_command
+from plotarmour.cli import HelpFormatter, add_common, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
                         "file begins with its magic")
     parser.add_argument("--end-of-text", type=int, metavar="ID", help="id between documents (default: the "
                         "tokenizer's; llm.c separates Llama 3's documents by 128000)")
-    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    add_common(parser, "force")
     return parser
 
 

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from plotarmour.cli import HelpFormatter, UserError, run_command
+from plotarmour.cli import HelpFormatter, UserError, add_common, run_command
 from plotarmour.data.encoders import BACKENDS
 from plotarmour.data.pretokenize import BPE_BYTES, pre_tokenize
 from plotarmour.data.token_file import TokenFile
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="text that bpe:N learns from, at most: a sample spread over the train part")
     parser.add_argument("--backend", default="auto", help=f"what encodes: {', '.join(BACKENDS)}; the ids are the same")
     parser.add_argument("--workers", type=int, default=0, help="threads that encode; 0: one per core")
-    parser.add_argument("--force", action="store_true", help="make existing files anew")
+    add_common(parser, "force")
     parser.add_argument("--info", type=Path, metavar="X.bin", help="print header, sizes, first story and lengths")
     parser.add_argument("--verify", nargs="?", const=True, metavar="X.bin",
                         help="read the whole file and compare its hashes; without a name, with texts: before existing "

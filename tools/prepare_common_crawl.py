@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, UserError, run_command
+from plotarmour.cli import HelpFormatter, UserError, add_common, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,11 +31,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--downloads", type=Path, metavar="FOLDER",
                         help="folder for downloads (default: wet beside --out)")
     parser.add_argument("--delete-downloads", action="store_true", help="delete a downloaded file once it is filtered")
-    parser.add_argument("--force", action="store_true", help="replace an existing text")
+    add_common(parser, "force")
     many = parser.add_argument_group("several processes or machines (datatrove's executors; the text is the same)")
     many.add_argument("--executor", choices=("local", "slurm", "ray"), default="local", help="where the tasks run, one "
                       "per WET file")
-    many.add_argument("--workers", type=int, metavar="N", help="WET files at a time, -1: all (default: 1 for local, "
+    many.add_argument("--at-once", type=int, metavar="N", help="WET files at a time, -1: all (default: 1 for local, "
                       "else all)")
     many.add_argument("--logging-dir", type=Path, metavar="FOLDER", help="datatrove's logs and statistics (default: "
                       "none for local, else X.logs beside --out)")
@@ -51,8 +51,8 @@ def main() -> None:
     require("datatrove", "warcio", "py3langid", "requests", *["ray"] * (args.executor == "ray"))
     rules = PageRules(args.language, args.min_probability, args.min_words)
     check_language(rules.language)
-    if args.workers is not None and args.workers != -1 and args.workers < 1:
-        raise UserError(f"--workers {args.workers} is out of range; expected 1 or more, or -1 for all files.")
+    if args.at_once is not None and args.at_once != -1 and args.at_once < 1:
+        raise UserError(f"--at-once {args.at_once} is out of range; expected 1 or more, or -1 for all files.")
     if args.executor == "slurm" and not args.slurm_partition:
         raise UserError("--executor slurm has no partition; expected --slurm-partition NAME (sinfo lists them).")
     if args.executor == "slurm" and not shutil.which("sbatch"):
@@ -62,7 +62,7 @@ def main() -> None:
 
     wets = list_wets(args.wet, args.downloads or args.out.parent / "wet", args.base_url, args.limit)
     crawl = Crawl(wets, args.out.absolute(), rules, not args.delete_downloads)
-    counts = prepare_common_crawl(crawl, args.executor, args.workers, args.logging_dir and args.logging_dir.absolute(),
+    counts = prepare_common_crawl(crawl, args.executor, args.at_once, args.logging_dir and args.logging_dir.absolute(),
                                   {"partition": args.slurm_partition, "time": args.slurm_time}, args.force)
     if counts is None:
         print(f"submitted; {args.out} appears when job join_shards has ended (see: squeue)")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, UserError, run_command
+from plotarmour.cli import HelpFormatter, UserError, add_common, overrides_of, run_command
 from plotarmour.config import recipe_names
 
 
@@ -24,8 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
                         "excluded and counted")
     parser.add_argument("--out", type=Path, help="results folder (default: results/RECIPE, or results/GRID without "
                         "its .csv)")
-    parser.add_argument("--set", action="append", default=[], metavar="key=value", dest="overrides",
-                        help="override a setting of the recipe for all runs; may be repeated")
+    add_common(parser, "set", "device")
     parser.add_argument("--gpus", type=int, default=1, metavar="N",
                         help="GPUs of this machine that train each model together")
     parser.add_argument("--grid", type=Path, metavar="CSV", help="a row is a run, a column a parameter of the notebook "
@@ -50,11 +49,11 @@ def main() -> None:
 
     if args.grid is None:
         out = args.out or results_folder(args.recipe)
-        states = run_suite(args.recipe, out, args.text, args.extra_text, args.overrides, args.gpus, args.at_once)
+        states = run_suite(args.recipe, out, args.text, args.extra_text, overrides_of(args), args.gpus, args.at_once)
     else:
         out = args.out or results_folder(str(args.grid))
         grid = plan_grid(args.grid, args.recipe, out, args.notebook or TRAIN, args.text, args.extra_text,
-                         args.overrides, args.gpus, args.at_once)
+                         overrides_of(args), args.gpus, args.at_once)
         states = run_grid(grid, args.text, args.extra_text)
         print(f"{len(states)} runs: {out / 'summary.csv'}")
     failures = describe_failures(states)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, UserError, run_command
+from plotarmour.cli import HelpFormatter, UserError, add_common, refuse_existing, run_command
 from plotarmour.data.tales import TOKENS_PER_STORY, events_for_tokens
 
 
@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     length.add_argument("--events", default="2:4", help="least:most events per story; a story has about "
                         f"{TOKENS_PER_STORY} + 14 x events tokens (BPE-1,024)")
     length.add_argument("--tokens", type=int, help="instead of --events: tokens per story, about; 60 to 10,000")
-    parser.add_argument("--force", action="store_true", help="replace an existing text")
+    add_common(parser, "force")
     return parser
 
 
@@ -38,8 +38,7 @@ def main() -> None:
         low = high = events_for_tokens(args.tokens)
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed {args.seed} must be in [0, 2**32).")
-    if args.out.exists() and not args.force:
-        raise UserError(f"{args.out} exists already; expected a new name. Use another --out, or --force.")
+    refuse_existing(args.out, args.force)
     from plotarmour.suite.steps import tell_corpus  # imports torch, which --help does not need
 
     text, facts = tell_corpus(args.out, args.count, args.seed, (low, high))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, outwait_others, run_command
+from plotarmour.cli import HelpFormatter, add_common, outwait_others, overrides_of, run_command
 from plotarmour.config import DataConfig, load_recipe, recipe_names, warn_ignored
 from plotarmour.models import KINDS
 
@@ -24,8 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--train", type=Path, required=True, help="token file to learn from (or a text, slowly)")
     parser.add_argument("--val", type=Path, required=True, help="token file that choices rest on")
     parser.add_argument("--out", type=Path, required=True, help="the run folder")
-    parser.add_argument("--set", action="append", default=[], metavar="key=value", dest="overrides",
-                        help="override a setting of the recipe; may be repeated")
+    add_common(parser, "set", "device")
     parser.add_argument("--resume", default="auto", help="auto, never (refuse an existing run) or must")
     parser.add_argument("--from-step", type=int, metavar="N", help="go back to a kept checkpoint of this step; what "
                         "came after it is given up")
@@ -38,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    recipe = load_recipe(args.recipe, args.model, args.overrides)
+    recipe = load_recipe(args.recipe, args.model, overrides_of(args))
     from plotarmour.run import train_run
     from plotarmour.suite.multi_gpu import stop_with_launcher
     from plotarmour.training.distributed import LostProcess, ToldElsewhere

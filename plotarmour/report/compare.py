@@ -77,7 +77,7 @@ class PlannedRun:
 
 
 def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None = None, facts: Path | None = None,
-                 stride: int | None = None, title: str = "", which: str = "best", device: str = "auto",
+                 stride: int | None = None, title: str = "", checkpoint: str | int = "best", device: str = "auto",
                  unfinished: bool = False) -> pd.DataFrame:
     """Score every story of a token file under some runs and the baselines, and write tables, figures and a report.
 
@@ -95,7 +95,7 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
         facts: .facts.jsonl of the built-in corpus.
         stride: of sliding windows, in tokens; half a context by default.
         title: says on what text.
-        which: checkpoint, "best" by validation loss or "latest".
+        checkpoint: "best" by validation loss, "latest" or a step.
         device: "auto", "cpu" or "cuda".
         unfinished: whether runs that have not ended may be compared; they are labelled.
 
@@ -125,7 +125,7 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
     shown = [arm.runs[0] for arm in pairs[0]] if pairs else []  # side by side, word by word
     scores, positions, budgets, runs, checked, token_nats, samples = {}, [], {}, [], [], {}, {}
     for folder in folders:
-        run = load_run(folder, which, device)
+        run = load_run(folder, checkpoint, device)
         budgets[run.name] = budget_of(run)
         for unbounded in (False, True) if _forgets_nothing(run, test) else (False,):
             name = run.name + UNBOUNDED * unbounded
@@ -149,8 +149,9 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
     table, unequal = comparison_table(scores, budgets), differences(runs)
     orders = {(run.config.training.seed, run.info["train"].get("order_sha256")) for run in runs}
     same_order = len({seed for seed, _ in orders}) == len(orders) and None not in {order for _, order in orders}
+    step = checkpoint if isinstance(checkpoint, str) else f"step-{checkpoint}"
     comparison = Comparison(
-        title or f"{data.name}, {which} checkpoints", table, arms, arm_table(arms, table),
+        title or f"{data.name}, {step} checkpoints", table, arms, arm_table(arms, table),
         compare_arms(pairs, scores, budgets, same_order) if pairs else pd.DataFrame(), tested, unequal,
         different_stories(shown, scores, token_nats, test, runs[0].tokenizer) if pairs else
         pd.DataFrame(columns=COLUMNS), pd.concat([samples[arm.name] for arm in arms]) if pairs else pd.DataFrame(),

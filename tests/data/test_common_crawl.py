@@ -84,7 +84,7 @@ def test_any_number_of_workers_gives_the_same_bytes_and_downloads_can_go(site, w
     """Guards: stories in the order in which processes end; duplicates across tasks; disks that fill with WET files."""
     run_tool(*wets, "--out", "one.txt")
     with serving(site) as url:
-        done = run_tool(f"{url}/crawl-data/X/wet.paths.gz", "--base-url", url, "--out", "three.txt", "--workers", 3,
+        done = run_tool(f"{url}/crawl-data/X/wet.paths.gz", "--base-url", url, "--out", "three.txt", "--at-once", 3,
                         "--delete-downloads")
     assert done.returncode == 0 and done.stderr.count("pages passed\n") == 3 and "Traceback" not in done.stderr
     for name in ("txt", "counts.csv"):
@@ -154,7 +154,7 @@ def test_a_damaged_file_is_one_line_and_leaves_nothing(wets, refused, tmp_path):
     (tmp_path / "cut.wet.gz").write_bytes(wets[0].read_bytes()[:-50])
     (tmp_path / "cut.wet").write_bytes(wets[1].read_bytes()[:-50])
     for workers in (1, 2):
-        assert "is truncated" in refused("cut.wet", "cut.wet.gz", "--out", "o.txt", "--workers", workers)
+        assert "is truncated" in refused("cut.wet", "cut.wet.gz", "--out", "o.txt", "--at-once", workers)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["cut.wet", "cut.wet.gz"]
 
 
@@ -180,7 +180,7 @@ def test_bad_listings_are_one_line(tmp_path, name):
 @pytest.mark.parametrize(("args", "message"), [
     (("--language", "eng"), "'eng' is unknown; did you mean en"), (("--language", "zh"), "without spaces"),
     (("--min-probability", "65"), "65 is no probability"), (("--min-words", "0"), "out of range"),
-    (("--limit", "0"), "leaves no file"), (("--workers", "0"), "expected 1 or more"),
+    (("--limit", "0"), "leaves no file"), (("--at-once", "0"), "expected 1 or more"),
     (("--executor", "slurm"), "--slurm-partition"),
     (("--executor", "slurm", "--slurm-partition", "p"), "sbatch is not on this machine"),
     (("--executor", "ray"), "Run: pip install ray"), (("--out", "here.txt"), "exists already"),
@@ -236,7 +236,7 @@ def test_slurm_gets_jobs_that_run_and_join_after_the_filters(wets, run_tool, tmp
         (scripts / tool).write_text(f"#!{sys.executable}\n" + launch.format(tool))
     for script in scripts.iterdir():
         script.chmod(0o755)
-    done = run_tool(*wets, "--out", "slurm.txt", "--executor", "slurm", "--workers", "2", "--slurm-partition", "cpu",
+    done = run_tool(*wets, "--out", "slurm.txt", "--executor", "slurm", "--at-once", "2", "--slurm-partition", "cpu",
                     PATH=f"{scripts}{os.pathsep}{os.environ['PATH']}")
     assert done.returncode == 0 and "submitted" in done.stdout, done.stderr
     assert stories(tmp_path / "slurm.txt") == KEPT

@@ -1,5 +1,6 @@
 """Every tool as a user meets it: help, the way through, and one clear line for each kind of bad input."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -290,7 +291,7 @@ def test_a_run_trained_from_text_is_known_by_its_text(run_main, token_files, tmp
     arguments = ("compare", tmp_path / "run", "--train", files[0], "--out", tmp_path / "out", "--data")
     with pytest.warns(UserWarning, match="chosen on"):
         assert run_main(*arguments, files[1])[0] == 0
-    code, _, err = run_main(*arguments, files[0])
+    code, _, err = run_main(*arguments, files[0], "--force")
     assert code == 2 and "was trained on" in err
 
 
@@ -301,7 +302,8 @@ def test_choosing_on_the_scored_stories_is_said_and_old_rows_go(run_main, two_ru
     (tmp_path / "out" / "totals.csv").write_text("name,loss\nold,3.0\n")
     (tmp_path / "out" / "holiday.png").write_text("not ours")
     with pytest.warns(UserWarning, match="chosen on; a verdict needs the test part"):
-        code, _, _ = run_main("evaluate", two_runs[0], "--data", token_files["val"], "--out", tmp_path / "out")
+        code, _, _ = run_main("evaluate", two_runs[0], "--data", token_files["val"], "--out", tmp_path / "out",
+                              "--force")
     assert code == 0 and [p.name for p in (tmp_path / "out").glob("stories_*.csv")] == ["stories_bdh.csv"]
     assert (tmp_path / "out" / "holiday.png").exists()
 
@@ -348,3 +350,41 @@ def test_bare_ids_become_a_token_file_that_tools_read(run_main, token_files, tmp
     code, printed, _ = run_main("import_bin", raw, "--tokenizer", token_files["val"], "--dtype", "uint16", "--out", out)
     assert code == 0 and "from raw uint16 ids" in printed and "first story: Once upon a time" in printed
     assert "first story: Once upon" in run_main("pre_tokenize", "--info", out)[1]
+
+
+def test_results_are_replaced_only_with_force(run_main, two_runs, token_files, tmp_path):
+    """Guards: a mistyped --out that silently deletes the tables and figures of another comparison."""
+    arguments = ("evaluate", two_runs[0], "--data", token_files["test"], "--out", tmp_path / "out")
+    assert run_main(*arguments)[0] == 0
+    before = (tmp_path / "out" / "totals.csv").stat().st_mtime_ns
+    code, out, err = run_main(*arguments)
+    assert code == 2 and out == "" and "totals.csv exists already" in err and err.count("\n") == 1
+    assert (tmp_path / "out" / "totals.csv").stat().st_mtime_ns == before
+    assert run_main(*arguments, "--force")[0] == 0
+
+
+def test_every_tool_that_reads_a_run_takes_a_step(run_main, two_runs, token_files, tmp_path):
+    """Guards: a kept checkpoint that only Python can name; generate and compare that know the best one alone."""
+    scored = ("--data", token_files["test"], "--out", tmp_path / "out", "--checkpoint", 0)
+    assert run_main("evaluate", two_runs[0], *scored)[0] == 0
+    assert run_main("compare", *two_runs, *scored, "--force")[0] == 0
+    assert run_main("generate", two_runs[0], "--checkpoint", "latest", "--max-new-tokens", 3)[0] == 0
+    code, _, err = run_main("generate", two_runs[0], "--checkpoint", 12345)
+    assert code == 2 and "has no step-12345 checkpoint" in err
+    assert run_main("generate", two_runs[0], "--checkpoint", "last")[0] == 2
+
+
+def test_an_option_means_the_same_in_all_tools(root):
+    """Guards: --device in one tool and --set device= in the next; --workers for threads here and files there."""
+    helps = {}
+    for tool in TOOLS:
+        spec = importlib.util.spec_from_file_location(tool, root / "tools" / f"{tool}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for action in module.build_parser()._actions:
+            for name in {"--checkpoint", "--force", "--set", "--device", "--workers"} & set(action.option_strings):
+                helps.setdefault(name, {})[tool] = action.help.removesuffix("; without it, the recipe's")
+    assert all(len(set(by_tool.values())) == 1 for by_tool in helps.values()), helps
+    assert helps["--checkpoint"].keys() == {"compare", "evaluate", "generate"}
+    assert helps["--device"].keys() == helps["--checkpoint"].keys() | {"doctor", "run_suite", "train"}
+    assert helps["--workers"].keys() == {"pre_tokenize"}
