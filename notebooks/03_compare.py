@@ -52,7 +52,7 @@ from pathlib import Path
 from plotarmour.data.token_file import TokenFile
 from plotarmour.evaluation.scoring import score_stories
 from plotarmour.report.compare import check_together, compare_runs, find_runs
-from plotarmour.report.verdict import for_people
+from plotarmour.report.verdict import readable_table
 from plotarmour.run import load_run
 from plotarmour.suite.steps import find_prepared, list_files, results_folder
 
@@ -82,7 +82,7 @@ pd.DataFrame(example).head(40).T
 # %%
 table = compare_runs(run_folders, paths["test"], folder / "comparison", paths["train"], paths.get("facts"),
                      title=f"test stories of recipe {Path(recipe).stem}", unfinished=unfinished)
-for_people(table)
+readable_table(table)
 
 # %%
 display(Image(folder / "comparison" / "perplexity.png"))
@@ -108,7 +108,7 @@ pd.read_csv(folder / "comparison" / "checks.csv")
 if "extra" in paths:
     extra = compare_runs(run_folders, paths["extra"], folder / "comparison_extra", paths["train"],
                          title=f"second text, recipe {Path(recipe).stem}", unfinished=unfinished)
-    display(for_people(extra), Image(folder / "comparison_extra" / "perplexity.png"))
+    display(readable_table(extra), Image(folder / "comparison_extra" / "perplexity.png"))
 
 # %% [markdown]
 # ## What it means

@@ -1,4 +1,4 @@
-"""What numbers cannot show: stories on which two models differ most, and what each of them writes."""
+"""Examples of a comparison: stories on which two models differ most, and continuations of prompts by each arm."""
 
 from collections.abc import Sequence
 
@@ -9,56 +9,56 @@ from plotarmour.data.token_file import TokenFile
 from plotarmour.evaluation.generation import generate
 from plotarmour.run import Run
 
-EACH_WAY = 3  # stories
-WORDS = 6  # that are named per story
-MOST_CHARACTERS = 5_000  # of a story that are shown
+STORIES_PER_SIDE = 3
+WORDS = 6  # words named per story
+MAX_CHARACTERS = 5_000  # shown of a story
 PROMPT = "Once upon a time"
-BEGINNINGS = 2  # of test stories, as prompts
-BEGINNING_TOKENS = 16
+BEGINNINGS, BEGINNING_TOKENS = 2, 16  # test stories whose first tokens are further prompts
 SAMPLE_TOKENS, TEMPERATURE, TOP_P, SEED = 120, 0.8, 0.95, 1
 COLUMNS = ["story", "tokens", "a", "b", "nats_a", "nats_b", "better", "words", "text"]
 
 
 def different_stories(names: Sequence[str], scores: dict[str, pd.DataFrame], token_nats: dict[str, list[np.ndarray]],
                       data: TokenFile, tokenizer) -> pd.DataFrame:
-    """Find the stories whose nats per token differ most between two runs, and the words that make the difference.
+    """Return the stories with the largest differences in nats per token between two runs.
 
     Args:
-        names: of the two runs.
-        scores: by run name, the stories' rows.
-        token_nats: by run name, for every story the nats of its tokens.
-        data: that was scored.
-        tokenizer: of the token file.
+        names: names of the two runs.
+        scores: by run name, a row per story with tokens and nats.
+        token_nats: by run name, the nats of the tokens of each story.
+        data: the token file that was scored.
+        tokenizer: tokenizer of the token file.
 
     Returns:
-        A row per story: its number, tokens, both runs and their nats, which is better, the words that cost the other
-        one most more (word, and by how many nats), and its text.
+        A row per story: its index, tokens, both runs and their nats, the better run, the words with the largest
+        additional nats under the worse run (word and nats), and its text.
     """
-    frames = [scores[name] for name in names]
-    gap = ((frames[0]["nats"] - frames[1]["nats"]) / frames[0]["tokens"]).to_numpy()
-    order = np.argsort(gap, kind="stable")
-    count = min(EACH_WAY, len(gap) // 2)
+    a, b = (scores[name] for name in names)
+    difference = ((a["nats"] - b["nats"]) / a["tokens"]).to_numpy()
+    order = np.argsort(difference, kind="stable")
+    count = min(STORIES_PER_SIDE, len(order) // 2)
     rows = []
     for i in map(int, (*order[:count], *order[len(order) - count:][::-1])):
-        more = token_nats[names[0]][i] - token_nats[names[1]][i]  # nats that the first run pays more
-        sign = -1.0 if gap[i] < 0 else 1.0  # of the worse one
-        words = sorted(_words(tokenizer, data.story(i), sign * more), key=lambda word: -word[1])[:WORDS]
-        rows.append([i, int(frames[0]["tokens"].iat[i]), *names, *(float(frame["nats"].iat[i]) for frame in frames),
-                     names[0] if gap[i] < 0 else names[1], ", ".join(f"{word} {nats:+.1f}" for word, nats in words),
-                     _cut(tokenizer.decode(data.story(i)))])
+        worse, better = (1, 0) if difference[i] < 0 else (0, 1)
+        ids, text = data.story(i), tokenizer.decode(data.story(i))
+        additional = token_nats[names[worse]][i] - token_nats[names[better]][i]
+        words = sorted(_words(tokenizer, ids, additional), key=lambda word: -word[1])[:WORDS]
+        rows.append([i, int(a["tokens"].iat[i]), *names, float(a["nats"].iat[i]), float(b["nats"].iat[i]),
+                     names[better], ", ".join(f"{word} {nats:+.1f}" for word, nats in words),
+                     text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " ..."])
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def samples_of(run: Run, arm: str, data: TokenFile) -> pd.DataFrame:
-    """Let a run continue some prompts: the same ones, with the same seed, for every run.
+    """Return continuations of prompts by a run, with the same prompts and seed for every run.
 
     Args:
-        run: with its model.
+        run: the run, with its model.
         arm: name of its arm.
-        data: whose stories' beginnings are prompts.
+        data: token file whose stories' first tokens are prompts.
 
     Returns:
-        A row per prompt: prompt, arm, seed, text (the continuation alone).
+        A row per prompt: prompt, arm, seed, text (without the prompt).
     """
     spread = np.linspace(0, data.n_stories - 1, BEGINNINGS + 2).astype(int)[1:-1]
     prompts = [run.tokenizer.encode(PROMPT)]
@@ -72,12 +72,8 @@ def samples_of(run: Run, arm: str, data: TokenFile) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["prompt", "arm", "seed", "text"])
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " ..."
-
-
 def _words(tokenizer, ids: np.ndarray, values: np.ndarray) -> list[tuple[str, float]]:
-    """Words of a story, each with the sum over its tokens; a word begins with a blank or after one."""
+    """Return the words of a story with the sum of `values` over their tokens; white space separates words."""
     words: list[list] = []
     for token, value in zip([*ids, None], values, strict=True):
         piece = "<|endoftext|>" if token is None else tokenizer.decode([int(token)])

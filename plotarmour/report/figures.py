@@ -1,6 +1,7 @@
-"""Figures (PNG): of a run's log, of a text's tokens, of a comparison's tables. No global matplotlib state.
+"""Figures (PNG) of a run's log, of story lengths, and of a comparison's tables.
 
-An arm has one colour and one dash in all figures of a comparison. Text in figures is text: `$` begins no formula.
+An arm has the same colour and dash in all figures of a comparison. Text is drawn as it is: `$` does not begin a
+formula. Figures use no global matplotlib state.
 """
 
 import html
@@ -15,37 +16,36 @@ from matplotlib.figure import Figure
 from plotarmour.evaluation.arms import Arm
 from plotarmour.models import colors_of, label_of
 
-BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#8A8A8A"
-SKY_BLUE = "#56B4E9"
-TINTS = ("#CFE3F1", "#FBE3C8", "#CFEDE3", "#F0D9E8")  # of tokens: light, so that black text stays readable
-DASHES = ("-", "--", ":", "-.")  # tell arms of one kind of model apart
-MARKERS = ("o", "s", "^", "D")
-FEW = 20  # stories: fewer than that reach a position, and the curve ends (with fewer stories in all: a quarter)
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+SKY_BLUE, GRAY, LIGHT_GRAY, DARK_GRAY = "#56B4E9", "#8A8A8A", "#C4C4C4", "#555555"
+TINTS = ("#CFE3F1", "#FBE3C8", "#CFEDE3", "#F0D9E8")  # backgrounds of tokens, light enough for black text
+DASHES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")  # distinguish arms of one kind
+DOTTED = (0, (1, 2))
+MIN_STORIES = 20  # a curve by position ends where fewer stories (or less than a quarter of them) have a token
 
 
 def styles(arms: list[Arm]) -> dict[str, dict]:
-    """Return for every arm's name its colour, dash and marker; the same arms get the same ones."""
-    kinds, found = [arm.model for arm in arms], {}
+    """Return the colour, dash and marker of each arm by its name."""
+    kinds, result = [arm.model for arm in arms], {}
     for i, arm in enumerate(arms):
-        nth = kinds[:i].count(arm.model)
-        palette = colors_of(arm.model)
-        found[arm.name] = {"color": palette[nth % len(palette)], "linestyle": DASHES[nth % len(DASHES)],
-                           "marker": MARKERS[nth % len(MARKERS)]}
-    return found
+        nth, palette = kinds[:i].count(arm.model), colors_of(arm.model)
+        result[arm.name] = {"color": palette[nth % len(palette)], "linestyle": DASHES[nth % len(DASHES)],
+                            "marker": MARKERS[nth % len(MARKERS)]}
+    return result
 
 
 def training_curves(arms: list[Arm], logs: dict[str, pd.DataFrame], path: Path,
                     flops_per_token: dict[str, float] | None = None, baseline: tuple[str, float] | None = None) -> Path:
-    """Draw validation loss against training tokens, time and FLOPs: a thick line per arm, a thin one per seed.
+    """Draw validation loss against training tokens, FLOPs and time: a thick line per arm, a thin line per seed.
 
-    An arm of one run shows its training loss too, faintly.
+    An arm of one run also has a faint line for its training loss.
 
     Args:
-        arms: of the comparison, or one arm of one run.
+        arms: arms of the comparison, or one arm of one run.
         logs: by run name, the rows of log.csv.
-        path: of the PNG.
+        path: file to write.
         flops_per_token: by arm name, training FLOPs per token; None: no panel for FLOPs.
-        baseline: name and loss of the best n-gram baseline on the test stories, drawn as a line.
+        baseline: name and loss of the best n-gram baseline on the test stories, drawn as a line, or None.
     """
     most_tokens, longest_s = (max(log[c].max() for log in logs.values()) for c in ("tokens_seen", "elapsed_s"))
     tokens, tokens_unit = (1e6, "million") if most_tokens >= 1e6 else (1e3, "thousand")
@@ -58,34 +58,34 @@ def training_curves(arms: list[Arm], logs: dict[str, pd.DataFrame], path: Path,
     figure, panels = new_figure(1 + 4.2 * len(x_axes), 4.4, columns=len(x_axes), sharey=True)
     style, losses = styles(arms), [baseline[1]] if baseline else []
     for arm in arms:
-        own = {key: style[arm.name][key] for key in ("color", "linestyle")}
+        line = {key: style[arm.name][key] for key in ("color", "linestyle")}
         rows = [logs[run][logs[run]["val_loss"].notna()] for run in arm.runs]
         n = min(map(len, rows))
         if not n:
-            continue  # a log without a validation
-        for log in rows:  # the untrained start, near ln(vocabulary), would flatten the rest: the axis begins below it
+            continue  # no evaluation yet
+        for log in rows:  # the axis excludes the loss before training, which would flatten the curves
             losses += log["val_loss"].iloc[int(len(log) > 3):].tolist()
-        # The mean is over evaluations, which runs of one arm make at the same steps; a longer log is cut.
+        # The mean over the seeds of each evaluation: runs of one arm evaluate at the same steps.
         mean = np.mean([log["val_loss"].to_numpy()[:n] for log in rows], axis=0)
-        for panel, along in zip(panels, x_axes.values(), strict=True):
+        for panel, x_of in zip(panels, x_axes.values(), strict=True):
             if len(rows) > 1:
                 for log in rows:
-                    panel.plot(along(log, arm), log["val_loss"], linewidth=0.8, alpha=0.35, **own)
+                    panel.plot(x_of(log, arm), log["val_loss"], linewidth=0.8, alpha=0.35, **line)
             else:
                 log = logs[arm.runs[0]]
-                panel.plot(along(log, arm), log["train_loss"], color=own["color"], linewidth=1, alpha=0.25)
+                panel.plot(x_of(log, arm), log["train_loss"], color=line["color"], linewidth=1, alpha=0.25)
                 losses += [log["train_loss"].min()] if log["train_loss"].notna().any() else []
-            x = np.mean([along(log, arm).to_numpy()[:n] for log in rows], axis=0)
+            x = np.mean([x_of(log, arm).to_numpy()[:n] for log in rows], axis=0)
             panel.plot(x, mean, linewidth=2, markersize=3.5, marker=style[arm.name]["marker"],
-                       label=f"{_label(arm)}: last {mean[-1]:.2f}", **own)
+                       label=f"{_label(arm)}: last {mean[-1]:.2f}", **line)
     for panel, label in zip(panels, x_axes, strict=True):
         if baseline:
-            panel.axhline(baseline[1], color=GRAY, linewidth=1, linestyle=(0, (1, 2)))
+            panel.axhline(baseline[1], color=GRAY, linewidth=1, linestyle=DOTTED)
         panel.set_xlabel(label)
         panel.set_xlim(left=0)
     if baseline:
         panels[0].annotate(f"{baseline[0]} (test)", (0.99, baseline[1]), xycoords=("axes fraction", "data"), ha="right",
-                           va="bottom", color="#555555", fontsize=9)
+                           va="bottom", color=DARK_GRAY, fontsize=9)
     margin = 0.08 * (max(losses) - min(losses)) + 0.01 if losses else 1.0
     panels[0].set_ylim(min(losses, default=0.0) - margin, max(losses, default=0.0) + margin)
     panels[0].set_ylabel("validation loss (nats per token)")
@@ -97,128 +97,127 @@ def training_curves(arms: list[Arm], logs: dict[str, pd.DataFrame], path: Path,
 
 
 def perplexities(arms: list[Arm], by_arm: pd.DataFrame, by_run: pd.DataFrame, path: Path, title: str = "") -> Path:
-    """Draw the perplexity of arms, baselines and corpus as bars on a logarithmic axis, every seed a point; best on top.
+    """Draw the perplexity of arms, baselines and corpus as bars, in the order of the table, and each seed as a point.
 
     Args:
-        arms: of the comparison.
-        by_arm: table with name, perplexity: of arms and of what else there is.
-        by_run: table with name, perplexity: of the runs.
-        path: of the PNG.
-        title: says on what text.
+        arms: arms of the comparison.
+        by_arm: name and perplexity of arms, baselines and corpus.
+        by_run: name and perplexity of the runs.
+        path: file to write.
+        title: title of the figure.
     """
     figure, axes = new_figure(8, 1.0 + 0.5 * len(by_arm))
-    style, known = styles(arms), {arm.name: arm for arm in arms}
+    style, arm_of = styles(arms), {arm.name: arm for arm in arms}
     points = by_run.set_index("name")["perplexity"]
     colors = [style[name]["color"] if name in style else GREEN if "corpus" in name else
-              SKY_BLUE if "unbounded" in name else "#C4C4C4" for name in by_arm["name"]]
+              SKY_BLUE if "unbounded" in name else LIGHT_GRAY for name in by_arm["name"]]
     bars = axes.barh(range(len(by_arm)), by_arm["perplexity"], color=colors)
     axes.bar_label(bars, [f"{v:,.1f}" if v >= 10 else f"{v:.3f}" for v in by_arm["perplexity"]], padding=8)
     for i, name in enumerate(by_arm["name"]):
-        if name in known and len(known[name].runs) > 1:
-            values = points[list(known[name].runs)]
+        if name in arm_of and len(arm_of[name].runs) > 1:
+            values = points[list(arm_of[name].runs)]
             axes.plot(values, [i] * len(values), "o", color="black", markersize=3.5)
-    axes.set_yticks(range(len(by_arm)), [_label(known[name]) if name in known else _plain(name)
+    axes.set_yticks(range(len(by_arm)), [_label(arm_of[name]) if name in arm_of else _escape(name)
                                          for name in by_arm["name"]])
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlim(1, by_arm["perplexity"].max() * 2.2)
     axes.set_xlabel("perplexity on held-out stories (logarithmic; lower is better; points: seeds)")
-    axes.set_title(_plain(title) or "Perplexity: models in colour, n-gram baselines in gray", loc="left", fontsize=11)
+    axes.set_title(_escape(title) or "Perplexity: models in colour, n-gram baselines in gray", loc="left", fontsize=11)
     return save_figure(figure, path)
 
 
 def differences_forest(arms: list[Arm], pairs: pd.DataFrame, path: Path) -> Path:
-    """Draw every pair's perplexity ratio with its 95 % interval, recipes thick, single seeds thin.
+    """Draw the difference in perplexity of each pair with its 95 % interval: arms thick, runs of one seed thin.
 
     Args:
-        arms: of the comparison.
-        pairs: of `compare_arms`.
-        path: of the PNG.
+        arms: arms of the comparison.
+        pairs: table of `compare_arms`.
+        path: file to write.
     """
     figure, axes = new_figure(9, 1.3 + 0.42 * len(pairs))
     names = {arm.name: _label(arm) for arm in arms}
-    whole = pairs["speaks_of"] == "recipes"
+    several_seeds = pairs["speaks_of"] == "recipes"
     for i, (_, row) in enumerate(pairs.iterrows()):
-        thick = whole.iloc[i] or not whole.any()
-        color = BLUE if row["perplexity_ratio_high"] < 1 else ORANGE if row["perplexity_ratio_low"] > 1 else GRAY
-        axes.plot([100 * row["perplexity_ratio_low"] - 100, 100 * row["perplexity_ratio_high"] - 100], [i, i],
-                  color=color, linewidth=3 if thick else 1.2, solid_capstyle="butt")
-        axes.plot(100 * row["perplexity_ratio"] - 100, i, "o" if thick else ".", color=color,
-                  markersize=7 if thick else 5)
-    axes.axvline(0, color="#555555", linewidth=1)
+        thick = several_seeds.iloc[i] or not several_seeds.any()
+        ratio, low, high = (100 * row[f"perplexity_ratio{end}"] - 100 for end in ("", "_low", "_high"))
+        color = BLUE if high < 0 else ORANGE if low > 0 else GRAY
+        axes.plot([low, high], [i, i], color=color, linewidth=3 if thick else 1.2, solid_capstyle="butt")
+        axes.plot(ratio, i, "o" if thick else ".", color=color, markersize=7 if thick else 5)
+    axes.axvline(0, color=DARK_GRAY, linewidth=1)
     axes.set_yticks(range(len(pairs)), [
-        f"{names.get(row['a'], _plain(row['a']))} against {names.get(row['b'], _plain(row['b']))}"
+        f"{names.get(row['a'], _escape(row['a']))} against {names.get(row['b'], _escape(row['b']))}"
         + (f"\n({row['seeds_a']} and {row['seeds_b']} seeds)" if row["speaks_of"] == "recipes" else "")
         for _, row in pairs.iterrows()], fontsize=9)
     axes.set_ylim(len(pairs) - 0.4, -0.6)
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, -1), max(high, 1))
-    axes.set_xlabel("difference in perplexity (%), 95 % interval: left of 0, the first one is better")
-    axes.set_title("How much better, and how sure", loc="left", fontsize=11)
+    axes.set_xlabel("difference in perplexity (%), 95 % interval; below 0 the first of a pair is better")
+    axes.set_title("Differences and their intervals", loc="left", fontsize=11)
     return save_figure(figure, path)
 
 
 def loss_by_position(arms: list[Arm], positions: pd.DataFrame, path: Path, context_length: int | None = None) -> Path:
-    """Draw loss against the place in the story, on a logarithmic axis, in bins that widen.
+    """Draw loss against the position in the story, on a logarithmic axis, in bins of increasing width.
 
     Args:
-        arms: of the comparison.
-        positions: run, position, tokens, nats.
-        path: of the PNG.
-        context_length: drawn as a line.
+        arms: arms of the comparison.
+        positions: table with run, position, tokens, nats.
+        path: file to write.
+        context_length: drawn as a line, if given.
     """
     figure, axes = new_figure(8, 4.2)
     style = styles(arms)
     for arm in arms:
-        own = positions[positions["run"].isin(arm.runs)].groupby("position")[["tokens", "nats"]].sum()
-        own = own[own["tokens"] >= min(FEW * len(arm.runs), own["tokens"].max() / 4)]
-        if own.empty:
+        sums = positions[positions["run"].isin(arm.runs)].groupby("position")[["tokens", "nats"]].sum()
+        sums = sums[sums["tokens"] >= min(MIN_STORIES * len(arm.runs), sums["tokens"].max() / 4)]
+        if sums.empty:
             continue
-        edges = np.unique(np.round(np.geomspace(1, len(own) + 1, 40)).astype(int)) - 1
-        sums = np.add.reduceat(own.to_numpy(dtype=float), edges[:-1], axis=0)
+        edges = np.unique(np.round(np.geomspace(1, len(sums) + 1, 40)).astype(int)) - 1
+        sums = np.add.reduceat(sums.to_numpy(dtype=float), edges[:-1], axis=0)
         axes.plot((edges[:-1] + edges[1:] + 1) / 2, sums[:, 1] / sums[:, 0], markersize=3.5, linewidth=1.8,
                   label=_label(arm), **style[arm.name])
     if context_length:
-        axes.axvline(context_length, color=GRAY, linewidth=1, linestyle=(0, (1, 2)))
+        axes.axvline(context_length, color=GRAY, linewidth=1, linestyle=DOTTED)
         axes.annotate(f"context {context_length} ", (context_length, 0.98), xycoords=("data", "axes fraction"),
-                      ha="right", va="top", color="#555555", fontsize=9)
+                      ha="right", va="top", color=DARK_GRAY, fontsize=9)
     axes.set_xscale("log")
-    axes.set_xlabel(f"place of the token in its story (to where {FEW} stories reach)")
+    axes.set_xlabel(f"position of the token in its story (at least {MIN_STORIES} stories)")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title("Where in a story the nats are spent", loc="left", fontsize=11)
+    axes.set_title("Loss by position in a story", loc="left", fontsize=11)
     axes.legend(frameon=False)
     return save_figure(figure, path)
 
 
 def win_shares(shares: dict[str, pd.DataFrame], path: Path) -> Path:
-    """Draw in how many of the stories the first of a pair is better, by length of story.
+    """Draw the share of stories that the first of a pair wins, by length of story.
 
     Args:
         shares: by "A against B", the table of `win_share_by_length`.
-        path: of the PNG.
+        path: file to write.
     """
     figure, axes = new_figure(8, 3.8)
-    colors = (BLUE, ORANGE, GREEN, "#CC79A7")
+    colors = (BLUE, ORANGE, GREEN, PURPLE)
     for i, (name, table) in enumerate(shares.items()):
         x = np.arange(len(table)) + 0.12 * (i - (len(shares) - 1) / 2)
         share = 100 * table["share"]
-        around = np.clip([share - 100 * table["low"], 100 * table["high"] - share], 0, None)
-        axes.errorbar(x, share, yerr=around, capsize=3, color=colors[i % len(colors)], marker=MARKERS[i % len(MARKERS)],
-                      linestyle=DASHES[i % len(DASHES)], linewidth=1.5, label=_plain(name))
+        errors = np.clip([share - 100 * table["low"], 100 * table["high"] - share], 0, None)
+        axes.errorbar(x, share, yerr=errors, capsize=3, color=colors[i % len(colors)], marker=MARKERS[i % len(MARKERS)],
+                      linestyle=DASHES[i % len(DASHES)], linewidth=1.5, label=_escape(name))
     first = next(iter(shares.values()))
     axes.set_xticks(range(len(first)), [f"{low:,}–{high:,}" for low, high in
                                         zip(first["min_tokens"], first["max_tokens"], strict=True)])
-    axes.axhline(50, color="#555555", linewidth=1)
+    axes.axhline(50, color=DARK_GRAY, linewidth=1)
     axes.set_ylim(-3, 103)
     axes.set_xlabel("tokens in the story")
     axes.set_ylabel("stories won (%)")
-    axes.set_title("Share of stories that the first one foresees better", loc="left", fontsize=11)
+    axes.set_title("Share of stories for which the first of a pair has fewer nats", loc="left", fontsize=11)
     axes.legend(frameon=False, fontsize=9, loc="lower right")
     return save_figure(figure, path)
 
 
 def story_lengths(tokens_per_story: Sequence[int], path: Path, context_length: int | None = None) -> Path:
-    """Draw a histogram of story lengths in tokens, with the context length as a line."""
+    """Draw a histogram of story lengths in tokens, with the context length as a line if given."""
     figure, axes = new_figure(8, 3.2)
     axes.hist(tokens_per_story, bins=min(60, max(10, len(tokens_per_story) // 50)), color=BLUE)
     if context_length:
@@ -227,42 +226,42 @@ def story_lengths(tokens_per_story: Sequence[int], path: Path, context_length: i
                       color=ORANGE, va="top")
     axes.set_xlabel("tokens per story")
     axes.set_ylabel("stories")
-    axes.set_title("How long the stories are", loc="left", fontsize=11)
+    axes.set_title("Story lengths", loc="left", fontsize=11)
     return save_figure(figure, path)
 
 
 def coloured_tokens(pieces: Sequence[str]) -> str:
-    """Return HTML that shows a text's tokens: neighbours in different tints, line breaks as ⏎.
+    """Return HTML with the tokens of a text on alternating backgrounds; a line break is shown as ⏎.
 
     Args:
-        pieces: the text of each token, in order. A character that is spelled by several tokens shows as �.
+        pieces: text of each token; a character that consists of several tokens is shown as �.
     """
     spans = []
     for i, piece in enumerate(pieces):
-        shown = html.escape(piece).replace("\n", "⏎<br>").replace(" ", "&nbsp;")
+        text = html.escape(piece).replace("\n", "⏎<br>").replace(" ", "&nbsp;")
         spans.append(f'<span style="background:{TINTS[i % len(TINTS)]};color:#000;border-radius:3px;'
-                     f'border-right:1px solid #fff">{shown}</span><wbr>')
+                     f'border-right:1px solid #fff">{text}</span><wbr>')
     return f'<div style="font-family:monospace;line-height:1.7;max-width:60em">{"".join(spans)}</div>'
 
 
 def arm_label(name: str, kind: str) -> str:
-    """Return a run's or an arm's name as people know it: BDH, GPT-2, or its own with the model behind it."""
-    shown = label_of(kind)
-    return shown if name in (kind, shown) else f"{name} ({shown})"
+    """Return the label of a run or arm: BDH for the name bdh, "NAME (BDH)" for other names."""
+    label = label_of(kind)
+    return label if name in (kind, label) else f"{name} ({label})"
 
 
 def _label(arm: Arm) -> str:
-    """An arm's name for a figure."""
-    return _plain(arm_label(arm.name, arm.model))
+    """Return the label of an arm, escaped for matplotlib."""
+    return _escape(arm_label(arm.name, arm.model))
 
 
-def _plain(text: str) -> str:
-    """Escape text for matplotlib, which takes what stands between two `$` for a formula."""
+def _escape(text: str) -> str:
+    """Escape text for matplotlib, which renders text between two `$` as a formula."""
     return text.replace("$", r"\$")
 
 
 def new_figure(width: float, height: float, columns: int = 1, **options):
-    """Return a figure of so many inches, and its axes: one, or an array of `columns`."""
+    """Return a figure with this width and height in inches, and its axes: one, or an array of `columns`."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, columns, **options)
@@ -274,7 +273,7 @@ def new_figure(width: float, height: float, columns: int = 1, **options):
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a PNG, and return its path."""
+    """Write a figure as PNG, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return path

@@ -224,7 +224,7 @@ def two_runs(token_files, tmp_path_factory):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"data": "train"}, "was trained on"), ({"train": "val"}, "baselines must learn from the same tokens"),
-    ({"runs": [0, 0]}, "name each run once"), ({"stride": 0}, "stride 0 must be between 1"),
+    ({"runs": [0, 0]}, "Name each run once"), ({"stride": 0}, "stride 0 must be between 1"),
 ])
 def test_dishonest_comparisons_are_refused(run_main, two_runs, token_files, tmp_path, changes, message):
     """Guards: training stories scored as held out; baselines of another text; a stride that is ignored."""
@@ -301,7 +301,7 @@ def test_choosing_on_the_scored_stories_is_said_and_old_rows_go(run_main, two_ru
     (tmp_path / "out" / "stories_old.csv").write_text("story,tokens,bytes,nats\n")
     (tmp_path / "out" / "totals.csv").write_text("name,loss\nold,3.0\n")
     (tmp_path / "out" / "holiday.png").write_text("not ours")
-    with pytest.warns(UserWarning, match="chosen on; a verdict needs the test part"):
+    with pytest.warns(UserWarning, match="chosen on .*; use the test part for a result"):
         code, _, _ = run_main("evaluate", two_runs[0], "--data", token_files["val"], "--out", tmp_path / "out",
                               "--force")
     assert code == 0 and [p.name for p in (tmp_path / "out").glob("stories_*.csv")] == ["stories_bdh.csv"]
