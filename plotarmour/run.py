@@ -165,14 +165,15 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
                 print(f"continuing {out} from {checkpoint.name}", flush=True)
                 _restore(out / "tokenizer.json", made.json)
                 note_changes(out, info, step_of(checkpoint))
-            return {"checkpoint": checkpoint, "begin_with": _what_fits(recipe, made.vocab_size, machine, ranks.size)}
+            fits = _what_fits(recipe, made.vocab_size, machine, ranks.size)
+            return {"checkpoint": checkpoint, "micro_batch_size": fits}
 
         found = ranks.first(claim)
         if "done" in found:
             return found["done"]
         with within_memory("training"):  # steps are split as far as they go; a model and an optimizer's state are not
             return train(out, model.to(machine.device), windows, val_windows, made.token_bytes, t, machine,
-                         found["checkpoint"], ranks, found["begin_with"], on_row)
+                         found["checkpoint"], ranks, found["micro_batch_size"], on_row)
 
 
 def load_run(folder: str | Path, checkpoint: str | int = "best", device: str = "auto") -> Run:

@@ -136,7 +136,7 @@ def stop_with_launcher() -> bool:
                 pass
         if os.environ.get("RANK", "0") != "0":
             time.sleep(1.0)  # the first process reads the pipe too, and tells all others why they stop
-        ask_to_stop("SIGINT")  # not a real signal, which may be ignored or come too early
+        ask_to_stop()  # not a real signal, which may be ignored or come too early
 
     threading.Thread(target=wait, daemon=True).start()
     return True

@@ -9,9 +9,9 @@ byte of the manifest is noticed like one in the weights:
 
 `format` and the closing `sha256` stay in all later formats: they tell a newer checkpoint from a damaged one.
 
-The folders say which checkpoint is which: `latest` is the highest step; `best` is `best_step` in its state.json. A save
-writes a hidden folder, renames it, and only then removes the checkpoints that are no longer kept. What a killed process
-leaves is removed at the next start (`tidy`).
+The latest checkpoint is the one of the highest step, and its state.json names the step of the best one. Saving writes
+a hidden folder, renames it, and only then removes the checkpoints that are no longer kept. The next start removes what
+a killed process leaves behind (`tidy`).
 """
 
 import hashlib
@@ -35,8 +35,6 @@ from plotarmour.training import ending
 
 FORMAT = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
-ALWAYS_KEPT = 3  # the latest, the one before and the best
-SLACK_BYTES = 2 << 20  # beside the tensors: headers, state.json, manifest, some rows of the log
 
 
 def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict,
@@ -47,19 +45,19 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.opt
         run: the run folder.
         step: updates attempted so far.
         model, optimizer: at that step.
-        state: values for JSON: counters, scaler and the like; `best_step` is the step of the lowest validation loss.
-        keep_every: steps that are multiples of this stay; 0 for none.
+        state: JSON values for state.json; `best_step` is the step with the lowest validation loss.
+        keep_every: checkpoints of multiples of this step are kept; 0 for none.
 
     Returns:
         The folder of the checkpoint.
 
     Raises:
-        UserError: the disk is full or a write fails. Earlier checkpoints are as they were.
+        UserError: the disk is full or a write fails. Earlier checkpoints are unchanged.
     """
-    folder = run / "checkpoints" / _name(step)
+    folder = checkpoint_of(run, step)
     tensors = {"model.safetensors": model_tensors(model), "optimizer.safetensors": _optimizer_tensors(model, optimizer)}
     try:
-        _write(run, folder, tensors, state | {"step": step})
+        _write(folder, tensors, state | {"step": step})
     except (OSError, SafetensorError) as error:
         what = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"{folder} cannot be written: {what}. Earlier checkpoints are intact: free some disk space, or "
@@ -71,7 +69,7 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.opt
 def rewind(run: Path, step: int) -> None:
     """Go back to a kept step: remove the later checkpoints, the highest step first.
 
-    A process killed on the way leaves the run at a step between, never at the end that was given up.
+    If the process is killed on the way, the run is at a step between, and its old end is gone.
     """
     for folder in checkpoint_folders(run):
         if step_of(folder) > step:
@@ -83,11 +81,11 @@ def rewind(run: Path, step: int) -> None:
 def tidy(run: Path, checkpoint: Path | None, keep_every: int) -> None:
     """Remove what a killed process left: unfinished files, and checkpoints that are no longer kept.
 
-    Only for the holder of the run's lock, with the checkpoint that it continues from (None: a new run). Later ones,
-    which are damaged, stay until the next save.
+    Only the holder of the run's lock may call this, with the checkpoint that it continues from (None: a new run).
+    Later checkpoints, which are damaged, stay until the next save.
     """
-    written = ("run.json", "tokenizer.json", "log.csv", "log.cut.csv", *ending.FILES)
-    leftovers = [path for name in written for path in run.glob(f".{name}.*.unfinished")]
+    names = ("run.json", "tokenizer.json", "log.csv", "log.cut.csv", *ending.FILES)
+    leftovers = [path for name in names for path in run.glob(f".{name}.*.unfinished")]
     for path in [*leftovers, *(run / "checkpoints").glob(".*.unfinished")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if checkpoint is not None and checkpoint == checkpoint_folders(run)[0]:
@@ -95,18 +93,18 @@ def tidy(run: Path, checkpoint: Path | None, keep_every: int) -> None:
 
 
 def find_checkpoint(run: Path, which: str | int, files: Sequence[str] = FILES) -> Path:
-    """Return the folder of one verified checkpoint; never that of another one instead.
+    """Return the folder of one verified checkpoint; never another one instead.
 
     Args:
         run: the run folder.
         which: "latest", "best" or a step.
-        files: to verify: those that will be loaded.
+        files: the files to verify: those that will be loaded.
 
     Raises:
-        UserError: there is none, it is damaged, or of a newer format.
+        UserError: it does not exist, is damaged, or has a newer format.
     """
     folders, damage = checkpoint_folders(run), None
-    folder = run / "checkpoints" / _name(which) if isinstance(which, int) else folders[0] if folders else None
+    folder = checkpoint_of(run, which) if isinstance(which, int) else folders[0] if folders else None
     if which == "best" and folder is not None:
         damage = damage_of(folder, ["state.json"])
         folder = folder if damage else _best_of(folder)
@@ -117,23 +115,20 @@ def find_checkpoint(run: Path, which: str | int, files: Sequence[str] = FILES) -
     damage = damage or damage_of(folder, files)
     if damage is None:
         return folder
-    whole = [path for path in folders if path != folder and damage_of(path, files) is None]
+    whole = [path.name for path in folders if path != folder and damage_of(path, files) is None]
     if not whole:
-        remedy = "Restore the folder from a copy, or start anew with another --out"
-    elif which == "best" and folders[0] in whole:
-        remedy = "The latest is: tools/evaluate.py --checkpoint latest scores it"
-    elif which in ("latest", "best"):
-        remedy = "Give the command that trained it again: it goes on from the one before"
-    else:
-        remedy = "Name one of these"
-    raise UserError(f"{damage}. Whole checkpoints: {', '.join(path.name for path in whole) or 'none'}. {remedy}.")
+        raise UserError(f"{damage}. No checkpoint is whole. Restore the folder from a copy, or start anew with another "
+                        "--out.")
+    raise UserError(f"{damage}. Whole checkpoints: {', '.join(whole)}. Name one of them (with --checkpoint or "
+                    "--from-step), or give the command that trained the run again: it continues from the latest whole "
+                    "one.")
 
 
 def find_checkpoint_to_resume(run: Path) -> Path | None:
-    """Return the latest whole checkpoint, with a warning of damaged later ones; None for a run without any.
+    """Return the latest whole checkpoint, with a warning about later damaged ones; None for a run without any.
 
     Raises:
-        UserError: there are checkpoints, but none is whole, or one is of a newer format.
+        UserError: there are checkpoints, but none is whole, or one has a newer format.
     """
     checkpoint, damages = _latest_whole(run)
     damage = "; ".join(damages)
@@ -141,7 +136,8 @@ def find_checkpoint_to_resume(run: Path) -> Path | None:
         raise UserError(f"{run} has no whole checkpoint: {damage}. Restore the folder from a copy, or start anew with "
                         "another --out.")
     if damage:
-        warnings.warn(f"{damage}: going on from the checkpoint of step {step_of(checkpoint):,} instead.", stacklevel=2)
+        warnings.warn(f"{damage}: continuing from the checkpoint of step {step_of(checkpoint):,} instead.",
+                      stacklevel=2)
     return checkpoint
 
 
@@ -154,6 +150,11 @@ def latest_whole_step(run: Path) -> int | None:
 def checkpoint_folders(run: Path) -> list[Path]:
     """Return the folders of checkpoints, whole or not, the highest step first."""
     return sorted((run / "checkpoints").glob("step_" + "[0-9]" * 8), reverse=True)
+
+
+def checkpoint_of(run: Path, step: int) -> Path:
+    """Return the path of the checkpoint of a step, whether it exists or not."""
+    return run / "checkpoints" / f"step_{step:08d}"
 
 
 def step_of(folder: Path) -> int:
@@ -175,10 +176,10 @@ def load_model(folder: Path, model: nn.Module) -> None:
 def load_training(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """Load weights and optimizer state; return the content of state.json."""
     load_model(folder, model)
-    tensors = load_file(folder / "optimizer.safetensors")
-    for name, parameter in model.named_parameters():
-        values = {key.split("/", 1)[1]: value for key, value in tensors.items() if key.split("/", 1)[0] == name}
-        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in values.items()}
+    parameters = dict(model.named_parameters())
+    for key, value in load_file(folder / "optimizer.safetensors").items():
+        name, entry = key.split("/", 1)
+        optimizer.state[parameters[name]][entry] = value.to(parameters[name].device)
     return _state_of(folder)
 
 
@@ -188,7 +189,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_manifest(folder: Path, step: int) -> None:
-    """Write MANIFEST.json, with hashes of the bytes on disk: no second copy of the optimizer's state is needed."""
+    """Write MANIFEST.json, with the hashes of the files on disk."""
     hashes = {name: _sha256_of(folder / name) for name in FILES}
     write_text(folder / "MANIFEST.json", sealed_json({"format": FORMAT, "step": step, "files": hashes}))
 
@@ -198,7 +199,7 @@ def damage_of(folder: Path, files: Sequence[str] = FILES) -> str | None:
 
     Args:
         folder: of the checkpoint.
-        files: to verify, beside the manifest.
+        files: the files to verify, in addition to the manifest.
 
     Raises:
         UserError: the manifest is whole, and of a newer format.
@@ -210,16 +211,14 @@ def damage_of(folder: Path, files: Sequence[str] = FILES) -> str | None:
         is_whole = sealed_json({key: value for key, value in manifest.items() if key != "sha256"}) == text
     except FileNotFoundError:
         return f"{path} is missing"
-    except OSError as error:
-        return f"{path} is damaged ({error.strerror})"
-    except (ValueError, RecursionError, AttributeError):
-        return f"{path} is damaged (not UTF-8, or not a JSON object)"
+    except (OSError, ValueError, RecursionError, AttributeError):
+        is_whole = False
     if not is_whole:
-        return f"{path} is damaged (its closing SHA-256 is not that of its content)"
+        return f"{path} is damaged"
     if manifest.get("format") != FORMAT:
-        raise UserError(f"{folder} has checkpoint format {manifest.get('format')}; this program reads {FORMAT}. Go "
-                        "on with the newer program that wrote it.")
-    if _name(manifest["step"]) != folder.name or set(manifest["files"]) != set(FILES):
+        raise UserError(f"{folder} has checkpoint format {manifest.get('format')}; this program reads {FORMAT}. "
+                        "Continue with the newer program that wrote it.")
+    if manifest["step"] != step_of(folder) or set(manifest["files"]) != set(FILES):
         return f"{path} is damaged (it is of step {manifest['step']:,} and names {', '.join(manifest['files'])})"
     for name in files:
         try:
@@ -239,7 +238,7 @@ def sealed_json(value: dict) -> str:
 
 
 def record_change(run: Path, step: int, why: str, holds: dict | None = None, **changed: list) -> None:
-    """Append to the list `changes` in run.json.
+    """Append an entry to the list `changes` in run.json.
 
     Args:
         run: the run folder.
@@ -255,15 +254,14 @@ def record_change(run: Path, step: int, why: str, holds: dict | None = None, **c
     write_json(path, info | (holds or {}))
 
 
-def _write(run: Path, folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
-    """Write a checkpoint under a hidden name, then rename it, in place of an earlier one of that step."""
-    temporary, replaced = unfinished(folder), unfinished(folder)
+def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
+    """Write a checkpoint under a hidden name, then rename it."""
+    temporary = unfinished(folder)
     try:
-        _check_space(folder.parent, tensors)
         temporary.mkdir()
         for name, values in tensors.items():
             save_file(values, temporary / name)
-            with safe_open(temporary / name, "pt") as file:  # also compares the header's sizes with the file's
+            with safe_open(temporary / name, "pt") as file:  # also compares the sizes in its header with the file's
                 if set(file.keys()) != set(values):
                     raise OSError(None, f"{name} was not written whole")
         (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
@@ -272,30 +270,20 @@ def _write(run: Path, folder: Path, tensors: dict[str, dict[str, Tensor]], state
                 shutil.copymode(temporary / "state.json", temporary / name)
         for name in FILES:
             sync_file(temporary / name)
-        write_manifest(temporary, state["step"])  # syncs it, and the folder
-        if (run / "log.csv").exists():
-            sync_file(run / "log.csv")  # after a loss of power, its rows reach as far as the checkpoint
-        if folder.exists():  # a damaged one, or one that is saved again with another state
-            os.replace(folder, replaced)
+        write_manifest(temporary, state["step"])  # syncs the folder, too
+        log = folder.parents[1] / "log.csv"
+        if log.exists():
+            sync_file(log)  # so that, after a loss of power, its rows reach as far as the checkpoint
+        if folder.exists():  # damaged, or the same step with another state
+            _remove(folder)
         publish(temporary, folder)
     finally:
-        if replaced.exists() and not folder.exists():
-            with suppress(OSError):
-                os.replace(replaced, folder)
-        for path in (temporary, replaced):
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"{name}/{key}": value.contiguous() for name, p in model.named_parameters()
             for key, value in optimizer.state.get(p, {}).items()}
-
-
-def _check_space(folder: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
-    needed = SLACK_BYTES + sum(t.nbytes for values in tensors.values() for t in values.values())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(None, f"the disk has {free / 1e6:,.0f} MB left, and it needs {needed / 1e6:,.0f} MB")
 
 
 def _latest_whole(run: Path) -> tuple[Path | None, list[str]]:
@@ -311,7 +299,7 @@ def _latest_whole(run: Path) -> tuple[Path | None, list[str]]:
 
 def _best_of(latest: Path) -> Path:
     """Return the best checkpoint by the latest's state.json; the latest itself where the best is gone."""
-    best = latest.with_name(_name(_state_of(latest)["best_step"]))
+    best = checkpoint_of(latest.parents[1], _state_of(latest)["best_step"])
     return best if best.is_dir() else latest
 
 
@@ -324,19 +312,15 @@ def _prune(latest: Path, keep_every: int) -> None:
         if folder not in kept:
             try:
                 _remove(folder)
-            except OSError as error:  # the new checkpoint is safe: training continues, and the next save tries again
+            except OSError as error:  # training continues, and the next save tries again
                 warnings.warn(f"{folder} cannot be removed: {error.strerror}.", stacklevel=2)
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint; a process killed half-way leaves no folder with a checkpoint's name."""
+    """Remove a checkpoint; a process killed on the way leaves no folder with a checkpoint's name."""
     hidden = unfinished(folder)
     os.replace(folder, hidden)
     shutil.rmtree(hidden)
-
-
-def _name(step: int) -> str:
-    return f"step_{step:08d}"
 
 
 def _state_of(folder: Path) -> dict:

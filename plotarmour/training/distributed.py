@@ -1,11 +1,12 @@
-"""Several processes on one run, as torchrun starts them: one per GPU, or on CPUs for a try.
+"""Several processes that train one run, started by torchrun: one per GPU, or on CPUs for a test.
 
-Each has the whole model and its own share of every step's rows. Gradients are added up over all of them once per step,
-as DistributedDataParallel does with the last micro-batch of a step. It is written out here because all processes must
-first agree that each has its share: where one is out of memory or stopped, DistributedDataParallel's others would wait
-for it inside the backward pass for ever.
+Each process has the whole model and its own share of every step's rows. Gradients are summed over all processes once
+per step, as DistributedDataParallel does in the last micro-batch of a step. DistributedDataParallel itself does not
+fit: it sums inside the backward pass, so that the other processes would wait there for ever if one is out of memory.
+Here, all processes first agree that each of them has its gradients.
 
-Numbers go through gloo on the CPU, which notices at once when a process has died; gradients on GPUs through nccl.
+Numbers are exchanged through gloo on the CPU, which notices at once when a process has died; gradients on GPUs through
+nccl.
 """
 
 import os
@@ -22,8 +23,7 @@ from torch import nn
 
 from plotarmour.cli import UserError
 
-BUCKET = 2**23  # gradients added up at a time: 32 MiB of them
-PATIENCE = timedelta(hours=1)  # while the first process saves or looks at the texts, the others wait
+TIMEOUT = timedelta(hours=1)  # the other processes wait while the first one saves, or searches the texts for overlaps
 
 
 class LostProcess(RuntimeError):
@@ -31,26 +31,26 @@ class LostProcess(RuntimeError):
 
 
 class ToldElsewhere(UserError):
-    """The first process has met a user's mistake, and says so itself."""
+    """A user's mistake that the first process met and reports."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which process this is, of how many; the only one by default."""
+    """Which process this is, and how many there are; by default the only one."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes the run folder."""
+        """Whether this process writes the run folder."""
         return self.rank == 0
 
     def sum(self, *numbers: float) -> list[float]:
-        """Add numbers up over all processes, in float64.
+        """Return the sums of numbers over all processes, in float64.
 
         Raises:
-            LostProcess: one has died.
+            LostProcess: a process has died.
         """
         if self.size == 1:
             return [float(number) for number in numbers]
@@ -59,44 +59,36 @@ class Ranks:
         return total.tolist()
 
     def sum_gradients(self, model: nn.Module) -> None:
-        """Add gradients up over all processes, in place, some 32 MiB at a time.
+        """Sum the gradients over all processes, in place.
 
         Raises:
-            LostProcess: one has died.
+            LostProcess: a process has died.
         """
-        if self.size == 1:
-            return
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        while gradients:
-            bucket, count = [], 0
-            while gradients and (not bucket or count + gradients[0].numel() <= BUCKET):
-                bucket.append(gradients.pop(0))
-                count += bucket[-1].numel()
-            flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-            _together(dist.all_reduce, flat)
-            for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                gradient.copy_(summed.view_as(gradient))
+        if self.size > 1:
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    _together(dist.all_reduce, parameter.grad)
 
     def first(self, act: Callable[[], Any]) -> Any:
-        """Let the first process act, and return what it found (JSON, paths, None) in all of them.
+        """Call a function in the first process, and return its result in all of them.
 
         Raises:
-            UserError: what it raised, in it; `ToldElsewhere` in the others.
+            UserError: what the function raised, in the first process; `ToldElsewhere` in the others.
         """
         if self.size == 1:
             return act()
-        told, raised = [None, None], None
+        answer, raised = [None, None], None  # result, message of an error
         if self.is_first:
             try:
-                told[0] = act()
+                answer[0] = act()
             except BaseException as error:  # the others wait for an answer in any case
-                raised, told[1] = error, str(error)
-        _together(dist.broadcast_object_list, told, src=0)
+                raised, answer[1] = error, str(error)
+        _together(dist.broadcast_object_list, answer, src=0)
         if raised is not None:
             raise raised
-        if told[1] is not None:
-            raise ToldElsewhere(told[1])
-        return told[0]
+        if answer[1] is not None:
+            raise ToldElsewhere(answer[1])
+        return answer[0]
 
 
 ALONE = Ranks()
@@ -111,7 +103,7 @@ def check_share(rows_per_step: int, processes: int) -> None:
 
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
-    """Join the other processes that torchrun has started; alone without torchrun.
+    """Join the other processes that torchrun has started; without torchrun, train alone.
 
     Args:
         device: "cpu" or "cuda", of the models.
@@ -120,7 +112,7 @@ def joined(device: str) -> Iterator[Ranks]:
     if size == 1:
         yield ALONE
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield Ranks(dist.get_rank(), size)
     finally:

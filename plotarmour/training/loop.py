@@ -1,13 +1,14 @@
 """The training loop: one step is one attempted optimizer update over `rows_per_step` rows.
 
 Everything random in a step follows from (seed, step): which rows it reads, and the dropout of each micro-batch. So a
-run that stops and resumes needs no replay and ends with the same bits (float32 on a CPU).
+run that stops and resumes replays nothing and ends with the same bits (float32 on a CPU).
 """
 
 import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from plotarmour.config import TrainingConfig
 from plotarmour.data.batches import Windows
 from plotarmour.evaluation.metrics import totals
 from plotarmour.machine import Machine, peak_memory, peak_memory_mib
-from plotarmour.training.checkpoint import load_training, record_change, save_checkpoint
+from plotarmour.training.checkpoint import checkpoint_of, load_training, record_change, save_checkpoint
 from plotarmour.training.distributed import ALONE, LostProcess, Ranks
 from plotarmour.training.ending import Ending, Reason, forget_ending
 from plotarmour.training.log import RunLog
@@ -30,12 +31,12 @@ from plotarmour.training.schedule import learning_rate
 from plotarmour.training.step import EVALUATION_ROWS, Update, Updates, evaluate_windows
 from plotarmour.training.stopping import StopRequest, session_minutes
 
-NON_FINITE_IN_A_ROW = 10
+NON_FINITE_IN_A_ROW = 10  # skipped steps that end a run
 
 
 def train(run: Path, model: nn.Module, windows: Windows, val_windows: Windows, token_bytes: np.ndarray | None,
           config: TrainingConfig, machine: Machine, resume_from: Path | None = None, ranks: Ranks = ALONE,
-          begin_with: int | None = None, on_row: Callable[[], None] | None = None) -> Ending:
+          first_micro_batch_size: int | None = None, on_row: Callable[[], None] | None = None) -> Ending:
     """Train until the schedule ends, early stopping fires, or something stops the run.
 
     Args:
@@ -46,28 +47,28 @@ def train(run: Path, model: nn.Module, windows: Windows, val_windows: Windows, t
         token_bytes: int32 (vocab_size,), bytes that each id stands for; None where that is not exact.
         config: the training part of a recipe.
         machine: device and dtype.
-        resume_from: a checkpoint folder to go on from.
-        ranks: which of several processes this is; the first one alone writes the run folder.
-        begin_with: rows per micro-batch of a new run, if fewer than the recipe's.
-        on_row: called after every row of log.csv, such as to draw it.
+        resume_from: the checkpoint folder to continue from; None for a new run.
+        ranks: which of several processes this is; only the first one writes into the run folder.
+        first_micro_batch_size: rows per micro-batch to begin with; None for those of the recipe.
+        on_row: called after every row of log.csv, for example to draw it.
 
     Returns:
         How the run ended, as DONE.json or STOPPED.json holds it.
 
     Raises:
         UserError: rows that cannot be shared out, a step that does not fit into memory even one row at a time, a disk
-            that does not take a checkpoint.
+            that cannot hold a checkpoint.
         LostProcess: another process of this run has died, and this one is not the first.
     """
-    session = _Session(run, model, windows, val_windows, token_bytes, config, machine, resume_from, ranks, begin_with,
-                       on_row)
+    session = _Session(run, model, windows, val_windows, token_bytes, config, machine, ranks, on_row)
+    session.begin(resume_from, first_micro_batch_size)
     with StopRequest() as stop:
         try:
             return session.end(session.train(stop))
         except LostProcess:
             ending = session.end(Reason.LOST_PROCESS)
-            # Printed here, while SIGTERM only sets a flag: torchrun sends it as soon as it sees the dead process, and
-            # after this block it would end the process without a word.
+            # Printed here, where SIGTERM only sets a flag. torchrun sends it as soon as it sees the dead process; after
+            # this block it would end the process before it could print anything.
             print("another process of this run has died; the same command continues from the latest checkpoint",
                   file=sys.stderr, flush=True)
             if not ranks.is_first:
@@ -77,163 +78,193 @@ def train(run: Path, model: nn.Module, windows: Windows, val_windows: Windows, t
             session.updates.close()
 
 
-class _Session:
-    """One process's stretch of a run: from its start or a checkpoint to where it ends or stops."""
+@dataclass
+class TrainingState:
+    """The numbers that a run needs to continue: a checkpoint's state.json."""
 
-    def __init__(self, run: Path, model: nn.Module, windows: Windows, val_windows: Windows,
-                 token_bytes: np.ndarray | None,
-                 config: TrainingConfig, machine: Machine, resume_from: Path | None, ranks: Ranks,
-                 begin_with: int | None, on_row: Callable[[], None] | None):
-        self.run, self.model, self.windows, self.val_windows = run, model, windows, val_windows
-        self.token_bytes, self.config, self.machine, self.ranks = token_bytes, config, machine, ranks
-        self.on_row = on_row
-        self.updates = Updates(model, windows, config, machine, ranks)
-        self.state = {"tokens_seen": 0, "elapsed_s": 0.0, "skipped_steps": 0, "scaler_overflows": 0,
-                      "best_val_loss": math.inf, "best_step": 0, "evaluations_without_improvement": 0,
-                      "val_loss": None, "train_loss": None, "since_row": [0.0, 0], "non_finite_in_a_row": 0}
-        self.step, self.saved, self.is_new = 0, None, resume_from is None
+    step: int = 0  # attempted updates
+    tokens_seen: int = 0
+    elapsed_s: float = 0.0  # of training, over all sessions
+    skipped_steps: int = 0  # without an update, because loss or gradients were not finite
+    scaler_overflows: int = 0  # steps without an update, because float16 overflowed
+    non_finite_in_a_row: int = 0  # skipped steps since the last update
+    val_loss: float | None = None
+    evaluated_step: int | None = None  # of val_loss
+    best_val_loss: float = math.inf
+    best_step: int = 0
+    evaluations_without_improvement: int = 0
+    train_loss: float | None = None  # of the last row of log.csv with one
+    nats: float = 0.0  # summed over the finite steps since the last row
+    n_targets: int = 0  # of these steps
+    log_rows: int | None = None  # rows in log.csv
+    micro_batch_size: tuple[int | str | None, int | None] = (None, None)  # the recipe's, and what memory allowed
+    evaluation_s: float = 0.0  # of the last evaluation
+    save_s: float = 0.0  # of the last checkpoint
+    scaler: dict = field(default_factory=dict)  # of torch's GradScaler; empty without float16
+
+
+@dataclass
+class _Session:
+    """One process's part of a run: from its start, or a checkpoint, to where it ends or stops."""
+
+    run: Path
+    model: nn.Module
+    windows: Windows
+    val_windows: Windows
+    token_bytes: np.ndarray | None
+    config: TrainingConfig
+    machine: Machine
+    ranks: Ranks
+    on_row: Callable[[], None] | None
+
+    def begin(self, resume_from: Path | None, first_micro_batch_size: int | None) -> None:
+        """Load the checkpoint, if there is one, and get ready for the next step."""
+        config, self.is_new = self.config, resume_from is None
+        self.updates = Updates(self.model, self.windows, config, self.machine, self.ranks)
+        self.state, self.last_checkpoint = TrainingState(), 0
         if resume_from is not None:
             self._load(resume_from)
-        self.minutes, self.has_forecast = session_minutes(config.max_minutes), False
-        self.pace = Pace(config, self.minutes, self.state["elapsed_s"], self.state.pop("evaluation_s", 0.0),
-                         self.state.pop("save_s", 0.0))
-        self.val_rows, self.evaluation_rows = val_windows.first_rows(config.eval_tokens), EVALUATION_ROWS
-        if machine.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(machine.device)
-        if ranks.is_first:
-            forget_ending(run)
-            warn_of_low_disk(run, model, self.step, config)
-            self.log = RunLog(run / "log.csv", -1 if self.is_new else self.step, self.state.pop("log_rows", None))
-        asked, used = self.state.pop("split", (None, None))
-        # A split that memory has forced holds as long as the recipe asks for the same: the bits depend on it.
-        self.updates.begin(self.step, used if asked == config.micro_batch_size else
-                           begin_with or config.micro_batch_rows)
+        state, self.has_forecast = self.state, False
+        self.pace = Pace(config, session_minutes(config.max_minutes), state.elapsed_s, state.evaluation_s, state.save_s)
+        self.val_rows, self.evaluation_rows = self.val_windows.first_rows(config.eval_tokens), EVALUATION_ROWS
+        if self.machine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.machine.device)
+        if self.ranks.is_first:
+            forget_ending(self.run)
+            warn_of_low_disk(self.run, self.model, state.step, config)
+            self.log = RunLog(self.run / "log.csv", -1 if self.is_new else state.step, state.log_rows)
+        # What memory allowed stays in force while the recipe's setting is the same: the bits depend on it.
+        before, allowed = state.micro_batch_size
+        self.updates.begin(state.step, allowed if before == config.micro_batch_size else
+                           first_micro_batch_size or config.micro_batch_rows)
 
     def train(self, stop: StopRequest) -> Reason:
-        """Take steps until there is a reason not to; return it."""
-        with progress(self.config.max_steps, "steps", self.run.name, self.step, is_timed=False,
+        """Take steps until there is a reason to stop, and return it."""
+        state, config = self.state, self.config
+        with progress(config.max_steps, "steps", self.run.name, state.step, is_timed=False,
                       is_shown=self.ranks.is_first) as self.bar:
             if self.is_new:
                 self.write_row(None, None, self.evaluate())
                 self.save()
-            elif self.state["best_val_loss"] == math.inf:  # went back to a step not evaluated, the best is gone
+            elif state.best_val_loss == math.inf:  # --from-step to a step without an evaluation; the best one is gone
                 self.evaluate()
             self.model.train()
-            reason = self._reached_end()  # killed after the last checkpoint, before DONE.json
-            if reason and self.state["evaluated_step"] != self.step:
-                self.write_row(None, None, self.evaluate())  # this was not known to be the last step
+            reason = self._end_of_schedule()  # for a run that was killed between its last checkpoint and DONE.json
+            if reason and state.evaluated_step != state.step:
+                self.write_row(None, None, self.evaluate())
                 self.save()
-            if reason is None and self._out_of_patience():
+            if reason is None and self._is_out_of_patience():
                 reason = Reason.EARLY_STOPPING
             while reason is None:
                 rate, update = self.take_step()
-                end = self._reached_end()
-                evaluated = self.evaluate() if end or self.step % self.config.eval_interval == 0 else {}
-                if evaluated or self.step % self.config.log_interval == 0:
-                    self.write_row(rate, update.norm, evaluated)
-                best = bool(evaluated) and self.state["best_step"] == self.step
-                reason = self._reason_to_stop(end, bool(evaluated), stop.asked)
-                due = reason or self.step % self.config.checkpoint_interval == 0
-                if best or (due and reason != Reason.NON_FINITE):
+                end = self._end_of_schedule()
+                measured = self.evaluate() if end or state.step % config.eval_interval == 0 else {}
+                if measured or state.step % config.log_interval == 0:
+                    self.write_row(rate, update.norm, measured)
+                is_best = bool(measured) and state.best_step == state.step
+                reason = self._reason_to_stop(end, bool(measured), stop.asked)
+                is_due = reason or state.step % config.checkpoint_interval == 0
+                if is_best or (is_due and reason != Reason.NON_FINITE):
                     self.save()
                 if reason is None:
                     self._print_forecast()
         return reason
 
     def take_step(self) -> tuple[float, Update]:
-        """Attempt one update; return its learning rate and what came of it."""
-        begun, size = time.perf_counter(), self.updates.micro_batch_size
-        rate = learning_rate(self.step, self.config, self._schedule_s())
-        update = self.updates.take(self.step, rate)
-        if self.updates.micro_batch_size < size:
-            self._note_split(size, self.updates.micro_batch_size)
-        self.step += 1
-        state = self.state
-        state["tokens_seen"] += update.n_tokens
+        """Attempt one update; return its learning rate and its result."""
+        state, updates, begun = self.state, self.updates, time.perf_counter()
+        rate, size = learning_rate(state.step, self.config, self._schedule_s()), updates.micro_batch_size
+        update = updates.take(state.step, rate)
+        if updates.micro_batch_size < size:
+            self._record_split(size, updates.micro_batch_size)
+        state.step += 1
+        state.tokens_seen += update.n_tokens
         if math.isfinite(update.loss):
-            nats, count = state["since_row"]
-            state["since_row"] = [nats + update.loss * update.n_tokens, count + update.n_tokens]
-        state["scaler_overflows"] += update.overflowed
-        state["skipped_steps"] += update.skipped
-        state["non_finite_in_a_row"] = state["non_finite_in_a_row"] + 1 if update.skipped else 0
+            state.nats += update.loss * update.n_tokens
+            state.n_targets += update.n_tokens
+        state.scaler_overflows += update.overflowed
+        state.skipped_steps += update.skipped
+        state.non_finite_in_a_row = state.non_finite_in_a_row + 1 if update.skipped else 0
         self.pace.count(update.n_tokens, time.perf_counter() - begun)
-        left = f", {duration(self.pace.session_left_s(self.step))} left" if self.pace.steps else ""
+        left = f", {duration(self.pace.session_left_s(state.step))} left" if self.pace.steps else ""
         self.bar.set_postfix_str(f"loss {update.loss:.3f}, {self.pace.rate():,.0f} tokens/s{left}", refresh=False)
         self.bar.update()
         return rate, update
 
     def evaluate(self) -> dict:
-        """Score the validation windows; return the columns of the log that say so."""
+        """Score the validation windows; return the columns of the log that result."""
         state = self.state
         with self.pace.timing("evaluation_s"):
             share = self._evaluate_share()
-            failed, nats, n_tokens, n_bytes = self.ranks.sum(share is None, *(share or (0, 0, 0)))
-        if failed:  # said by all processes, so that the first one says it
+            n_failed, nats, n_tokens, n_bytes = self.ranks.sum(share is None, *(share or (0, 0, 0)))
+        if n_failed:  # raised in all processes, so that the first one reports it
             raise too_large("evaluation")
         result = totals(nats, n_tokens, n_bytes)
-        state["val_loss"], state["evaluated_step"] = result["loss"], self.step
-        loss = state["val_loss"]
-        if loss < state["best_val_loss"]:
-            state.update(best_val_loss=loss, best_step=self.step, evaluations_without_improvement=0)
+        state.val_loss, state.evaluated_step = result["loss"], state.step
+        if state.val_loss < state.best_val_loss:
+            state.best_val_loss, state.best_step, state.evaluations_without_improvement = state.val_loss, state.step, 0
         else:
-            state["evaluations_without_improvement"] += 1
+            state.evaluations_without_improvement += 1
         return {f"val_{name}": value for name, value in result.items()}
 
     def write_row(self, rate: float | None, norm: float | None, measured: dict) -> None:
-        """Log what was measured since the row before."""
-        state = self.state
-        nats, count = state["since_row"]
-        if count:
-            state["train_loss"] = nats / count
-        state["since_row"] = [0.0, 0]
+        """Write a row of log.csv, with the training loss since the row before."""
+        state, is_measured = self.state, self.state.n_targets > 0
+        if is_measured:
+            state.train_loss = state.nats / state.n_targets
+        state.nats, state.n_targets = 0.0, 0
         if not self.ranks.is_first:
             return
         self.log.append(
-            utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), step=self.step, learning_rate=rate, grad_norm=norm,
-            epoch=self.windows.epoch_of(self.step), tokens_seen=state["tokens_seen"], elapsed_s=self.pace.elapsed_s,
-            train_loss=state["train_loss"] if count else None, tokens_per_s=self.pace.rate(),
-            peak_memory_mib=peak_memory_mib(self.machine.device), skipped_steps=state["skipped_steps"],
-            scaler_overflows=state["scaler_overflows"], **measured)
+            utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), step=state.step, learning_rate=rate, grad_norm=norm,
+            epoch=self.windows.epoch_of(state.step), tokens_seen=state.tokens_seen, elapsed_s=self.pace.elapsed_s,
+            train_loss=state.train_loss if is_measured else None, tokens_per_s=self.pace.rate(),
+            peak_memory_mib=peak_memory_mib(self.machine.device), skipped_steps=state.skipped_steps,
+            scaler_overflows=state.scaler_overflows, **measured)
         if self.on_row is not None:
             self.on_row()
 
     def save(self) -> None:
-        """Publish a checkpoint of the step reached."""
+        """Write a checkpoint of the current step."""
+        state = self.state
         if self.ranks.is_first:
-            scaler = self.updates.scaler
-            extra = {"scaler": scaler.state_dict()} if scaler.is_enabled() else {}
-            extra |= {"elapsed_s": self.pace.elapsed_s} | self.pace.took
-            extra["log_rows"] = self.log.n_rows
-            extra["split"] = [self.config.micro_batch_size, self.updates.micro_batch_size]
+            state.elapsed_s, state.log_rows = self.pace.elapsed_s, self.log.n_rows
+            state.evaluation_s, state.save_s = self.pace.took["evaluation_s"], self.pace.took["save_s"]
+            state.micro_batch_size = (self.config.micro_batch_size, self.updates.micro_batch_size)
+            state.scaler = self.updates.scaler.state_dict()
             with self.pace.timing("save_s"):
-                save_checkpoint(self.run, self.step, self.model, self.updates.optimizer, self.state | extra,
+                save_checkpoint(self.run, state.step, self.model, self.updates.optimizer, asdict(state),
                                 self.config.keep_every)
-        self.saved = self.step
+        self.last_checkpoint = state.step
 
     def end(self, reason: Reason) -> Ending:
         """Write DONE.json or STOPPED.json, and return its content."""
         state = self.state
         ending = Ending(
-            reason, self.step, state["tokens_seen"], round(self.pace.elapsed_s, 2), state["train_loss"],
-            state["val_loss"], state["best_step"], state["best_val_loss"], state["skipped_steps"],
-            state["scaler_overflows"], peak_memory_mib(self.machine.device), self.saved or 0,
-            self.updates.micro_batch_size, round(self.updates.waited_s, 2))
+            reason, state.step, state.tokens_seen, round(self.pace.elapsed_s, 2), state.train_loss, state.val_loss,
+            state.best_step, state.best_val_loss, state.skipped_steps, state.scaler_overflows,
+            peak_memory_mib(self.machine.device), self.last_checkpoint, self.updates.micro_batch_size,
+            round(self.updates.waited_s, 2))
         if self.ranks.is_first:
             ending.write(self.run)
         return ending
 
     def _load(self, checkpoint: Path) -> None:
-        self.state = load_training(checkpoint, self.model, self.updates.optimizer)
-        self.step = self.saved = self.state.pop("step")
-        if not (self.run / "checkpoints" / f"step_{self.state['best_step']:08d}").is_dir():  # after going back
-            known = self.state["evaluated_step"] == self.step
-            self.state.update(best_step=self.step, best_val_loss=self.state["val_loss"] if known else math.inf)
+        """Load weights, optimizer state and numbers of a checkpoint."""
+        self.state = state = TrainingState(**load_training(checkpoint, self.model, self.updates.optimizer))
+        self.last_checkpoint = state.step
+        if not checkpoint_of(self.run, state.best_step).is_dir():  # after --from-step
+            is_evaluated = state.evaluated_step == state.step
+            state.best_step, state.best_val_loss = state.step, state.val_loss if is_evaluated else math.inf
         if self.updates.scaler.is_enabled():
-            self.updates.scaler.load_state_dict(self.state["scaler"])
+            self.updates.scaler.load_state_dict(state.scaler)
 
     def _evaluate_share(self) -> tuple[float, int, int] | None:
-        """Score this process's share of the validation rows, in smaller batches where memory runs out; None: no use."""
-        rows = self.val_rows[self.ranks.rank::self.ranks.size]  # whatever size memory leaves to a process
+        """Score this process's share of the validation rows, in smaller batches where memory runs out.
+
+        None: even one row at a time does not fit.
+        """
+        rows = self.val_rows[self.ranks.rank::self.ranks.size]
         while self.evaluation_rows:
             batches = [rows[i:i + self.evaluation_rows] for i in range(0, len(rows), self.evaluation_rows)]
             try:
@@ -245,52 +276,52 @@ class _Session:
             release()
         return None
 
-    def _reached_end(self) -> Reason | None:
-        """Why the schedule has ended, if it has."""
-        if self.step >= self.config.max_steps:
+    def _end_of_schedule(self) -> Reason | None:
+        """Return why the schedule has ended; None where it has not."""
+        if self.state.step >= self.config.max_steps:
             return Reason.MAX_STEPS
         minutes = self.config.schedule_minutes
         return Reason.SCHEDULE_MINUTES if minutes and self._schedule_s() >= 60 * minutes else None
 
-    def _reason_to_stop(self, end: Reason | None, evaluated: bool, signal_name: str | None) -> Reason | None:
-        limit = 60 * self.minutes - self._ahead_s()
-        over = bool(self.minutes) and self.ranks.is_first and self.pace.session_s > limit
-        asked, over = self.ranks.sum(signal_name is not None, over)
-        if self.state["non_finite_in_a_row"] >= NON_FINITE_IN_A_ROW:
+    def _reason_to_stop(self, end: Reason | None, is_evaluated: bool, asked: Reason | None) -> Reason | None:
+        """Return why to stop after this step, the same in all processes; None to go on."""
+        is_over = bool(self.pace.minutes) and self.pace.session_s > 60 * self.pace.minutes - self._ahead_s()
+        n_asked, is_over = self.ranks.sum(asked is not None, is_over and self.ranks.is_first)
+        if self.state.non_finite_in_a_row >= NON_FINITE_IN_A_ROW:
             return Reason.NON_FINITE
-        if evaluated:  # the time that it took may have been the last
-            end = end or self._reached_end()
+        if is_evaluated:  # the evaluation itself may have used up the schedule's minutes
+            end = end or self._end_of_schedule()
         if end:
             return end
-        if evaluated and self._out_of_patience():
+        if is_evaluated and self._is_out_of_patience():
             return Reason.EARLY_STOPPING
-        if asked:
-            return Reason(f"signal {signal_name or 'to another process'}")
-        return Reason.TIME_BUDGET if over else None
+        if n_asked:
+            return asked or Reason.SIGNAL_ELSEWHERE
+        return Reason.TIME_BUDGET if is_over else None
 
-    def _out_of_patience(self) -> bool:
-        patience = self.config.patience
-        return bool(patience) and self.state["evaluations_without_improvement"] >= patience
+    def _is_out_of_patience(self) -> bool:
+        return 0 < self.config.patience <= self.state.evaluations_without_improvement
 
     def _schedule_s(self) -> float:
-        """Seconds by which the schedule goes: what has passed and what must still fit before it ends.
+        """Seconds of the schedule that are used: those that have passed, and those that its end will take.
 
-        By the first process's clock, so that all decide alike.
+        All processes go by the first one's clock.
         """
         if not self.config.schedule_minutes:
             return 0.0
         return self.ranks.sum(self.pace.elapsed_s + self._ahead_s() if self.ranks.is_first else 0.0)[0]
 
     def _ahead_s(self) -> float:
-        """Seconds from one decision to go on until the next one is carried out: save, step, evaluation, save."""
+        """Seconds from one decision to continue until the next one is carried out: save, step, evaluation, save."""
         return self.pace.step_s + self.pace.took["evaluation_s"] + 2 * self.pace.took["save_s"]
 
-    def _note_split(self, before: int, now: int) -> None:
+    def _record_split(self, before: int, now: int) -> None:
+        """Record and print that steps consist of smaller micro-batches from now on."""
         self.pace.forget()
         if self.ranks.is_first:
-            share = self.updates.share
-            record_change(self.run, self.step, "out of memory", micro_batch_size=[before, now])
-            say(f"{self.run.name}: out of memory at step {self.step + 1}: {share // now} micro-batches of {now} rows "
+            share, step = self.updates.share, self.state.step
+            record_change(self.run, step, "out of memory", micro_batch_size=[before, now])
+            say(f"{self.run.name}: out of memory at step {step + 1}: {share // now} micro-batches of {now} rows "
                 f"instead of {share // before} of {before}")
 
     def _print_forecast(self) -> None:
@@ -300,6 +331,7 @@ class _Session:
         self.has_forecast, device = True, self.machine.device
         waited = self.updates.waited_s / max(self.pace.session_s, 1e-9)
         can_grow = self.updates.micro_batch_size < self.updates.share
-        parts = [self.pace.forecast(self.step), peak_memory(device), f"{waited:.1%} of the time waiting for batches",
+        parts = [self.pace.forecast(self.state.step), peak_memory(device),
+                 f"{waited:.1%} of the time waiting for batches",
                  unused_hardware(device, self.ranks.size, can_grow)]
         say(f"{self.run.name}: {'; '.join(part for part in parts if part)}")

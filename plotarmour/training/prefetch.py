@@ -1,4 +1,4 @@
-"""Batches read ahead: a thread reads the token file while the model computes."""
+"""Prefetch: a thread reads the batches of the next steps while the model computes."""
 
 import queue
 import threading
@@ -8,21 +8,21 @@ from torch import Tensor
 
 from plotarmour.data.batches import Windows
 
-AHEAD = 2  # steps; one would do, if reading always took less than computing
+AHEAD = 2  # steps; a second one because reading a step sometimes takes longer than computing one
 
 
 class Batches:
-    """The micro-batches of one step after the other, read by a thread that stays `AHEAD` steps ahead.
+    """The micro-batches of consecutive steps, read by a thread that stays `AHEAD` steps ahead.
 
     Args:
         windows: of the token file.
         first, last: steps [first, last) to read.
         micro_batch_size: rows per micro-batch.
         share: (rank, processes): which part of each step's rows to read; (0, 1) is all of them.
-        pinned: into memory that a GPU can copy from by itself.
+        pinned: whether to use pinned memory, from which a GPU copies without waiting.
 
     Attributes:
-        wait_s: seconds that `of` has waited for the thread. Near zero where reading keeps up.
+        wait_s: seconds that `of` has waited for the thread; near zero where reading keeps up.
     """
 
     def __init__(self, windows: Windows, first: int, last: int, micro_batch_size: int, share: tuple[int, int] = (0, 1),
@@ -35,26 +35,28 @@ class Batches:
         self._thread.start()
 
     def of(self, step: int) -> tuple[int, list[tuple[Tensor, Tensor]]]:
-        """Return the targets of the whole step, and the micro-batches of this share: int64 (inputs, targets), (B, T).
+        """Return the batches of a step; steps must be asked for in order.
 
-        Steps come in order; asking for another one than the next is our mistake.
+        Returns:
+            The number of targets in the whole step, and the micro-batches of this share: int64 (inputs, targets), each
+            (B, T).
 
         Raises:
-            Exception: what reading has met, such as a damaged token file.
+            Exception: what the thread raised, for example for a damaged token file.
         """
         begun = time.perf_counter()
-        found = self._ready.get()
+        result = self._ready.get()
         self.wait_s += time.perf_counter() - begun
-        if isinstance(found, BaseException):
-            raise found
-        read, n_tokens, micro_batches = found
+        if isinstance(result, BaseException):
+            raise result
+        read, n_tokens, micro_batches = result
         assert read == step, f"step {read} was read, step {step} was asked for"
         return n_tokens, micro_batches
 
     def close(self) -> None:
-        """Stop reading; steps read ahead are forgotten."""
+        """Stop reading, and drop the steps that were read ahead."""
         self._closed.set()
-        while self._thread.is_alive():  # it may wait for room
+        while self._thread.is_alive():  # it may be waiting for room in the queue
             try:
                 self._ready.get(timeout=0.01)
             except queue.Empty:
@@ -74,5 +76,5 @@ class Batches:
                 self._ready.put((step, sum(end - begin for begin, end in rows), micro_batches))
                 if self._closed.is_set():
                     return
-        except BaseException as error:  # for the thread that asks; nobody would see it here
+        except BaseException as error:  # `of` raises it in the main thread
             self._ready.put(error)

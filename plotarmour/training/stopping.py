@@ -7,59 +7,61 @@ import sys
 import threading
 import time
 
-from plotarmour.config import AUTO, Auto
+from plotarmour.config import AUTO
 from plotarmour.machine import host
+from plotarmour.training.ending import Reason
 
-# Kaggle ends sessions after 9 to 12 hours; these leave time for what comes after training.
+# Kaggle ends sessions after 9 hours (interactive) or 12 (batch); the rest is for what comes after training.
 KAGGLE_MINUTES = {"Interactive": 510.0, "Batch": 660.0}
 
+_asked_by_thread = threading.Event()
 
-_asked_by_threads: list[str] = []
 
-
-def ask_to_stop(name: str) -> None:
-    """Ask what trains in this process, now or later, to stop as by a signal of this name; for other threads."""
-    _asked_by_threads.append(name)
+def ask_to_stop() -> None:
+    """Ask the training in this process, now or later, to stop as after SIGINT; for threads, which get no signals."""
+    _asked_by_thread.set()
 
 
 class StopRequest(contextlib.AbstractContextManager):
-    """SIGINT and SIGTERM ask the loop to finish its step and save; a second one stops at once.
+    """Turns SIGINT and SIGTERM into a request to finish the step and save; a second signal stops at once.
 
-    Attributes:
-        asked: name of the first signal, or None.
+    The request ends with the context: the next one begins without it.
     """
 
     def __init__(self):
-        self.signal: str | None = None
-        self.before: dict = {}
+        self._reason: Reason | None = None
+        self._handlers: dict = {}
 
     @property
-    def asked(self) -> str | None:
-        return self.signal or next(iter(_asked_by_threads), None)
+    def asked(self) -> Reason | None:
+        """The signal, or None."""
+        return self._reason or (Reason.SIGINT if _asked_by_thread.is_set() else None)
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # nobody else can
-            self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other thread
+            self._handlers = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *exception) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        self._reason = self.asked
+        _asked_by_thread.clear()
 
-    def _ask(self, number: int, frame) -> None:
-        if self.signal:
+    def _handle(self, number: int, frame) -> None:
+        if self._reason:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
-        if sys.stderr is not None and sys.stderr.isatty():  # os.write: print may be what was interrupted
+        self._reason = Reason(f"signal {signal.Signals(number).name}")
+        if sys.stderr is not None and sys.stderr.isatty():  # os.write: the signal may have interrupted a print
             os.write(sys.stderr.fileno(), b"\nfinishing the step, then saving; once more stops at once\n")
 
 
-def session_minutes(max_minutes: float | Auto) -> float:
+def session_minutes(max_minutes: float | str) -> float:
     """Return how many minutes this session may train from now on; 0 for no limit.
 
     Args:
-        max_minutes: of the recipe. "auto" is no limit except on Kaggle, where it counts from the start of the process:
-            a session's clock runs while text is prepared, too.
+        max_minutes: of the recipe. AUTO is no limit except on Kaggle, where the session's clock also runs while text
+            is prepared.
     """
     if max_minutes != AUTO:
         return max_minutes
@@ -68,7 +70,7 @@ def session_minutes(max_minutes: float | Auto) -> float:
     limit = KAGGLE_MINUTES.get(os.environ.get("KAGGLE_KERNEL_RUN_TYPE", ""), min(KAGGLE_MINUTES.values()))
     import psutil
 
-    this = psutil.Process()
-    # A notebook's kernel may be restarted, and a command may be started late: what started them is older.
-    began = min(process.create_time() for process in (this, *this.parents()))
+    process = psutil.Process()
+    # The oldest ancestor, because a notebook's kernel may have been restarted and a command started late.
+    began = min(ancestor.create_time() for ancestor in (process, *process.parents()))
     return max(1.0, limit - (time.time() - began) / 60)

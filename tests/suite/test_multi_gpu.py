@@ -32,7 +32,7 @@ with StopRequest() as stop:
     while not stop.asked:
         time.sleep(0.05)
 if os.environ["RANK"] == "0":
-    json.dump({{"reason": "signal " + stop.asked}}, open(os.path.join(out, "STOPPED.json"), "w"))
+    json.dump({{"reason": stop.asked}}, open(os.path.join(out, "STOPPED.json"), "w"))
 """
 
 FAILS = """

@@ -249,7 +249,7 @@ with StopRequest() as stop:
     (out / "pid").write_text(str(os.getpid()))
     while not stop.asked:
         time.sleep(0.05)
-write_json(out / "STOPPED.json", {{"reason": "signal " + stop.asked}})
+write_json(out / "STOPPED.json", {{"reason": stop.asked}})
 """
 
 

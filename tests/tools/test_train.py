@@ -70,8 +70,8 @@ def without_run_json(run):
 
 
 BAD_GOES_ON = {
-    "a newer checkpoint": (newer_checkpoint, {}, [], "step_00000004 has checkpoint format 2; this program reads 1. Go "
-                           "on with the newer program that wrote it."),
+    "a newer checkpoint": (newer_checkpoint, {}, [], "step_00000004 has checkpoint format 2; this program reads 1. "
+                           "Continue with the newer program that wrote it."),
     "a newer run": (newer_run, {}, [], "has run format 2; this program reads 1. Go on with the newer program"),
     "another program's": (of_another_program, {}, [], "is not a run of this program"),
     "no run.json": (without_run_json, {}, [], "is not empty and not a run folder; expected a new or empty folder"),
@@ -208,7 +208,7 @@ def test_a_model_that_does_not_fit_into_memory_is_one_line_and_makes_no_run(run_
             for arg in arguments(token_files, tmp_path / "new", size)]
     code, _, err = run_main("train", *args)
     assert (code, err.count("\n")) == (2, 1) and list(tmp_path.iterdir()) == []
-    assert err.startswith("error: the model needs more memory than there is; choose a smaller model"), err
+    assert err.startswith("error: the model needs more memory than there is; set a shorter context_length"), err
 
 
 @pytest.mark.parametrize("what", ["load_training", "make_optimizer"])
@@ -222,7 +222,7 @@ def test_training_that_does_not_fit_into_memory_is_one_line_and_keeps_the_run(ru
     monkeypatch.setattr(loop if what == "load_training" else step_module, what, too_much)
     code, _, err = run_main("train", *arguments(token_files, run, {"max_steps": 6}, "--extend"))
     assert (code, err.count("\n")) == (2, 1), err
-    assert err.startswith("error: training needs more memory than there is; choose a smaller model"), err
+    assert err.startswith("error: training needs more memory than there is; set a shorter context_length"), err
     assert {path: found for path, found in contents(run / "checkpoints").items() if found[0]} == saved
     monkeypatch.undo()
     assert run_main("train", *arguments(token_files, run, {"max_steps": 6}, "--extend"))[0] == 0

@@ -16,6 +16,7 @@ from plotarmour.run import load_run, train_run
 from plotarmour.training import loop, progress
 from plotarmour.training import step as step_module
 from plotarmour.training.checkpoint import checkpoint_folders, model_tensors, rewind
+from plotarmour.training.ending import Reason
 from plotarmour.training.log import COLUMNS
 from plotarmour.training.step import accumulate, clip_gradients, make_optimizer
 
@@ -102,11 +103,7 @@ def test_a_stopped_and_resumed_run_has_the_bits_of_an_uninterrupted_one(small_re
         @property
         def asked(self):
             StopsAfterTwo.looks += 1
-            return "SIGTERM" if StopsAfterTwo.looks >= 2 else None
-
-        @asked.setter
-        def asked(self, value):
-            pass
+            return Reason.SIGTERM if StopsAfterTwo.looks >= 2 else None
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "StopRequest", StopsAfterTwo)

@@ -7,7 +7,7 @@ from plotarmour.config import AUTO
 from plotarmour.run import train_run
 from plotarmour.training import stopping
 from plotarmour.training.ending import Ending
-from plotarmour.training.stopping import session_minutes
+from plotarmour.training.stopping import StopRequest, ask_to_stop, session_minutes
 
 
 @pytest.fixture
@@ -78,3 +78,13 @@ def test_a_kaggle_session_stops_by_itself_and_the_next_one_goes_on(small_recipe,
         assert final.reason == "time budget" and clock.now - begun <= 10 * 60
         steps.append(final.step)
     assert steps[1] > steps[0] > 5
+
+
+def test_a_request_of_a_thread_stops_one_training_and_not_the_next():
+    """Guards: a notebook in which every later run stops after one step; a request that comes before training does."""
+    ask_to_stop()
+    with StopRequest() as stop:
+        pass
+    assert stop.asked == "signal SIGINT"
+    with StopRequest() as stop:
+        assert stop.asked is None
