@@ -15,10 +15,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-# What an operating system says about a path that the user gave; anything else is our own failure.
-USER_OS_ERRORS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENOSPC,
-                  errno.ENAMETOOLONG, errno.EEXIST, errno.ELOOP, errno.EDQUOT, errno.EFBIG, errno.EIO}
-
 LINE_EVERY_S = 30.0  # seconds between two lines of progress
 OTHERS_WAIT_S = 10.0  # seconds before a process of torchrun other than the first reports its error and ends
 LAUNCHED = "PLOTARMOUR_LAUNCHED"  # set for processes that suite/multi_gpu.py starts and whose error.json it reads
@@ -79,45 +75,43 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
         sys.stdout.flush()
-    except UserError as error:
-        sys.exit(_report(str(error)))
     except BrokenPipeError:  # the reader of stdout has ended, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # a write that fails does not know its file's name
-        if error.errno not in USER_OS_ERRORS or (error.filename is None and not disk_full):
-            _record(type(error).__name__, traceback.format_exc())
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        sys.exit(_report(f"{where}{error.strerror}. Check the path, its permissions and the disk."))
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        _record(type(error).__name__, traceback.format_exc())
-        raise
+        message = _message_for_user(error)
+        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun and suite/multi_gpu.py read it
+            kind = "UserError" if message else type(error).__name__
+            content = {"kind": kind, "message": message or traceback.format_exc(), "timestamp": int(time.time())}
+            Path(path).write_text(json.dumps(content), encoding="utf-8")
+        if message is None:
+            raise
+        if (rank := os.environ.get("RANK", "0")) != "0":
+            # torchrun ends all processes as soon as one has failed. Usually the first process meets the same mistake
+            # and reports it during this sleep; a mistake of this process alone is reported here.
+            time.sleep(OTHERS_WAIT_S)
+            message = f"process {rank}: {message}"
+        if LAUNCHED not in os.environ:
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
-def _report(message: str) -> int:
-    """Report a user's mistake, and return the exit code."""
-    rank = os.environ.get("RANK", "0")
-    _record("UserError", message)
-    if rank != "0":
-        # torchrun ends all processes as soon as one has failed. Usually the first process meets the same mistake and
-        # reports it during this sleep; a mistake of this process alone is reported here (`outwait_others` waits).
-        time.sleep(OTHERS_WAIT_S)
-        message = f"process {rank}: {message}"
-    if LAUNCHED not in os.environ:
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    return 2
+def outwait_others() -> None:
+    """Wait before this process of torchrun ends because another one is lost, so that the other one can report why.
+
+    torchrun ends this wait as soon as it notices that the other process has failed or was killed.
+    """
+    time.sleep(OTHERS_WAIT_S + 5.0)
 
 
-def _record(kind: str, message: str) -> None:
-    """Write error.json, where torchrun expects it: torchrun reads `message` and `timestamp`, the launcher `kind`."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump({"kind": kind, "message": message, "timestamp": int(time.time())}, file)
+def _message_for_user(error: Exception) -> str | None:
+    """Return the message of a `UserError`, or of the operating system about a file or a full disk."""
+    if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}. Check the path, its permissions and the disk."
+    return str(error) if isinstance(error, UserError) else None
 
 
 def say(message: str) -> None:
@@ -187,11 +181,3 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def outwait_others() -> None:
-    """Wait before this process of torchrun ends because another one is lost, so that the other one can report why.
-
-    torchrun ends this wait as soon as it notices that the other process has failed or was killed.
-    """
-    time.sleep(OTHERS_WAIT_S + 5.0)

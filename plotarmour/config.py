@@ -17,6 +17,7 @@ import tomllib
 import typing
 import warnings
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,14 +46,13 @@ def one_of(*allowed: str) -> Rule:
 def setting(doc: str, default: Any = dataclasses.MISSING, rule: Rule | None = None, *, identity: bool = True,
             arm: bool | None = None, extendable: bool = False,
             used_if: tuple[str, Callable[[Any], bool]] | None = None) -> Any:
-    """Declare a field of a config dataclass.
+    """Declare a field of a config dataclass. The flags concern training settings only.
 
     Args:
         doc: one sentence with the unit.
-        default: value where a recipe does not set it; without one a recipe must.
-        rule: which values are possible.
-        identity: whether the value decides what a run learns, so that a run continues only with the same value. False
-            for where, how long and in which pieces to compute.
+        default: value of a recipe that does not set it; without a default, every recipe must set it.
+        rule: the possible values.
+        identity: whether the value decides what a run learns. A run continues only with the same value.
         arm: whether runs of one arm have the same value; by default as `identity`.
         extendable: whether `--extend` may change the value of an existing run.
         used_if: words, and a test of the whole section: where it is false, the setting has no effect.
@@ -67,21 +67,17 @@ HAS_CORPUS = ("corpus_stories is above 0", lambda data: data.corpus_stories > 0)
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where stories come from and how they become tokens.
+    """Where stories come from and how they become tokens. The hashes of the token files identify a run, not these."""
 
-    None of these is identity: a run's identity holds the hashes of the token files instead.
-    """
-
-    tokenizer: str = setting("The tokenizer: gpt2, bytes, or bpe:N, which learns N entries.", identity=False)
+    tokenizer: str = setting("The tokenizer: gpt2, bytes, or bpe:N, which learns N entries.")
     stories: str = setting("What makes a story: endoftext, line or file.", "endoftext",
-                           one_of("endoftext", "line", "file"), identity=False)
-    split: str = setting("Shares of train, val and test.", "90:5:5", identity=False)
-    corpus_stories: int = setting("Stories of the built-in corpus; 0: the user brings a text.", 0, NOT_NEGATIVE,
-                                  identity=False)
-    corpus_seed: int = setting("Seed of the built-in corpus.", 0, SEED, identity=False, used_if=HAS_CORPUS)
+                           one_of("endoftext", "line", "file"))
+    split: str = setting("Shares of train, val and test.", "90:5:5")
+    corpus_stories: int = setting("Stories of the built-in corpus; 0: the user brings a text.", 0, NOT_NEGATIVE)
+    corpus_seed: int = setting("Seed of the built-in corpus.", 0, SEED, used_if=HAS_CORPUS)
     corpus_min_events: int = setting("Fewest events of a story; each adds about 14 tokens to 62.", 2, NOT_NEGATIVE,
-                                     identity=False, used_if=HAS_CORPUS)
-    corpus_max_events: int = setting("Most events of a story.", 4, NOT_NEGATIVE, identity=False, used_if=HAS_CORPUS)
+                                     used_if=HAS_CORPUS)
+    corpus_max_events: int = setting("Most events of a story.", 4, NOT_NEGATIVE, used_if=HAS_CORPUS)
 
 
 @dataclass(frozen=True)
@@ -171,22 +167,14 @@ class Recipe:
         return dataclasses.asdict(self)
 
     def model_config(self, vocab_size: int) -> ModelConfig:
-        """Return the config of this recipe's model.
-
-        Raises:
-            UserError: an impossible shape.
-        """
+        """Return the config of this recipe's model. Raise `UserError` for an impossible shape."""
         try:
             return model_config(self.model, self.architecture, vocab_size, self.training.context_length)
         except ValueError as error:
             raise UserError(f"recipe {self.name} ({self.model}): {error}.") from None
 
     def build_model(self, vocab_size: int) -> LanguageModel:
-        """Build this recipe's untrained model; its weights follow from the recipe's seed alone.
-
-        Raises:
-            UserError: an impossible shape.
-        """
+        """Build this recipe's untrained model from its seed. Raise `UserError` for an impossible shape."""
         self.model_config(vocab_size)
         t = self.training
         return build_model(self.model, self.architecture, vocab_size, t.context_length, t.seed)
@@ -205,8 +193,7 @@ def load_recipe(name: str, model: str, overrides: Collection[str] = ()) -> Recip
         overrides: "key=value" each.
 
     Raises:
-        UserError: unknown recipe, model or key, a value of the wrong type, settings that contradict each other. One
-            message names all faults.
+        UserError: an unknown recipe or model, or wrong keys and values, all in one message.
     """
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     if not path.is_file():
@@ -235,13 +222,7 @@ def load_recipe(name: str, model: str, overrides: Collection[str] = ()) -> Recip
 
 
 def warn_ignored(recipe: Recipe, keys: Collection[str], why: str) -> None:
-    """Warn of settings that the user has overridden in vain.
-
-    Args:
-        recipe: as loaded.
-        keys: that have no effect.
-        why: end of the sentence "key is ignored: ...".
-    """
+    """Warn of each of `keys` that the user has overridden: it has no effect, for the reason `why`."""
     for key in recipe.overridden:
         if key in keys:
             warnings.warn(f"{key} is ignored: {why}.", stacklevel=3)
@@ -279,7 +260,9 @@ def _override(sections: dict, types: dict, overrides: Collection[str]) -> tuple[
                          + (_closest(key, keys) or f"; keys are {', '.join(sorted(keys))}"))
         else:
             section = next(section for section in types if key in types[section])
-            sections[section][key] = _parse(value, types[section][key])
+            with suppress(ValueError):  # a text in place of a number: `_check_types` complains
+                value = _kind(types[section][key])[0](value)
+            sections[section][key] = value
             overridden.append(key)
     return overridden, wrong
 
@@ -353,12 +336,3 @@ def _kind(annotation: Any) -> tuple[type, bool]:
 def _closest(word: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-def _parse(value: str, annotation: Any) -> Any:
-    """Return the number that a text states, or the text itself where the setting expects text or it states none."""
-    kind, _ = _kind(annotation)
-    try:
-        return kind(value) if kind in (int, float) else value
-    except ValueError:
-        return value
