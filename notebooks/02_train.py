@@ -85,9 +85,9 @@ for name, ids in (("inputs ", inputs), ("targets", targets)):
 # micro-batches, and training continues.
 
 # %%
-from plotarmour.memory import describe_here
+from plotarmour.memory import describe_memory
 
-print(describe_here(settings, data.header["vocab_size"], processes=gpus))
+print(describe_memory(settings, data.header["vocab_size"], processes=gpus))
 
 # %% [markdown]
 # ## The work

@@ -27,7 +27,7 @@ def unfinished(path: Path) -> Path:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Rename a complete, fsynced file or folder to its final name and make that last."""
+    """Rename a complete, fsynced file or folder to its final name, and fsync the folder that holds it."""
     os.replace(temporary, path)
     sync_folder(path.parent)
 
@@ -43,7 +43,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """fsync a file that was written and closed."""
+    """fsync a closed file."""
     with path.open("rb+") as file:  # Windows syncs only what is open for writing
         os.fsync(file.fileno())
 
@@ -107,7 +107,7 @@ def download(url: str, path: Path) -> None:
                 return
             except requests.RequestException as error:
                 refused = error.response is not None and error.response.status_code not in BUSY
-                if refused or isinstance(error, ValueError) or attempt == ATTEMPTS - 1:
+                if refused or attempt == ATTEMPTS - 1:
                     raise UserError(f"{url} cannot be downloaded: {str(error).splitlines()[0]}. Check the address and "
                                     f"the network, or put the file at {path}.") from None
                 time.sleep(2**attempt)
@@ -120,26 +120,18 @@ def locked(folder: Path, out: Path) -> Iterator[None]:
     The operating system releases the lock when the process ends, also when it is killed.
 
     Raises:
-        UserError: another process holds it (pid, since when), or `folder` cannot be locked.
+        UserError: another process holds it (pid, since when).
     """
     from filelock import FileLock, Timeout
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except PermissionError:
-        raise UserError(f"{out.parent} cannot be written: permission denied. Allow it, or use another --out.") from None
+    folder.mkdir(parents=True, exist_ok=True)
     lock, owner = FileLock(folder / "lock"), folder / "owner.json"
     try:
         lock.acquire(timeout=0)
-    except NotImplementedError:  # filelock raises it on a file system without locks
-        raise UserError(f"{out.parent} is on a file system without locks; expected one that has them. Write to another "
-                        "disk with --out.") from None
     except Timeout:
-        try:
-            holder = json.loads(owner.read_text(encoding="utf-8"))
-            who = f"process {holder['pid']}, since {holder['since']}"
-        except (OSError, ValueError, KeyError):
-            who = "another process"
+        who = "another process"
+        with suppress(OSError, ValueError):  # it has only just taken the lock
+            who = "process {pid}, since {since}".format(**json.loads(owner.read_text(encoding="utf-8")))
         raise UserError(f"{out} is being written by {who}; expected no other process. Wait for it, stop it, or use "
                         "another --out.") from None
     try:

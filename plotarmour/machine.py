@@ -2,9 +2,11 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -39,13 +41,9 @@ class Machine:
 def find_machine(device: str = "auto", dtype: str = "auto") -> Machine:
     """Choose device and dtype.
 
-    "auto" takes the GPU if there is one, and the dtype by its compute capability: bfloat16 from sm_80 on, which
-    computes it in hardware (a T4 emulates it slowly, although `torch.cuda.is_bf16_supported` is True there); float16
-    from sm_60 on; float32 below and on the CPU.
-
     Args:
-        device: auto, cpu or cuda.
-        dtype: auto, float32, bfloat16 or float16.
+        device: auto (the GPU if there is one), cpu or cuda.
+        dtype: auto (float32 on the CPU; on a GPU see `dtype_for`), float32, bfloat16 or float16.
 
     Raises:
         UserError: this machine has no such device, or this torch has no kernels for its GPU.
@@ -87,7 +85,10 @@ def _find_gpu() -> Machine:
 
 
 def dtype_for(major: int, minor: int) -> tuple[torch.dtype, str]:
-    """Return the fastest dtype for a CUDA compute capability, and the reason."""
+    """Return the fastest dtype for a CUDA compute capability, and the reason.
+
+    A T4 (sm_75) emulates bfloat16 slowly, although `torch.cuda.is_bf16_supported` is True there.
+    """
     sm = f"sm_{major}{minor}"
     if major >= 8:
         return torch.bfloat16, f"{sm} computes bfloat16 in hardware"
@@ -118,17 +119,12 @@ def peak_memory_mib(device: torch.device) -> float | None:
 
 
 def peak_memory(device: torch.device) -> str:
-    """Return the peak memory and its share of the device's memory, in words."""
+    """Return the peak memory in words, with a GPU's memory; "" where the system does not count it."""
     peak = peak_memory_mib(device)
     if peak is None:
-        return "peak memory unknown"
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-    else:
-        import psutil
-
-        total = psutil.virtual_memory().total
-    return f"peak memory {peak / 2**10:.1f} of {total / 2**30:.1f} GiB ({peak * 2**20 / total:.0%})"
+        return ""
+    size = f" of {memory_bytes(device) / 2**30:.1f}" if device.type == "cuda" else ""
+    return f"peak memory {peak / 2**10:.1f}{size} GiB"
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -140,13 +136,8 @@ def memory_bytes(device: torch.device) -> int:
 
 def versions() -> dict[str, str | None]:
     """Return the versions that a result depends on, and the git commit of the checkout if there is one."""
-    import numpy
-    import tokenizers
-    import transformers
-
     return {"plotarmour": plotarmour.__version__, "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "tokenizers": tokenizers.__version__,
-            "numpy": numpy.__version__, "git_commit": _git_commit()}
+            **{name: version(name) for name in ("transformers", "tokenizers", "numpy")}, "git_commit": _git_commit()}
 
 
 def report() -> str:
@@ -165,17 +156,14 @@ def _git_commit() -> str | None:
     folder = Path(__file__).resolve().parents[1]
     if not (folder / ".git").exists():
         return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        run = subprocess.run(["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
-                             capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:  # git is not installed
         return None
-    return run.stdout.strip() or None
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")  # Linux
+    match = re.search(r"^model name\s*: (.+)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return match[1] if match else platform.processor() or platform.machine()

@@ -40,11 +40,11 @@ def main() -> None:
     models = [args.model] if args.model else KINDS
     recipes = [load_recipe(args.recipe, model, overrides) for model in models]
     from plotarmour.data.tokenizer import vocab_size_of
-    from plotarmour.memory import describe_here
+    from plotarmour.memory import describe_memory
 
     for recipe in recipes:
         size = vocab_size_of(recipe.data.tokenizer) if args.vocab_size is None else args.vocab_size
-        print(describe_here(recipe, size, args.memory_gib), end="\n\n" if recipe is not recipes[-1] else "\n")
+        print(describe_memory(recipe, size, args.memory_gib), end="\n\n" if recipe is not recipes[-1] else "\n")
 
 
 if __name__ == "__main__":

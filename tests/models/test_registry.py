@@ -50,7 +50,8 @@ def test_a_third_kind_has_a_memory_plan(bigram):
 
     from plotarmour.memory import plan_training
     plan = plan_training(bigram, 400, torch.float32, "cpu")
-    assert plan.weights == 4 * bigram.model_config(400).params and plan.total > 4 * plan.weights
+    weights = plan.parts["weights"]
+    assert weights == 4 * bigram.model_config(400).params and plan.total > 4 * weights
 
 
 def test_a_field_that_the_config_class_lacks_is_one_line():
