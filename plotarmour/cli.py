@@ -136,21 +136,21 @@ def progress(total: int, unit: str, description: str, initial: int = 0, is_timed
     Returns:
         A context manager with `update(n)` and `set_postfix_str(text)`.
     """
-    if not (is_shown and sys.stderr is not None and sys.stderr.isatty()):
-        return ProgressLines(total, unit, description, initial, is_timed, is_shown)
+    if is_shown and not sys.stderr.isatty():
+        return ProgressLines(total, unit, description, initial, is_timed)
     from tqdm import tqdm
 
     bar_format = None if is_timed else "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
     return tqdm(total=total, unit=unit, desc=description, initial=initial, unit_scale=is_timed, mininterval=0.5,
-                bar_format=bar_format)
+                bar_format=bar_format, disable=not is_shown)
 
 
 class ProgressLines:
-    """The part of tqdm's interface that `progress` promises, in lines: see there for the arguments."""
+    """Progress in lines, with the part of tqdm's interface and the arguments that `progress` states."""
 
-    def __init__(self, total: int, unit: str, description: str, initial: int, is_timed: bool, is_shown: bool):
+    def __init__(self, total: int, unit: str, description: str, initial: int, is_timed: bool):
         self.total, self.unit, self.description, self.initial = total, unit, description, initial
-        self.is_timed, self.is_shown, self.n, self.postfix = is_timed, is_shown, initial, ""
+        self.is_timed, self.n, self.postfix = is_timed, initial, ""
         self.begun = self.shown_at = time.monotonic()
 
     def __enter__(self) -> "ProgressLines":
@@ -166,7 +166,7 @@ class ProgressLines:
     def update(self, n: int = 1) -> None:
         """Count units; print a line if the last one is older than 30 seconds and 1 % of the time so far."""
         self.n, now = self.n + n, time.monotonic()
-        if not self.is_shown or now - self.shown_at < max(LINE_EVERY_S, 0.01 * (now - self.begun)):
+        if now - self.shown_at < max(LINE_EVERY_S, 0.01 * (now - self.begun)):
             return
         self.shown_at, parts = now, [f"{self.n / max(self.total, 1):.0%} of {self.total:,} {self.unit}"]
         if self.is_timed:

@@ -238,8 +238,6 @@ def _read_sections(path: Path, model: str) -> dict[str, dict[str, Any]]:
     wrong = [f"the section [{section}] is missing" for section in ("data", "training", model)
              if not isinstance(table.get(section), dict)]
     wrong += [f"unknown section or key {key!r}{_closest(key, known)}" for key in table if key not in known]
-    if not wrong and not isinstance(table[model].get("training", {}), dict):
-        wrong.append(f"{model}.training is not a section")
     if wrong:
         raise UserError(f"{path}: {'; '.join(wrong)}; expected keys in the sections {', '.join(known)} only.")
     architecture = dict(table[model])

@@ -81,8 +81,6 @@ def write_json(path: Path, value: object) -> None:
 def download(url: str, path: Path) -> None:
     """Download a file with the optional package requests, unless `path` exists.
 
-    A dropped connection is resumed by a Range request; If-Range (RFC 9110) restarts a file that the server replaced.
-
     Raises:
         UserError: the server does not have the file, or `ATTEMPTS` attempts fail.
     """
@@ -92,16 +90,11 @@ def download(url: str, path: Path) -> None:
 
     say(f"downloading {url}")
     with complete_file(path, "wb") as file:
-        etag = ""
         for attempt in range(ATTEMPTS):
-            resume = {"Range": f"bytes={file.tell()}-", "If-Range": etag} if file.tell() and etag else {}
+            file.truncate(file.seek(0))
             try:
-                with requests.get(url, headers={"Accept-Encoding": "identity"} | resume, stream=True,
-                                  timeout=60) as response:
+                with requests.get(url, headers={"Accept-Encoding": "identity"}, stream=True, timeout=60) as response:
                     response.raise_for_status()
-                    if response.status_code != 206:  # not the rest, but the whole file
-                        file.truncate(file.seek(0))
-                    etag = response.headers.get("ETag", "")
                     for block in response.iter_content(2**18):
                         file.write(block)
                 return
