@@ -2,6 +2,7 @@
 """Turn Common Crawl into a text of stories: keep one language, drop short, repetitive and duplicate pages."""
 
 import argparse
+import importlib.util
 import shlex
 import shutil
 import sys
@@ -46,20 +47,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    from plotarmour.data.web_pages import PageRules, check_language, require
-
-    require("datatrove", "warcio", "py3langid", "requests", *["ray"] * (args.executor == "ray"))
-    rules = PageRules(args.language, args.min_probability, args.min_words)
-    check_language(rules.language)
-    if args.at_once is not None and args.at_once != -1 and args.at_once < 1:
-        raise UserError(f"--at-once {args.at_once} is out of range; expected 1 or more, or -1 for all files.")
-    if args.executor == "slurm" and not args.slurm_partition:
-        raise UserError("--executor slurm has no partition; expected --slurm-partition NAME (sinfo lists them).")
-    if args.executor == "slurm" and not shutil.which("sbatch"):
-        raise UserError("sbatch is not on this machine; expected a login node of a Slurm cluster. Use --executor local "
-                        "here.")
+    packages = ["datatrove", "warcio", "py3langid", "requests", *["ray"] * (args.executor == "ray")]
+    if missing := " ".join(name for name in packages if importlib.util.find_spec(name) is None):
+        raise UserError(f"Common Crawl needs packages that are not installed. Run: pip install {missing}")
+    if args.executor == "slurm" and not (args.slurm_partition and shutil.which("sbatch")):
+        raise UserError("--executor slurm needs --slurm-partition NAME, and sbatch, as on a login node of a cluster. "
+                        "Use --executor local elsewhere.")
     from plotarmour.data.common_crawl import Crawl, describe_dropped, list_wets, prepare_common_crawl
+    from plotarmour.data.web_pages import PageRules
 
+    rules = PageRules(args.language, args.min_probability, args.min_words)
     wets = list_wets(args.wet, args.downloads or args.out.parent / "wet", args.base_url, args.limit)
     crawl = Crawl(wets, args.out.absolute(), rules, not args.delete_downloads)
     counts = prepare_common_crawl(crawl, args.executor, args.at_once, args.logging_dir and args.logging_dir.absolute(),

@@ -1,36 +1,34 @@
 """Common Crawl to stories, by datatrove: each WET file becomes a shard, and the shards are joined without duplicates.
 
-One datatrove task per WET file: download and read it (`ReadWet`), drop pages (`web_pages.why_dropped`), write the pages
-that pass (`write_shard`). Then one process joins the shards in the order of the files, so the text has the same bytes
-for every executor and every number of workers. Until then the shards are in `.NAME.work` beside the text: an
-interrupted run repeats only the files that have no shard.
+One datatrove task per WET file (`FilterWet`) downloads it and writes the pages that pass (`web_pages.why_dropped`). Then
+one process joins the shards in the order of the files, so the text has the same bytes for every executor and every
+number of workers. Until then the shards are in `.NAME.work` beside the text: an interrupted run repeats only the files
+that have no shard.
 
-This module needs the packages of requirements-crawl.txt; `web_pages.require` names a missing one.
+This module needs the packages of requirements-crawl.txt.
 """
 
-import csv
 import gzip
 import json
 import os
 import shutil
 import subprocess
 import sys
-import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from datatrove.data import Document, DocumentsPipeline
+import pandas as pd
+from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.filters.lambda_filter import LambdaFilter
 from loguru import logger
 
-from plotarmour.cli import UserError, say
+from plotarmour.cli import UserError, refuse_existing, say
 from plotarmour.data.stories import SEPARATOR, story_hash
-from plotarmour.data.web_pages import GZIP, REASONS, PageRules, check_file, check_language, read_wet, why_dropped
-from plotarmour.files import complete_file, download, write_json
+from plotarmour.data.web_pages import REASONS, PageRules, read_wet, why_dropped
+from plotarmour.files import complete_file, download, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON_CRAWL = "https://data.commoncrawl.org/"
@@ -62,7 +60,7 @@ class Crawl:
 
     wets: tuple[Wet, ...]
     out: Path
-    rules: PageRules = PageRules()
+    rules: PageRules
     keep_downloads: bool = True
 
     @property
@@ -78,13 +76,13 @@ class Crawl:
         return self.work / f"{index:06d}.json"
 
     def missing(self) -> list[int]:
-        """Return the indices of the files that have no complete shard."""
+        """Indices of the files that have no complete shard."""
         return [index for index in range(len(self.wets)) if not self.shard_counts(index).exists()]
 
 
 def list_wets(inputs: list[str], downloads: Path, base_url: str = COMMON_CRAWL, limit: int | None = None
               ) -> tuple[Wet, ...]:
-    """List the WET files that some inputs name, with absolute paths; download listings, but no WET file.
+    """List the WET files that some inputs name, each once, with absolute paths; download listings, but no WET file.
 
     Args:
         inputs: paths or addresses of listings (names end in .paths or .paths.gz) and of WET files.
@@ -93,91 +91,64 @@ def list_wets(inputs: list[str], downloads: Path, base_url: str = COMMON_CRAWL, 
         limit: maximum number of files.
 
     Raises:
-        UserError: a listing is missing or lists other files; two files have the same name.
+        UserError: no file is listed, or an address is not that of a WET file.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit {limit} leaves no file; expected 1 or more.")
-    names, downloads = [], downloads.absolute()
+    downloads, names = downloads.absolute(), []
     for name in inputs:
-        if name.endswith((".paths", ".paths.gz")):
-            names += [f"{base_url.rstrip('/')}/{line}" for line in _read_listing(name, downloads)]
-        else:
+        if not name.endswith((".paths", ".paths.gz")):
             names.append(name)
-    wets = []
-    for name in names[:limit]:
-        if "://" in name and not name.endswith((".wet", ".wet.gz")):
-            raise UserError(f"{name[:160]} is no WET file; expected an address that ends in .warc.wet.gz, as in a "
-                            "crawl's wet.paths.gz.")
-        wets.append(Wet(downloads / name.rsplit("/", 1)[-1], name) if "://" in name else Wet(Path(name).absolute()))
-    twice = [path for path, times in Counter(wet.path for wet in wets).items() if times > 1]
-    if not wets or twice:
-        raise UserError(f"{twice[0]} is named twice; expected every WET file once." if twice else
-                        f"{', '.join(inputs)} lists no file; expected one path per line.")
-    return tuple(wets)
+            continue
+        path = Path(name)
+        if "://" in name:  # stored as CRAWL.wet.paths.gz
+            path = downloads / ".".join(urlsplit(name).path.strip("/").split("/")[-2:])
+            download(name, path)
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as listing:
+            names += [f"{base_url.rstrip('/')}/{line}" for line in listing.read().split()]
+    names = list(dict.fromkeys(names))[:limit]
+    if not names or (limit is not None and limit < 1):
+        raise UserError(f"{', '.join(inputs)} gives no file; expected one path per line, and --limit 1 or more.")
+    if wrong := [name for name in names if "://" in name and not name.endswith((".wet", ".wet.gz"))]:
+        raise UserError(f"{wrong[0][:160]} is no WET file; expected an address that ends in .warc.wet.gz, as in a "
+                        "crawl's wet.paths.gz.")
+    return tuple(Wet(downloads / name.rsplit("/", 1)[-1], name) if "://" in name else Wet(Path(name).absolute())
+                 for name in names)
 
 
-def _read_listing(name: str, downloads: Path) -> list[str]:
-    """Return the lines of a listing; one from the web is stored as CRAWL.wet.paths.gz."""
-    path = Path(name)
-    if "://" in name:
-        path = downloads / ".".join(urlsplit(name).path.strip("/").split("/")[-2:])
-        download(name, path)
-    check_file(path)
-    content = path.read_bytes()
-    try:
-        return (gzip.decompress(content) if content.startswith(GZIP) else content).decode().split()
-    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a listing of WET files ({error}); expected text, plain or gzip. Download it "
-                        "again.") from None
-
-
-class ReadWet(PipelineStep):
-    """datatrove step: download the WET file of the task and yield its pages.
+class FilterWet(PipelineStep):
+    """datatrove step: download the WET file of the task, and write a shard of the pages that pass and their counts.
 
     (datatrove's WarcReader needs two packages that detect encodings; the text of WET files is UTF-8 already.)
     """
 
-    type, name = "📖 - READER", "WET"
+    type, name = "🔻 - FILTER", "WET"
 
-    def __init__(self, crawl: Crawl, missing: list[int] | None = None, quiet: bool = False) -> None:
-        """Read the files with the indices `missing` (default: all), one per task."""
+    def __init__(self, crawl: Crawl, quiet: bool) -> None:
         super().__init__()
-        self.crawl, self.quiet = crawl, quiet
-        self.missing = list(range(len(crawl.wets))) if missing is None else missing
+        self.crawl, self.missing, self.quiet = crawl, crawl.missing(), quiet
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         if self.quiet:  # a worker process unpickles this step before it logs: a UserError stays one line
             logger.disable("datatrove")
 
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        wet = self.crawl.wets[self.missing[rank]]
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
+        crawl, index = self.crawl, self.missing[rank]
+        wet, counts = crawl.wets[index], Counter(pages=0, passed=0)
         if wet.url:
             download(wet.url, wet.path)
-        for i, page in enumerate(read_wet(wet.path)):
-            yield Document(page, f"{wet.path.name}/{i}")
-
-
-def _passes(rules: PageRules, document: Document) -> bool | tuple[bool, str]:
-    """Return what a datatrove filter returns: True, or False and the reason, which its statistics count."""
-    reason = why_dropped(document.text, rules)
-    return True if reason is None else (False, reason)
-
-
-def write_shard(crawl: Crawl, missing: list[int], filters: LambdaFilter, data: DocumentsPipeline, rank: int,
-                world_size: int) -> None:
-    """datatrove step: write the shard of the task's WET file, then the counts from the statistics of `filters`."""
-    index, wet = missing[rank], crawl.wets[missing[rank]]
-    with complete_file(crawl.shard(index)) as shard:
-        for document in data:
-            shard.write(json.dumps(document.text) + "\n")
-    totals = {label: int(metric.total) for label, metric in filters.stats.stats.items()}
-    counts = {"pages": totals.get("total", 0)} | {reason: totals.get(f"dropped_{reason}", 0) for reason in REASONS}
-    write_json(crawl.shard_counts(index), counts)
-    if wet.url and not crawl.keep_downloads:
-        wet.path.unlink(missing_ok=True)
-    say(f"{wet.path.name} ({index + 1:,}/{len(crawl.wets):,}): {totals.get('forwarded', 0):,} of {counts['pages']:,} "
-        "pages passed")
+        with complete_file(crawl.shard(index)) as shard:
+            for page in read_wet(wet.path):
+                reason = why_dropped(page, crawl.rules)
+                counts.update(("pages", reason or "passed"))
+                if reason is None:
+                    shard.write(json.dumps(page) + "\n")
+        for outcome, n in counts.items():
+            self.stat_update(outcome, value=n)
+        write_json(crawl.shard_counts(index), counts)
+        if wet.url and not crawl.keep_downloads:
+            wet.path.unlink(missing_ok=True)
+        say(f"{wet.path.name} ({index + 1:,}/{len(crawl.wets):,}): {counts['passed']:,} of {counts['pages']:,} pages "
+            "passed")
 
 
 def prepare_common_crawl(crawl: Crawl, executor: str = "local", workers: int | None = None,
@@ -199,13 +170,11 @@ def prepare_common_crawl(crawl: Crawl, executor: str = "local", workers: int | N
         None for "slurm": the jobs were submitted, and the last one writes the text.
 
     Raises:
-        UserError: a WET file is missing or damaged, the language is unknown, no page is kept, the text exists, or Slurm
-            refuses a job.
+        UserError: a WET file is missing or damaged, no page is kept, the text exists, or Slurm refuses a job.
     """
     start_crawl(crawl, force)
     missing, quiet = crawl.missing(), executor == "local" and not logging_dir
-    filters = LambdaFilter(partial(_passes, crawl.rules))
-    steps = [ReadWet(crawl, missing, quiet), filters, partial(write_shard, crawl, missing, filters)]
+    steps = [FilterWet(crawl, quiet)]
     logs = logging_dir or (crawl.work / "logs" if quiet else crawl.out.with_name(f"{crawl.out.stem}.logs"))
     options = {"tasks": len(missing), "workers": workers or (1 if executor == "local" else -1),
                "logging_dir": str(logs / "filter"), "skip_completed": False}
@@ -237,21 +206,17 @@ def prepare_common_crawl(crawl: Crawl, executor: str = "local", workers: int | N
 
 
 def start_crawl(crawl: Crawl, force: bool = False) -> None:
-    """Check all inputs and make the work folder; delete shards of other files or rules.
+    """Check that the files exist and make the work folder; delete shards of other files or rules.
 
     Raises:
-        UserError: the text exists, a file is missing or empty, or the language is unknown.
+        UserError: the text exists, or a file is missing.
     """
-    check_language(crawl.rules.language)
-    if crawl.out.exists() and not force:
-        raise UserError(f"{crawl.out} exists already; expected a new name. Use another --out, or --force to replace "
-                        "it.")
+    refuse_existing(crawl.out, force)
     files = []  # what identifies each file: its address, or name, size and time of change
     for wet in crawl.wets:
-        if not wet.url:
-            check_file(wet.path)
-            stat = wet.path.stat()
-        files.append([wet.url] if wet.url else [str(wet.path), stat.st_size, stat.st_mtime_ns])
+        if not wet.url and not wet.path.is_file():
+            raise UserError(f"{wet.path} is not a file; expected a WET file. Check the path.")
+        files.append([wet.url] if wet.url else [str(wet.path), wet.path.stat().st_size, wet.path.stat().st_mtime_ns])
     settings, path = {"rules": asdict(crawl.rules), "wets": files}, crawl.work / "settings.json"
     if path.exists() and json.loads(path.read_text(encoding="utf-8")) == settings:
         say(f"continuing: {len(files) - len(crawl.missing()):,} of {len(files):,} files are filtered already "
@@ -310,12 +275,11 @@ def join_shards(crawl: Crawl, *_task: object) -> Counter:
             shutil.rmtree(crawl.work)
             raise UserError(f"no page of {counts['pages']:,} was kept; expected at least one. Dropped: "
                             f"{describe_dropped(counts)}. Use more files, another --language or a lower --min-words.")
-    with complete_file(crawl.out.with_name(f"{crawl.out.stem}.counts.csv")) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["outcome", "pages", "meaning"])
-        writer.writerow(["read", counts["pages"], "pages in the WET files"])
-        writer.writerows([reason, counts[reason], meaning] for reason, meaning in REASONS.items())
-        writer.writerow(["kept", counts["kept"], "stories written"])
+    rows = [("read", counts["pages"], "pages in the WET files"),
+            *((reason, counts[reason], meaning) for reason, meaning in REASONS.items()),
+            ("kept", counts["kept"], "stories written")]
+    write_text(crawl.out.with_name(f"{crawl.out.stem}.counts.csv"),
+               pd.DataFrame(rows, columns=["outcome", "pages", "meaning"]).to_csv(index=False, lineterminator="\n"))
     shutil.rmtree(crawl.work)
     return counts
 

@@ -113,7 +113,7 @@ def test_an_interrupted_run_repeats_only_the_file_that_was_not_done(site, wets, 
     with serving(site) as url:
         args = (f"{url}/crawl-data/X/wet.paths.gz", "--base-url", url, "--out", "crawl.txt")
         done = run_tool(*args)
-        assert done.returncode == 2 and "is truncated" in done.stderr and "same command continues" in done.stderr
+        assert done.returncode == 2 and "not a complete WET" in done.stderr and "same command continues" in done.stderr
         assert sorted(p.name for p in (tmp_path / ".crawl.txt.work").glob("0*")) == [
             "000000.json", "000000.jsonl", "000001.json", "000001.jsonl"] and not (tmp_path / "crawl.txt").exists()
         (tmp_path / "wet" / "2.warc.wet.gz").unlink()
@@ -154,35 +154,31 @@ def test_a_damaged_file_is_one_line_and_leaves_nothing(wets, refused, tmp_path):
     (tmp_path / "cut.wet.gz").write_bytes(wets[0].read_bytes()[:-50])
     (tmp_path / "cut.wet").write_bytes(wets[1].read_bytes()[:-50])
     for workers in (1, 2):
-        assert "is truncated" in refused("cut.wet", "cut.wet.gz", "--out", "o.txt", "--at-once", workers)
+        assert "is not a complete WET file" in refused("cut.wet", "cut.wet.gz", "--out", "o.txt", "--at-once", workers)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["cut.wet", "cut.wet.gz"]
 
 
-LISTINGS = {"missing.paths": (None, "does not exist"), "empty.paths": (b"\n", "lists no file"),
-            "warc.paths": (b"crawl-data/X/a.warc.gz\n", "is no WET file"),
-            "bad.paths.gz": (b"\x1f\x8bjunk", "is not a listing"),
-            "two.paths": (b"a/x.wet\nb/x.wet\n", "is named twice")}
+LISTINGS = {"empty.paths": (b"\n", "gives no file"), "warc.paths": (b"crawl-data/X/a.warc.gz\n", "is no WET file")}
 
 
 @pytest.mark.parametrize("name", LISTINGS)
 def test_bad_listings_are_one_line(tmp_path, name):
-    """Guards: tracebacks; two WET files of one name that overwrite each other."""
+    """Guards: tracebacks; gigabytes of web pages downloaded before they are refused."""
     from plotarmour.data.common_crawl import list_wets
 
     content, message = LISTINGS[name]
-    if content:
-        (tmp_path / name).write_bytes(content)
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
         list_wets([str(tmp_path / name)], tmp_path / "wet")
     assert "\n" not in str(error.value) and not (tmp_path / "wet").exists()
 
 
 @pytest.mark.parametrize(("args", "message"), [
-    (("--language", "eng"), "'eng' is unknown; did you mean en"), (("--language", "zh"), "without spaces"),
+    (("--language", "eng"), "'eng' is unknown; expected one of the 140 codes"), (("--language", "zh"), "without spaces"),
     (("--min-probability", "65"), "65 is no probability"), (("--min-words", "0"), "out of range"),
-    (("--limit", "0"), "leaves no file"), (("--at-once", "0"), "expected 1 or more"),
+    (("--limit", "0"), "gives no file"),
     (("--executor", "slurm"), "--slurm-partition"),
-    (("--executor", "slurm", "--slurm-partition", "p"), "sbatch is not on this machine"),
+    (("--executor", "slurm", "--slurm-partition", "p"), "and sbatch"),
     (("--executor", "ray"), "Run: pip install ray"), (("--out", "here.txt"), "exists already"),
 ])
 def test_bad_settings_are_one_line(wets, run_main, monkeypatch, tmp_path, args, message):
