@@ -1,7 +1,7 @@
 """Common Crawl to stories, by datatrove: each WET file becomes a shard, and the shards are joined without duplicates.
 
-One datatrove task per WET file (`FilterWet`) downloads it and writes the pages that pass (`web_pages.why_dropped`). Then
-one process joins the shards in the order of the files, so the text has the same bytes for every executor and every
+One datatrove task per WET file (`FilterWet`) downloads it and writes the pages that pass (`web_pages.why_dropped`).
+Then one process joins the shards in the order of the files, so the text has the same bytes for every executor and every
 number of workers. Until then the shards are in `.NAME.work` beside the text: an interrupted run repeats only the files
 that have no shard.
 

@@ -20,6 +20,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -40,19 +41,16 @@ class Pool:
         return self.cumulative[i] - (self.cumulative[i - 1] if i else 0.0)
 
 
-def pool(words: str | tuple[str, ...], exponent: float = 0.0) -> Pool:
+def pool(words: str, exponent: float = 0.0) -> Pool:
     """Return a pool with weights 1/rank**exponent: 0 is uniform, 1.2 is skewed like the names of real stories."""
-    options = tuple(words.split()) if isinstance(words, str) else words
-    weights = [1.0 / (rank + 1) ** exponent for rank in range(len(options))]
-    cumulative, total = [], 0.0
-    for weight in weights:
-        total += weight
-        cumulative.append(total)
-    return Pool(options, tuple(c / total for c in cumulative))
+    options = tuple(words.split())
+    cumulative = list(accumulate(1.0 / (rank + 1) ** exponent for rank in range(len(options))))
+    return Pool(options, tuple(c / cumulative[-1] for c in cumulative))
 
 
 SKEW = 1.2
 POOLS = {
+    "gender": pool("girl boy"),
     # Facts: skewed, recalled later in the story.
     "girl": pool("Lily Mia Sara Anna Emma Zoe Lucy Ella Ruby Nora Ivy Jane Rose Clara Hazel Tina Maya Wendy Olga Freya",
                  SKEW),
@@ -136,12 +134,9 @@ def _parts(line: str) -> tuple[str, ...]:
 def _event_pool(holder: str, n_events: int, low: int, high: int) -> Pool:
     """Return the choice of the next event or the ending, such that the number of events is uniform in low..high."""
     stop = 0.0 if n_events < low else 1.0 / (high - n_events + 1)
-    names, total, cumulative = (STOP, *POSSIBLE[holder]), stop, [stop]
-    for _ in POSSIBLE[holder]:
-        total += (1.0 - stop) / len(POSSIBLE[holder])
-        cumulative.append(total)
-    cumulative[-1] = 1.0
-    return Pool(names, tuple(cumulative))
+    events = POSSIBLE[holder]
+    cumulative = list(accumulate([(1.0 - stop) / len(events)] * len(events), initial=stop))
+    return Pool((STOP, *events), (*cumulative[:-1], 1.0))
 
 
 def derive(walker: "Writer", low: int, high: int) -> dict[str, str]:
@@ -167,7 +162,7 @@ def derive(walker: "Writer", low: int, high: int) -> dict[str, str]:
                 walker.say(part)
 
     line("Once upon a time there was a [trait]")
-    facts["gender"] = walker.pick(pool(tuple(OPENINGS)))
+    facts["gender"] = walker.pick(POOLS["gender"])
     line(OPENINGS[facts["gender"]])
     facts["holder"], facts["friend"] = facts["hero"], ""
     for n_events in range(high + 1):
@@ -278,8 +273,6 @@ def write_facts(path: Path, stories: Iterable[Story]) -> Iterator[str]:
 
 def read_facts(path: Path) -> dict[int, CorpusFacts]:
     """Read a file of `write_facts`, by story hash."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; expected the .facts.jsonl beside a text of tools/tell_stories.py.")
     try:
         with path.open(encoding="utf-8") as file:
             entries = (json.loads(line) for line in file)

@@ -174,7 +174,8 @@ def test_bad_listings_are_one_line(tmp_path, name):
 
 
 @pytest.mark.parametrize(("args", "message"), [
-    (("--language", "eng"), "'eng' is unknown; expected one of the 140 codes"), (("--language", "zh"), "without spaces"),
+    (("--language", "eng"), "'eng' is unknown; expected one of the 140 codes"),
+    (("--language", "zh"), "without spaces"),
     (("--min-probability", "65"), "65 is no probability"), (("--min-words", "0"), "out of range"),
     (("--limit", "0"), "gives no file"),
     (("--executor", "slurm"), "--slurm-partition"),
