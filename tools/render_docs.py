@@ -136,6 +136,55 @@ def settings() -> str:
     return table(["setting", "section", "default", "meaning"], rows, text_columns=4)
 
 
+def gap() -> str:
+    """Return the validation losses of BDH and GPT-2 at equal training tokens, from three sets of runs."""
+    def summary(path: str, kind: str) -> list[dict[str, str]]:
+        return [row for row in rows_of(path) if row["run"].startswith(f"{kind}_")]
+
+    rows = []
+    for path, choose in (("learning_rates/summary.csv", min), ("finals/summary.csv", statistics.mean)):
+        runs = {kind: summary(path, kind) for kind in ("bdh", "gpt2")}
+        losses = [choose(float(run["best_val_loss"]) for run in runs[kind]) for kind in runs]
+        rows.append((runs["bdh"][0]["tokens_seen"], len({run["seed"] for run in runs["bdh"]}), *losses))
+    logs = [rows_of(f"laptop/log_{kind}.csv") for kind in ("bdh", "gpt2")]
+    rows.append((logs[0][-1]["tokens_seen"], 1, *(min(float(row["val_loss"]) for row in log if row["val_loss"])
+                                                  for log in logs)))
+    return table(["training tokens", "seeds", "BDH", "GPT-2", "difference"],
+                 [[f"{int(tokens):,}", str(seeds), f"{bdh:.3f}", f"{gpt2:.3f}", f"{gpt2 - bdh:.2f}"]
+                  for tokens, seeds, bdh, gpt2 in rows], 0)
+
+
+def over_corpus() -> str:
+    """Return a sentence on how far the seeds of recipe `tiny` are above the corpus."""
+    def ends(kind: str) -> str:
+        values = [100 * float(r["over_corpus"]) for r in rows_of("tiny/totals.csv")
+                  if re.fullmatch(rf"{kind}_seed-\d+", r["name"])]
+        return f"{min(values):.1f} to {max(values):.1f} %"
+    return f"After 2,200 steps, BDH's five seeds are {ends('bdh')} above the corpus, GPT-2's {ends('gpt2')}."
+
+
+def draw_figures() -> None:
+    """Draw the figures of results/reference that follow from committed tables."""
+    import pandas as pd
+
+    from plotarmour.evaluation.arms import Arm
+    from plotarmour.report import figures
+
+    for folder, title in (("finals/comparison", "TinyStories V2, test part"), ("tiny", "Built-in corpus, test part")):
+        path = REFERENCE / folder
+        by_arm, by_run, pairs = (pd.read_csv(path / f"{name}.csv") for name in ("arms", "totals", "pairs"))
+        order = [*dict.fromkeys(pairs["a"]), *dict.fromkeys(pairs["b"])]  # gives the colours of the comparison
+        arms = []
+        rows = by_arm[by_arm["params"].notna()]
+        for row in rows.sort_values("name", key=lambda names: names.map(order.index)).itertuples(index=False):
+            seeds = tuple(map(int, str(row.seeds).split(", ")))
+            runs = (row.name,) if row.name in set(by_run["name"]) else tuple(f"{row.name}_seed-{s}" for s in seeds)
+            arms.append(Arm(row.name, row.model, runs, seeds))
+        figures.perplexities(arms, by_arm, by_run, path / "perplexity.png", title)
+        if (path / "differences.png").exists():
+            figures.differences_forest(arms, pairs, path / "differences.png")
+
+
 def parser_of(tool: Path) -> argparse.ArgumentParser:
     """Return the parser of a command line in tools/, without running it."""
     spec = importlib.util.spec_from_file_location(tool.stem, tool)
@@ -193,6 +242,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "verdict": lambda: verdict("comparison"),
     "verdict-extra": lambda: verdict("comparison_extra"),
     "learning-rates": learning_rates,
+    "gap": gap,
+    "over-corpus": over_corpus,
     "pretokenize-speed": pretokenize_speed,
     "loop-cost": loop_cost,
     "memory-plan": memory_plan,
@@ -218,11 +269,15 @@ def render(text: str) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a file differs")
+    parser.add_argument("--figures", action="store_true", help="also draw the figures of results/reference that follow "
+                        "from committed tables")
     return parser
 
 
 def main() -> None:
     args = build_parser().parse_args()
+    if args.figures:
+        draw_figures()
     differing = []
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text = path.read_text(encoding="utf-8")
