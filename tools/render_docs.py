@@ -155,12 +155,15 @@ def gap() -> str:
 
 
 def over_corpus() -> str:
-    """Return a sentence on how far the seeds of recipe `tiny` are above the corpus."""
-    def ends(kind: str) -> str:
-        values = [100 * float(r["over_corpus"]) for r in rows_of("tiny/totals.csv")
-                  if re.fullmatch(rf"{kind}_seed-\d+", r["name"])]
-        return f"{min(values):.1f} to {max(values):.1f} %"
-    return f"After 2,200 steps, BDH's five seeds are {ends('bdh')} above the corpus, GPT-2's {ends('gpt2')}."
+    """Return sentences on how far the seeds of recipe `tiny` are above the corpus."""
+    def sentence(kind: str, label: str) -> str:
+        rows = [row for row in rows_of("tiny/totals.csv") if re.fullmatch(rf"{kind}_seed-\d+", row["name"])]
+        above, facts, other = (sorted(float(row[column]) for row in rows) for column in
+                               ("over_corpus", "recall_loss", "other_loss"))
+        return (f"The {len(rows)} seeds of {label} are {100 * above[0]:.1f} to {100 * above[-1]:.1f} % above the corpus, "
+                f"with a loss of {facts[0]:.2f} to {facts[-1]:.2f} on facts and {other[0]:.3f} to {other[-1]:.3f} "
+                "elsewhere.")
+    return f"{sentence('bdh', 'BDH')}\n{sentence('gpt2', 'GPT-2')}"
 
 
 def draw_figures() -> None:
