@@ -160,7 +160,8 @@ def over_corpus() -> str:
         rows = [row for row in rows_of("tiny/totals.csv") if re.fullmatch(rf"{kind}_seed-\d+", row["name"])]
         above, facts, other = (sorted(float(row[column]) for row in rows) for column in
                                ("over_corpus", "recall_loss", "other_loss"))
-        return (f"The {len(rows)} seeds of {label} are {100 * above[0]:.1f} to {100 * above[-1]:.1f} % above the corpus, "
+        low, high = 100 * above[0], 100 * above[-1]
+        return (f"The {len(rows)} seeds of {label} are {low:.1f} to {high:.1f} % above the corpus, "
                 f"with a loss of {facts[0]:.2f} to {facts[-1]:.2f} on facts and {other[0]:.3f} to {other[-1]:.3f} "
                 "elsewhere.")
     return f"{sentence('bdh', 'BDH')}\n{sentence('gpt2', 'GPT-2')}"
