@@ -218,6 +218,7 @@ print("Submitted batch job", sum(1 for _ in open({log!r})))
 SRUN = '#!/bin/sh\nwhile [ "$1" != "-n" ]; do shift; done; shift 2; exec "$@"\n'
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Slurm has no Windows")
 def test_slurm_gets_jobs_that_run_and_join_after_the_filters(wets, run_tool, tmp_path):
     """Guards: jobs that cannot import the package, relative paths, joining before the filters end. A stand-in for

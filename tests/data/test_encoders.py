@@ -121,6 +121,7 @@ def test_small_texts_and_tokenizers_that_it_cannot_read_go_to_the_reference(monk
         make_encoder(tokenizer, "quick", 1000)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.lists(TEXT, min_size=1, max_size=20), st.sampled_from(["endoftext", "line", "file"]))
 def test_the_file_is_the_same_for_any_block_size_and_backend(tmp_path_factory, stories, policy):

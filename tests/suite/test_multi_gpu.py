@@ -100,6 +100,7 @@ def test_two_processes_learn_like_one_and_an_interrupt_waits_for_their_checkpoin
         assert together == pytest.approx(alone, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 def test_a_launcher_that_is_killed_leaves_a_saved_run_and_nobody_behind(root, tmp_path, tool):
     """Guards: a kernel that dies, and two processes that train on for hours, unseen, and lock the run folder."""
@@ -138,6 +139,7 @@ def test_any_other_error_is_shown_and_named(token_files, tmp_path, tool, capfd):
     assert "ZeroDivisionError: boom" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_the_second_process_alone_has_met_is_passed_on(root, token_files, tmp_path, tool, capfd):
     """Guards: a notebook that says "lost a process" of a disk that fails, and is started again for ever."""
     tool(ALONE_FAILS, train=str(root / "tools" / "train.py"))

@@ -134,6 +134,7 @@ train_run(recipe, *(Path(path) for path in sys.argv[2:5]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 def test_a_step_is_split_when_the_system_gives_no_more_memory(root, token_files, tmp_path):
     """Guards: an out-of-memory error that looks otherwise in reality. 64 rows of 160 tokens, in 600 MiB."""
