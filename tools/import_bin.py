@@ -18,10 +18,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", required=True, help="the one that made the ids: gpt2, a folder with a "
                         "tokenizer.json, a run folder or a token file")
     parser.add_argument("--out", type=Path, required=True, help="token file to write, X.bin")
-    parser.add_argument("--dtype", help="of bare ids: uint16 (nanoGPT), uint32, int32 or int64; llm.c has it in "
-                        "its header")
-    parser.add_argument("--format", default="auto", help="raw (bare ids), llm.c, or auto: llm.c if the "
-                        "file begins with its magic")
+    parser.add_argument("--dtype", choices=("uint16", "uint32", "int32", "int64"), help="of bare ids (nanoGPT: "
+                        "uint16); llm.c has it in its header")
+    parser.add_argument("--format", choices=("auto", "raw", "llm.c"), default="auto", help="raw: bare ids; auto: llm.c "
+                        "if the file begins with its magic, else raw")
     parser.add_argument("--end-of-text", type=int, metavar="ID", help="id between documents (default: the "
                         "tokenizer's; llm.c separates Llama 3's documents by 128000)")
     add_common(parser, "force")
@@ -32,11 +32,10 @@ def main() -> None:
     args = build_parser().parse_args()
     from plotarmour.data.import_bin import import_bin
 
-    result = import_bin(args.ids, args.tokenizer, args.out, args.dtype, args.format, args.end_of_text, args.force)
-    empty = f", {result.n_empty_dropped:,} empty dropped" if result.n_empty_dropped else ""
-    print(f"{result.path}: {result.n_tokens:,} tokens, {result.n_stories:,} stories "
-          f"({result.path.stat().st_size / 2**20:.1f} MiB) from {result.format} {result.dtype} ids{empty}")
-    print(f"first story: {result.first_story}")
+    data = import_bin(args.ids, args.tokenizer, args.out, args.dtype, args.format, args.end_of_text, args.force)
+    print(f"{args.out}: {data.n_tokens:,} tokens, {data.n_stories:,} stories "
+          f"({args.out.stat().st_size / 2**20:.1f} MiB), {data.header['n_empty_dropped']:,} empty stories dropped")
+    print(f"first story: {data.tokenizer().decode(data.story(0)[:200])}")
 
 
 if __name__ == "__main__":

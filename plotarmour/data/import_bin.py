@@ -12,75 +12,52 @@ dev/data/data_common.py of github.com/karpathy/llm.c.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from plotarmour.cli import UserError, progress
+from plotarmour.cli import UserError, progress, refuse_existing
 from plotarmour.data.readers import Source
 from plotarmour.data.token_file import TokenFile, TokenFileWriter, looks_like_token_file, open_tokenizer
 from plotarmour.data.tokenizer import Tokenizer
 
-FORMATS = ("auto", "raw", "llm.c")
 DTYPES = ("uint16", "uint32", "int32", "int64")
 LLM_C_HEADER_BYTES = 1024
-LLM_C = {20240520: (1, "uint16"), 20240801: (7, "uint32")}  # magic: version, dtype of the ids
+LLM_C = {(20240520, 1): "uint16", (20240801, 7): "uint32"}  # (magic, version): dtype of the ids
 BLOCK_TOKENS = 2**20
 STORIES_PER_BATCH = 1000
 
 
-@dataclass(frozen=True)
-class Imported:
-    """Result of an import.
-
-    Attributes:
-        path: the token file.
-        n_stories, n_tokens: of the token file; one end-of-text per story counts as a token.
-        n_empty_dropped: documents without a token.
-        format, dtype: of the ids that were read.
-        first_story: beginning of the first story as text; nonsense means a wrong dtype or tokenizer.
-    """
-
-    path: Path
-    n_stories: int
-    n_tokens: int
-    n_empty_dropped: int
-    format: str
-    dtype: str
-    first_story: str
-
-
 def import_bin(path: Path, tokenizer: str, out: Path, dtype: str | None = None, format: str = "auto",
-               end_of_text: int | None = None, force: bool = False) -> Imported:
+               end_of_text: int | None = None, force: bool = False) -> TokenFile:
     """Write a token file from the ids of another program. Memory holds a block and the longest document.
 
     Args:
         path: the file of ids.
         tokenizer: the one that made the ids: "gpt2", a folder, a token file or a run folder.
         out: the token file to write.
-        dtype: of the ids: "uint16", "uint32", "int32" or "int64"; llm.c's header says it.
+        dtype: of bare ids, one of `DTYPES`; llm.c's header says it.
         format: "raw", "llm.c", or "auto": llm.c where the file begins with its magic.
         end_of_text: id between documents; default: the tokenizer's. (llm.c separates Llama 3's by 128000.)
         force: replace an existing file.
 
+    Returns:
+        The token file. Look at its first story: nonsense means a wrong dtype or tokenizer.
+
     Raises:
         UserError: the file has another format, an id is outside the vocabulary, or `out` exists.
     """
-    if out.exists() and path.exists() and out.samefile(path):
-        raise UserError(f"{out} is both read and written; expected another name for the token file with --out.")
-    if out.exists() and not force:
-        raise UserError(f"{out} exists already; expected a new name. Use another --out, or --force to replace it.")
-    format, dtype, ids = open_ids(path, dtype, format)
+    refuse_existing(out, force)
+    ids = _open_ids(path, dtype, format)
     loaded = open_tokenizer(tokenizer)
     separator = loaded.end_of_text_id if end_of_text is None else end_of_text
     if not 0 <= separator < loaded.vocab_size:
         raise UserError(f"--end-of-text {separator} is outside the vocabulary of {loaded.vocab_size:,} entries; "
                         f"expected an id of it, by default {loaded.end_of_text_id}.")
-    policies = {"stories": "imported", "split": None, "newlines": "kept", "part": "all"}
     n_empty = 0
-    with TokenFileWriter(out, loaded, policies) as writer:
+    with TokenFileWriter(out, loaded, {"stories": "imported", "split": None, "newlines": "kept", "part": "all"}
+                         ) as writer:
         documents = split_documents(_checked_blocks(path, ids, loaded, separator), separator)
         while batch := list(islice(documents, STORIES_PER_BATCH)):
             stories = [story for story in batch if len(story)]
@@ -91,55 +68,31 @@ def import_bin(path: Path, tokenizer: str, out: Path, dtype: str | None = None, 
             raise UserError(f"{path} holds no story: nothing but end-of-text; expected ids between them.")
         source = Source.of(path)
         writer.publish([{**source.fingerprint(), "sha256": source.sha256()}], n_empty)
-    data = TokenFile.open(out)
-    return Imported(out, data.n_stories, data.n_tokens, n_empty, format, dtype, loaded.decode(data.story(0)[:200]))
+    return TokenFile.open(out)
 
 
-def open_ids(path: Path, dtype: str | None, format: str = "auto") -> tuple[str, str, np.memmap]:
-    """Map the ids of a file.
-
-    Returns:
-        Format ("raw" or "llm.c"), dtype, and the ids (n,).
-
-    Raises:
-        UserError: the file is missing or its size is wrong, the magic is unknown, or the dtype is missing or wrong.
-    """
-    if format not in FORMATS:
-        raise UserError(f"--format {format!r} is unknown; expected one of {', '.join(FORMATS)}.")
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype!r} is unknown; expected one of {', '.join(DTYPES)}.")
-    if path.is_dir() or not path.exists():
-        raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; expected a file of token ids.")
+def _open_ids(path: Path, dtype: str | None, format: str) -> np.memmap:
+    """Map the ids of a file, (n,). Raises `UserError` if its format, dtype or size is not the expected one."""
     if looks_like_token_file(path):
         raise UserError(f"{path} is a token file of this program already; use it as it is.")
-    size = path.stat().st_size
+    size, start = path.stat().st_size, 0
     with path.open("rb") as file:
         magic, version, n_tokens = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4").tolist()
-    if format == "raw" or (format == "auto" and magic not in LLM_C):
-        if dtype is None:
-            raise UserError(f"{path} does not say how its ids are stored; expected --dtype, one of {', '.join(DTYPES)} "
-                            "(nanoGPT: uint16).")
-        stored = np.dtype(dtype).newbyteorder("<")
-        if size == 0 or size % stored.itemsize:
-            raise UserError(f"{path} has {size:,} bytes; expected a multiple of {stored.itemsize} for {dtype} ids. It "
-                            "is truncated, or --dtype is another.")
-        return "raw", dtype, np.memmap(path, stored, mode="r")
-    if magic not in LLM_C:
-        raise UserError(f"{path} is not a file of llm.c: it begins with {magic}, expected "
-                        f"{' or '.join(map(str, LLM_C))}. Use --format raw and a --dtype for bare ids.")
-    expected_version, expected = LLM_C[magic]
-    if version != expected_version:
-        raise UserError(f"{path} has version {version} of llm.c's format {magic}; this program reads "
-                        f"{expected_version}.")
-    if dtype not in (None, expected):
-        raise UserError(f"--dtype {dtype} contradicts the llm.c header of {path}, which means {expected}. Leave it "
-                        "out.")
-    stored = np.dtype(expected).newbyteorder("<")
-    end = LLM_C_HEADER_BYTES + n_tokens * stored.itemsize
-    if n_tokens < 1 or size != end:
-        raise UserError(f"{path} is {'truncated' if size < end else 'not whole'}: {size:,} bytes, its header says "
-                        f"{end:,} ({n_tokens:,} ids). Make or copy it again.")
-    return "llm.c", expected, np.memmap(path, stored, mode="r", offset=LLM_C_HEADER_BYTES)
+    if format == "llm.c" or (format == "auto" and (magic, version) in LLM_C):
+        if (magic, version) not in LLM_C:
+            raise UserError(f"{path} is not a file of llm.c: it begins with {magic}, {version}; expected magic and "
+                            f"version {' or '.join(map(str, LLM_C))}. Use --format raw and a --dtype for bare ids.")
+        dtype, start = LLM_C[magic, version], LLM_C_HEADER_BYTES
+    elif dtype is None:
+        raise UserError(f"{path} does not say how its ids are stored; expected --dtype, one of {', '.join(DTYPES)} "
+                        "(nanoGPT: uint16).")
+    stored = np.dtype(dtype).newbyteorder("<")
+    n_ids, rest = divmod(size - start, stored.itemsize)
+    if rest or n_ids < 1 or (start and n_ids != n_tokens):
+        expected = f"{n_tokens:,} ids, as its header says" if start else "a whole number of ids, at least one"
+        raise UserError(f"{path} has {size:,} bytes, which is {n_ids:,} {dtype} ids and {rest} bytes; expected "
+                        f"{expected}. Copy it again, or check --dtype.")
+    return np.memmap(path, stored, mode="r", offset=start)
 
 
 def _checked_blocks(path: Path, ids: np.ndarray, tokenizer: Tokenizer, separator: int) -> Iterator[np.ndarray]:
@@ -182,9 +135,8 @@ def split_documents(blocks: Iterator[np.ndarray], separator: int) -> Iterator[np
 def _add(writer: TokenFileWriter, stories: list[np.ndarray], tokenizer: Tokenizer) -> None:
     """Append stories with the UTF-8 bytes of their text: summed by token where that is exact, else decoded."""
     if tokenizer.token_bytes is not None:
-        sizes = np.array([int(tokenizer.token_bytes[ids].sum()) for ids in stories])
+        sizes = [int(tokenizer.token_bytes[ids].sum()) for ids in stories]
     else:
-        sizes = np.array([len(text.encode()) for text in tokenizer.decode_batch(stories)])
-    end = np.array([tokenizer.end_of_text_id])
-    ids = np.concatenate([part for story in stories for part in (story, end)]).astype(np.uint32)
-    writer.add(ids, np.array([len(story) + 1 for story in stories]), sizes)
+        sizes = [len(text.encode()) for text in tokenizer.decode_batch(stories)]
+    ids = np.concatenate([np.append(story, tokenizer.end_of_text_id) for story in stories]).astype(np.uint32)
+    writer.add(ids, [len(story) + 1 for story in stories], sizes)
