@@ -82,7 +82,7 @@ def wait_for_step(out, step):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("model", ["bdh", "gpt2"])
+@pytest.mark.parametrize("model", ["bdh", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_two_processes_learn_what_one_learns(model, root, token_files, tmp_path):
     """Guards: rows read twice, gradients averaged twice, other dropout, a log that both write. 20 steps."""
     alone(token_files, tmp_path / "run_1", model)
@@ -98,6 +98,7 @@ def test_two_processes_learn_what_one_learns(model, root, token_files, tmp_path)
     assert one == two
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_run_that_loses_a_process_says_so_and_goes_on(lost, root, token_files, tmp_path):
@@ -119,6 +120,7 @@ def test_a_run_that_loses_a_process_says_so_and_goes_on(lost, root, token_files,
     assert json.loads((out / "run.json").read_text())["changes"][0]["processes"] == [2, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
 def test_one_process_that_is_asked_to_stop_stops_all_of_them(root, token_files, tmp_path):
     """Guards: processes that stop at different steps, and then wait for each other."""
@@ -132,6 +134,7 @@ def test_one_process_that_is_asked_to_stop_stops_all_of_them(root, token_files, 
     assert stopped["reason"] == "signal to another process" and stopped["step"] == stopped["last_checkpoint"] >= 3
 
 
+@pytest.mark.slow
 def test_a_users_mistake_is_said_once(root, token_files, tmp_path):
     """Guards: every process that complains of the same folder, or one that waits for the others for ever."""
     (tmp_path / "full").mkdir()
@@ -147,6 +150,7 @@ def test_a_users_mistake_is_said_once(root, token_files, tmp_path):
     ("Windows.micro_batch", 3, "another process of this run has died"),
     ("runs._fingerprint", 2, "another process of this run has died before training began"),
 ])
+@pytest.mark.slow
 def test_what_the_second_process_alone_has_met_is_said(where, processes, first_says, root, token_files, tmp_path):
     """Guards: a disk that fails under one process, of which the user hears only that "another process has died"."""
     tool = tmp_path / "tool.py"
