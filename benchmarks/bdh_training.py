@@ -7,7 +7,6 @@ a step less weights, gradients and optimizer state: resident memory on a CPU (Li
 """
 
 import argparse
-import csv
 import gc
 import json
 import os
@@ -201,6 +200,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return worker(json.loads(args.worker))
+    import pandas as pd  # not in a worker, whose memory is measured
+
     sides = tuple(side for side in SIDES if side != "compiled" or not args.no_compile)
     rows = []
     for shape in args.shapes:
@@ -211,10 +212,7 @@ def main() -> None:
         for T, B in others if args.sweep_rounds else []:
             rows += measure(shape, T, B, ("published", "tiled"), args.sweep_rounds, args)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, rows[0], lineterminator="\n")
-            table.writeheader()
-            table.writerows(rows)
+        pd.DataFrame(rows).to_csv(args.out, index=False, lineterminator="\n")
     draw(rows, args.out.with_suffix(".png"))
     return None
 

@@ -9,7 +9,6 @@ method of `compare_seeds` stand two that resample seeds: as they are, and with t
 """
 
 import argparse
-import csv
 import math
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -113,17 +113,15 @@ def main() -> None:
         found = list(differences(case, args.stories, args.cases, args.draws, seed=351))
         difference, ratio = coverage(found)
         width = np.mean([d.difference.high - d.difference.low for d in found]) / 2
-        rows.append([case.method, case.seeds, int(case.paired), case.seed_spread, args.stories, args.cases,
-                     f"{difference:.3f}", f"{ratio:.3f}", f"{width:.5f}"])
+        rows.append({"method": case.method, "seeds": case.seeds, "paired": int(case.paired),
+                     "seed_spread": case.seed_spread, "stories": args.stories, "cases": args.cases,
+                     "holds_difference": f"{difference:.3f}", "holds_ratio": f"{ratio:.3f}",
+                     "half_width": f"{width:.5f}"})
         print(f"{case.method:<18} seeds {case.seeds} {'paired' if case.paired else '      '} seed spread "
               f"{case.seed_spread:3.1f}: holds the difference in {difference:.1%}, the ratio in {ratio:.1%} of cases, "
               f"half-width {width:.4f} nats per token", flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["method", "seeds", "paired", "seed_spread", "stories", "cases", "holds_difference",
-                         "holds_ratio", "half_width"])
-        writer.writerows(rows)
+    pd.DataFrame(rows).to_csv(args.out, index=False, lineterminator="\n")
 
 
 if __name__ == "__main__":

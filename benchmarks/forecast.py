@@ -6,7 +6,6 @@ a share of the run's whole time; the CSV has a row per half minute.
 """
 
 import argparse
-import csv
 import sys
 import tempfile
 import time
@@ -14,6 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+import pandas as pd
 
 from plotarmour import run as runs
 from plotarmour.config import load_recipe
@@ -56,14 +57,11 @@ def main() -> None:
           f"the estimate was off by at most {worst:.1%}; the first one, after {noted[0][0]:.0f} s, by "
           f"{abs(noted[0][1] - real) / real:.1%}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["elapsed_s", "shown_s", "real_s"])
-        due = 0.0
-        for row in noted:
-            if row[0] >= due:
-                writer.writerow([f"{value:.1f}" for value in (*row, real)])
-                due = row[0] + EVERY_S
+    rows = []
+    for elapsed, shown in noted:
+        if not rows or elapsed >= rows[-1]["elapsed_s"] + EVERY_S:
+            rows.append({"elapsed_s": elapsed, "shown_s": shown, "real_s": real})
+    pd.DataFrame(rows).to_csv(args.out, index=False, float_format="%.1f", lineterminator="\n")
 
 
 if __name__ == "__main__":

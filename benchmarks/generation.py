@@ -7,7 +7,6 @@ the published forward pass. All in this process, in turn; medians.
 """
 
 import argparse
-import csv
 import itertools
 import json
 import statistics
@@ -229,6 +228,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "generation.csv", help="CSV; figure beside it")
     args = parser.parse_args()
+    import pandas as pd
     import torch
 
     device = torch.device(args.device)
@@ -238,21 +238,16 @@ def main() -> None:
              "run": lambda: trained_run(args.run, args.data) if args.run else []}
     rows = []
     if len(args.parts) < len(parts) and args.out.exists():
-        with args.out.open(encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["part"] not in args.parts]
+        earlier = pd.read_csv(args.out)
+        rows = earlier[~earlier["part"].isin(args.parts)].to_dict("records")
     for part in args.parts:
         with torch.no_grad():
             found = parts[part]()
         for row in found:
             print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
-            rows.append({"device": args.device, "part": part} | {k: round(v, 4) if isinstance(v, float) else v
-                                                               for k, v in row.items()})
-    names = list(dict.fromkeys(name for row in rows for name in row))
+            rows.append({"device": args.device, "part": part} | row)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, names, lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+    pd.DataFrame(rows).round(4).to_csv(args.out, index=False, lineterminator="\n")
     draw(rows, args.out.with_suffix(".png"))
 
 

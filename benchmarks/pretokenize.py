@@ -6,7 +6,6 @@ process of its own, in turn; MB are 10^6 bytes of text.
 """
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -15,6 +14,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -212,11 +213,7 @@ def main() -> None:
               f"{middle[f'ours {mb:g}'] / middle['plain']:.1f} times the plain script, "
               f"{middle[f'ours {mb:g}'] / middle[f'fastokens {mb:g}']:.2f} of fastokens alone (medians)")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    with args.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([{k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()} for row in rows])
+    pd.DataFrame(rows).round(2).to_csv(args.out, index=False, lineterminator="\n")
     print(f"wrote {args.out}")
 
 

@@ -12,7 +12,6 @@ Recipe laptop needs a text (--text); tiny tells its own.
 """
 
 import argparse
-import csv
 import dataclasses
 import statistics
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 
@@ -122,12 +122,9 @@ def measure(recipe: Recipe, files: dict[str, Path], blocks: int, every: int) -> 
 
 
 def write_rows(rows: list[dict], path: Path) -> None:
-    """Write rows of one kind as CSV."""
+    """Write rows as CSV."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    pd.DataFrame(rows).to_csv(path, index=False, lineterminator="\n")
 
 
 def main() -> None:
