@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Stop training by a signal after every step and at random moments, go on with the same command, compare the bits.
+"""Stop or kill training after every step and at random moments, go on with the same command, and compare the bits.
 
 Part each-step: a run of each model, with dropout, accumulation over four micro-batches, evaluations of which some are
 no improvement and a log row every third step, is stopped by a signal during each of its steps in turn and continued.
@@ -10,7 +10,11 @@ Part signals: SIGTERM and SIGINT in turn, at random moments after a start's firs
 a third for a save. The process is frozen first, to read what it has logged. Every signal must leave a checkpoint of the
 step that was under way, and nothing unfinished; the run goes on until it is done, and ends with the same bits.
 
-Part kills is kill_training.py's, for whoever wants all in one process. Processes are forks (see small_runs.py).
+Part kills: runs are killed by SIGKILL at random moments, a third while a checkpoint is written or removed, and started
+again until they are done. The end must have the same bits; no start may repeat more steps than lie between two
+checkpoints, or find anything damaged.
+
+Processes are forks (see small_runs.py). Needs Linux or macOS.
 """
 
 import argparse
@@ -29,7 +33,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from kill_training import kill_again_and_again
 from small_runs import (
     MODELS,
     SETTINGS,
@@ -52,6 +55,8 @@ EACH_STEP = SETTINGS | {"micro_batch_size": 1, "log_interval": 3, "eval_interval
 STOPS_EARLY = EACH_STEP | {"max_steps": 60, "eval_interval": 1, "patience": 3}
 EARLY_CUTS = 5
 SIGNALS_PER_RUN = 3
+CHECKPOINT_INTERVAL = SETTINGS["checkpoint_interval"]
+GIVEN_UP = {"log.cut.csv"}  # beside the log: rows after the checkpoint that a killed run went on from
 
 
 def signal_during(step: int, number: int) -> Callable[[], None]:
@@ -232,9 +237,67 @@ def signals(folder: Path, files: dict[str, Path], whole: dict[str, tuple[dict, f
     return wrong
 
 
+def moment_of(run: Path, logged: int, saved: int) -> str:
+    """What the killed process was at, by what it left."""
+    if is_saving(run):
+        return "writing or removing a checkpoint"
+    if (run / "DONE.json").exists():
+        return "after DONE.json"
+    if logged == saved:
+        return "between a checkpoint and the next step's row"
+    return "training or evaluating"
+
+
+def kills(folder: Path, files: dict[str, Path], whole: dict[str, tuple[dict, float]], enough: int, seed: int) -> int:
+    """Run part kills; return how many runs ended otherwise than the whole one."""
+    draw, wrong, sent, done, lost, moments = random.Random(seed), 0, 0, 0, 0, Counter()
+    while sent < enough:
+        model = MODELS[done % 2]
+        expected, seconds = whole[model]
+        run, said, status = folder / f"killed_{done}", folder / f"killed_{done}.said", signal.SIGKILL
+        mistakes = []
+        while status == signal.SIGKILL:
+            pid = start(model, files, run, said, SETTINGS)
+            while not (first := (run / "log.csv").exists() and logged_step(run) >= 1):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    break
+                time.sleep(0.002)
+            if first:
+                time.sleep(draw.random() * seconds * 0.6)
+                if sent % 3 == 2:  # saving is short: every third kill waits for it
+                    wait_for(lambda: is_saving(run), draw.random() * 0.01)
+                if sent < enough:
+                    os.kill(pid, signal.SIGKILL)
+                status = os.waitpid(pid, 0)[1]
+            if status == signal.SIGKILL:
+                sent += 1
+                logged, saved = logged_step(run), saved_step(run)
+                lost = max(lost, logged - saved)
+                moments[moment_of(run, logged, saved)] += 1
+                if logged - saved > CHECKPOINT_INTERVAL:
+                    mistakes.append(f"killed at step {logged}, goes on from {saved}")
+        done += 1
+        if "warning" in said.read_text():  # a kill damages nothing: no start has to fall back
+            mistakes.append("a start warned")
+        if status:
+            mistakes.append(f"exit code {os.waitstatus_to_exitcode(status)}")
+        else:
+            found = result(run)
+            found["files"] -= GIVEN_UP
+            mistakes += [f"{key} differs" for key in found if found[key] != expected[key]]
+        if mistakes:
+            wrong += 1
+            print(f"{model}, run {done}: {'; '.join(mistakes)}\n{said.read_text()[-2000:]}", flush=True)
+    print(f"{sent} kills of {done} runs of {SETTINGS['max_steps']} steps, checkpoints every {CHECKPOINT_INTERVAL} and "
+          f"at each best: {wrong} runs ended otherwise than the whole one; at most {lost} steps lost")
+    print("killed while " + ", ".join(f"{what}: {count}" for what, count in moments.most_common()), flush=True)
+    return wrong
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="each-step,signals", help=f"of {', '.join(PARTS)} (default: all but kills)")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--max-steps", type=int, default=60, help="of the runs of part each-step (default: 60)")
     parser.add_argument("--steps", help="after which to stop in part each-step, as 1,30 (default: all but the last)")
     parser.add_argument("--signals", type=int, default=100, help="in all (default: 100)")
@@ -256,7 +319,7 @@ def main() -> None:
         if "signals" in parts:
             wrong += signals(folder, files, whole, args.signals, args.seed)
         if "kills" in parts:
-            wrong += kill_again_and_again(folder, files, whole, args.kills, args.seed)
+            wrong += kills(folder, files, whole, args.kills, args.seed)
     sys.exit(1 if wrong else 0)
 
 

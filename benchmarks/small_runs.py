@@ -1,4 +1,4 @@
-"""Training runs of seconds whose processes can be stopped: what kill_training.py and resume_training.py share.
+"""Training runs of seconds whose processes can be stopped, for resume_training.py.
 
 Processes are forks of one that has imported torch: a start costs a tenth of a second instead of several. They run
 tools/train.py's own `main`. Needs Linux or macOS.

@@ -1,4 +1,4 @@
-"""A small part of benchmarks/resume_training.py and kill_training.py, in one process that has imported torch once.
+"""A small part of benchmarks/resume_training.py, in one process that has imported torch once.
 
 It is a process of its own since it forks, which this one, with its threads, must not.
 """
