@@ -83,7 +83,7 @@ def loss_bytes(n_tokens: int, n_embd: int, vocab_size: int, dtype: torch.dtype, 
     return chunk + copies + with_gradient * (4 * vocab_size + dtype.itemsize * n_tokens) * n_embd
 
 
-def _chunks(rows: int, vocab_size: int, logits: int = CHUNK_LOGITS) -> list[tuple[int, int]]:
+def _chunks(rows: int, vocab_size: int, logits: int) -> list[tuple[int, int]]:
     """Return the [begin, end) of each chunk of rows; one empty chunk if there are no rows."""
     size = max(1, logits // vocab_size)
     return [(i, min(i + size, rows)) for i in range(0, max(rows, 1), size)]
@@ -106,7 +106,7 @@ class _SummedNats(torch.autograd.Function):
         d_features = torch.empty_like(features) if with_gradient else None
         wide = torch.promote_types(features.dtype, torch.float32)
         with torch.autocast(features.device.type, enabled=False):
-            for i, j in _chunks(len(features), len(unembedding)):
+            for i, j in _chunks(len(features), len(unembedding), CHUNK_LOGITS):
                 chunk = features[i:j]
                 if has_padding:  # mask features, (n, C), which are smaller than logits, (n, V)
                     padding = (targets[i:j] == IGNORE).unsqueeze(1)

@@ -22,6 +22,7 @@ def case():
 def test_value_and_gradients_equal_cross_entropy_in_any_chunking(case, chunk, monkeypatch):
     """Guards: padding that costs nats, a gradient that forgets a chunk."""
     monkeypatch.setattr(plotarmour.loss, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(plotarmour.loss, "SMALL_CHUNK_LOGITS", chunk)
     features, unembedding, targets = case
     expected = F.cross_entropy((features @ unembedding.T).flatten(0, 1), targets.flatten(), ignore_index=IGNORE,
                                reduction="sum")
