@@ -34,7 +34,7 @@ class LiveCurves:
 
     def __init__(self, model: str, run: Path, every_s: float = EVERY_S):
         self.arm, self.run, self.every_s = Arm(model, model, (model,), (0,)), run, every_s
-        self.handle, self.took_s, self.has_failed = None, 0.0, False
+        self.handle, self.took_s = None, 0.0
 
     def __enter__(self) -> "LiveCurves":
         self.handle = _display(WAITING)
@@ -51,7 +51,7 @@ class LiveCurves:
             self._draw()
 
     def _draw(self) -> None:
-        """Replace the figure; an error becomes a warning, given once."""
+        """Replace the figure; after an error, warn and draw no more."""
         if self.handle is None:
             return
         from IPython.display import Image
@@ -63,10 +63,9 @@ class LiveCurves:
                 path = training_curves([self.arm], {self.arm.name: log}, self.run / "figures" / "training.png")
                 self.handle.update(Image(data=path.read_bytes(), format="png"))
         except Exception as error:  # of any kind: training continues, and log.csv has the numbers
-            if not self.has_failed:
-                self.has_failed = True
-                warnings.warn(f"the curves could not be drawn ({type(error).__name__}: {error}); training continues, "
-                              f"and its numbers are in {self.run / 'log.csv'}.", stacklevel=3)
+            self.handle = None
+            warnings.warn(f"the curves could not be drawn ({type(error).__name__}: {error}); training continues, and "
+                          f"its numbers are in {self.run / 'log.csv'}.", stacklevel=3)
         self.drawn_at = time.perf_counter()
         self.took_s = self.drawn_at - begun
 

@@ -15,16 +15,9 @@ NEW_SESSION = (" In a new session, attach the output of this one first, and set 
 
 def describe_recipe(recipe: Recipe) -> str:
     """Return all settings of a resolved recipe, grouped by subject, in lines of at most 100 characters."""
-    t = vars(recipe.training).copy()
-    ends = {key: t.pop(key) for key in ("max_steps", "schedule_minutes", "patience", "max_minutes")}
-    log = {key: t.pop(key) for key in ("log_interval", "eval_interval", "eval_tokens", "checkpoint_interval",
-                                       "keep_every")}
-    batch = {key: t.pop(key) for key in ("rows_per_step", "micro_batch_size", "context_length", "windows", "seed")}
-    batch["tokens_per_step"] = f"at most {recipe.training.tokens_per_step:,}"
-    machine = {key: t.pop(key) for key in ("device", "dtype")}
-    groups = {recipe.model: recipe.architecture, "batch": batch, "ends": ends, "updates": t, "log": log,
-              "machine": machine}
-    return "\n".join(_hanging(name, ", ".join(f"{key} {value}" for key, value in group.items()), 9)
+    groups = {recipe.model: recipe.architecture, "data": vars(recipe.data),
+              "training": vars(recipe.training) | {"tokens_per_step": f"at most {recipe.training.tokens_per_step:,}"}}
+    return "\n".join(_hanging(name, ", ".join(f"{key} {value}" for key, value in group.items()), 10)
                      for name, group in groups.items())
 
 

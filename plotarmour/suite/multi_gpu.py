@@ -39,16 +39,11 @@ def check_gpus(gpus: int, recipe: Recipe) -> None:
         gpus: number of processes.
         recipe: the resolved recipe.
     """
-    t = recipe.training
-    if not isinstance(gpus, int) or gpus < 1:
-        raise UserError(f"gpus = {gpus!r} is not a number of GPUs; expected 1 or more (papermill: -p gpus 2, not -r).")
-    check_share(t.rows_per_step, gpus)
-    if gpus > 1 and t.device != "cpu":
-        n_gpus = torch.cuda.device_count()
-        most = max(n_gpus, 1)
-        if gpus > n_gpus:
-            raise UserError(f"gpus = {gpus}, and torch sees {n_gpus or 'no'} GPU{'s' * (n_gpus > 1)} here; expected at "
-                            f"most {most}. Set gpus = {most}, or turn more on (on Kaggle: GPU T4 x2).")
+    n_gpus = torch.cuda.device_count()
+    if gpus < 1 or (gpus > max(n_gpus, 1) and recipe.training.device != "cpu"):
+        raise UserError(f"gpus = {gpus}, and torch sees {n_gpus} here; expected 1 to {max(n_gpus, 1)}. Set another "
+                        "number, or turn more GPUs on (on Kaggle: GPU T4 x2).")
+    check_share(recipe.training.rows_per_step, gpus)
 
 
 def launch(recipe: Recipe, name: str, train: Path, val: Path, out: Path, overrides: list[str], gpus: int,
@@ -99,7 +94,9 @@ def launch(recipe: Recipe, name: str, train: Path, val: Path, out: Path, overrid
                     length = _size(out / "log.csv")
                     on_row()
         finally:
-            _kill(process)
+            kill(family([process]))
+            process.stdin.close()
+            process.wait()
             for reader in readers:
                 reader.join()
         errors = _errors(Path(logs))
@@ -160,14 +157,19 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _kill(process: subprocess.Popen) -> None:
-    """Kill torchrun and its processes, which have sessions of their own; does nothing after their end."""
-    if process.poll() is None:
-        family = [psutil.Process(process.pid)]
+def family(processes: list[subprocess.Popen]) -> set[psutil.Process]:
+    """Return the processes that still run, with all their descendants, which may have sessions of their own."""
+    members = set()
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
-            family = [*family[0].children(recursive=True), *family]
-        for member in family:
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
-    process.stdin.close()
-    process.wait()
+            if process.poll() is None:
+                parent = psutil.Process(process.pid)
+                members |= {parent, *parent.children(recursive=True)}
+    return members
+
+
+def kill(members: set[psutil.Process]) -> None:
+    """Kill processes; those that have ended do no harm."""
+    for member in members:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()

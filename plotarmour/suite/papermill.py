@@ -13,6 +13,7 @@ import nbformat
 import psutil
 
 from plotarmour.cli import UserError
+from plotarmour.suite.multi_gpu import family, kill
 from plotarmour.suite.notebooks import ROOT
 
 Value = int | float | bool | str  # of a notebook's parameter
@@ -43,21 +44,17 @@ def parameters_of(notebook: Path) -> dict[str, Value | None]:
     not a literal is None.
 
     Raises:
-        UserError: no notebook, or one without such a cell.
+        UserError: not a notebook, or one without such a cell.
     """
     try:
         cells = nbformat.read(notebook, as_version=4).cells
-        cell = next(cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
-        nodes = ast.parse(cell.source).body
-    except StopIteration:
-        raise UserError(f"{notebook} has no cell tagged parameters; expected one, with a default for each column of "
-                        "the grid.") from None
-    except (OSError, ValueError, SyntaxError, AttributeError, nbformat.ValidationError) as error:
-        raise UserError(f"{notebook} cannot be read as a notebook whose parameters are Python literals "
-                        f"({type(error).__name__}: {str(error).splitlines()[0]}); expected the .ipynb that the rows "
-                        "run.") from None
+    except ValueError as error:
+        raise UserError(f"{notebook} is not a notebook: {error}; expected the .ipynb that the rows run.") from None
+    sources = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    if not sources:
+        raise UserError(f"{notebook} has no cell tagged parameters; expected a default for each column of the grid.")
     defaults = {}
-    for node in nodes:
+    for node in ast.parse(sources[0]).body:
         target = getattr(node, "target", None) or getattr(node, "targets", [None])[0]
         if isinstance(target, ast.Name) and node.value is not None:
             try:
@@ -129,11 +126,9 @@ def read_executed(executed: Path) -> Executed:
 
 def failure(result: Executed) -> str:
     """Return why a notebook failed, in one line."""
-    if result.error == "UserError":
-        return " ".join(result.message.split())
-    if result.error:
-        return " ".join(f"{result.error}: {result.message}".split())
-    return "its kernel was killed, by hand or because the machine ran out of memory"
+    kind = "" if result.error == "UserError" else f"{result.error}: "
+    return (" ".join(f"{kind}{result.message}".split()) if result.error else
+            "it ended without an error and without a result; the machine may have run out of memory")
 
 
 def stop_notebooks(processes: list[subprocess.Popen]) -> None:
@@ -142,28 +137,15 @@ def stop_notebooks(processes: list[subprocess.Popen]) -> None:
     A kernel is first interrupted, as by its stop button: a run that trains finishes its step and saves. Another
     interrupt while this waits ends all of them at once.
     """
-    family = _family(processes)
+    members = family(processes)
     try:
         if os.name == "posix":  # no such signal on Windows
-            for member in family:
+            for member in members:
                 with suppress(psutil.Error):
                     if any("ipykernel" in part for part in member.cmdline()):
                         member.send_signal(signal.SIGINT)
-            psutil.wait_procs([member for member in family if member.pid in {p.pid for p in processes}], SAVE_S)
+            psutil.wait_procs([member for member in members if member.pid in {p.pid for p in processes}], SAVE_S)
     finally:
-        for member in family | _family(processes):  # a kernel may have started after the first look
-            with suppress(psutil.Error):
-                member.kill()
+        kill(members | family(processes))  # a kernel may have started after the first look
         for process in processes:
             process.wait()
-
-
-def _family(processes: list[subprocess.Popen]) -> set[psutil.Process]:
-    """Return the processes that still run, with all their descendants."""
-    family = set()
-    for process in processes:
-        if process.poll() is None:
-            with suppress(psutil.NoSuchProcess):
-                parent = psutil.Process(process.pid)
-                family |= {parent, *parent.children(recursive=True)}
-    return family

@@ -5,17 +5,19 @@ tokenizer and text) and, where it failed, from the error in its executed noteboo
 """
 
 import csv
-import io
 import shutil
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import pandas as pd
 
 from plotarmour.cli import UserError, duration
 from plotarmour.data.token_file import TokenFile
-from plotarmour.files import locked, write_text
+from plotarmour.files import locked
+from plotarmour.report.compare import write_csv
 from plotarmour.resume import differences, read_info
 from plotarmour.suite.grid import Grid, Row, plan_grid
 from plotarmour.suite.learning_rates import write_rates
@@ -29,7 +31,6 @@ from plotarmour.training.log import last_step
 LOCK = ".lock"  # folder in the results folder while a grid runs
 LOOK_S = 0.2  # seconds between two looks at the processes
 EVERY_S = 30.0  # seconds between two lines about what runs
-STATUSES = ("done", "failed", "stopped", "running", "waiting")
 MEASURED = ("model", "params", "params_non_embedding", "seed", "learning_rate", "max_steps", "step", "tokens_seen",
             "best_step", "best_val_loss", "val_loss", "elapsed_s", "peak_memory_mib", "hardware")
 
@@ -44,8 +45,6 @@ class State:
         reason: of DONE.json or STOPPED.json, or why the row failed.
         error: kind of the exception of a failed row, such as "UserError"; "" for none.
         ending: how the row's own run ended; None where it has not.
-        begun: when this start began the row, by time.monotonic(); None for a row that it has not run.
-        seconds: how long the row took in this start.
     """
 
     row: Row
@@ -53,8 +52,6 @@ class State:
     reason: str = ""
     error: str = ""
     ending: Ending | None = None
-    begun: float | None = None
-    seconds: float = 0.0
 
 
 def run_grid(grid: Grid, text: Path | None = None, extra_text: Path | None = None) -> list[State]:
@@ -70,8 +67,8 @@ def run_grid(grid: Grid, text: Path | None = None, extra_text: Path | None = Non
         The state of each row, in the grid's order.
 
     Raises:
-        UserError: another process runs a grid in this folder, it holds another grid's summary, or the text does not
-            become token files. A new folder is removed again.
+        UserError: another process runs a grid in this folder, it holds another grid's summary, or no token files could
+            be made of the text. A new folder is removed again.
     """
     out, is_new = grid.out, not grid.out.exists()
     try:
@@ -126,14 +123,10 @@ def run_suite(recipe: str, out: Path, text: Path | None = None, extra_text: Path
 
 def describe_failures(states: list[State]) -> list[str]:
     """Return a line for each row that is not done, with its reason."""
-    lines = []
-    for state in states:
-        if state.status == "failed":
-            lines.append(f"{state.row.run} failed: {state.reason} (see {state.row.executed.with_suffix('.log')})")
-        elif state.status != "done":
-            lines.append(f"{state.row.run} {state.status}{': ' * bool(state.reason)}{state.reason}; the same command "
-                         "continues it")
-    return lines
+    hints = {"failed": "see {}", "stopped": "the same command continues it"}
+    return [f"{state.row.run} {state.status}: {state.reason} "
+            f"({hints[state.status].format(state.row.executed.with_suffix('.log'))})"
+            for state in states if state.status != "done"]
 
 
 def check_summary(path: Path, rows: list[Row]) -> None:
@@ -148,19 +141,20 @@ def check_summary(path: Path, rows: list[Row]) -> None:
 
 
 def find_state(row: Row) -> State:
-    """Return the state of a row by its run folder.
+    """Return the state of a row by its run folder: done, stopped, or waiting where there is no ending of this row.
 
-    It is waiting where there is no DONE.json or STOPPED.json, where the folder holds a run of other settings, tokenizer
-    or text, and where the last checkpoint of a finished run is missing.
+    It is waiting, too, where the folder holds a run of other settings, tokenizer or text, and where the last checkpoint
+    of a finished run is missing.
     """
     ending = Ending.read(row.folder)
-    if ending is not None:
-        has_weights = row.recipe is None or not ending.is_done or latest_whole_step(row.folder) == ending.step
-        if has_weights and is_of(row):
-            return State(row, "done" if ending.is_done else "stopped", ending.reason, ending=ending)
-        if row.recipe is None and ending.is_done:  # such a notebook does not look whose run it is
-            return State(row, "failed", f"{row.folder} holds a run of other settings. Name this run otherwise, or use "
-                         "another --out", "UserError")
+    if ending is None:
+        return State(row)
+    has_weights = row.recipe is None or not ending.is_done or latest_whole_step(row.folder) == ending.step
+    if has_weights and is_of(row):
+        return State(row, "done" if ending.is_done else "stopped", ending.reason, ending=ending)
+    if row.recipe is None and ending.is_done:  # such a notebook does not check whose run the folder holds
+        return State(row, "failed", f"{row.folder} holds a run of other settings. Give this run another name, or use "
+                     "another --out", "UserError")
     return State(row)
 
 
@@ -194,37 +188,24 @@ def judge(row: Row, code: int) -> State:
               flush=True)
     if state.status == "done" or (state.status == "stopped" and not failed):
         return state
-    if failed:
-        return State(row, "failed", failure(executed), executed.error)
-    return State(row, "failed", f"its notebook ended without a DONE.json of this run in {row.folder}")
-
-
-def summary_row(state: State, grid: Grid) -> dict[str, object]:
-    """Return a row of summary.csv: the grid's columns, then numbers of run.json, DONE.json, STOPPED.json."""
-    row, measured = state.row, {}
-    if row.recipe is not None:
-        t = row.recipe.training
-        measured = {"model": row.recipe.model, "seed": t.seed, "learning_rate": t.learning_rate,
-                    "max_steps": t.max_steps}
-    if state.ending is not None and row.recipe is not None:
-        measured = read_info(row.folder) | measured
-    measured |= asdict(state.ending) if state.ending else {}
-    cells = {"run": row.run, "status": {"running": "waiting"}.get(state.status, state.status),
-             "reason": " ".join(state.reason.split())}
-    for column in grid.columns:
-        if column != "run":
-            cells[column] = row.values.get(column, measured.get(column, grid.defaults[column]))
-    return cells | {column: measured.get(column) for column in MEASURED if column not in cells}
+    return State(row, "failed", failure(executed), executed.error)
 
 
 def write_summary(states: list[State], grid: Grid) -> None:
-    """Replace summary.csv atomically: a row per run, in the grid's order; floats have nine significant digits."""
-    rows, text = [summary_row(state, grid) for state in states], io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: f"{value:.9g}" if isinstance(value, float) else value for key, value in row.items()}
-                     for row in rows)
-    write_text(grid.out / "summary.csv", text.getvalue())
+    """Replace summary.csv: per run, in the grid's order, the grid's columns and numbers of its run folder."""
+    rows = []
+    for state in states:
+        row, measured = state.row, asdict(state.ending) if state.ending else {}
+        if row.recipe is not None:
+            info = read_info(row.folder) if state.ending else {}
+            measured = info | {"model": row.recipe.model} | asdict(row.recipe.training) | measured
+        cells = {"run": row.run, "status": "waiting" if state.status == "running" else state.status,
+                 "reason": " ".join(state.reason.split())}
+        cells |= {name: row.values.get(name, measured.get(name, grid.defaults[name])) for name in grid.columns
+                  if name != "run"}
+        cells |= {name: measured.get(name) for name in MEASURED if name not in cells}
+        rows.append({name: f"{cell:.9g}" if isinstance(cell, float) else cell for name, cell in cells.items()})
+    write_csv(pd.DataFrame(rows, dtype=object), grid.out / "summary.csv")  # as objects, counts stay whole
 
 
 def _make_token_files(grid: Grid, text: Path | None, extra_text: Path | None) -> None:
@@ -243,81 +224,65 @@ def _run_rows(grid: Grid) -> list[State]:
     """Run all rows that are not done, and return the state of each row."""
     states, free, running = [find_state(row) for row in grid.rows], list(grid.environments), {}
     waiting = [i for i, state in enumerate(states) if state.status in ("waiting", "stopped")]
+    begun = line_at = time.monotonic()
+
+    def report(i: int, text: str) -> None:
+        write_summary(states, grid)
+        print(f"[{i + 1}/{len(states)}] {grid.rows[i].run} {text}", flush=True)
 
     def settle(i: int, state: State) -> None:
-        begun = states[i].begun
-        states[i] = replace(state, begun=begun, seconds=time.monotonic() - begun)
-        write_summary(states, grid)
-        print(event_line(states, i, len(grid.environments)), flush=True)
+        states[i] = state
+        loss = state.ending.best_val_loss if state.status == "done" and state.ending else None
+        report(i, f"{state.status} in {duration(time.monotonic() - running.pop(i)[2])}, "
+               + (state.reason if loss is None else f"validation loss {loss:.4f}"))
 
     write_summary(states, grid)
-    for i, state in enumerate(states):
-        if i not in waiting:
-            print(f"[{i + 1}/{len(states)}] {state.row.run} "
-                  + (f"is done already ({state.reason})" if state.status == "done" else state.reason), flush=True)
-    said_at = time.monotonic()
+    print(progress_line(states, 0, 0.0), flush=True)
+    n_before = len(states) - len(waiting)
     try:
         while waiting or running:
             while waiting and free:
                 i, environment = waiting.pop(0), free.pop(0)
                 row = grid.rows[i]
-                states[i] = State(row, "running", begun=time.monotonic())
-                print(f"[{i + 1}/{len(states)}] {row.run} ...", flush=True)
-                running[i] = start_notebook(grid.notebook, row.executed, row.parameters, environment), environment
+                states[i] = State(row, "running")
+                report(i, "...")
+                process = start_notebook(grid.notebook, row.executed, row.parameters, environment)
+                running[i] = process, environment, time.monotonic()
             time.sleep(LOOK_S)
-            for i, (process, environment) in list(running.items()):
+            for i, (process, environment, _) in list(running.items()):
                 if process.poll() is not None:
-                    del running[i]
                     free.append(environment)
                     settle(i, judge(grid.rows[i], process.returncode))
-            if running and time.monotonic() - said_at >= EVERY_S:
-                said_at = time.monotonic()
-                print(running_line(states, len(grid.environments)), flush=True)
+            if running and time.monotonic() - line_at >= EVERY_S:
+                line_at = time.monotonic()
+                print(progress_line(states, n_before, line_at - begun), flush=True)
     except BaseException:  # interrupted: no process may go on writing in the background
         try:
-            stop_notebooks([process for process, _ in running.values()])
+            stop_notebooks([process for process, *_ in running.values()])
         finally:  # also when interrupted again
-            for i in running:
+            for i in list(running):
                 state = find_state(grid.rows[i])
                 settle(i, state if state.ending else State(grid.rows[i], "stopped", "interrupted"))
         raise
     return states
 
 
-def event_line(states: list[State], i: int, at_once: int) -> str:
-    """Return how a row has ended, in one line.
+def progress_line(states: list[State], n_before: int, elapsed_s: float) -> str:
+    """Return how many rows are in each state, how far the running ones are, and how long the rest takes at this speed.
 
-    Example: [2/12] bdh_seed-2 done in 8 min, validation loss 1.2500 | 2 done, 10 waiting; about 80 min left
+    Args:
+        states: of all rows.
+        n_before: rows that were done when this start began.
+        elapsed_s: time since then, in seconds.
+
+    Example: 2 done, 2 running, 8 waiting (bdh_seed-2 at step 300, gpt2_seed-2 at step 20); about 70 min left
     """
-    state = states[i]
-    loss = state.ending.best_val_loss if state.status == "done" and state.ending else None
-    result = state.reason if loss is None else f"validation loss {loss:.4f}"
-    return (f"[{i + 1}/{len(states)}] {state.row.run} {state.status} in {duration(state.seconds)}, {result} | "
-            f"{counts(states, at_once)}")
-
-
-def running_line(states: list[State], at_once: int) -> str:
-    """Return how far the running rows are, in one line.
-
-    Example: running: bdh_seed-2 at step 300 of 600, gpt2_seed-2 | 2 done, 2 running, 8 waiting; about 70 min left
-    """
-    runs = []
-    for state in states:
-        if state.status == "running":
-            step = last_step(state.row.folder / "log.csv")
-            of = f" of {state.row.recipe.training.max_steps:,}" if state.row.recipe else ""
-            runs.append(state.row.run + (f" at step {step:,}{of}" if step is not None else ""))
-    return f"running: {', '.join(runs)} | {counts(states, at_once)}"
-
-
-def counts(states: list[State], at_once: int) -> str:
-    """Return how many rows are in each state, and when all will be done if each takes as long as those done so far."""
     n = Counter(state.status for state in states)
-    text = ", ".join(f"{n[status]} {status}" for status in STATUSES if n[status])
-    took = [state.seconds for state in states if state.status == "done" and state.begun is not None]
-    if not took or not n["running"] + n["waiting"]:
-        return text
-    each = sum(took) / len(took)
-    ahead = [max(0.0, state.begun + each - time.monotonic()) for state in states if state.status == "running"]
-    left = max([(sum(ahead) + n["waiting"] * each) / at_once, *ahead])
-    return f"{text}; about {duration(left)} left" if left >= 1 else text
+    text = ", ".join(f"{n[status]} {status}" for status in ("done", "failed", "stopped", "running", "waiting")
+                     if n[status])
+    runs = [f"{state.row.run} at step {last_step(state.row.folder / 'log.csv') or 0:,}" for state in states
+            if state.status == "running" and state.row.recipe]
+    text += f" ({', '.join(runs)})" * bool(runs)
+    n_new = n["done"] - n_before
+    left = elapsed_s / n_new * (n["running"] + n["waiting"]) if n_new else 0
+    return f"{text}; about {duration(left)} left" if left else text

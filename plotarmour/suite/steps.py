@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING
 
 from plotarmour.cli import UserError
 from plotarmour.config import Recipe, load_recipe, warn_ignored
-from plotarmour.data.batches import Windows
 from plotarmour.data.pretokenize import part_path, pre_tokenize
 from plotarmour.data.stories import PARTS, SEPARATOR, parse_split
 from plotarmour.data.tales import tell_stories, write_facts
-from plotarmour.data.token_file import TokenFile
 from plotarmour.files import publish, unfinished, write_text
 from plotarmour.machine import host
-from plotarmour.resume import read_info
 from plotarmour.run import train_run
 from plotarmour.suite.live import LiveCurves
 from plotarmour.suite.multi_gpu import check_gpus, launch
@@ -70,7 +67,7 @@ def prepare(recipe: Recipe, folder: Path, text: Path | None = None, extra_text: 
     """Write the token files of a recipe; files of the same text and settings are kept.
 
     Args:
-        recipe: resolved; only its data settings and its windows matter.
+        recipe: resolved; only its data settings matter.
         folder: for the token files.
         text: UTF-8 text to learn from; None for the built-in corpus.
         extra_text: a second test set; its stories that are also in `text` are left out.
@@ -90,17 +87,8 @@ def prepare(recipe: Recipe, folder: Path, text: Path | None = None, extra_text: 
     if text is None:
         text, paths["facts"] = tell_corpus(folder / "built-in.txt", recipe.data.corpus_stories, recipe.data.corpus_seed,
                                            (recipe.data.corpus_min_events, recipe.data.corpus_max_events))
-    files = pre_tokenize([text], recipe.data.tokenizer, folder / "tokens.bin", recipe.data.split, recipe.data.stories,
-                        replace=True)
-    paths |= dict(zip(PARTS, files, strict=True))
-    t = recipe.training
-    try:
-        for part in ("train", "val"):  # refuse a text that is too short for the recipe now, not when training begins
-            Windows(TokenFile.open(paths[part]), t.context_length, t.windows, t.seed, t.rows_per_step)
-    except UserError:
-        for path in files:
-            path.unlink()
-        raise
+    paths |= zip(PARTS, pre_tokenize([text], recipe.data.tokenizer, folder / "tokens.bin", recipe.data.split,
+                                     recipe.data.stories, replace=True), strict=True)
     if extra_text is not None:
         [paths["extra"]] = pre_tokenize([extra_text], str(paths["train"]), folder / OPTIONAL["extra"], None,
                                         recipe.data.stories, exclude=[text], replace=True)
@@ -139,9 +127,6 @@ def train_recipe(name: str, model: str, data_folder: Path, out: Path, overrides:
     """
     paths, recipe = find_prepared(data_folder), load_recipe(name, model, overrides)
     check_gpus(gpus, recipe)
-    if not isinstance(extend, bool) or not isinstance(from_step, int):
-        raise UserError(f"extend = {extend!r} and from_step = {from_step!r}; expected True or False, and a number "
-                        "(papermill: -p, not -r, which makes text of them).")
     if continue_from is not None:
         _copy_run(continue_from, out)
     back_to = from_step if from_step >= 0 else None
@@ -159,19 +144,15 @@ def _copy_run(run: Path, out: Path) -> None:
     if out.exists():
         print(f"{out} exists already: continuing it, not another copy of {run}")
         return
-    runs = sorted(path.parent.name for path in run.glob("*/run.json")) if not (run / "run.json").exists() else []
-    if runs:
-        raise UserError(f"{run} is not a run folder, but holds {', '.join(runs)}: name one of these in continue_from.")
-    read_info(run)
+    if not (run / "run.json").is_file():
+        runs = ", ".join(sorted(path.parent.name for path in run.glob("*/run.json"))) or "no run folder"
+        raise UserError(f"{run} is not a run folder; it holds {runs}. Name a folder with a run.json in continue_from.")
     temporary = unfinished(out)
     try:
         shutil.copytree(run, temporary, copy_function=shutil.copyfile)
         for folder in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
             folder.chmod(0o755)  # copytree copies the permissions of a read-only folder too
         publish(temporary, out)
-    except shutil.Error as error:  # lists all files that failed; the first is enough
-        source, _, reason = error.args[0][0]
-        raise UserError(f"{source} cannot be copied: {reason}. Check its permissions and the disk.") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -214,7 +195,5 @@ def results_folder(recipe: str, given: str = "") -> Path:
 def list_files(folder: Path) -> str:
     """Return the files below a folder with their sizes, one per line, without hidden ones."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
-    sizes = [path.stat().st_size for path in files]
-    lines = [(f"{size / 2**20:9,.1f} MiB" if size >= 2**20 else f"{size / 2**10:9,.1f} KiB")
-             + f"  {path.relative_to(folder)}" for size, path in zip(sizes, files, strict=True)]
-    return f"{folder}\n" + "\n".join(lines)
+    return "\n".join([f"{folder}, in MiB:", *(f"{path.stat().st_size / 2**20:12,.3f}  {path.relative_to(folder)}"
+                                              for path in files)])

@@ -1,5 +1,4 @@
 import json
-import shutil
 
 import pytest
 
@@ -48,29 +47,15 @@ def test_an_attached_output_is_brought_once_and_can_be_written_to(called, attach
     assert not [path for path in tmp_path.iterdir() if "unfinished" in path.name]
 
 
-def test_an_attached_output_that_cannot_be_read_is_one_line(called, attached, tmp_path, monkeypatch):
-    """Guards: half a run folder that the next start takes for a whole one."""
-    def fail(source, target, **_):
-        raise PermissionError(13, "Permission denied", source)
-
-    monkeypatch.setattr(shutil, "copyfile", fail)
-    with pytest.raises(UserError, match="cannot be copied.*Check its permissions") as refused:
-        train_recipe("tiny", "bdh", tmp_path, tmp_path / "out", continue_from=attached)
-    assert "\n" not in str(refused.value) and [path.name for path in tmp_path.iterdir()] == ["input"] and not called
-
-
 def test_a_folder_of_runs_names_those_within(called, attached, tmp_path):
     """Guards: an attached output that holds the run folder, of which is said that it is none."""
-    with pytest.raises(UserError, match=f"is not a run folder, but holds {attached.name}: name one of these"):
+    with pytest.raises(UserError, match=f"is not a run folder; it holds {attached.name}. Name"):
         train_recipe("tiny", "bdh", tmp_path, tmp_path / "out", continue_from=attached.parent)
     assert not called
 
 
 def test_parameters_reach_training_as_what_they_are(called, tmp_path):
-    """Guards: extend = "False", a text and so true; step 0 taken for no step."""
+    """Guards: step 0 taken for no step."""
     train_recipe("tiny", "bdh", tmp_path, tmp_path / "out")
     train_recipe("tiny", "bdh", tmp_path, tmp_path / "out", extend=True, from_step=0)
     assert [(call["extend"], call["from_step"]) for call in called] == [(False, None), (True, 0)]
-    for wrong in ({"extend": "False"}, {"from_step": "0"}, {"gpus": "1"}):
-        with pytest.raises(UserError, match="papermill: -p"):
-            train_recipe("tiny", "bdh", tmp_path, tmp_path / "out", **wrong)

@@ -152,14 +152,13 @@ def test_more_gpus_than_there_are_is_one_line_before_anything_starts(monkeypatch
     """Guards: two processes that fail one after the other on one GPU; a CPU taken for a GPU."""
     recipe = load_recipe("tiny", "bdh")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="gpus = 2, and torch sees 1 GPU here.*Set gpus = 1"):
+    with pytest.raises(UserError, match="gpus = 2, and torch sees 1 here; expected 1 to 1."):
         check_gpus(2, recipe)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(UserError, match="torch sees no GPU here"):
+    with pytest.raises(UserError, match="torch sees 0 here"):
         check_gpus(2, recipe)
-    for wrong in (0, "2"):
-        with pytest.raises(UserError, match="expected 1 or more"):
-            check_gpus(wrong, recipe)
+    with pytest.raises(UserError, match="gpus = 0"):
+        check_gpus(0, recipe)
     on_cpu = replace(recipe, training=replace(recipe.training, device="cpu"))
     check_gpus(2, on_cpu)
     with pytest.raises(UserError, match="4 rows per step cannot be shared out evenly among 3"):

@@ -32,16 +32,6 @@ def test_settings_of_the_corpus_beside_a_text_are_warned_of(tmp_path, token_file
         prepare(load_recipe("tiny", "bdh", overrides), tmp_path, token_files["text"])
 
 
-def test_a_text_too_short_for_one_context_leaves_no_token_files(tmp_path):
-    """Guards: a mistake that shows only when training begins; token files that the next start takes for good ones."""
-    text = tmp_path / "short.txt"
-    text.write_bytes(b"\n<|endoftext|>\n".join(b"Tom saw bird %d." % i for i in range(300)))
-    settings = [*SMALL, "tokenizer=bytes", "context_length=200", "windows=stream"]
-    with pytest.raises(UserError, match="fewer than one context of 200"):
-        prepare(load_recipe("tiny", "bdh", settings), tmp_path, text)
-    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
-
-
 @pytest.fixture
 def run(tmp_path):
     folder = tmp_path / "bdh"
