@@ -219,13 +219,13 @@ def commands() -> str:
 
 
 def summary(path: Path) -> str:
-    """Return the first clause of a module's docstring."""
+    """Return the first sentence of a module's docstring, without its full stop."""
     text = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
-    return re.split(r"[.:;](?=\s|$)", " ".join(text.split()))[0]
+    return re.split(r"\.(?=\s+[A-Z]|$)", " ".join(text.split()))[0]
 
 
 def project_map() -> str:
-    """Return the tree of the package: its modules, each with the first clause of its docstring, and its rooms."""
+    """Return the tree of the package: modules outside of folders with the first sentence of their docstrings."""
     package, lines = ROOT / "plotarmour", ["plotarmour/"]
     for path in sorted(package.glob("[!_]*.py")):
         lines.append(f"  {path.name:<16} {summary(path)}")
@@ -234,6 +234,15 @@ def project_map() -> str:
         lines += [f"  {room.name + '/':<16} {line}" if i == 0 else f"{'':<19}{line}"
                   for i, line in enumerate(textwrap.wrap(", ".join(names), 100))]
     return "```text\n" + "\n".join(lines) + "\n```"
+
+
+def modules() -> str:
+    """Return a table of all modules, each with the first sentence of its docstring."""
+    package = ROOT / "plotarmour"
+    paths = [*package.glob("[!_]*.py"), *package.glob("*/[!_]*.py"), package / "models" / "__init__.py"]
+    names = {path.relative_to(package).as_posix(): path for path in paths}
+    rows = [[f"[{name}](../plotarmour/{name})", summary(names[name])] for name in sorted(names)]
+    return table(["module", "what it does"], rows, text_columns=2)
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -254,6 +263,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "settings": settings,
     "commands": commands,
     "map": project_map,
+    "modules": modules,
 }
 
 
