@@ -41,8 +41,7 @@ SIGNATURE = 200  # numbers of a MinHash signature, at most
 SEED = 42
 BATCH_TOKENS = 2**19  # about as many are decoded at a time
 MOST_COMPARED = 50  # candidates per story: no quadratic cost where many stories follow one template
-ALL = ("all parts", "all parts")
-COUNT_COLUMNS = ("kind", "part", "other_part", "stories", "copies", "share")
+ALL = "all parts"
 EXAMPLE_COLUMNS = ("kind", "part_a", "story_a", "part_b", "story_b", "similarity", "group_stories", "text_a", "text_b")
 
 
@@ -126,14 +125,12 @@ class Duplicates:
     def table(self) -> str:
         """Return the rows of `counts` with copies, and always those about copies in the first part, as text."""
         lines = [f"{'kind':<12}{'stories':>12}{'copies':>12}{'share':>9}  where"]
-        parts = list(dict.fromkeys(row["part"] for row in self.counts if (row["part"], row["other_part"]) != ALL))
+        first = next(row["part"] for row in self.counts if row["part"] != ALL)
         for row in self.counts:
-            in_train = row["other_part"] == parts[0] and (row["part"] != parts[0] or len(parts) == 1)
-            if not row["copies"] and not in_train:
-                continue
-            where = (f"surplus in {row['part']}" if row["part"] == row["other_part"] else
-                     f"{row['part']} also in {row['other_part']}")
-            lines.append(f"{row['kind']:<12}{row['stories']:>12,}{row['copies']:>12,}{row['share']:>9.2%}  {where}")
+            part, other = row["part"], row["other_part"]
+            where = f"surplus in {part}" if part == other else f"{part} also in {other}"
+            if row["copies"] or other == first:
+                lines.append(f"{row['kind']:<12}{row['stories']:>12,}{row['copies']:>12,}{row['share']:>9.2%}  {where}")
         return "\n".join(lines)
 
 
@@ -151,12 +148,10 @@ def find_duplicates(files: dict[str, TokenFile], out: Path | None = None, thresh
         examples: maximum number per kind and two parts.
 
     Raises:
-        UserError: a threshold or number of examples out of range, or different tokenizers.
+        UserError: the threshold is out of range, or the tokenizers differ.
     """
     if not 0.7 <= threshold <= 1:
         raise UserError(f"--threshold {threshold} is too low or too high; expected 0.7 to 1.")
-    if examples < 0:
-        raise UserError(f"--examples {examples} is negative; expected 0 or more.")
     corpus = Corpus(files)
     if near:
         try:
@@ -177,8 +172,8 @@ def find_duplicates(files: dict[str, TokenFile], out: Path | None = None, thresh
         import pandas as pd
 
         for path, rows, columns in ((out, result.examples, EXAMPLE_COLUMNS),
-                                    (out.with_suffix(".counts.csv"), result.counts, COUNT_COLUMNS)):
-            write_text(path, pd.DataFrame(rows, columns=list(columns)).to_csv(index=False, lineterminator="\n"))
+                                    (out.with_suffix(".counts.csv"), result.counts, None)):
+            write_text(path, pd.DataFrame(rows, columns=columns).to_csv(index=False, lineterminator="\n"))
     return result
 
 
@@ -197,11 +192,9 @@ class Corpus:
     """
 
     def __init__(self, files: dict[str, TokenFile]):
-        tokenizers = {name: data.header["tokenizer"]["sha256"] for name, data in files.items()}
-        if len(set(tokenizers.values())) > 1:
-            raise UserError("the token files have different tokenizers ("
-                            + ", ".join(f"{name} {sha[:12]}" for name, sha in tokenizers.items())
-                            + "); expected one. Make them again with --tokenizer of the first.")
+        if len({data.header["tokenizer"]["sha256"] for data in files.values()}) > 1:
+            raise UserError(f"{', '.join(files)} have different tokenizers; expected one. Make them again with "
+                            "--tokenizer of the first.")
         self.files, self.parts = list(files.values()), list(files)
         self.sizes = np.array([data.n_stories for data in self.files])
         self.n = int(self.sizes.sum())
@@ -213,8 +206,7 @@ class Corpus:
 
     def texts(self, stories: np.ndarray) -> list[str]:
         """Return the texts of some stories."""
-        ids = [self.files[self.part_of[i]].story(int(self.place[i])).tolist() for i in stories]
-        return self.tokenizer.backend.decode_batch(ids, skip_special_tokens=False)
+        return self.tokenizer.decode_batch([self.files[self.part_of[i]].story(int(self.place[i])) for i in stories])
 
     def batches(self, stories: np.ndarray) -> Iterator[np.ndarray]:
         """Cut story numbers into batches of about `BATCH_TOKENS` tokens."""
@@ -299,12 +291,11 @@ def _compare_texts(corpus: Corpus, singles: np.ndarray, threshold: float | None,
                     new.append(i)
                     sets.append(shingles(text))
             if new:
-                matrix = RMinHash.digest_matrix_from_token_sets(sets, bands * rows, SEED)
-                flags = index.insert_matrix_and_query_duplicate_flags(matrix, len(indexed))
+                signatures = RMinHash.from_token_sets(sets, bands * rows, SEED)
+                index.insert_many(signatures, len(indexed))
                 indexed += new
-                for i, own, has_candidates in zip(new, sets, flags, strict=True):
-                    if has_candidates:
-                        join(i, own, index.query(*RMinHash.from_token_sets([own], bands * rows, SEED)))
+                for i, own, signature in zip(new, sets, signatures, strict=True):
+                    join(i, own, index.query(signature))
             bar.update(len(batch))
     return normalised, np.array([root(i) for i in range(corpus.n)]) if threshold else parents, sorted(similar)
 
@@ -321,7 +312,7 @@ def _counts(corpus: Corpus, groups: dict[str, np.ndarray]) -> list[dict]:
         present = np.zeros((len(corpus.parts), corpus.n), dtype=bool)  # which parts have a story of a group
         present[corpus.part_of, labels] = True
         if len(corpus.parts) > 1:
-            add(kind, *ALL, corpus.n, corpus.n - present.any(axis=0).sum())
+            add(kind, ALL, ALL, corpus.n, corpus.n - present.any(axis=0).sum())
         for p, part in enumerate(corpus.parts):
             add(kind, part, part, corpus.sizes[p], corpus.sizes[p] - present[p].sum())
             for q, other in enumerate(corpus.parts):

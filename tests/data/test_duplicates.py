@@ -8,7 +8,6 @@ import pytest
 from plotarmour.cli import UserError
 from plotarmour.data import duplicates
 from plotarmour.data.duplicates import (
-    COUNT_COLUMNS,
     EXAMPLE_COLUMNS,
     SEED,
     banding,
@@ -89,7 +88,7 @@ def test_tables_are_written_whole_and_nothing_else_stays(planted, tmp_path):
     assert max(sum(r["kind"] == "exact" and r["part_b"] == part for r in rows) for part in ("train", "test")) == 1
     with out.with_suffix(".counts.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == COUNT_COLUMNS and [int(row["copies"]) for row in rows][:3] == [3, 2, 1]
+    assert [int(row["copies"]) for row in rows][:3] == [3, 2, 1]
     assert "test also in train" in found.table()
 
 
@@ -158,8 +157,6 @@ def test_wrong_thresholds_and_mixed_tokenizers_are_refused(make, tmp_path):
     files = make(train=["a story", "another story of more words"])
     with pytest.raises(UserError, match="expected 0.7 to 1"):
         find_duplicates(files, threshold=0.3)
-    with pytest.raises(UserError, match="expected 0 or more"):
-        find_duplicates(files, examples=-1)
     [other] = pre_tokenize([tmp_path / "train.txt"], "bpe:258", tmp_path / "other.bin")
     with pytest.raises(UserError, match="different tokenizers"):
         find_duplicates(files | {"other": TokenFile.open(other)})
