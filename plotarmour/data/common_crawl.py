@@ -173,21 +173,21 @@ def prepare_common_crawl(crawl: Crawl, executor: str = "local", workers: int | N
         UserError: a WET file is missing or damaged, no page is kept, the text exists, or Slurm refuses a job.
     """
     start_crawl(crawl, force)
-    missing, quiet = crawl.missing(), executor == "local" and not logging_dir
+    n_missing, quiet = len(crawl.missing()), executor == "local" and not logging_dir
     steps = [FilterWet(crawl, quiet)]
     logs = logging_dir or (crawl.work / "logs" if quiet else crawl.out.with_name(f"{crawl.out.stem}.logs"))
-    options = {"tasks": len(missing), "workers": workers or (1 if executor == "local" else -1),
+    options = {"tasks": n_missing, "workers": workers or (1 if executor == "local" else -1),
                "logging_dir": str(logs / "filter"), "skip_completed": False}
     if executor == "slurm":
         return _submit_to_slurm(crawl, steps, logs, options, slurm)
     try:
-        if missing and executor == "ray":
+        if n_missing and executor == "ray":
             import ray
             from datatrove.executor.ray import RayPipelineExecutor
 
             with ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}, log_to_driver=False):
                 RayPipelineExecutor(steps, **options).run()
-        elif missing:
+        elif n_missing:
             from datatrove.executor.local import LocalPipelineExecutor
 
             if quiet:

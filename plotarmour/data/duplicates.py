@@ -47,13 +47,7 @@ EXAMPLE_COLUMNS = ("kind", "part_a", "story_a", "part_b", "story_b", "similarity
 
 @dataclass(frozen=True)
 class Overlap:
-    """Stories of one token file that another holds with the same ids.
-
-    Attributes:
-        n_stories: how many.
-        first: index of the first of them, or None.
-        first_in_other: its index in the other file, or None.
-    """
+    """How many stories of one token file another holds with the same ids; the first one's index in both, or None."""
 
     n_stories: int
     first: int | None

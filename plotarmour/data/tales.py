@@ -200,9 +200,7 @@ class Writer:
 
     def __init__(self, seed: int, index: int):
         self.bits = Philox(key=np.array([seed, index], dtype=np.uint64))
-        self.parts: list[str] = []
-        self.length = 0
-        self.nats = 0.0
+        self.text, self.nats = "", 0.0
         self.recalls: list[tuple[int, int]] = []
 
     def pick(self, choices: Pool) -> str:
@@ -212,12 +210,11 @@ class Writer:
         return choices.options[i]
 
     def say(self, text: str) -> None:
-        self.parts.append(text)
-        self.length += len(text)
+        self.text += text
 
     def recall(self, word: str) -> None:
         """Add a word that the story so far determines."""
-        self.recalls.append((self.length, self.length + len(word)))
+        self.recalls.append((len(self.text), len(self.text) + len(word)))
         self.say(word)
 
 
@@ -238,7 +235,7 @@ def tell_story(seed: int, index: int, events: tuple[int, int] = DEFAULT_EVENTS) 
     """
     writer = Writer(seed, index)
     facts = derive(writer, *events)
-    return Story("".join(writer.parts), writer.nats, facts, writer.recalls)
+    return Story(writer.text, writer.nats, facts, writer.recalls)
 
 
 def tell_stories(n: int, seed: int = 0, events: tuple[int, int] = DEFAULT_EVENTS) -> Iterator[Story]:
