@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Turn text into token files, or look at one. Stopped at any moment, the same command goes on where it was."""
+"""Turn text into token files, or inspect one. A stopped command continues when it is given again."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=HelpFormatter,
         epilog="With --split X.train.bin, X.val.bin and X.test.bin are written; bpe:N learns from the train part only. "
-               "Existing files made from the same text with the same settings are taken as they are.")
+               "Existing files of the same text and the same settings are kept.")
     parser.add_argument("text", nargs="*", type=Path, help="UTF-8 texts or patterns, in this order: plain text or "
                         ".jsonl, each also .gz; .parquet; - for plain text from standard input")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bpe:N (N entries), bytes, a folder with a "
@@ -34,19 +34,19 @@ def build_parser() -> argparse.ArgumentParser:
                         "file; a row of .jsonl or .parquet always is one")
     parser.add_argument("--text-column", default="text", help="of .jsonl and .parquet")
     parser.add_argument("--exclude", nargs="+", type=Path, default=[], metavar="TEXT",
-                        help="leave out stories that also stand in these texts, be it with other case, punctuation or "
+                        help="leave out stories that also stand in these texts, compared without case, punctuation and "
                         "spacing")
-    parser.add_argument("--errors", default="strict", help="what is not UTF-8: strict refuses the text, replace puts "
-                        "U+FFFD and counts")
+    parser.add_argument("--errors", default="strict", help="bytes that are not UTF-8: strict refuses the text, "
+                        "replace puts U+FFFD in their place and counts them")
     parser.add_argument("--bpe-bytes", type=int, default=BPE_BYTES, metavar="BYTES",
                         help="text that bpe:N learns from, at most: a sample spread over the train part")
-    parser.add_argument("--backend", default="auto", help=f"what encodes: {', '.join(BACKENDS)}; the ids are the same")
+    parser.add_argument("--backend", default="auto", help=f"encoder: {', '.join(BACKENDS)}; the ids are the same")
     parser.add_argument("--workers", type=int, default=0, help="threads that encode; 0: one per core")
     add_common(parser, "force")
     parser.add_argument("--info", type=Path, metavar="X.bin", help="print header, sizes, first story and lengths")
     parser.add_argument("--verify", nargs="?", const=True, metavar="X.bin",
-                        help="read the whole file and compare its hashes; without a name, with texts: before existing "
-                        "files are taken as they are, read them and the texts whole")
+                        help="read the whole file and compare its hashes; without a name and with texts: read existing "
+                        "files and the texts whole before the files are kept")
     return parser
 
 
@@ -67,10 +67,10 @@ def main() -> None:
         return
     if not args.text or not args.out:
         raise UserError("expected text files and --out X.bin (or --info X.bin, --verify X.bin); see --help.")
-    made = pre_tokenize(args.text, args.tokenizer, args.out, args.split, args.stories, args.exclude, args.force,
+    paths = pre_tokenize(args.text, args.tokenizer, args.out, args.split, args.stories, args.exclude, args.force,
                         verify=bool(args.verify), errors=args.errors, text_column=args.text_column,
                         bpe_bytes=args.bpe_bytes, backend=args.backend)
-    for path in made:
+    for path in paths:
         data = TokenFile.open(path)
         print(f"{path}: {data.n_tokens:,} tokens, {data.n_stories:,} stories ({path.stat().st_size / 2**20:.1f} MiB)")
     extra = [f"{data.header[key]:,} {word}" for key, word in (
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def verify(data: TokenFile) -> None:
-    """Read a token file whole, and say so."""
+    """Read a token file whole and print that it is not damaged."""
     data.verify()
     print(f"{data.path}: whole ({data.n_tokens:,} tokens, {data.n_stories:,} stories)")
 

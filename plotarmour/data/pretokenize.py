@@ -31,7 +31,7 @@ from plotarmour.data.chunks import BLOCK, Reading, read_chunks
 from plotarmour.data.encoders import BACKENDS, Differs
 from plotarmour.data.readers import STDIN, HashingReader, Source, check_text, copy_stream, find_texts, is_stream
 from plotarmour.data.sample import sample_stories
-from plotarmour.data.shards import SHARD_BYTES, Job, join_shards, write_shards
+from plotarmour.data.shards import SHARD_BYTES, Job, Join, write_shards
 from plotarmour.data.stories import PARTS, POLICIES, parse_split
 from plotarmour.data.token_file import TokenFile, open_tokenizer
 from plotarmour.data.tokenizer import Tokenizer, bpe_size, load_tokenizer, make_tokenizer
@@ -131,7 +131,12 @@ def pre_tokenize(texts: list[Path], tokenizer: str, out: Path, split: str | None
             with _cleared_after_errors(work, out, sizes):
                 job = dataclasses.replace(job, excluded=_hashes(excluded, reading))
                 known = known or _learned(job, work, tokenizer, bpe_bytes)
-                _make(job, work, known, backend, shard_bytes)
+                try:
+                    _make(job, work, known, backend, shard_bytes)
+                except Differs as difference:
+                    warnings.warn(f"{difference}: starting over with tokenizers, which is slower.", stacklevel=2)
+                    shutil.rmtree(work / "shards")
+                    _make(job, work, known, "tokenizers", shard_bytes)
                 write_json(work / "job.json", {"wanted": wanted, "moving": True})
                 for path in targets.values():
                     publish(work / path.name, path)
@@ -227,15 +232,13 @@ def _make(job: Job, work: Path, tokenizer: Tokenizer, backend: str, shard_bytes:
     """Write the final files into `work`, continuing after whole shards."""
     shards = work / "shards"
     shards.mkdir(exist_ok=True)
-    try:
-        hashes = write_shards(job, shards, tokenizer, backend, shard_bytes)
-    except Differs as difference:
-        warnings.warn(f"{difference}: starting over with tokenizers, which is slower.", stacklevel=3)
-        shutil.rmtree(shards)
-        shards.mkdir()
-        hashes = write_shards(job, shards, tokenizer, "tokenizers", shard_bytes)
-    sources = [{**source.fingerprint(), "sha256": sha256} for source, sha256 in zip(job.sources, hashes, strict=True)]
-    join_shards(job, shards, tokenizer, described(sources), work)
+    for leftover in work.glob(".*"):  # of final files that were not complete
+        leftover.unlink()
+    with Join(job, tokenizer, work) as join:
+        hashes = write_shards(job, shards, tokenizer, backend, shard_bytes, join)
+        sources = [{**source.fingerprint(), "sha256": sha256}
+                   for source, sha256 in zip(job.sources, hashes, strict=True)]
+        join.publish(described(sources))
 
 
 def described(sources: list[dict]) -> list[dict]:

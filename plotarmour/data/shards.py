@@ -1,7 +1,8 @@
 """Text to tokens by shards: each is a small complete token file for every part; the final files are their join.
 
-One thread reads and cuts, the tokenizer's own threads encode, one thread writes. A killed start leaves whole shards;
-the next start takes them and continues where the last one ends. The final files do not depend on the shards' size.
+One thread reads and cuts, the tokenizer's own threads encode, one thread writes shards, one joins them. A killed start
+leaves whole shards; the next start takes them and continues where the last one ends. The final files do not depend on
+the size of the shards.
 """
 
 import sys
@@ -20,7 +21,7 @@ from plotarmour.cli import UserError, say
 from plotarmour.data.chunks import Chunk, Reading, read_chunks
 from plotarmour.data.encoders import make_encoder
 from plotarmour.data.readers import HashingReader, Source
-from plotarmour.data.token_file import TokenFile, TokenFileWriter
+from plotarmour.data.token_file import TokenFile, TokenFileWriter, read_header
 from plotarmour.data.tokenizer import Tokenizer
 
 SHARD_BYTES = 256 * 10**6  # of text
@@ -70,8 +71,9 @@ def parts_of(hashes: np.ndarray, job: Job) -> np.ndarray:
     return parts
 
 
-def write_shards(job: Job, folder: Path, tokenizer: Tokenizer, backend: str, shard_bytes: int) -> list[str]:
-    """Encode the texts into shards, after those that an earlier start left in the folder.
+def write_shards(job: Job, folder: Path, tokenizer: Tokenizer, backend: str, shard_bytes: int,
+                 join: "Join") -> list[str]:
+    """Encode the texts into shards, after those that an earlier start left in the folder, and join them all.
 
     Args:
         job: texts and parts.
@@ -79,6 +81,7 @@ def write_shards(job: Job, folder: Path, tokenizer: Tokenizer, backend: str, sha
         tokenizer: for the ids.
         backend: see `encoders.make_encoder`.
         shard_bytes: of text in a shard, at least; it ends with a story.
+        join: gets every shard, in order.
 
     Returns:
         The SHA-256 of each text.
@@ -89,7 +92,9 @@ def write_shards(job: Job, folder: Path, tokenizer: Tokenizer, backend: str, sha
     done = _whole_shards(job, folder)
     for leftover in set(folder.iterdir()).difference(*done):  # of a shard that was not complete
         leftover.unlink()
-    first, position = TokenFile.open(done[-1][0]).header["end"] if done else (0, 0)
+    for paths in done:
+        join.add(paths)
+    first, position = read_header(done[-1][0])["end"] if done else (0, 0)
     if done and first < len(job.sources):
         say(f"going on where an earlier start was stopped: {position:,} bytes or rows into {job.sources[first].name}")
     n_bytes = sum(source.path.stat().st_size for source in job.sources)
@@ -108,13 +113,13 @@ def write_shards(job: Job, folder: Path, tokenizer: Tokenizer, backend: str, sha
             while len(writing) > (0 if full else WAITING):
                 writing.popleft().result()
             if full:
-                shard.publish((source, chunk.position))
+                join.add(shard.publish((source, chunk.position)))
                 number, size = number + 1, 0
                 shard = stack.enter_context(_Shard(job, folder, number, tokenizer))
         for future in writing:
             future.result()
         if first < len(job.sources):
-            shard.publish((len(job.sources), 0))
+            join.add(shard.publish((len(job.sources), 0)))
     return hashes
 
 
@@ -193,12 +198,13 @@ class _Shard:
             elif mine.any():
                 writer.add(ids[np.repeat(mine, counts)], counts[mine], sizes[mine])
 
-    def publish(self, end: tuple[int, int]) -> None:
-        """Complete the shard, which ends at this text and position."""
+    def publish(self, end: tuple[int, int]) -> list[Path]:
+        """Complete the shard, which ends at this text and position; return its files."""
         for writer in self.writers:
             writer.policies["end"] = end
             writer.publish([], self.n_empty, self.n_excluded, self.n_replaced)
         self.stack.close()
+        return [writer.path for writer in self.writers]
 
     def _parts(self, chunk: Chunk) -> np.ndarray:
         if chunk.hashes is None:
@@ -226,30 +232,58 @@ class _Shard:
         self.long_bytes = 0
 
 
-def join_shards(job: Job, folder: Path, tokenizer: Tokenizer, sources: list[dict], to: Path) -> None:
-    """Write the final token file of each part.
+class Join:
+    """The final token file of each part: the shards one after another, appended by a thread of its own.
 
     Args:
         job: texts and parts.
-        folder: of the shards.
         tokenizer: of the ids.
-        sources: what the header states of the texts.
-        to: folder of the final files.
+        folder: of the final files.
 
-    Raises:
-        UserError: a part without a story.
+    Use as a context manager.
     """
-    shards = [[TokenFile.open(path) for path in paths] for paths in _whole_shards(job, folder)]
-    n_stories = sum(data.n_stories for shard in shards for data in shard)
-    counts = [sum(shard[0].header[key] for shard in shards) for key in ("n_empty_dropped", "n_excluded", "n_replaced")]
-    for i, (part, path) in enumerate(job.targets.items()):
-        files = [shard[i] for shard in shards]
-        if not any(data.n_stories for data in files):
-            raise UserError(_no_story(job, part, n_stories, counts[1]))
-        with TokenFileWriter(to / path.name, tokenizer, {**job.policies, "part": part}) as writer:
-            for data in files:
-                _copy(data, writer)
-            writer.publish(sources, *counts)
+
+    def __init__(self, job: Job, tokenizer: Tokenizer, folder: Path):
+        self.job, self.counts, self.appending = job, np.zeros(3, np.int64), []
+        with ExitStack() as stack:
+            self.writers = [stack.enter_context(TokenFileWriter(folder / path.name, tokenizer,
+                                                                {**job.policies, "part": part}))
+                            for part, path in job.targets.items()]
+            self.thread = stack.enter_context(ThreadPoolExecutor(1))
+            self.stack = stack.pop_all()
+
+    def __enter__(self) -> "Join":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.thread.shutdown(cancel_futures=True)
+        self.stack.close()
+
+    def add(self, paths: list[Path]) -> None:
+        """Append a shard."""
+        self.appending.append(self.thread.submit(self._append, paths))
+
+    def _append(self, paths: list[Path]) -> None:
+        header = read_header(paths[0])  # of each part it states the same counts
+        self.counts += [header[key] for key in ("n_empty_dropped", "n_excluded", "n_replaced")]
+        for path, writer in zip(paths, self.writers, strict=True):
+            _copy(TokenFile.open(path), writer)
+
+    def publish(self, sources: list[dict]) -> None:
+        """Complete the files. Args: what their headers state of the texts.
+
+        Raises:
+            UserError: a part without a story.
+        """
+        for future in self.appending:
+            future.result()
+        n_empty, n_excluded, n_replaced = self.counts.tolist()
+        for part, writer in zip(self.job.targets, self.writers, strict=True):
+            if not writer.n_stories:
+                n_stories = sum(writer.n_stories for writer in self.writers)
+                raise UserError(_no_story(self.job, part, n_stories, n_excluded))
+        for writer in self.writers:
+            writer.publish(sources, n_empty, n_excluded, n_replaced)
 
 
 def _copy(data: TokenFile, writer: TokenFileWriter) -> None:

@@ -47,10 +47,11 @@ def stop_after(monkeypatch, n):
         return write(*args)
 
     def end(shard, *args):
-        publish(shard, *args)
+        paths = publish(shard, *args)
         left[0] -= 1
         if not left[0]:
             raise Killed
+        return paths
 
     monkeypatch.setattr(pretokenize, "write_shards", begin)
     monkeypatch.setattr(shards._Shard, "publish", end)
