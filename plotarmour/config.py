@@ -242,6 +242,9 @@ def _read_sections(path: Path, model: str) -> dict[str, dict[str, Any]]:
         raise UserError(f"{path}: {'; '.join(wrong)}; expected keys in the sections {', '.join(known)} only.")
     architecture = dict(table[model])
     own_training = architecture.pop("training", {})
+    if not isinstance(own_training, dict):
+        raise UserError(f"{path}: training = {own_training!r} in [{model}] is not a section; expected its keys in "
+                        f"[{model}.training].")
     return {"data": table["data"], "training": table["training"] | own_training, "architecture": architecture}
 
 

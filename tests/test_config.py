@@ -166,6 +166,7 @@ def test_a_recipe_of_ones_own_may_say_rows_and_auto(tmp_path):
      "text."),
     ("", "[trainig]\nseed = 1", "unknown section or key 'trainig' (did you mean 'training'?); expected keys in the "),
     ("", "[gpt]\n[bdh.training]\n", "unknown section or key 'gpt'"),
+    ("", 'training = "text"', "training = 'text' in [bdh] is not a section"),
 ])
 def test_a_recipe_of_ones_own_that_is_wrong_is_told_so_once(tmp_path, training, more, complaint):
     """Guards: a section that nobody reads because of a typing mistake; a traceback; what follows called missing."""

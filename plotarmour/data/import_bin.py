@@ -48,6 +48,8 @@ def import_bin(path: Path, tokenizer: str, out: Path, dtype: str | None = None, 
     Raises:
         UserError: the file has another format, an id is outside the vocabulary, or `out` exists.
     """
+    if out.exists() and out.samefile(path):
+        raise UserError(f"{out} is both read and written; expected another name for the token file with --out.")
     refuse_existing(out, force)
     ids = _open_ids(path, dtype, format)
     loaded = open_tokenizer(tokenizer)

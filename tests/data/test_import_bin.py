@@ -120,6 +120,10 @@ def test_token_files_and_existing_files_are_refused(write, tmp_path):
         import_bin(tmp_path / "x.bin", "bytes", tmp_path / "y.bin", "uint16")
     with pytest.raises(UserError, match="exists already"):
         import_bin(write([1, 2]), "bytes", tmp_path / "x.bin", "uint16")
+    ids = write([1, 2])
+    with pytest.raises(UserError, match="is both read and written"):
+        import_bin(ids, "bytes", ids, "uint16", force=True)
+    assert ids.stat().st_size == 4
 
 
 def test_bytes_of_imported_stories_are_those_of_their_text(tmp_path, write):
