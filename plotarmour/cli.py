@@ -146,7 +146,7 @@ def progress(total: int, unit: str, description: str, initial: int = 0, is_timed
 
 
 class ProgressLines:
-    """Progress in lines, with the part of tqdm's interface and the arguments that `progress` states."""
+    """Progress in lines. It has the two methods of tqdm, and takes the arguments, that `progress` describes."""
 
     def __init__(self, total: int, unit: str, description: str, initial: int, is_timed: bool):
         self.total, self.unit, self.description, self.initial = total, unit, description, initial

@@ -55,7 +55,7 @@ def find_machine(device: str = "auto", dtype: str = "auto") -> Machine:
         raise UserError("device cuda was asked for, but torch sees no GPU; use device=cpu, or turn the GPU on.")
     if device == "cpu" or not has_gpu:
         machine = Machine(torch.device("cpu"), torch.float32, "the CPU computes float32 fastest",
-                          f"CPU, {torch.get_num_threads()} threads ({_processor()})")
+                          f"CPU, threads: {torch.get_num_threads()} ({_processor()})")
     else:
         machine = _find_gpu()
     if dtype == "auto":

@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--recipe", help=f"one of {', '.join(recipe_names())}, or a TOML file")
     plan.add_argument("--model", help=f"one of {', '.join(KINDS)}; without it both")
     add_common(plan, "set", "device")
-    plan.add_argument("--vocab-size", type=int, metavar="V", help="entries; without it those of the recipe's tokenizer")
+    plan.add_argument("--vocab-size", type=int, metavar="V", help="entries of the tokenizer (default: the recipe's)")
     plan.add_argument("--memory-gib", type=float, metavar="G",
                       help="plan for a device of G GiB; without it this GPU's memory, or the RAM available now")
     plan.add_argument("--dtype", help="auto, float32, float16 or bfloat16; without it the recipe's")

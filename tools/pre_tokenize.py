@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=HelpFormatter,
         epilog="With --split X.train.bin, X.val.bin and X.test.bin are written; bpe:N learns from the train part only. "
                "Existing files of the same text and the same settings are kept.")
-    parser.add_argument("text", nargs="*", type=Path, help="UTF-8 texts or patterns, in this order: plain text or "
+    parser.add_argument("text", nargs="*", type=Path, help="files or patterns, read in this order: UTF-8 text or "
                         ".jsonl, each also .gz; .parquet; - for plain text from standard input")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bpe:N (N entries), bytes, a folder with a "
                         "tokenizer.json, a run folder, or a token file whose tokenizer to use")
@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", help="shares of train:val:test by story, e.g. 90:5:5 (default: no split)")
     parser.add_argument("--stories", default="endoftext", help="what makes a story in plain text: endoftext, line or "
                         "file; a row of .jsonl or .parquet always is one")
-    parser.add_argument("--text-column", default="text", help="of .jsonl and .parquet")
+    parser.add_argument("--text-column", default="text", help="column that holds the text, in .jsonl and .parquet")
     parser.add_argument("--exclude", nargs="+", type=Path, default=[], metavar="TEXT",
                         help="leave out stories that also stand in these texts, compared without case, punctuation and "
                         "spacing")
@@ -66,7 +66,8 @@ def main() -> None:
             show(TokenFile.open(args.info))
         return
     if not args.text or not args.out:
-        raise UserError("expected text files and --out X.bin (or --info X.bin, --verify X.bin); see --help.")
+        missing = "--out is missing; expected --out X.bin" if args.text else "no text is named; expected text files"
+        raise UserError(f"{missing}. Add it, or look at a token file with --info X.bin or --verify X.bin.")
     paths = pre_tokenize(args.text, args.tokenizer, args.out, args.split, args.stories, args.exclude, args.force,
                         verify=bool(args.verify), errors=args.errors, text_column=args.text_column,
                         bpe_bytes=args.bpe_bytes, backend=args.backend)

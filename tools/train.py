@@ -22,14 +22,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", required=True, help=f"one of {', '.join(recipe_names())}, or a TOML file")
     parser.add_argument("--model", required=True, help=f"one of {', '.join(KINDS)}")
     parser.add_argument("--train", type=Path, required=True, help="token file to learn from (or a text, slowly)")
-    parser.add_argument("--val", type=Path, required=True, help="token file that choices rest on")
+    parser.add_argument("--val", type=Path, required=True,
+                        help="token file for validation (best checkpoint, early stopping)")
     parser.add_argument("--out", type=Path, required=True, help="the run folder")
     add_common(parser, "set", "device")
-    parser.add_argument("--resume", default="auto", help="auto, never (refuse an existing run) or must")
-    parser.add_argument("--from-step", type=int, metavar="N", help="go back to a kept checkpoint of this step; what "
-                        "came after it is given up")
-    parser.add_argument("--extend", action="store_true", help="go on with a run whose max_steps, schedule_minutes or "
-                        "patience were others; the change is noted in run.json")
+    parser.add_argument("--resume", default="auto", help="auto (continue the run if there is one), never (refuse an "
+                        "existing run) or must (refuse to begin a new one)")
+    parser.add_argument("--from-step", type=int, metavar="N", help="go back to the kept checkpoint of this step; "
+                        "later checkpoints are deleted")
+    parser.add_argument("--extend", action="store_true", help="continue a run with a higher max_steps, "
+                        "schedule_minutes or patience; run.json records the change")
     parser.add_argument("--tokenizer", help="only where --train and --val are texts: gpt2, bytes, a folder, or a token "
                         "file whose tokenizer to use")
     return parser

@@ -300,11 +300,12 @@ def _copy(data: TokenFile, writer: TokenFileWriter) -> None:
 def _no_story(job: Job, part: str, n_stories: int, n_excluded: int) -> str:
     """Return the message for a part without a story."""
     names = ", ".join(source.name for source in job.sources[:3])
-    where = f"the {part} part of {n_stories} stories ({names})" if job.shares else names
+    where = f"{names}, with {n_stories} stories in all, leaves the {part} part empty" if job.shares else (
+        f"{names} holds no story")
     remedy = "Use more text" + (", or another --split" if job.shares else "")
     if n_excluded and not n_stories:
         remedy = f"All its {n_excluded:,} stories are left out by --exclude"
     elif n_stories < 10 and job.reading.stories == "endoftext" and any(s.kind == "text" for s in job.sources):
         remedy = ("Is there no <|endoftext|> between the stories? Then use --stories line (in a suite: --set "
                   "stories=line), or more text")
-    return f"{where} holds no story; expected at least one. {remedy}."
+    return f"{where}; expected at least one story{' in each part' if job.shares else ''}. {remedy}."

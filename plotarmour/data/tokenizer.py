@@ -145,8 +145,8 @@ def make_tokenizer(spec: str, train_stories: Iterable[str] | None = None) -> Tok
     path = Path(spec)
     if spec and path.exists():
         return load_tokenizer(path)
-    raise UserError(f"unknown tokenizer {spec!r}; expected gpt2, bpe:N (such as bpe:4096), bytes, or a folder that "
-                    "holds a tokenizer.json.")
+    raise UserError(f"unknown tokenizer {spec!r}; expected gpt2, bpe:N (such as bpe:4096), bytes, or a folder or "
+                    "token file that holds a tokenizer.")
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -1,4 +1,7 @@
-"""A throw-away third kind of model: the least that a kind of model has to be. It predicts from the last token alone."""
+"""A throw-away third kind of model: the least that training and scoring need.
+
+It predicts from the last token alone. Generation also needs `initial_state`.
+"""
 
 from dataclasses import dataclass
 
