@@ -20,8 +20,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from the most probable tokens that together "
                         "reach this probability; 1: from all")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same story")
-    parser.add_argument("--slide-to", type=int, help="how many of the last tokens are kept and read again when a "
-                        "model's positions are used up (GPT-2): 0 stops there; half its context if not given")
+    parser.add_argument("--slide-to", type=int, help="number of tokens that GPT-2 reads again when its positions "
+                        "are used up; 0 stops there (default: half its context)")
     add_common(parser, "device", "checkpoint")
     return parser
 

@@ -1,1 +1,1 @@
-"""From scored stories to tables, figures and one page."""
+"""Comparison of runs: tables, figures and a report page from scored stories."""
