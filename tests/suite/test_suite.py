@@ -93,7 +93,8 @@ def test_both_tiny_models_lie_little_above_the_corpus_and_none_below(tiny):
 BAD_TEXTS = {
     "not UTF-8": (b"b\xe9d\n", ["tokenizer=bytes"], "is not UTF-8: byte 0xe9 at offset 1, line 1"),
     "an impossible shape": (b"Tom ran.", ["tokenizer=bytes", "n_head=5"], "must be divisible by"),
-    "no story for a part": (b"Tom ran.\n<|endoftext|>\n" * 3, ["tokenizer=bytes"], "part empty; expected at least one story in each part"),
+    "no story for a part": (b"Tom ran.\n<|endoftext|>\n" * 3, ["tokenizer=bytes"],
+                            "part empty; expected at least one story in each part"),
 }
 
 
