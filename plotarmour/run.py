@@ -1,4 +1,4 @@
-"""The run folder: starts and continues runs, and puts one together from its folder.
+"""The run folder: start a run, continue it, load it.
 
     run.json            resolved recipe, seed, versions, device, fingerprints, parameter counts, git commit
     tokenizer.json      the tokenizer, so that the folder is all one needs
@@ -47,13 +47,13 @@ class Run:
     """A trained run: `load_run(folder)` gives one.
 
     Attributes:
-        folder: of the run.
+        folder: the run folder.
         model: in evaluation mode, on `machine.device`.
-        tokenizer: that the model was trained with.
+        tokenizer: the tokenizer of the training text.
         config: the resolved recipe.
-        info: run.json.
-        step: of the loaded checkpoint.
-        machine: where the model is.
+        info: the content of run.json.
+        step: the step of the loaded checkpoint.
+        machine: the device and dtype of the model.
     """
 
     folder: Path
@@ -74,14 +74,14 @@ class Run:
 
 
 def open_data(path: Path, tokenizer: str | None = None, stories: str = "endoftext") -> Tokens:
-    """Open a token file, or, slowly and with a warning, a text.
+    """Open a token file, or a text, which is slow and warns.
 
     Args:
-        path: of either.
+        path: of the token file or text.
         tokenizer: for a text: "gpt2", "bytes", a folder, or another token file's path.
 
     Raises:
-        UserError: neither, or a text without a tokenizer.
+        UserError: it is neither, or a text without a tokenizer.
     """
     is_text = path.is_file() and not looks_like_token_file(path)
     if is_text and not tokenizer:
@@ -97,90 +97,98 @@ def open_data(path: Path, tokenizer: str | None = None, stories: str = "endoftex
 def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resume: str = "auto",
               from_step: int | None = None, tokenizer: str | None = None, extend: bool = False,
               on_row: Callable[[], None] | None = None) -> Ending:
-    """Start a run, or go on with one that stopped.
+    """Start a run, or continue one that stopped.
 
     Args:
-        recipe: resolved.
+        recipe: the resolved recipe.
         train_path, val_path: token files of one tokenizer (or texts, with `tokenizer`).
         out: the run folder.
-        resume: "auto" (go on if there is a checkpoint), "never" (refuse an existing run) or "must".
+        resume: "auto" (continue if there is a checkpoint), "never" (refuse an existing run) or "must".
         from_step: go back to a kept checkpoint of this step.
         tokenizer: only for texts instead of token files.
-        extend: whether `max_steps`, `schedule_minutes` and `patience` may be others than the run began with.
+        extend: whether `max_steps`, `schedule_minutes` and `patience` may differ from those the run began with.
         on_row: called after every row of log.csv.
 
     Returns:
         How the run ended, as DONE.json or STOPPED.json holds it.
 
     Raises:
-        UserError: data that do not fit each other or the recipe, validation stories that stand in the training text,
-            a run folder of another run or one that another process trains, too little memory, or a disk that does not
-            take a checkpoint.
+        UserError: data that do not fit each other or the recipe, validation stories that are also training stories, a
+            run folder of another run or one that another process trains, too little memory, or a disk that cannot hold
+            a checkpoint.
         LostProcess: under torchrun, in all processes but the first: another one has died.
     """
     train_data, val_data = (open_data(path, tokenizer, recipe.data.stories) for path in (train_path, val_path))
-    made = train_data.tokenizer()
-    check_same_tokenizer(val_data, made.sha256, str(train_path))
+    shared_tokenizer = train_data.tokenizer()
+    check_same_tokenizer(val_data, shared_tokenizer.sha256, str(train_path))
     if val_data.header["payload_sha256"] == train_data.header["payload_sha256"]:
         raise UserError(f"{val_path} is the training text itself; expected held-out stories, such as the val part of "
                         "tools/pre_tokenize.py --split.")
     t = recipe.training
-    windows = Windows(train_data, t.context_length, t.windows, t.seed, t.rows_per_step)
-    val_windows = Windows(val_data, t.context_length, t.windows, t.seed, t.rows_per_step)
     machine = find_machine(t.device, t.dtype)
-    with within_memory("the model"):
-        model = recipe.build_model(made.vocab_size)
-    with joined(machine.device.type) as ranks, ExitStack() as held:
+    # Before `joined`: importing transformers keeps alive a process group that exists by then, and with it the
+    # connections of a process that has failed, so that the others would not notice.
+    recipe.model_config(shared_tokenizer.vocab_size)
+    with joined(machine.device.type) as ranks, ExitStack() as lock:
         info = {
             "format": RUN_FORMAT, "started": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "recipe": recipe.to_dict(), "versions": versions(), "hardware": machine.hardware,
             "device": machine.device.type, "processes": ranks.size,
             "dtype": str(machine.dtype).removeprefix("torch."), "dtype_reason": machine.reason,
-            "params": sum(p.numel() for p in model.parameters()),
-            "params_non_embedding": model.config.core_params,
-            "vocab_size": made.vocab_size, "tokenizer": {"kind": made.kind, "sha256": made.sha256},
-            "train": _fingerprint(train_path, train_data) | {"order_sha256": windows.order_sha256()},
-            "val": _fingerprint(val_path, val_data),
+            "vocab_size": shared_tokenizer.vocab_size,
+            "tokenizer": {"kind": shared_tokenizer.kind, "sha256": shared_tokenizer.sha256},
+            "train": _fingerprint(train_path, train_data), "val": _fingerprint(val_path, val_data),
         }
 
-        def claim() -> dict:
-            """Take the run folder, and see where to go on. Only the first process does."""
+        def ending_of_complete_run() -> Ending | None:
+            check_folder(out, info, resume, from_step, extend)
+            if from_step is not None or not is_done(out, t):
+                return None
+            if (out / LOCK).exists():  # of a process that was killed after it had written DONE.json
+                with suppress(OSError, UserError), locked(out / LOCK, out):
+                    pass
+            print(f"{out} is done already: nothing to do.")
+            return Ending.read(out)
+
+        ending = ranks.first(ending_of_complete_run)  # before the work that only training needs
+        if ending is not None:
+            return ending
+        windows = Windows(train_data, t.context_length, t.windows, t.seed, t.rows_per_step)
+        val_windows = Windows(val_data, t.context_length, t.windows, t.seed, t.rows_per_step)
+        with within_memory("the model"):
+            model = recipe.build_model(shared_tokenizer.vocab_size)
+        info |= {"params": sum(p.numel() for p in model.parameters()),
+                 "params_non_embedding": model.config.core_params}
+        info["train"]["order_sha256"] = windows.order_sha256()
+
+        def claim() -> tuple[Path | None, int | None]:
+            """Lock the run folder and write into it; return the checkpoint, and the rows per micro-batch if planned."""
             _check_held_out(train_data, val_data)
-            check_folder(out, info, resume, from_step, extend)  # before anything is written into it
-            if from_step is None and is_done(out, t):
-                if (out / LOCK).exists():  # of a start that was killed after it had written DONE.json
-                    with suppress(OSError, UserError), locked(out / LOCK, out):
-                        pass
-                print(f"{out} is done already: nothing to do.")
-                return {"done": Ending.read(out)}
-            held.enter_context(locked(out / LOCK, out))
+            lock.enter_context(locked(out / LOCK, out))
             checkpoint = checkpoint_to_resume(out, resume, from_step, t.max_steps)
             if from_step is not None:
                 go_back(out, from_step)
             tidy(out, checkpoint, t.keep_every)
             if checkpoint is None:
                 write_json(out / "run.json", info)
-                write_text(out / "tokenizer.json", made.json)
+                write_text(out / "tokenizer.json", shared_tokenizer.json)
             else:
                 print(f"continuing {out} from {checkpoint.name}", flush=True)
-                _restore(out / "tokenizer.json", made.json)
+                _restore(out / "tokenizer.json", shared_tokenizer.json)
                 note_changes(out, info, step_of(checkpoint))
-            fits = _what_fits(recipe, made.vocab_size, machine, ranks.size)
-            return {"checkpoint": checkpoint, "micro_batch_size": fits}
+            return checkpoint, _planned_rows(recipe, shared_tokenizer.vocab_size, machine, ranks.size)
 
-        found = ranks.first(claim)
-        if "done" in found:
-            return found["done"]
-        with within_memory("training"):  # steps are split as far as they go; a model and an optimizer's state are not
-            return train(out, model.to(machine.device), windows, val_windows, made.token_bytes, t, machine,
-                         found["checkpoint"], ranks, found["micro_batch_size"], on_row)
+        checkpoint, planned_rows = ranks.first(claim)
+        with within_memory("training"):  # a step is split where it does not fit; the optimizer's state cannot be
+            return train(out, model.to(machine.device), windows, val_windows, shared_tokenizer.token_bytes, t, machine,
+                         checkpoint, ranks, planned_rows, on_row)
 
 
 def load_run(folder: str | Path, checkpoint: str | int = "best", device: str = "auto") -> Run:
-    """Load a run with nothing but its folder at hand.
+    """Load a run from its folder, which is all that is needed.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
         checkpoint: "best" by validation loss, "latest", or a step.
         device: "auto", "cpu" or "cuda".
 
@@ -196,7 +204,7 @@ def load_run(folder: str | Path, checkpoint: str | int = "best", device: str = "
         raise UserError(f"{folder / 'tokenizer.json'} is not the tokenizer that run.json names; restore it.")
     checkpoint_folder = find_checkpoint(folder, checkpoint, files=["model.safetensors"])
     if device == "auto" and recipe.training.device == "cpu":
-        device = "cpu"  # as it was trained: there may be a GPU that this torch has no kernels for
+        device = "cpu"  # as in training: this torch may have no kernels for the GPU
     machine = find_machine(device)
     if machine.device.type == "cuda":  # a CPU scores any run in float32
         machine = find_machine(device, recipe.training.dtype)
@@ -206,8 +214,8 @@ def load_run(folder: str | Path, checkpoint: str | int = "best", device: str = "
         model = model.to(machine.device).eval()
     step = step_of(checkpoint_folder)
     if not is_complete(folder):
-        warnings.warn(f"{folder} is not finished: this is its checkpoint of step {step:,}. Go on with the command that "
-                      "started it.", stacklevel=2)
+        warnings.warn(f"{folder} is not finished: this is its checkpoint of step {step:,}. Continue it with the "
+                      "command that started it.", stacklevel=2)
     return Run(folder, model, tokenizer, recipe, info, step, machine)
 
 
@@ -218,42 +226,43 @@ def recipe_of(info: dict) -> Recipe:
                   stored["architecture"], tuple(stored["overridden"]))
 
 
-def check_same_tokenizer(data: TokenFile | TokensInMemory, sha256: str, owner: str) -> None:
-    """Raise `UserError` unless the tokens were made with the tokenizer of this hash."""
+def check_same_tokenizer(data: Tokens, sha256: str, owner: str) -> None:
+    """Raise `UserError` unless the tokens are of the tokenizer with this hash; `owner` names what has that one."""
     found = data.header["tokenizer"]
     if found["sha256"] != sha256:
         raise UserError(f"{data.path} was made with another tokenizer ({found['kind']}, {found['sha256'][:12]}) than "
                         f"{owner} ({sha256[:12]}); make it again with --tokenizer {owner}.")
 
 
-def _check_held_out(train_data: TokenFile | TokensInMemory, val_data: TokenFile | TokensInMemory) -> None:
-    """Raise `UserError` where a story stands in both: every choice rests on the validation loss."""
+def _check_held_out(train_data: Tokens, val_data: Tokens) -> None:
+    """Raise `UserError` where a story is in both files: every choice rests on the validation loss."""
     if disjoint_by_construction(train_data.header, val_data.header):
         return
-    found = overlapping_stories(train_data, val_data)
-    if found.n_stories:
-        raise UserError(f"{found.n_stories:,} of {val_data.n_stories:,} stories of {val_data.path} also stand in "
-                        f"{train_data.path} (first: story {found.first:,}, there story {found.first_in_other:,}); "
+    overlap = overlapping_stories(train_data, val_data)
+    if overlap.n_stories:
+        raise UserError(f"{overlap.n_stories:,} of {val_data.n_stories:,} stories of {val_data.path} are also in "
+                        f"{train_data.path} (first: story {overlap.first:,}, there story {overlap.first_in_other:,}); "
                         "expected none. Make the validation file again with --exclude TRAIN_TEXT, or both files from "
                         "one text with --split.")
 
 
-def _fingerprint(path: Path, data: TokenFile | TokensInMemory) -> dict:
+def _fingerprint(path: Path, data: Tokens) -> dict:
+    """Return what run.json holds of a token file."""
     return {"file": path.name, "n_tokens": data.n_tokens, "n_stories": data.n_stories,
             "payload_sha256": data.header["payload_sha256"]}
 
 
-def _what_fits(recipe: Recipe, vocab_size: int, machine: Machine, processes: int) -> int | None:
-    """Rows per micro-batch by plan, for micro_batch_size = "auto"; None where the recipe says how many."""
+def _planned_rows(recipe: Recipe, vocab_size: int, machine: Machine, processes: int) -> int | None:
+    """Return the rows per micro-batch that should fit, for micro_batch_size = "auto"; None where the recipe sets it."""
     if recipe.training.micro_batch_size != AUTO:
         return None
-    shared = processes if machine.device.type == "cpu" else 1  # GPUs have their own memory each
-    budget = memory_bytes(machine.device) // shared - RESERVE
+    sharing = processes if machine.device.type == "cpu" else 1  # each GPU has memory of its own
+    budget = memory_bytes(machine.device) // sharing - RESERVE
     return largest_micro_batch(recipe, vocab_size, machine.dtype, machine.device.type, budget) or 1
 
 
 def _restore(path: Path, text: str) -> None:
-    """Write a file of the run folder again if it is not what it was written as."""
+    """Write a file of the run folder again if its content is not what it was."""
     if not path.is_file() or path.read_bytes() != text.encode():
         warnings.warn(f"{path} was damaged or missing: written again.", stacklevel=2)
         write_text(path, text)

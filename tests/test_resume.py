@@ -125,7 +125,7 @@ def test_an_extended_run_goes_on_to_the_new_end_by_the_longer_schedule(schedule,
     log = (run / "log.csv").read_text()
     final = train(token_files, run, long, extend=True)
     assert (final.step, final.reason) == (12, "max_steps")
-    assert "continuing" in (said := capsys.readouterr().out) and "may go up again" in said
+    assert "continuing" in (said := capsys.readouterr().out) and "may rise again" in said
     assert (run / "log.csv").read_text().startswith(log)
     expected = [learning_rate(s, changed(**(short if s < 6 else long)).training) for s in range(12)]
     assert rates(run) == pytest.approx(expected, rel=1e-6) and expected[6] > expected[5]
@@ -230,7 +230,7 @@ def test_rows_that_processes_cannot_share_are_refused_first(run, tmp_path):
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_what_needs_a_run_says_so(token_files, tmp_path, options, named):
     """Guards: an option that is ignored, so that days of training begin anew; a remedy for another option."""
-    with pytest.raises(UserError, match=f"holds no run to go on with; {named} expects one. .* without {named}"):
+    with pytest.raises(UserError, match=f"holds no run to continue; {named} expects one. .* without {named}"):
         train(token_files, tmp_path / "new", **options)
     assert not (tmp_path / "new").exists()
 

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 
 from plotarmour import run as runs
@@ -51,8 +53,19 @@ def test_parts_of_one_split_are_not_looked_through(token_files, small_recipe, tm
         train_run(small_recipe, other, token_files["val"], tmp_path / "other")
 
 
+def test_of_a_complete_run_nothing_is_built_and_searched(token_files, overlapping, small_recipe, tmp_path, monkeypatch):
+    """Guards: a minute of work, and a model in memory, to find out that there is nothing to do."""
+    [whole] = pre_tokenize([token_files["text"]], str(token_files["train"]), tmp_path / "whole.bin")
+    [other] = pre_tokenize([overlapping[0]], str(token_files["train"]), tmp_path / "other.bin")
+    monkeypatch.setattr(runs, "overlapping_stories", lambda *files: SimpleNamespace(n_stories=0))
+    ending = train_run(small_recipe, whole, other, tmp_path / "run")
+    for module, name in ((runs, "overlapping_stories"), (runs, "Windows"), (type(small_recipe), "build_model")):
+        monkeypatch.setattr(module, name, lambda *args: pytest.fail("there is nothing to do"))
+    assert train_run(small_recipe, whole, other, tmp_path / "run") == ending
+
+
 @pytest.mark.parametrize(("content", "message"), [
-    (b'{"name": "a run of another program"}', "is not a run of this program: its run.json says nothing of dtype, for"),
+    (b'{"name": "a run of another program"}', "is not a run of this program: its run.json has no dtype, format"),
     (b"[1, 2]", "is not a run of this program"), (b'{"format": 1}', "is not a run of this program"),
     (b'{"format": 2}', "has run format 2; this program reads 1"), (b'{"format": 1', "run.json is damaged"),
     (b"\xff\xfe", "run.json is damaged"),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train one model on token files; goes on where an earlier start of the same run stopped.
+"""Train one model on token files; the same command continues a run that stopped.
 
 On several GPUs: torchrun --standalone --nproc-per-node 2 tools/train.py ..., with the same arguments.
 """
@@ -46,18 +46,18 @@ def main() -> None:
     from plotarmour.training.ending import Reason
 
     launched, is_first = stop_with_launcher(), os.environ.get("RANK", "0") == "0"
-    if is_first and not launched and args.tokenizer is None:  # a notebook's overrides have made the token files, too
+    if is_first and not launched and args.tokenizer is None:  # overrides of a notebook are for the token files, too
         warn_ignored(recipe, [field.name for field in fields(DataConfig)], "the token files are made already")
     try:
         ending = train_run(recipe, args.train, args.val, args.out, args.resume, args.from_step, args.tokenizer,
                            args.extend)
     except LostProcess:
-        if is_first:  # before there was anything to train: in training it says so itself, and saves
+        if is_first:  # of a loss during training, `train` itself reports, and returns an ending
             print("another process of this run has died before training began", file=sys.stderr, flush=True)
         outwait_others()
-        sys.exit(1)  # the first process says so, unless it is the one that was lost
+        sys.exit(1)
     except ToldElsewhere:
-        sys.exit(0)  # torchrun ends them all as soon as one fails, and the first has something to say
+        sys.exit(0)  # a failure here would end the first process before it reports
     if is_first and not launched:  # a notebook prints this itself
         print(f"{args.out}: {ending.label}; {ending.step:,} steps, {ending.tokens_seen:,} tokens, "
               f"{ending.elapsed_s:,.0f} s; best: {ending.best}")
@@ -66,7 +66,7 @@ def main() -> None:
     sys.stdout.flush()
     if is_first and ending.reason == Reason.LOST_PROCESS:
         outwait_others()
-    sys.exit(ending.exit_code if is_first else 0)  # as above: the first may still be saving
+    sys.exit(ending.exit_code if is_first else 0)  # a failure elsewhere would end the first process while it saves
 
 
 if __name__ == "__main__":

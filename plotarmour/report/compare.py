@@ -188,7 +188,7 @@ def differences(runs: list) -> list[str]:
               "rows per step": lambda run: f"{run.config.training.rows_per_step:,}",
               "windows": lambda run: run.config.training.windows,
               "hardware": lambda run: run.info["hardware"], "dtype": lambda run: run.info["dtype"],
-              "processes": lambda run: run.info.get("processes", 1),
+              "processes": lambda run: run.info["processes"],
               "tokens": lambda run: f"{ending.tokens_seen:,}" if (ending := endings[run.name]) else "unknown",
               "end": lambda run: ending.reason if (ending := endings[run.name]) else "unfinished"}
     lines = []

@@ -1,1 +1,1 @@
-"""The training loop, its schedule, checkpoints and log."""
+"""The training loop and its parts: step, schedule, prefetch, checkpoints, log, how a run ends."""

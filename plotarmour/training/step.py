@@ -1,4 +1,4 @@
-"""One attempted update: gradients over all micro-batches and processes, clipping, AdamW, and how it can fail.
+"""One attempted update: gradients of all micro-batches and processes, clipping, AdamW, and what can go wrong.
 
     out of memory          the step is split into more and smaller micro-batches and repeated
     a non-finite number    never reaches the optimizer
@@ -22,23 +22,23 @@ from plotarmour.training.distributed import Ranks, check_share
 from plotarmour.training.out_of_memory import is_out_of_memory, largest_divisor, release, too_large
 from plotarmour.training.prefetch import Batches
 
-EVALUATION_ROWS = 8
-LEAST_SCALE = 1.0  # of the loss under float16: 16 overflows in a row below GradScaler's first one
+EVALUATION_ROWS = 8  # per forward pass of an evaluation
+LEAST_SCALE = 1.0  # of the loss in float16; 16 overflows in a row lead there from GradScaler's first scale
 
 
 @dataclass(frozen=True)
 class Update:
-    """The result of a step: mean nats per target, count of targets, the gradient's norm before clipping."""
+    """The result of a step."""
 
-    loss: float
-    n_tokens: int
-    norm: float
-    overflowed: bool  # the scaler's scale was too high: no update
-    skipped: bool  # a non-finite loss or gradient: no update
+    loss: float  # mean nats per target
+    n_tokens: int  # targets
+    norm: float  # of the gradient, before clipping
+    overflowed: bool  # no update, because the scaler's scale was too high
+    skipped: bool  # no update, because loss or gradient were not finite
 
 
 class Updates:
-    """Take the updates of a session, in order.
+    """Takes the updates of a session, in order.
 
     Args:
         model: on the machine's device, float32, in training mode when `take` is called.
@@ -60,7 +60,7 @@ class Updates:
         self.micro_batch_size, self._batches, self._waited_s = 0, None, 0.0
 
     def begin(self, step: int, micro_batch_size: int) -> None:
-        """Start reading batches from a step on, in micro-batches of at most so many rows."""
+        """Start to read batches from a step on, in micro-batches of at most `micro_batch_size` rows."""
         self.close()
         self.micro_batch_size = largest_divisor(self.share, micro_batch_size)
         self._batches = Batches(self.windows, step, self.config.max_steps, self.micro_batch_size,
@@ -81,11 +81,11 @@ class Updates:
         """Attempt the update of a step.
 
         Args:
-            step: from 0.
+            step: index of the step, from 0.
             learning_rate: of this step.
 
         Raises:
-            UserError: it does not fit into memory, one row at a time.
+            UserError: the step does not fit into memory even one row at a time.
             LostProcess: another process has died.
         """
         optimizer, scaler = self.optimizer, self.scaler
@@ -96,8 +96,8 @@ class Updates:
         norm = clip_gradients(self.model, self.config.grad_clip)
         finite = math.isfinite(norm) and math.isfinite(loss)
         scale = scaler.get_scale()
-        # The scale does not act on the loss, so a non-finite loss is no overflow. Nor is a gradient that overflows at
-        # the least scale: it counts as non-finite, which ends the run; a lower scale would let gradients underflow.
+        # A non-finite loss is no overflow: the scale does not act on it. Nor is a gradient that overflows at the least
+        # scale: it counts as non-finite, which ends the run, because a lower scale would make gradients underflow.
         overflowed = scaler.is_enabled() and not finite and math.isfinite(loss) and scale > LEAST_SCALE
         if finite:
             self._step()
@@ -108,37 +108,39 @@ class Updates:
         return Update(loss, n_tokens, norm, overflowed, not (finite or overflowed))
 
     def _step(self) -> None:
-        full = False
+        """Update the weights."""
+        failed = False
         try:
             self.scaler.step(self.optimizer)
-        except (RuntimeError, MemoryError) as error:  # AdamW makes its state at the first step
+        except (RuntimeError, MemoryError) as error:  # AdamW allocates its state at the first step
             if not is_out_of_memory(error):
                 raise
-            full = True
-        if full:
+            failed = True
+        if failed:
             raise too_large("the optimizer's state")
 
     def _gradients(self, step: int) -> tuple[float, int]:
-        """Add up the gradients of a step, in ever smaller micro-batches until it fits; return its loss and targets."""
+        """Sum the gradients of a step, in ever smaller micro-batches until it fits; return its loss and targets."""
         while True:
             n_tokens, micro_batches = self._batches.of(step)
-            first = self.ranks.rank * len(micro_batches)  # dropout follows from a micro-batch's place in the step
-            loss, full = 0.0, False
+            first = self.ranks.rank * len(micro_batches)  # the dropout of a micro-batch follows from its number
+            loss, failed = 0.0, False
             try:
                 loss = accumulate(self.model, micro_batches, self.machine, self.scaler, (self.config.seed, step),
                                   n_tokens, first)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                full = True
-            # Not in the except clause: there the error holds the failed step's tensors.
-            loss, n_full = self.ranks.sum(loss, full)
-            if not n_full:
+                failed = True
+            # Not in the except clause, where the error still holds the tensors of the step.
+            loss, n_failed = self.ranks.sum(loss, failed)
+            if not n_failed:
                 self.ranks.sum_gradients(self.model)
                 return loss, n_tokens
             self._split_further(step)
 
     def _split_further(self, step: int) -> None:
+        """Repeat a step, in smaller micro-batches."""
         if self.micro_batch_size == 1:
             raise too_large(f"step {step + 1}")
         self.optimizer.zero_grad(set_to_none=True)
@@ -162,15 +164,15 @@ def accumulate(model: nn.Module, micro_batches: list[tuple[Tensor, Tensor]], mac
 
     Args:
         model: with `features` and `unembedding`, as in `plotarmour.models`.
-        micro_batches: int64 (inputs, targets), each (B, T); any number of padded targets.
+        micro_batches: int64 (inputs, targets), each (B, T); targets may be padded with IGNORE.
         machine: device and dtype.
-        scaler: multiplies the loss under float16.
-        dropout_seed: (seed, step); each micro-batch draws its dropout from it and its own number.
-        n_tokens: targets of the whole step, where these micro-batches are one process's share; None: of these.
-        first: the number of the first micro-batch within the step.
+        scaler: scales the loss in float16.
+        dropout_seed: (seed, step); with its number, it gives the dropout of each micro-batch.
+        n_tokens: number of targets in the whole step, where these micro-batches are one process's share.
+        first: number of the first micro-batch within the step.
 
     Returns:
-        Summed nats of these micro-batches / n_tokens: the loss, or this share's part of it.
+        Summed nats of these micro-batches / n_tokens: the loss, or this process's part of it.
     """
     if n_tokens is None:
         n_tokens = sum(int((targets != IGNORE).sum()) for _, targets in micro_batches)
@@ -179,7 +181,7 @@ def accumulate(model: nn.Module, micro_batches: list[tuple[Tensor, Tensor]], mac
         if dropout_seed is not None:
             seed, step = dropout_seed
             _seed((seed * 1_000_003 + step) * 4099 + i, machine.device)
-        # The reader has pinned them: the copy overlaps with what the GPU still computes.
+        # They are in pinned memory: the copy overlaps with what the GPU still computes.
         inputs, targets = (tensor.to(machine.device, non_blocking=True) for tensor in (inputs, targets))
         with machine.autocast:
             nats = summed_nats(model.features(inputs)[0], model.unembedding, targets)
@@ -189,10 +191,10 @@ def accumulate(model: nn.Module, micro_batches: list[tuple[Tensor, Tensor]], mac
 
 
 def clip_gradients(model: nn.Module, limit: float) -> float:
-    """Scale all gradients down to the norm `limit` where they exceed it (0: never); return the norm before."""
+    """Scale all gradients down to a norm of `limit` if they exceed it (0: never); return their norm before."""
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     before = float(norm)
-    if limit and before > limit:  # most steps of a run are under it: no pass over the gradients for them
+    if limit and before > limit:  # most steps stay below it and need no second pass
         nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
     return before
 
@@ -210,8 +212,8 @@ def evaluate_windows(model: nn.Module, windows: Windows, batches: list[list[tupl
         machine: device and dtype.
 
     Returns:
-        Summed nats, count of targets, and UTF-8 bytes these targets stand for. The model is left in the mode
-        (training or evaluation) it was in.
+        Summed nats, number of targets, and the UTF-8 bytes that these targets stand for. The model stays in the mode,
+        training or evaluation, that it was in.
     """
     was_training, nats, n_tokens, n_bytes = model.training, 0.0, 0, 0
     model.eval()
@@ -230,7 +232,7 @@ def evaluate_windows(model: nn.Module, windows: Windows, batches: list[list[tupl
 
 
 def _seed(number: int, device: torch.device) -> None:
-    """Seed as `torch.manual_seed` does, on the devices used alone: it looks for all others too, 0.4 ms each time."""
+    """Seed the CPU and the device; `torch.manual_seed` also looks for all other devices, which takes 0.4 ms."""
     torch.default_generator.manual_seed(number)
     if device.type == "cuda":
         torch.cuda.manual_seed(number)

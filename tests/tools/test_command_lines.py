@@ -145,7 +145,7 @@ BAD_CALLS = {
     "truncated token file": ("is truncated", ["--train", "SHORT"]),
     "another tokenizer": ("made with another tokenizer", ["--val", "OTHER"]),
     "unwritable": ("Not a directory", ["--out", "UNDER_A_FILE"]),
-    "nothing to resume": ("holds no run to go on with", ["--resume", "must"]),
+    "nothing to resume": ("holds no run to continue", ["--resume", "must"]),
 }
 
 

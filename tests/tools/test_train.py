@@ -72,7 +72,7 @@ def without_run_json(run):
 BAD_GOES_ON = {
     "a newer checkpoint": (newer_checkpoint, {}, [], "step_00000004 has checkpoint format 2; this program reads 1. "
                            "Continue with the newer program that wrote it."),
-    "a newer run": (newer_run, {}, [], "has run format 2; this program reads 1. Go on with the newer program"),
+    "a newer run": (newer_run, {}, [], "has run format 2; this program reads 1. Continue with the newer program"),
     "another program's": (of_another_program, {}, [], "is not a run of this program"),
     "no run.json": (without_run_json, {}, [], "is not empty and not a run folder; expected a new or empty folder"),
     "other settings": (None, {"learning_rate": 0.5, "seed": 3}, [], "seed was 0, now 3"),

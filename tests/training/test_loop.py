@@ -276,7 +276,7 @@ def test_resume_must_needs_a_checkpoint(small_recipe, token_files, tmp_path):
     """Guards: --resume must that silently starts anew."""
     run(small_recipe, token_files, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    with pytest.raises(UserError, match="no checkpoint to go on with"):
+    with pytest.raises(UserError, match="no checkpoint to continue from"):
         train_run(small_recipe, token_files["train"], token_files["val"], tmp_path / "run", "must")
 
 
