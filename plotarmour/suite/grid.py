@@ -121,14 +121,14 @@ def plan_grid(path: Path | None, recipe: str, out: Path, notebook: Path = TRAIN,
                 raise UserError(f"an earlier row has the same run, {run}; leave one out, or name both in the "
                                 "column run.")
             parameters, resolved = (_resolve(values, defaults, recipe, overrides, gpus, text) if has_recipe
-                                    else (values, None))
+                                    else ({}, None))
             if rows and resolved and resolved.data != rows[0].recipe.data:
                 raise UserError("other [data] settings than in the first row; expected the same token files for all "
                                 "rows. Put this row into a grid with another --out.")
         except UserError as error:
             wrong.append(f"{path}, line {line}: {error}" if path else str(error))
             continue
-        rows.append(Row(run, values, parameters | {"results": str(out.resolve()), "run": run}, out / run,
+        rows.append(Row(run, values, values | parameters | {"results": str(out.resolve()), "run": run}, out / run,
                         out / "notebooks" / f"{notebook.stem}_{run}.ipynb", resolved))
     if wrong:
         raise UserError("\n".join(dict.fromkeys(wrong)))

@@ -82,6 +82,12 @@ def test_a_file_that_is_no_grid_is_one_line(written, tmp_path, text, message):
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_every_cell_reaches_the_notebook_of_its_row(written, tmp_path):
+    """Guards: a column that is checked, named in the run folder, and not passed on."""
+    [row] = plan(written("model,extend,from_step\nbdh,true,10\n"), tmp_path).rows
+    assert (row.parameters["extend"], row.parameters["from_step"], row.parameters["model"]) == (True, 10, "bdh")
+
+
 @pytest.mark.parametrize(("source", "message"), [
     ("not a notebook", "is not a notebook"), (("run = ''", ()), "no cell tagged parameters"),
     (("x = 1",), "has no parameters results and run"),
