@@ -8,16 +8,15 @@ the size of the shards.
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from plotarmour.cli import UserError, say
+from plotarmour.cli import UserError, progress, say
 from plotarmour.data.chunks import Chunk, Reading, read_chunks
 from plotarmour.data.encoders import make_encoder
 from plotarmour.data.readers import HashingReader, Source
@@ -101,11 +100,10 @@ def write_shards(job: Job, folder: Path, tokenizer: Tokenizer, backend: str, sha
     encoder = make_encoder(tokenizer, backend, n_bytes)
     job = replace(job, reading=replace(job.reading, in_pieces=tokenizer.takes_pieces))
     hashes, number, size = [], len(done), 0
-    bar = tqdm(total=n_bytes, unit="B", unit_scale=True, mininterval=0.5, smoothing=0.05,
-               desc=f"pretokenize ({tokenizer.kind}, {encoder.name})")
+    bar = progress(n_bytes, "bytes", f"pretokenize ({tokenizer.kind}, {encoder.name})")
     with bar, _frequent_switches(), ExitStack() as stack, ThreadPoolExecutor(1) as thread:
         shard, writing = stack.enter_context(_Shard(job, folder, number, tokenizer)), deque()
-        for source, chunk in _ahead(_chunks(job, first, position, bar, hashes)):
+        for source, chunk in _ahead(_chunks(job, first, position, bar.update, hashes)):
             ids, counts = encoder.encode(chunk.texts)
             writing.append(thread.submit(shard.add, chunk, ids, counts))
             size += sum(chunk.sizes)
@@ -123,10 +121,11 @@ def write_shards(job: Job, folder: Path, tokenizer: Tokenizer, backend: str, sha
     return hashes
 
 
-def _chunks(job: Job, first: int, position: int, bar: tqdm, hashes: list[str]) -> Iterator[tuple[int, Chunk]]:
+def _chunks(job: Job, first: int, position: int, count: Callable[[int], object],
+            hashes: list[str]) -> Iterator[tuple[int, Chunk]]:
     """Yield the chunks from a position of text `first` on, each with the number of its text; append texts' SHA-256."""
     for i, source in enumerate(job.sources):
-        with HashingReader(source, bar.update) as reader:
+        with HashingReader(source, count) as reader:
             if i >= first:
                 for chunk in read_chunks(source, reader, job.reading, position if i == first else 0):
                     yield i, chunk
