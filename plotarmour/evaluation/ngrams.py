@@ -137,9 +137,9 @@ def _trigrams(data, start: int, stop: int, size: int) -> Iterator[tuple[np.ndarr
     for i in range(start, stop, size):
         words = np.asarray(data.tokens[i:min(stop, i + size)], dtype=np.int64)
         histories = np.append(history, words[:-1])
-        befores = np.append(before, histories[:-1])
-        befores[histories == end_of_text] = end_of_text  # instead of the last token of the story before
-        yield befores, histories, words
+        second_last = np.append(before, histories[:-1])
+        second_last[histories == end_of_text] = end_of_text  # instead of the last token of the story before
+        yield second_last, histories, words
         before, history = histories[-1], words[-1]
 
 
