@@ -34,7 +34,9 @@ def make_token_files(folder: Path) -> dict[str, Path]:
     """
     import torch
 
-    import plotarmour.run  # noqa: F401, once, for all the forks
+    import plotarmour.models.bdh  # noqa: F401, once, for all the forks
+    import plotarmour.models.hf  # noqa: F401
+    import plotarmour.run  # noqa: F401
 
     torch.set_num_threads(1)
     pid = os.fork()
