@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-LINE_EVERY_S = 30.0  # seconds between two lines of progress
+LINE_EVERY_S = 30.0  # seconds between two lines of progress outside a terminal
 OTHERS_WAIT_S = 10.0  # seconds before a process of torchrun other than the first reports its error and ends
 LAUNCHED = "PLOTARMOUR_LAUNCHED"  # set for processes that suite/multi_gpu.py starts and whose error.json it reads
 

@@ -139,6 +139,15 @@ class TrainingConfig:
         return self.rows_per_step * self.context_length
 
 
+def largest_divisor(rows: int, at_most: int) -> int:
+    """Return the largest number of rows, `at_most` or fewer, that divides `rows`.
+
+    Example:
+        largest_divisor(12, 5) is 4: micro-batches of 4 rows, 3 of them.
+    """
+    return next(n for n in range(min(rows, at_most), 0, -1) if rows % n == 0)
+
+
 def training_settings(flag: str) -> tuple[str, ...]:
     """Return the training settings that are "identity", "arm" or "extendable"."""
     return tuple(field.name for field in dataclasses.fields(TrainingConfig) if field.metadata[flag])
@@ -309,9 +318,8 @@ def _check_values(recipe: Recipe) -> list[str]:
                      f"corpus_max_events = {d.corpus_max_events}")
     rows, size = t.rows_per_step, t.micro_batch_rows
     if rows >= 1 and size >= 1 and rows % size:
-        divisor = next(n for n in range(min(size, rows), 0, -1) if rows % n == 0)
         wrong.append(f"rows_per_step = {rows} is not a multiple of micro_batch_size = {size}: set micro_batch_size to "
-                     f'{divisor} or to "auto"')
+                     f'{largest_divisor(rows, size)} or to "auto"')
     return wrong
 
 

@@ -16,10 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from plotarmour.cli import UserError
-from plotarmour.config import AUTO, Recipe
+from plotarmour.config import AUTO, Recipe, largest_divisor
 from plotarmour.loss import loss_bytes
 from plotarmour.machine import find_machine, memory_bytes
-from plotarmour.training.out_of_memory import largest_divisor
 from plotarmour.training.step import EVALUATION_ROWS
 
 FLOAT32 = 4  # bytes of a weight, a gradient and each of AdamW's two states

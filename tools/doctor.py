@@ -16,7 +16,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     plan = parser.add_argument_group("memory plan", "by arithmetic: nothing is built or allocated")
     plan.add_argument("--recipe", help=f"one of {', '.join(recipe_names())}, or a TOML file")
-    plan.add_argument("--model", help=f"one of {', '.join(KINDS)}; without it both")
+    plan.add_argument("--model", help=f"one of {', '.join(KINDS)}; without it all")
     add_common(plan, "set", "device")
     plan.add_argument("--vocab-size", type=int, metavar="V", help="entries of the tokenizer (default: the recipe's)")
     plan.add_argument("--memory-gib", type=float, metavar="G",

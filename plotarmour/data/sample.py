@@ -8,7 +8,7 @@ import numpy as np
 
 from plotarmour.data.chunks import read_chunks
 from plotarmour.data.readers import HashingReader
-from plotarmour.data.shards import Job, parts_of
+from plotarmour.data.shards import Job, targets_of
 from plotarmour.data.stories import story_hash
 
 OVERHEAD = 200  # bytes of memory for each text, beside its characters
@@ -56,7 +56,7 @@ def sample_stories(job: Job, n_bytes: int) -> Iterator[str]:
         pieces = Sample(n_bytes)  # of a long story, whose part is known at its end
         with HashingReader(source) as reader:
             for chunk in read_chunks(source, reader, reading):
-                learned = parts_of(np.array(chunk.hashes or [], np.uint64), job) == 0
+                learned = targets_of(np.array(chunk.hashes or [], np.uint64), job) == 0
                 if not chunk.piece:
                     for i in np.flatnonzero(learned):
                         sample.add(chunk.hashes[i], chunk.texts[i], chunk.sizes[i])

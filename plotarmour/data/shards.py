@@ -20,6 +20,7 @@ from plotarmour.cli import UserError, progress, say
 from plotarmour.data.chunks import Chunk, Reading, read_chunks
 from plotarmour.data.encoders import make_encoder
 from plotarmour.data.readers import HashingReader, Source
+from plotarmour.data.stories import parts_of
 from plotarmour.data.token_file import TokenFile, TokenFileWriter, read_header
 from plotarmour.data.tokenizer import Tokenizer
 
@@ -50,20 +51,21 @@ class Job:
     excluded: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
 
 
-def parts_of(hashes: np.ndarray, job: Job) -> np.ndarray:
-    """Return the part of each story.
+def targets_of(hashes: np.ndarray, job: Job) -> np.ndarray:
+    """Return the final file of each story.
 
     Args:
         hashes: uint64 (n,), `story_hash` of each story.
         job: with shares and excluded stories.
 
     Returns:
-        int64 (n,): index into `job.targets`, as `stories.part_of` decides; -1 for a story that is left out.
+        int64 (n,): index into `job.targets`, which has the parts of `stories.parts_of` whose share is not 0; -1 for a
+        story that is left out.
     """
     parts = np.zeros(len(hashes), np.int64)
     if job.shares:
-        ends = np.cumsum([share for share in job.shares if share]).astype(np.uint64)
-        parts = np.searchsorted(ends, hashes % np.uint64(sum(job.shares)), side="right")
+        index = np.cumsum([share > 0 for share in job.shares]) - 1  # among the parts that have a share
+        parts = index[parts_of(hashes, job.shares)]
     if len(job.excluded):
         nearest = np.minimum(np.searchsorted(job.excluded, hashes), len(job.excluded) - 1)
         parts[job.excluded[nearest] == hashes] = -1
@@ -208,7 +210,7 @@ class _Shard:
     def _parts(self, chunk: Chunk) -> np.ndarray:
         if chunk.hashes is None:
             return np.zeros(len(chunk.texts), np.int64)
-        parts = parts_of(np.array(chunk.hashes, np.uint64), self.job)
+        parts = targets_of(np.array(chunk.hashes, np.uint64), self.job)
         self.n_excluded += int((parts < 0).sum())
         return parts
 

@@ -9,6 +9,8 @@ are always in the same part, and the order of reading does not matter.
 import hashlib
 import re
 
+import numpy as np
+
 from plotarmour.cli import UserError
 
 SEPARATOR = b"<|endoftext|>"
@@ -81,7 +83,17 @@ def parse_split(text: str) -> tuple[int, int, int]:
     return shares
 
 
-def part_of(hashed: int, shares: tuple[int, int, int]) -> str:
-    """Return "train", "val" or "test": a pure function of `story_hash` and the shares."""
-    place = hashed % sum(shares)
-    return PARTS[0] if place < shares[0] else PARTS[1] if place < shares[0] + shares[1] else PARTS[2]
+def parts_of(hashes: np.ndarray, shares: tuple[int, int, int]) -> np.ndarray:
+    """Return the part of each story: a pure function of its hash and the shares.
+
+    Args:
+        hashes: uint64 (n,), `story_hash` of each story.
+        shares: of train, val and test.
+
+    Returns:
+        int64 (n,): index into `PARTS`.
+
+    Example (shares 2, 1, 1):
+        hashes 0, 1, 2, 3 are in train, train, val, test, and so are 4, 5, 6, 7.
+    """
+    return np.searchsorted(np.cumsum(shares).astype(np.uint64), hashes % np.uint64(sum(shares)), side="right")

@@ -51,7 +51,6 @@ class ModelConfig(Protocol):
         Source: Chowdhery et al. 2022 (PaLM), appendix B; Kaplan et al. 2020, section 2.1; nanoGPT's `estimate_mfu`.
         """
 
-
     def activation_bytes(self, batch_size: int, length: int, dtype: torch.dtype, device: str) -> int:
         """Return about how many bytes a training step's forward and backward pass hold at most, up to the features.
 

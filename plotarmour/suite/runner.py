@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from plotarmour.cli import UserError, duration
+from plotarmour.cli import LINE_EVERY_S, UserError, duration
 from plotarmour.data.token_file import TokenFile
 from plotarmour.files import locked
 from plotarmour.report.compare import write_csv
@@ -30,7 +30,6 @@ from plotarmour.training.log import last_step
 
 LOCK = ".lock"  # folder in the results folder while a grid runs
 LOOK_S = 0.2  # seconds between two looks at the processes
-EVERY_S = 30.0  # seconds between two lines about what runs
 MEASURED = ("model", "params", "params_non_embedding", "seed", "learning_rate", "max_steps", "step", "tokens_seen",
             "best_step", "best_val_loss", "val_loss", "elapsed_s", "peak_memory_mib", "hardware")
 
@@ -253,7 +252,7 @@ def _run_rows(grid: Grid) -> list[State]:
                 if process.poll() is not None:
                     free.append(environment)
                     settle(i, judge(grid.rows[i], process.returncode))
-            if running and time.monotonic() - line_at >= EVERY_S:
+            if running and time.monotonic() - line_at >= LINE_EVERY_S:
                 line_at = time.monotonic()
                 print(progress_line(states, n_before, line_at - begun), flush=True)
     except BaseException:  # interrupted: no process may go on writing in the background

@@ -26,15 +26,6 @@ def is_out_of_memory(error: BaseException) -> bool:
         "DefaultCPUAllocator", "CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"))
 
 
-def largest_divisor(rows: int, at_most: int) -> int:
-    """Return the largest number of rows, `at_most` or fewer, that divides `rows`.
-
-    Example:
-        largest_divisor(12, 5) is 4: micro-batches of 4 rows, 3 of them.
-    """
-    return next(n for n in range(min(rows, at_most), 0, -1) if rows % n == 0)
-
-
 def release() -> None:
     """Return unused memory to the device, so that smaller blocks can be allocated."""
     gc.collect()

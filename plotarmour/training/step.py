@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from plotarmour.config import TrainingConfig
+from plotarmour.config import TrainingConfig, largest_divisor
 from plotarmour.data.batches import Windows
 from plotarmour.loss import IGNORE, summed_nats
 from plotarmour.machine import Machine
 from plotarmour.training.distributed import Ranks, check_share
-from plotarmour.training.out_of_memory import is_out_of_memory, largest_divisor, release, too_large
+from plotarmour.training.out_of_memory import is_out_of_memory, release, too_large
 from plotarmour.training.prefetch import Batches
 
 EVALUATION_ROWS = 8  # per forward pass of an evaluation

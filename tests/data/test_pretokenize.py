@@ -17,7 +17,7 @@ from plotarmour.cli import UserError
 from plotarmour.data import chunks, pretokenize, shards
 from plotarmour.data.pretokenize import pre_tokenize
 from plotarmour.data.sample import sample_stories
-from plotarmour.data.stories import part_of, story_hash
+from plotarmour.data.stories import PARTS, parts_of, story_hash
 from plotarmour.data.token_file import TokenFile, TokenFileWriter
 from plotarmour.data.tokenizer import make_tokenizer
 
@@ -369,7 +369,8 @@ def test_a_long_story_is_one_story_whatever_the_split(tmp_path, monkeypatch, spl
         told = [data.tokenizer().decode(data.story(i)) for i in range(data.n_stories)]
         assert [len(t) for t in told] == data.story_bytes.tolist()
         part = data.header["part"]
-        assert told == [s.strip() for s in stories if not split or part_of(story_hash(s), shares) == part]
+        parts = parts_of(np.array(list(map(story_hash, stories)), np.uint64), shares)
+        assert told == [s.strip() for s, i in zip(stories, parts, strict=True) if not split or PARTS[i] == part]
 
 
 def test_two_processes_do_not_write_one_file(text, tmp_path, monkeypatch):
@@ -429,12 +430,12 @@ def test_bpe_learns_from_a_bounded_sample_spread_over_the_text(tmp_path):
     assert 5_000 <= sum(map(len, sample)) <= 40_000
 
 
-def test_parts_by_array_are_the_parts_of_each_story():
-    """Guards: a split that differs between the rule in stories.py and the fast one."""
+def test_stories_go_to_the_file_of_their_part_and_excluded_ones_nowhere():
+    """Guards: the file of another part where a part has no share."""
     hashes = np.random.default_rng(0).integers(0, 2**63, 1000, dtype=np.uint64) * np.uint64(2)
     for shares in ((90, 5, 5), (1, 0, 1), (7, 2, 0)):
         names = [part for part, share in zip(("train", "val", "test"), shares, strict=True) if share]
         job = shards.Job([], dict.fromkeys(names), shares, chunks.Reading(), {}, np.sort(hashes[:10]))
-        parts = shards.parts_of(hashes, job)
-        assert parts[:10].tolist() == [-1] * 10
-        assert [names[i] for i in parts[10:]] == [part_of(int(h), shares) for h in hashes[10:]]
+        targets = shards.targets_of(hashes, job)
+        assert targets[:10].tolist() == [-1] * 10
+        assert [names[i] for i in targets[10:]] == [PARTS[i] for i in parts_of(hashes[10:], shares)]

@@ -12,7 +12,7 @@ from plotarmour.data.batches import TokensInMemory
 from plotarmour.data.chunks import read_stories
 from plotarmour.data.pretokenize import pre_tokenize
 from plotarmour.data.readers import Source
-from plotarmour.data.stories import normalise, part_of, story_hash
+from plotarmour.data.stories import PARTS, normalise, parts_of, story_hash
 from plotarmour.data.token_file import HEADER_BYTES, TokenFile, TokenFileWriter, header_block
 from plotarmour.data.tokenizer import make_tokenizer
 
@@ -147,7 +147,8 @@ def test_a_bpe_learns_from_the_train_part_only(tmp_path):
     """Guards: a vocabulary that has seen the held-out stories. Only those here contain a certain word, many times."""
     stories = [f"Story number {i} of Tom." for i in range(400)]
     held_out = [f"{s} zyzzyva zyzzyva zyzzyva" for s in stories]
-    told = [h if part_of(story_hash(h), (80, 10, 10)) != "train" else s for h, s in zip(held_out, stories, strict=True)]
+    parts = parts_of(np.array([story_hash(h) for h in held_out], np.uint64), (80, 10, 10))
+    told = [h if PARTS[i] != "train" else s for h, s, i in zip(held_out, stories, parts, strict=True)]
     text = tmp_path / "t.txt"
     text.write_text("\n".join(told))
     paths = pre_tokenize([text], "bpe:290", tmp_path / "x.bin", "80:10:10", "line")

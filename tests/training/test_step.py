@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from plotarmour.cli import UserError
-from plotarmour.config import load_recipe
+from plotarmour.config import largest_divisor, load_recipe
 from plotarmour.data.batches import Windows
 from plotarmour.data.token_file import TokenFile
 from plotarmour.machine import Machine
@@ -19,7 +19,7 @@ from plotarmour.training import step as step_module
 from plotarmour.training.checkpoint import model_tensors
 from plotarmour.training.distributed import ALONE, Ranks
 from plotarmour.training.ending import Ending
-from plotarmour.training.out_of_memory import is_out_of_memory, largest_divisor
+from plotarmour.training.out_of_memory import is_out_of_memory
 from plotarmour.training.step import Updates
 
 
