@@ -40,15 +40,17 @@ def test_an_id_outside_the_vocabulary_is_a_damaged_file(place):
 
 
 def test_the_input_of_every_target_is_the_token_before_it():
-    """Guards: a loss that is not shifted by exactly one."""
+    """Guards: a loss that is not shifted by exactly one; a window that begins with end-of-text inside a story."""
     stories = data(*[list(range(1 + 7 * i, 8 + 7 * i)) for i in range(30)])
     stream = [0, *stories.tokens.tolist()]
     for kind in ("stream", "stories"):
-        windows = Windows(stories, 10, kind, seed=1, rows_per_step=3)
-        for begin, end in windows.rows_of(4):
+        windows = Windows(stories, 5, kind, seed=1, rows_per_step=3)
+        rows = [row for step in range(windows.per_epoch // 3) for row in windows.rows_of(step)]
+        for begin, end in rows:
             inputs, targets = windows.micro_batch([(begin, end)])
             assert targets[0].tolist() == stream[1 + begin:1 + end]
             assert inputs[0].tolist() == stream[begin:end]
+        assert any(stream[begin] for begin, _ in rows)  # not only windows whose first input is end-of-text
 
 
 @pytest.mark.parametrize("kind", ["stream", "stories"])

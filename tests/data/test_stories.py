@@ -38,6 +38,13 @@ def test_normalised_copies_are_in_the_same_part():
     assert sum(side(s, shares) == "train" for s in names) / 3000 == pytest.approx(0.8, abs=0.03)
 
 
+def test_parts_by_hand():
+    """Guards: shares that are off by one. Shares 2, 1, 1: hashes 0 to 3 are in train, train, val, test, and again."""
+    hashes = np.array([0, 1, 2, 3, 4, 5, 6, 7, 2**64 - 1], np.uint64)
+    assert parts_of(hashes, (2, 1, 1)).tolist() == [0, 0, 1, 2, 0, 0, 1, 2, 2]
+    assert parts_of(hashes[:4], (1, 0, 1)).tolist() == [0, 2, 0, 2]
+
+
 def test_the_part_of_a_story_is_pinned():
     """Guards: a changed hash, which would put test stories of published results into train."""
     assert [side(f"Story {i}", (80, 10, 10)) for i in range(8)] == PINNED
