@@ -139,8 +139,7 @@ def go_back(out: Path, step: int) -> None:
 def note_changes(out: Path, info: dict, step: int) -> None:
     """Record in run.json which settings, processes, hardware or versions are different from a step on."""
     before, now = ({**i["recipe"]["training"], **_circumstances(i)} for i in (read_info(out), info))
-    changed = {key: [before.get(key), now[key]] for key in now
-               if before.get(key) != now[key] and (key in EXTENDABLE or key not in training_settings("identity"))}
+    changed = {key: [before.get(key), now[key]] for key in now if before.get(key) != now[key]}
     if not changed:
         return
     longer, elsewhere = set(changed) & set(EXTENDABLE), [key for key in _circumstances(info) if key in changed]
