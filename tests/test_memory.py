@@ -54,6 +54,14 @@ def test_the_plan_is_within_a_fifth_of_what_torch_allocates(benchmark, case):
     assert plan.total == pytest.approx(measured, rel=0.2), plan
 
 
+def test_a_plan_counts_the_gradients_of_earlier_micro_batches():
+    """Guards: a plan of accumulated steps that leaves out the gradients which wait for the next micro-batch."""
+    one, two = (plan_training(load_recipe("tiny", "gpt2", ["windows=stream", "context_length=16", "micro_batch_size=1",
+                                                           f"rows_per_step={rows}"]), 8192, torch.float32, "cpu")
+                for rows in (1, 2))
+    assert two.moment == "loss" and two.parts["gradients"] == two.parts["weights"] and two.total > one.total
+
+
 def test_the_plan_follows_the_tiles_of_a_gpu(benchmark, monkeypatch):
     """Guards: a plan for a T4 made with the tiles of a CPU."""
     tiles = Tiling.for_shape

@@ -18,7 +18,7 @@ import pandas as pd
 
 from plotarmour.evaluation.scoring import story_tokens
 
-MAX_COUNTED = 50_000_000  # training tokens; more are not counted, which bounds memory to about 3 GB
+MAX_COUNTED = 50_000_000  # training tokens; more are not counted, which bounds memory to about 2 GiB
 BLOCK = 2**22  # training tokens counted at once
 SCORED = 2**22  # tokens scored at once; each such block reads the training tokens once per order
 ORDERS = ("unigram", "bigram", "trigram")
