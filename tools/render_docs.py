@@ -90,14 +90,18 @@ def pretokenize_speed() -> str:
         return statistics.median(float(row[column]) for row in rows if (row["what"], row["mb"]) == (what, mb))
 
     [plain] = [row for row in rows if row["what"] == "plain script"]
+    [opened] = [row for row in rows if row["what"] == "open"]
+    split = [float(row["mb_per_s"]) for row in rows if row["what"] == "ours with --split"]
     lines = []
     for mb in ("206", "1006"):
         ours = median("ours", mb)
         lines.append([f"{int(mb):,} MB", f"{ours:.0f} MB/s", f"{ours / float(plain['mb_per_s']):.1f}",
                       f"{median('fastokens alone', mb):,.0f} MB/s", f"{median('ours', mb, 'peak_rss_mib'):.0f} MiB"])
     return table(["TinyStories, repeated", "whole command", "times the plain script", "fastokens alone", "peak memory"],
-                 lines, text_columns=0) + (f"\n\nThe plain script encodes {float(plain['mb_per_s']):.1f} MB/s with "
-                                           f"{float(plain['peak_rss_mib']):.0f} MiB.")
+                 lines, text_columns=0) + (
+        f"\n\nThe plain script encodes {float(plain['mb_per_s']):.1f} MB/s with {float(plain['peak_rss_mib']):.0f} MiB."
+        f" With `--split`, every story is hashed as well: {min(split):.0f} to {max(split):.0f} MB/s.\nA token file of "
+        f"{float(opened['mb']) / 1000:.0f} GB opens in {float(opened['open_ms']):.1f} ms.")
 
 
 def loop_cost() -> str:
