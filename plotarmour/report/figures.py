@@ -212,7 +212,7 @@ def win_shares(shares: dict[str, pd.DataFrame], path: Path) -> Path:
     axes.set_xlabel("tokens in the story")
     axes.set_ylabel("stories won (%)")
     axes.set_title("Share of stories for which the first of a pair has fewer nats", loc="left", fontsize=11)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    axes.legend(frameon=False, fontsize=9)
     return save_figure(figure, path)
 
 

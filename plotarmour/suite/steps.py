@@ -194,6 +194,7 @@ def results_folder(recipe: str, given: str = "") -> Path:
 
 def list_files(folder: Path) -> str:
     """Return the files below a folder with their sizes, one per line, without hidden ones."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
-    return "\n".join([f"{folder}, in MiB:", *(f"{path.stat().st_size / 2**20:12,.3f}  {path.relative_to(folder)}"
-                                              for path in files)])
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    return "\n".join([f"{folder}, in MiB:",
+                      *(f"{(folder / name).stat().st_size / 2**20:12,.3f}  {name}" for name in shown)])

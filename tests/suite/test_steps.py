@@ -6,7 +6,7 @@ import pytest
 
 from plotarmour.cli import UserError
 from plotarmour.config import load_recipe
-from plotarmour.suite.steps import download_link, pack_run, prepare
+from plotarmour.suite.steps import download_link, list_files, pack_run, prepare
 from plotarmour.training.log import RunLog
 
 SMALL = ["max_steps=2", "warmup_steps=0"]
@@ -59,6 +59,14 @@ def test_a_notebook_links_to_the_zip_from_its_own_folder(run, monkeypatch):
     """Guards: a link to an absolute path, which no notebook server follows."""
     monkeypatch.chdir(run.parent)
     assert 'href=\'bdh_20261121-0934.zip\'' in download_link(run)._repr_html_()
+
+
+def test_a_list_of_files_leaves_out_hidden_folders(tmp_path):
+    """Guards: the lock of a grid among the results that a notebook lists."""
+    for name in (".lock/owner.json", ".hidden", "run/log.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x" * 2**10)
+    assert list_files(tmp_path).splitlines()[1:] == ["       0.001  run/log.csv"]
 
 
 def test_a_run_that_has_not_begun_is_refused(tmp_path):
