@@ -10,13 +10,12 @@ from plotarmour.training.checkpoint import (
     find_checkpoint,
     find_checkpoint_to_resume,
     latest_whole_step,
-    record_change,
     rewind,
     step_of,
 )
 from plotarmour.training.distributed import check_share
 from plotarmour.training.ending import DONE, Ending
-from plotarmour.training.log import last_step
+from plotarmour.training.log import last_step, record_change
 
 RUN_FORMAT = 1
 LOCK = ".lock"  # a folder in the run folder while a process trains it

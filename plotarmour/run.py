@@ -39,7 +39,7 @@ from plotarmour.training.checkpoint import find_checkpoint, load_model, step_of,
 from plotarmour.training.distributed import joined
 from plotarmour.training.ending import Ending, is_complete
 from plotarmour.training.loop import train
-from plotarmour.training.out_of_memory import within_memory
+from plotarmour.training.step import within_memory
 
 
 @dataclass(frozen=True)

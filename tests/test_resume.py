@@ -11,7 +11,7 @@ from plotarmour.config import DataConfig, Recipe, TrainingConfig
 from plotarmour.resume import check_folder, note_changes
 from plotarmour.run import load_run, train_run
 from plotarmour.training.checkpoint import FILES, find_checkpoint
-from plotarmour.training.schedule import learning_rate
+from plotarmour.training.step import learning_rate
 
 RECIPE = Recipe("small", "gpt2", DataConfig("bpe:400"),
                 TrainingConfig(context_length=24, rows_per_step=4, micro_batch_size=2, max_steps=6,

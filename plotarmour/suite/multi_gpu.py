@@ -24,8 +24,7 @@ from plotarmour.cli import LAUNCHED, UserError
 from plotarmour.config import Recipe
 from plotarmour.limits import cores
 from plotarmour.training.distributed import check_share
-from plotarmour.training.ending import Ending, Reason, ending_stamp
-from plotarmour.training.stopping import StopRequest, ask_to_stop
+from plotarmour.training.ending import Ending, Reason, StopRequest, ask_to_stop
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "train.py"
 PREFIX = "[default0]:"  # torchrun writes it before each line of the first process
@@ -71,7 +70,7 @@ def launch(recipe: Recipe, name: str, train: Path, val: Path, out: Path, overrid
     """
     options = [part for override in overrides for part in ("--set", override)]
     options += ["--extend"] * extend + (["--from-step", str(from_step)] if from_step is not None else [])
-    before, length = ending_stamp(out), _size(out / "log.csv")
+    before, length = Ending.read(out), _size(out / "log.csv")
     with tempfile.TemporaryDirectory(prefix="plotarmour_", ignore_cleanup_errors=True) as logs, StopRequest() as stop:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}",
                    "--tee=3", "--local-ranks-filter=0", f"--log-dir={logs}", str(TOOL), "--recipe", name,
@@ -101,7 +100,7 @@ def launch(recipe: Recipe, name: str, train: Path, val: Path, out: Path, overrid
                 reader.join()
         errors = _errors(Path(logs))
     ending = Ending.read(out)
-    if process.returncode and ending_stamp(out) == before:  # it is of an earlier session
+    if process.returncode and ending == before:  # it is of an earlier session
         ending = None
     mistakes = [error["message"] for error in errors if error["kind"] == "UserError"]
     if ending is None and mistakes:

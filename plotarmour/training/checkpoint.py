@@ -21,17 +21,17 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from plotarmour.cli import UserError
-from plotarmour.files import publish, sync_file, sync_folder, unfinished, write_json, write_text
-from plotarmour.training import ending
+from plotarmour.config import TrainingConfig
+from plotarmour.files import publish, sync_file, sync_folder, unfinished, write_text
+from plotarmour.training.ending import forget_ending
 
 FORMAT = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -39,7 +39,7 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict,
                     keep_every: int) -> Path:
-    """Write the checkpoint of a step, then remove those that are no longer kept.
+    """Write the checkpoint of a step, then remove those that are no longer kept; return its folder.
 
     Args:
         run: the run folder.
@@ -48,14 +48,13 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.opt
         state: JSON values for state.json; `best_step` is the step with the lowest validation loss.
         keep_every: checkpoints of multiples of this step are kept; 0 for none.
 
-    Returns:
-        The folder of the checkpoint.
-
     Raises:
         UserError: the disk is full or a write fails. Earlier checkpoints are unchanged.
     """
     folder = checkpoint_of(run, step)
-    tensors = {"model.safetensors": model_tensors(model), "optimizer.safetensors": _optimizer_tensors(model, optimizer)}
+    moments = {f"{name}/{key}": value.contiguous() for name, parameter in model.named_parameters()
+               for key, value in optimizer.state.get(parameter, {}).items()}
+    tensors = {"model.safetensors": model_tensors(model), "optimizer.safetensors": moments}
     try:
         _write(folder, tensors, state | {"step": step})
     except (OSError, SafetensorError) as error:
@@ -64,6 +63,20 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.opt
                         "mend the disk or its permissions, and give the same command again.") from None
     _prune(folder, keep_every)
     return folder
+
+
+def warn_of_low_disk(run: Path, model: nn.Module, step: int, config: TrainingConfig) -> None:
+    """Warn where the disk has no room for all the checkpoints that the rest of a run will hold at once."""
+    each = 3 * sum(p.nbytes for p in model.parameters()) + 2**21  # AdamW has two numbers per weight; 2 MiB for the rest
+    kept = config.max_steps // config.keep_every - step // config.keep_every if config.keep_every else 0
+    # The latest, the one before, the best, and one that is being written; some of them exist already.
+    wanted = kept + 4 - min(3, len(checkpoint_folders(run)))
+    free = shutil.disk_usage(run).free
+    if free < wanted * each:
+        warnings.warn(f"{run} will need up to {wanted * each / 1e6:,.0f} MB more for its checkpoints "
+                      f"({each / 1e6:,.0f} MB each), and the disk has {free / 1e6:,.0f} MB left: free some, or keep "
+                      "fewer checkpoints (keep_every). When the disk is full, training stops with what is saved.",
+                      stacklevel=2)
 
 
 def rewind(run: Path, step: int) -> None:
@@ -75,7 +88,7 @@ def rewind(run: Path, step: int) -> None:
         if step_of(folder) > step:
             _remove(folder)
     sync_folder(run / "checkpoints")
-    ending.forget_ending(run)
+    forget_ending(run)
 
 
 def tidy(run: Path, checkpoint: Path | None, keep_every: int) -> None:
@@ -84,9 +97,7 @@ def tidy(run: Path, checkpoint: Path | None, keep_every: int) -> None:
     Only the holder of the run's lock may call this, with the checkpoint that it continues from (None: a new run).
     Later checkpoints, which are damaged, stay until the next save.
     """
-    names = ("run.json", "tokenizer.json", "log.csv", "log.cut.csv", *ending.FILES)
-    leftovers = [path for name in names for path in run.glob(f".{name}.*.unfinished")]
-    for path in [*leftovers, *(run / "checkpoints").glob(".*.unfinished")]:
+    for path in [*run.glob(".*.unfinished"), *(run / "checkpoints").glob(".*.unfinished")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if checkpoint is not None and checkpoint == checkpoint_folders(run)[0]:
         _prune(checkpoint, keep_every)
@@ -103,25 +114,21 @@ def find_checkpoint(run: Path, which: str | int, files: Sequence[str] = FILES) -
     Raises:
         UserError: it does not exist, is damaged, or has a newer format.
     """
-    folders, damage = checkpoint_folders(run), None
+    folders, files = checkpoint_folders(run), ["state.json", *files]
     folder = checkpoint_of(run, which) if isinstance(which, int) else folders[0] if folders else None
-    if which == "best" and folder is not None:
-        damage = damage_of(folder, ["state.json"])
-        folder = folder if damage else _best_of(folder)
+    if which == "best" and folder is not None and damage_of(folder, ["state.json"]) is None:
+        folder = _best_of(folder)
     if folder is None or not folder.is_dir():
         raise UserError(f"{run} has no {which if isinstance(which, str) else f'step-{which}'} checkpoint; found "
-                        f"{', '.join(sorted(path.name for path in folders)) or 'none'}." + " Kept are the latest two, "
-                        "the best, and multiples of keep_every, if that is set." * isinstance(which, int))
-    damage = damage or damage_of(folder, files)
+                        f"{', '.join(sorted(path.name for path in folders)) or 'none'}. Kept are the latest two, the "
+                        "best, and multiples of keep_every, if that is set.")
+    damage = damage_of(folder, files)
     if damage is None:
         return folder
     whole = [path.name for path in folders if path != folder and damage_of(path, files) is None]
-    if not whole:
-        raise UserError(f"{damage}. No checkpoint is whole. Restore the folder from a copy, or start anew with another "
-                        "--out.")
-    raise UserError(f"{damage}. Whole checkpoints: {', '.join(whole)}. Name one of them (with --checkpoint or "
-                    "--from-step), or give the command that trained the run again: it continues from the latest whole "
-                    "one.")
+    raise UserError(f"{damage}. Whole checkpoints: {', '.join(whole) or 'none'}. Name a whole one (with --checkpoint "
+                    "or --from-step), give the command that trained the run again, which continues from the latest "
+                    "whole one, or restore the folder from a copy.")
 
 
 def find_checkpoint_to_resume(run: Path) -> Path | None:
@@ -130,21 +137,24 @@ def find_checkpoint_to_resume(run: Path) -> Path | None:
     Raises:
         UserError: there are checkpoints, but none is whole, or one has a newer format.
     """
-    checkpoint, damages = _latest_whole(run)
-    damage = "; ".join(damages)
-    if damage and checkpoint is None:
-        raise UserError(f"{run} has no whole checkpoint: {damage}. Restore the folder from a copy, or start anew with "
-                        "another --out.")
-    if damage:
-        warnings.warn(f"{damage}: continuing from the checkpoint of step {step_of(checkpoint):,} instead.",
-                      stacklevel=2)
-    return checkpoint
+    damages = []
+    for folder in checkpoint_folders(run):
+        damage = damage_of(folder)
+        if damage is None:
+            if damages:
+                warnings.warn(f"{'; '.join(damages)}: continuing from the checkpoint of step {step_of(folder):,} "
+                              "instead.", stacklevel=2)
+            return folder
+        damages.append(damage)
+    if damages:
+        raise UserError(f"{run} has no whole checkpoint: {'; '.join(damages)}. Restore the folder from a copy, or "
+                        "start anew with another --out.")
+    return None
 
 
 def latest_whole_step(run: Path) -> int | None:
     """Return the step of the latest whole checkpoint; None for a run without any."""
-    checkpoint, _ = _latest_whole(run)
-    return step_of(checkpoint) if checkpoint else None
+    return next((step_of(folder) for folder in checkpoint_folders(run) if damage_of(folder) is None), None)
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
@@ -164,8 +174,7 @@ def step_of(folder: Path) -> int:
 
 def load_model(folder: Path, model: nn.Module) -> None:
     """Load the weights of a checkpoint into a model of the same shape."""
-    tensors = load_file(folder / "model.safetensors")
-    parameters = dict(model.named_parameters())
+    tensors, parameters = load_file(folder / "model.safetensors"), dict(model.named_parameters())
     if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in parameters.items()}:
         raise UserError(f"{folder} holds the weights of another model than its run.json describes.")
     with torch.no_grad():
@@ -208,26 +217,21 @@ def damage_of(folder: Path, files: Sequence[str] = FILES) -> str | None:
     try:
         text = path.read_bytes().decode("utf-8")
         manifest = json.loads(text)
-        is_whole = sealed_json({key: value for key, value in manifest.items() if key != "sha256"}) == text
-    except FileNotFoundError:
-        return f"{path} is missing"
-    except (OSError, ValueError, RecursionError, AttributeError):
-        is_whole = False
-    if not is_whole:
-        return f"{path} is damaged"
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{folder} has checkpoint format {manifest.get('format')}; this program reads {FORMAT}. "
-                        "Continue with the newer program that wrote it.")
-    if manifest["step"] != step_of(folder) or set(manifest["files"]) != set(FILES):
-        return f"{path} is damaged (it is of step {manifest['step']:,} and names {', '.join(manifest['files'])})"
-    for name in files:
-        try:
-            if _sha256_of(folder / name) != manifest["files"][name]:
-                return f"{folder / name} is damaged (its SHA-256 is not the manifest's)"
-        except FileNotFoundError:
-            return f"{folder / name} is missing"
-        except OSError as error:  # a bad block of the disk
-            return f"{folder / name} is damaged ({error.strerror})"
+        if sealed_json({key: value for key, value in manifest.items() if key != "sha256"}) != text:
+            return f"{path} is damaged (its SHA-256 is not that of its content)"
+        if manifest["format"] != FORMAT:
+            raise UserError(f"{folder} has checkpoint format {manifest['format']}; this program reads {FORMAT}. "
+                            "Continue with the newer program that wrote it.")
+        if manifest["step"] != step_of(folder):
+            return f"{path} is damaged (it is of step {manifest['step']:,})"
+        for name in files:
+            path = folder / name
+            if _sha256_of(path) != manifest["files"][name]:
+                return f"{path} is damaged (its SHA-256 is not the manifest's)"
+    except OSError as error:
+        return f"{path} is damaged ({error.strerror})"
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError):  # no UTF-8, no JSON, no object
+        return f"{path} is damaged (it is not as this program writes it)"
     return None
 
 
@@ -237,23 +241,6 @@ def sealed_json(value: dict) -> str:
     return json.dumps(value | {"sha256": seal}, indent=2) + "\n"
 
 
-def record_change(run: Path, step: int, why: str, holds: dict | None = None, **changed: list) -> None:
-    """Append an entry to the list `changes` in run.json.
-
-    Args:
-        run: the run folder.
-        step: from which the change holds.
-        why: such as "--extend" or "out of memory".
-        holds: entries of run.json, such as the recipe, that hold from now on.
-        changed: [before, after] by setting.
-    """
-    path = run / "run.json"
-    info = json.loads(path.read_text(encoding="utf-8"))
-    utc = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    info.setdefault("changes", []).append({"utc": utc, "step": step, "why": why} | changed)
-    write_json(path, info | (holds or {}))
-
-
 def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
     """Write a checkpoint under a hidden name, then rename it."""
     temporary = unfinished(folder)
@@ -261,14 +248,10 @@ def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> 
         temporary.mkdir()
         for name, values in tensors.items():
             save_file(values, temporary / name)
-            with safe_open(temporary / name, "pt") as file:  # also compares the sizes in its header with the file's
-                if set(file.keys()) != set(values):
-                    raise OSError(None, f"{name} was not written whole")
         (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        for name in tensors:  # safetensors writes files that only their owner can read
-            with suppress(OSError):
-                shutil.copymode(temporary / "state.json", temporary / name)
         for name in FILES:
+            with suppress(OSError):  # safetensors writes files that only their owner can read
+                shutil.copymode(temporary / "state.json", temporary / name)
             sync_file(temporary / name)
         write_manifest(temporary, state["step"])  # syncs the folder, too
         log = folder.parents[1] / "log.csv"
@@ -279,22 +262,6 @@ def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> 
         publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {f"{name}/{key}": value.contiguous() for name, p in model.named_parameters()
-            for key, value in optimizer.state.get(p, {}).items()}
-
-
-def _latest_whole(run: Path) -> tuple[Path | None, list[str]]:
-    """Return the latest whole checkpoint, if there is one, and what is wrong with each later one."""
-    damages = []
-    for folder in checkpoint_folders(run):
-        damage = damage_of(folder)
-        if damage is None:
-            return folder, damages
-        damages.append(damage)
-    return None, damages
 
 
 def _best_of(latest: Path) -> Path:

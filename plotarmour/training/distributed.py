@@ -36,7 +36,10 @@ class ToldElsewhere(UserError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which process this is, and how many there are; by default the only one."""
+    """Which process this is, and how many there are; by default the only one.
+
+    What all processes do together raises `LostProcess` where one has died.
+    """
 
     rank: int = 0
     size: int = 1
@@ -47,11 +50,7 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, *numbers: float) -> list[float]:
-        """Return the sums of numbers over all processes, in float64.
-
-        Raises:
-            LostProcess: a process has died.
-        """
+        """Return the sums of numbers over all processes, in float64."""
         if self.size == 1:
             return [float(number) for number in numbers]
         total = torch.tensor(numbers, dtype=torch.float64)
@@ -59,11 +58,7 @@ class Ranks:
         return total.tolist()
 
     def sum_gradients(self, model: nn.Module) -> None:
-        """Sum the gradients over all processes, in place.
-
-        Raises:
-            LostProcess: a process has died.
-        """
+        """Sum the gradients over all processes, in place."""
         if self.size > 1:
             for parameter in model.parameters():
                 if parameter.grad is not None:
@@ -103,11 +98,7 @@ def check_share(rows_per_step: int, processes: int) -> None:
 
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
-    """Join the other processes that torchrun has started; without torchrun, train alone.
-
-    Args:
-        device: "cpu" or "cuda", of the models.
-    """
+    """Join the other processes that torchrun has started; without torchrun, train alone. The models are on `device`."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield ALONE

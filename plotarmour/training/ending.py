@@ -1,19 +1,32 @@
-"""How a run ended: the reason, the numbers at its end, and what to do next.
+"""How a run ends: after a whole step, with a reason, the numbers at its end, and what to do next.
 
 Only this module reads and writes `DONE.json` (the run is complete) and `STOPPED.json` (it can continue).
 """
 
 import json
 import math
+import os
+import signal
+import sys
+import threading
+import time
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 
+import psutil
+
+from plotarmour.config import AUTO
 from plotarmour.evaluation.metrics import perplexity
 from plotarmour.files import write_json
+from plotarmour.machine import host
 
 FILES = ("DONE.json", "STOPPED.json")
 UNTRAINED = " (before any training: no later evaluation was better)"
+# Kaggle ends sessions after 9 hours (interactive) or 12 (batch); the rest is for what comes after training.
+KAGGLE_MINUTES = {"Interactive": 510.0, "Batch": 660.0}
+
+_asked_by_thread = threading.Event()
 
 
 class Reason(StrEnum):
@@ -55,38 +68,22 @@ MEANINGS = {
 
 @dataclass(frozen=True)
 class Ending:
-    """The content of DONE.json or STOPPED.json.
-
-    Attributes:
-        reason: why the run ended.
-        step: attempted updates, over all sessions.
-        tokens_seen: training tokens, over all sessions.
-        elapsed_s: seconds of training, over all sessions.
-        train_loss: nats per token since the row of log.csv before the last.
-        val_loss: nats per token of the last evaluation.
-        best_step, best_val_loss: of the evaluation with the lowest loss.
-        skipped_steps: steps without an update because a value was not finite.
-        scaler_overflows: steps without an update because float16 overflowed.
-        peak_memory_mib: of the last session.
-        last_checkpoint: step of the latest checkpoint.
-        micro_batch_size: rows per forward pass at the end.
-        input_wait_s: seconds that the last session waited for batches.
-    """
+    """The content of DONE.json or STOPPED.json."""
 
     reason: Reason
-    step: int
-    tokens_seen: int
-    elapsed_s: float
-    train_loss: float | None
-    val_loss: float | None
-    best_step: int
+    step: int  # attempted updates, over all sessions
+    tokens_seen: int  # training tokens, over all sessions
+    elapsed_s: float  # of training, over all sessions
+    train_loss: float | None  # nats per token since the row of log.csv before the last
+    val_loss: float | None  # nats per token of the last evaluation
+    best_step: int  # of the evaluation with the lowest loss
     best_val_loss: float
-    skipped_steps: int
-    scaler_overflows: int
-    peak_memory_mib: float | None
-    last_checkpoint: int
-    micro_batch_size: int
-    input_wait_s: float
+    skipped_steps: int  # without an update because a value was not finite
+    scaler_overflows: int  # steps without an update because float16 overflowed
+    peak_memory_mib: float | None  # of the last session
+    last_checkpoint: int  # step of the latest checkpoint
+    micro_batch_size: int  # rows per forward pass at the end
+    input_wait_s: float  # that the last session waited for batches
 
     @classmethod
     def read(cls, folder: Path) -> "Ending | None":
@@ -149,7 +146,58 @@ def forget_ending(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def ending_stamp(folder: Path) -> tuple[tuple[int, int], ...]:
-    """Return inode and time of the files that say how a run ended; it changes whenever one is written."""
-    stats = [(folder / name).stat() for name in FILES if (folder / name).exists()]
-    return tuple((stat.st_ino, stat.st_mtime_ns) for stat in stats)
+class StopRequest:
+    """Turns SIGINT and SIGTERM into a request to finish the step and save; a second signal stops at once.
+
+    The request ends with the context: the next one begins without it.
+    """
+
+    def __init__(self):
+        self._reason: Reason | None = None
+        self._handlers: dict = {}
+
+    @property
+    def asked(self) -> Reason | None:
+        """The signal, or None."""
+        return self._reason or (Reason.SIGINT if _asked_by_thread.is_set() else None)
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other thread
+            self._handlers = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._reason = self.asked
+        _asked_by_thread.clear()
+
+    def _handle(self, number: int, frame) -> None:
+        if self._reason:
+            raise KeyboardInterrupt
+        self._reason = Reason(f"signal {signal.Signals(number).name}")
+        if sys.stderr is not None and sys.stderr.isatty():  # os.write: the signal may have interrupted a print
+            os.write(sys.stderr.fileno(), b"\nfinishing the step, then saving; once more stops at once\n")
+
+
+def ask_to_stop() -> None:
+    """Ask the training in this process, now or later, to stop as after SIGINT; for threads, which get no signals."""
+    _asked_by_thread.set()
+
+
+def session_minutes(max_minutes: float | str) -> float:
+    """Return how many minutes this session may train from now on; 0 for no limit.
+
+    Args:
+        max_minutes: of the recipe. AUTO is no limit except on Kaggle, where the session's clock also runs while text
+            is prepared.
+    """
+    if max_minutes != AUTO:
+        return max_minutes
+    if host() != "kaggle":
+        return 0.0
+    limit = KAGGLE_MINUTES.get(os.environ.get("KAGGLE_KERNEL_RUN_TYPE", ""), min(KAGGLE_MINUTES.values()))
+    process = psutil.Process()
+    # The oldest ancestor, because a notebook's kernel may have been restarted and a command started late.
+    began = min(ancestor.create_time() for ancestor in (process, *process.parents()))
+    return max(1.0, limit - (time.time() - began) / 60)

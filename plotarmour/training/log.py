@@ -1,13 +1,18 @@
-"""`log.csv`: one row per logged step, in a fixed order of columns; an empty cell means "not measured"."""
+"""What a run writes down as it goes: a row of `log.csv` per logged step, and in `run.json` what changes on the way.
+
+The columns of `log.csv` have a fixed order; an empty cell means "not measured".
+"""
 
 import csv
 import io
+import json
 import warnings
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plotarmour.cli import UserError
-from plotarmour.files import write_text
+from plotarmour.files import write_json, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,13 +30,10 @@ class RunLog:
         path: of log.csv.
         step: the step of the checkpoint that training continues from. Later rows move to log.cut.csv beside it.
         n_rows: number of rows when that checkpoint was saved, if known. Rows beyond it move, too.
-
-    Attributes:
-        n_rows: number of rows now.
     """
 
     def __init__(self, path: Path, step: int, n_rows: int | None = None):
-        self.path, self.n_rows = path, 0
+        self.path, self.n_rows = path, 0  # now
         if path.exists():
             self._cut(step, n_rows)
         else:
@@ -44,16 +46,13 @@ class RunLog:
         """Write one row at once, values by column name.
 
         Raises:
-            KeyError: an unknown column.
+            ValueError: an unknown column.
             UserError: the disk is full or damaged.
         """
-        unknown = set(values) - set(COLUMNS)
-        if unknown:
-            raise KeyError(f"no such log columns: {sorted(unknown)}")
-        row = [f"{value:.7g}" if isinstance(value, float) else value for value in map(values.get, COLUMNS)]
+        row = {name: f"{value:.7g}" if isinstance(value, float) else value for name, value in values.items()}
         try:
             with self.path.open("a", encoding="utf-8", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerow(row)
+                csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
             self.n_rows += 1
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror}. Free some disk space, or mend the disk "
@@ -63,20 +62,16 @@ class RunLog:
     def _cut(self, step: int, n_rows: int | None) -> None:
         """Keep the rows up to a step, and move everything else to log.cut.csv."""
         lines, unfinished = _lines(self.path)
-        kept, cut = [], []
-        for line in lines:
-            is_kept = (at := _step(line)) is not None and at <= step and (n_rows is None or len(kept) < n_rows)
-            (kept if is_kept else cut).append(line)
-        cut += [unfinished] if unfinished else []
+        kept = [line for line in lines if (at := _step(line)) is not None and at <= step][:n_rows]
         self.n_rows = len(kept)
-        if cut:
+        if unfinished or len(kept) < len(lines):
             cut_path = self.path.with_name("log.cut.csv")
             before, _ = _lines(cut_path)
-            # A start that was killed at this point has already moved them; no two rows are equal in every column.
-            new = [line for line in cut if line not in before]
-            if new:
-                write_text(cut_path, "".join(f"{line}\n" for line in [HEADER, *before, *new]))
-            write_text(self.path, "".join(f"{line}\n" for line in [HEADER, *kept]))
+            # No two rows are equal in every column: a start that was killed at this point has already moved them.
+            known = {*kept, *before}
+            cut = [line for line in [*lines, unfinished] if line and line not in known]
+            write_text(cut_path, "\n".join([HEADER, *before, *cut, ""]))
+            write_text(self.path, "\n".join([HEADER, *kept, ""]))
 
 
 def read_log(path: Path) -> "pd.DataFrame":
@@ -97,6 +92,23 @@ def read_log(path: Path) -> "pd.DataFrame":
 def last_step(path: Path) -> int | None:
     """Return the step of the last row of a log.csv; None where there is no row."""
     return next((step for line in reversed(_lines(path)[0]) if (step := _step(line)) is not None), None)
+
+
+def record_change(run: Path, step: int, why: str, holds: dict | None = None, **changed: list) -> None:
+    """Append an entry to the list `changes` in run.json.
+
+    Args:
+        run: the run folder.
+        step: from which the change holds.
+        why: such as "--extend" or "out of memory".
+        holds: entries of run.json, such as the recipe, that hold from now on.
+        changed: [before, after] by setting.
+    """
+    path = run / "run.json"
+    info = json.loads(path.read_text(encoding="utf-8"))
+    utc = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    info.setdefault("changes", []).append({"utc": utc, "step": step, "why": why} | changed)
+    write_json(path, info | (holds or {}))
 
 
 def _lines(path: Path) -> tuple[list[str], str]:

@@ -21,15 +21,12 @@ from plotarmour.config import TrainingConfig
 from plotarmour.data.batches import Windows
 from plotarmour.evaluation.metrics import totals
 from plotarmour.machine import Machine, peak_memory, peak_memory_mib
-from plotarmour.training.checkpoint import checkpoint_of, load_training, record_change, save_checkpoint
+from plotarmour.training.checkpoint import checkpoint_of, load_training, save_checkpoint, warn_of_low_disk
 from plotarmour.training.distributed import ALONE, LostProcess, Ranks
-from plotarmour.training.ending import Ending, Reason, forget_ending
-from plotarmour.training.log import RunLog
-from plotarmour.training.out_of_memory import is_out_of_memory, release, too_large, warn_of_low_disk
+from plotarmour.training.ending import Ending, Reason, StopRequest, forget_ending, session_minutes
+from plotarmour.training.log import RunLog, record_change
 from plotarmour.training.progress import TIMED_STEPS, Pace, unused_hardware
-from plotarmour.training.schedule import learning_rate
-from plotarmour.training.step import EVALUATION_ROWS, Update, Updates, evaluate_windows
-from plotarmour.training.stopping import StopRequest, session_minutes
+from plotarmour.training.step import EVALUATION_ROWS, Updates, evaluate_windows, learning_rate, too_large, try_to_fit
 
 NON_FINITE_IN_A_ROW = 10  # skipped steps that end a run
 
@@ -60,8 +57,8 @@ def train(run: Path, model: nn.Module, windows: Windows, val_windows: Windows, t
             that cannot hold a checkpoint.
         LostProcess: another process of this run has died, and this one is not the first.
     """
-    session = _Session(run, model, windows, val_windows, token_bytes, config, machine, ranks, on_row)
-    session.begin(resume_from, first_micro_batch_size)
+    session = _Session(run, model, windows, val_windows, token_bytes, config, machine, resume_from, ranks,
+                       first_micro_batch_size, on_row)
     with StopRequest() as stop:
         try:
             return session.end(session.train(stop))
@@ -98,41 +95,30 @@ class TrainingState:
     n_targets: int = 0  # of these steps
     log_rows: int | None = None  # rows in log.csv
     micro_batch_size: tuple[int | str | None, int | None] = (None, None)  # the recipe's, and what memory allowed
-    evaluation_s: float = 0.0  # of the last evaluation
-    save_s: float = 0.0  # of the last checkpoint
+    took_s: dict = field(default_factory=lambda: {"evaluation": 0.0, "save": 0.0})  # the last one of each
     scaler: dict = field(default_factory=dict)  # of torch's GradScaler; empty without float16
 
 
-@dataclass
 class _Session:
     """One process's part of a run: from its start, or a checkpoint, to where it ends or stops."""
 
-    run: Path
-    model: nn.Module
-    windows: Windows
-    val_windows: Windows
-    token_bytes: np.ndarray | None
-    config: TrainingConfig
-    machine: Machine
-    ranks: Ranks
-    on_row: Callable[[], None] | None
-
-    def begin(self, resume_from: Path | None, first_micro_batch_size: int | None) -> None:
-        """Load the checkpoint, if there is one, and get ready for the next step."""
-        config, self.is_new = self.config, resume_from is None
-        self.updates = Updates(self.model, self.windows, config, self.machine, self.ranks)
-        self.state, self.last_checkpoint = TrainingState(), 0
-        if resume_from is not None:
-            self._load(resume_from)
-        state, self.has_forecast = self.state, False
-        self.pace = Pace(config, session_minutes(config.max_minutes), state.elapsed_s, state.evaluation_s, state.save_s)
-        self.val_rows, self.evaluation_rows = self.val_windows.first_rows(config.eval_tokens), EVALUATION_ROWS
-        if self.machine.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.machine.device)
-        if self.ranks.is_first:
-            forget_ending(self.run)
-            warn_of_low_disk(self.run, self.model, state.step, config)
-            self.log = RunLog(self.run / "log.csv", -1 if self.is_new else state.step, state.log_rows)
+    def __init__(self, run: Path, model: nn.Module, windows: Windows, val_windows: Windows,
+                 token_bytes: np.ndarray | None, config: TrainingConfig, machine: Machine, resume_from: Path | None,
+                 ranks: Ranks, first_micro_batch_size: int | None, on_row: Callable[[], None] | None):
+        self.run, self.model, self.windows, self.val_windows, self.token_bytes = (
+            run, model, windows, val_windows, token_bytes)
+        self.config, self.machine, self.ranks, self.on_row = config, machine, ranks, on_row
+        self.updates = Updates(model, windows, config, machine, ranks)
+        self.state = state = TrainingState() if resume_from is None else self._load(resume_from)
+        self.last_checkpoint = state.step
+        self.pace = Pace(config, session_minutes(config.max_minutes), state.elapsed_s, state.took_s)
+        self.val_rows, self.evaluation_rows = val_windows.first_rows(config.eval_tokens), EVALUATION_ROWS
+        if machine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(machine.device)
+        if ranks.is_first:
+            forget_ending(run)
+            warn_of_low_disk(run, model, state.step, config)
+            self.log = RunLog(run / "log.csv", -1 if resume_from is None else state.step, state.log_rows)
         # What memory allowed stays in force while the recipe's setting is the same: the bits depend on it.
         before, allowed = state.micro_batch_size
         self.updates.begin(state.step, allowed if before == config.micro_batch_size else
@@ -143,26 +129,25 @@ class _Session:
         state, config = self.state, self.config
         with progress(config.max_steps, "steps", self.run.name, state.step, is_timed=False,
                       is_shown=self.ranks.is_first) as self.bar:
-            if self.is_new:
+            is_new = state.evaluated_step is None
+            # Or the run was killed between its last checkpoint and DONE.json.
+            if is_new or (state.evaluated_step != state.step and self._end()):
                 self.write_row(None, None, self.evaluate())
                 self.save()
             elif state.best_val_loss == math.inf:  # --from-step to a step without an evaluation; the best one is gone
                 self.evaluate()
             self.model.train()
-            reason = self._end_of_schedule()  # for a run that was killed between its last checkpoint and DONE.json
-            if reason and state.evaluated_step != state.step:
-                self.write_row(None, None, self.evaluate())
-                self.save()
-            if reason is None and self._is_out_of_patience():
-                reason = Reason.EARLY_STOPPING
+            reason = self._end()
             while reason is None:
-                rate, update = self.take_step()
-                end = self._end_of_schedule()
+                rate, norm = self.take_step()
+                end = self._end()
                 measured = self.evaluate() if end or state.step % config.eval_interval == 0 else {}
                 if measured or state.step % config.log_interval == 0:
-                    self.write_row(rate, update.norm, measured)
+                    self.write_row(rate, norm, measured)
+                if measured:  # it may have used up the schedule's minutes, or the patience
+                    end = end or self._end()
+                reason = self._reason_to_stop(end, stop.asked)
                 is_best = bool(measured) and state.best_step == state.step
-                reason = self._reason_to_stop(end, bool(measured), stop.asked)
                 is_due = reason or state.step % config.checkpoint_interval == 0
                 if is_best or (is_due and reason != Reason.NON_FINITE):
                     self.save()
@@ -170,8 +155,8 @@ class _Session:
                     self._print_forecast()
         return reason
 
-    def take_step(self) -> tuple[float, Update]:
-        """Attempt one update; return its learning rate and its result."""
+    def take_step(self) -> tuple[float, float]:
+        """Attempt one update; return its learning rate and the norm of its gradient."""
         state, updates, begun = self.state, self.updates, time.perf_counter()
         rate, size = learning_rate(state.step, self.config, self._schedule_s()), updates.micro_batch_size
         update = updates.take(state.step, rate)
@@ -189,16 +174,16 @@ class _Session:
         left = f", {duration(self.pace.session_left_s(state.step))} left" if self.pace.steps else ""
         self.bar.set_postfix_str(f"loss {update.loss:.3f}, {self.pace.rate():,.0f} tokens/s{left}", refresh=False)
         self.bar.update()
-        return rate, update
+        return rate, update.norm
 
     def evaluate(self) -> dict:
         """Score the validation windows; return the columns of the log that result."""
         state = self.state
-        with self.pace.timing("evaluation_s"):
+        with self.pace.timing("evaluation"):
             share = self._evaluate_share()
             n_failed, nats, n_tokens, n_bytes = self.ranks.sum(share is None, *(share or (0, 0, 0)))
         if n_failed:  # raised in all processes, so that the first one reports it
-            raise too_large("evaluation")
+            raise too_large("one row of an evaluation")
         result = totals(nats, n_tokens, n_bytes)
         state.val_loss, state.evaluated_step = result["loss"], state.step
         if state.val_loss < state.best_val_loss:
@@ -229,10 +214,9 @@ class _Session:
         state = self.state
         if self.ranks.is_first:
             state.elapsed_s, state.log_rows = self.pace.elapsed_s, self.log.n_rows
-            state.evaluation_s, state.save_s = self.pace.took["evaluation_s"], self.pace.took["save_s"]
             state.micro_batch_size = (self.config.micro_batch_size, self.updates.micro_batch_size)
             state.scaler = self.updates.scaler.state_dict()
-            with self.pace.timing("save_s"):
+            with self.pace.timing("save"):
                 save_checkpoint(self.run, state.step, self.model, self.updates.optimizer, asdict(state),
                                 self.config.keep_every)
         self.last_checkpoint = state.step
@@ -249,58 +233,50 @@ class _Session:
             ending.write(self.run)
         return ending
 
-    def _load(self, checkpoint: Path) -> None:
+    def _load(self, checkpoint: Path) -> TrainingState:
         """Load weights, optimizer state and numbers of a checkpoint."""
-        self.state = state = TrainingState(**load_training(checkpoint, self.model, self.updates.optimizer))
-        self.last_checkpoint = state.step
+        state = TrainingState(**load_training(checkpoint, self.model, self.updates.optimizer))
         if not checkpoint_of(self.run, state.best_step).is_dir():  # after --from-step
             is_evaluated = state.evaluated_step == state.step
             state.best_step, state.best_val_loss = state.step, state.val_loss if is_evaluated else math.inf
         if self.updates.scaler.is_enabled():
             self.updates.scaler.load_state_dict(state.scaler)
+        return state
 
     def _evaluate_share(self) -> tuple[float, int, int] | None:
         """Score this process's share of the validation rows, in smaller batches where memory runs out.
 
         None: even one row at a time does not fit.
         """
-        rows = self.val_rows[self.ranks.rank::self.ranks.size]
-        while self.evaluation_rows:
+        rows, share = self.val_rows[self.ranks.rank::self.ranks.size], None
+        while share is None and self.evaluation_rows:
             batches = [rows[i:i + self.evaluation_rows] for i in range(0, len(rows), self.evaluation_rows)]
-            try:
-                return evaluate_windows(self.model, self.val_windows, batches, self.token_bytes, self.machine)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            self.evaluation_rows //= 2
-            release()
-        return None
+            share = try_to_fit(lambda: evaluate_windows(self.model, self.val_windows, batches, self.token_bytes,
+                                                        self.machine))
+            if share is None:
+                self.evaluation_rows //= 2
+        return share
 
-    def _end_of_schedule(self) -> Reason | None:
-        """Return why the schedule has ended; None where it has not."""
-        if self.state.step >= self.config.max_steps:
+    def _end(self) -> Reason | None:
+        """Return why the run is complete; None where it is not."""
+        t = self.config
+        if self.state.step >= t.max_steps:
             return Reason.MAX_STEPS
-        minutes = self.config.schedule_minutes
-        return Reason.SCHEDULE_MINUTES if minutes and self._schedule_s() >= 60 * minutes else None
+        if t.schedule_minutes and self._schedule_s() >= 60 * t.schedule_minutes:
+            return Reason.SCHEDULE_MINUTES
+        return Reason.EARLY_STOPPING if 0 < t.patience <= self.state.evaluations_without_improvement else None
 
-    def _reason_to_stop(self, end: Reason | None, is_evaluated: bool, asked: Reason | None) -> Reason | None:
+    def _reason_to_stop(self, end: Reason | None, asked: Reason | None) -> Reason | None:
         """Return why to stop after this step, the same in all processes; None to go on."""
         is_over = bool(self.pace.minutes) and self.pace.session_s > 60 * self.pace.minutes - self._ahead_s()
         n_asked, is_over = self.ranks.sum(asked is not None, is_over and self.ranks.is_first)
         if self.state.non_finite_in_a_row >= NON_FINITE_IN_A_ROW:
             return Reason.NON_FINITE
-        if is_evaluated:  # the evaluation itself may have used up the schedule's minutes
-            end = end or self._end_of_schedule()
         if end:
             return end
-        if is_evaluated and self._is_out_of_patience():
-            return Reason.EARLY_STOPPING
         if n_asked:
             return asked or Reason.SIGNAL_ELSEWHERE
         return Reason.TIME_BUDGET if is_over else None
-
-    def _is_out_of_patience(self) -> bool:
-        return 0 < self.config.patience <= self.state.evaluations_without_improvement
 
     def _schedule_s(self) -> float:
         """Seconds of the schedule that are used: those that have passed, and those that its end will take.
@@ -313,7 +289,7 @@ class _Session:
 
     def _ahead_s(self) -> float:
         """Seconds from one decision to continue until the next one is carried out: save, step, evaluation, save."""
-        return self.pace.step_s + self.pace.took["evaluation_s"] + 2 * self.pace.took["save_s"]
+        return self.pace.step_s + self.pace.took_s["evaluation"] + 2 * self.pace.took_s["save"]
 
     def _record_split(self, before: int, now: int) -> None:
         """Record and print that steps consist of smaller micro-batches from now on."""
@@ -325,13 +301,11 @@ class _Session:
                 f"instead of {share // before} of {before}")
 
     def _print_forecast(self) -> None:
-        """Print once, after some timed steps, when the run will end and what it uses of the machine."""
-        if self.has_forecast or self.pace.steps < TIMED_STEPS or not self.ranks.is_first:
+        """Print, after some timed steps of one size, when the run will end and what it uses of the machine."""
+        if self.pace.steps != TIMED_STEPS or not self.ranks.is_first:
             return
-        self.has_forecast, device = True, self.machine.device
-        waited = self.updates.waited_s / max(self.pace.session_s, 1e-9)
+        device, waited = self.machine.device, self.updates.waited_s / max(self.pace.session_s, 1e-9)
         can_grow = self.updates.micro_batch_size < self.updates.share
         parts = [self.pace.forecast(self.state.step), peak_memory(device),
-                 f"{waited:.1%} of the time waiting for batches",
-                 unused_hardware(device, self.ranks.size, can_grow)]
+                 f"{waited:.1%} of the time waiting for batches", unused_hardware(device, self.ranks.size, can_grow)]
         say(f"{self.run.name}: {'; '.join(part for part in parts if part)}")

@@ -21,13 +21,12 @@ class Pace:
         config: the training part of a recipe.
         minutes: limit of this session; 0 for none.
         before_s: seconds of earlier sessions.
-        evaluation_s, save_s: seconds of the last evaluation and checkpoint of an earlier session.
+        took_s: seconds of the last "evaluation" and the last "save"; `timing` changes it.
     """
 
-    def __init__(self, config: TrainingConfig, minutes: float = 0.0, before_s: float = 0.0, evaluation_s: float = 0.0,
-                 save_s: float = 0.0):
-        self.config, self.minutes, self.before_s, self.start = config, minutes, before_s, time.perf_counter()
-        self.took = {"evaluation_s": evaluation_s, "save_s": save_s}
+    def __init__(self, config: TrainingConfig, minutes: float, before_s: float, took_s: dict[str, float]):
+        self.config, self.minutes, self.before_s, self.took_s = config, minutes, before_s, took_s
+        self.start = time.perf_counter()
         self._recent: deque[tuple[float, int]] = deque([(self.start, 0)], maxlen=50)
         self.forget()
 
@@ -37,6 +36,7 @@ class Pace:
 
     @property
     def session_s(self) -> float:
+        """Seconds of this session."""
         return time.perf_counter() - self.start
 
     @property
@@ -51,10 +51,10 @@ class Pace:
 
     @contextmanager
     def timing(self, what: str) -> Iterator[None]:
-        """Time an evaluation ("evaluation_s") or a checkpoint ("save_s")."""
+        """Time an "evaluation" or a "save"."""
         begun = time.perf_counter()
         yield
-        self.took[what] = time.perf_counter() - begun
+        self.took_s[what] = time.perf_counter() - begun
 
     def count(self, n_tokens: int, seconds: float) -> None:
         """Count a step, with the seconds it took without evaluation and checkpoint."""
@@ -71,8 +71,8 @@ class Pace:
     def left_s(self, step: int) -> float:
         """Return the seconds until the schedule ends, evaluations and checkpoints included."""
         t, (evaluations, saves) = self.config, coming(step, self.config)
-        left = ((t.max_steps - step) * self.step_s + evaluations * self.took["evaluation_s"]
-                + saves * self.took["save_s"])
+        left = ((t.max_steps - step) * self.step_s + evaluations * self.took_s["evaluation"]
+                + saves * self.took_s["save"])
         if t.schedule_minutes:
             left = min(left, max(0.0, 60 * t.schedule_minutes - self.elapsed_s))
         return left
@@ -85,11 +85,10 @@ class Pace:
     def forecast(self, step: int) -> str:
         """Return what the rest of the run consists of and when it ends, in one line."""
         t, left, (evaluations, saves) = self.config, self.left_s(step), coming(step, self.config)
-        at_most = "up to " if saves > (t.max_steps - step) // t.checkpoint_interval else ""
         line = (f"{duration(left)} to go, until {clock_time(left)}"
                 f"{', or until early stopping' if t.patience else ''}: {t.max_steps - step:,} steps of "
-                f"{self.step_s:.2g} s, {evaluations:,} evaluations of {self.took['evaluation_s']:.2g} s, {at_most}"
-                f"{saves:,} checkpoints of {self.took['save_s']:.2g} s; "
+                f"{self.step_s:.2g} s, {evaluations:,} evaluations of {self.took_s['evaluation']:.2g} s, up to "
+                f"{saves:,} checkpoints of {self.took_s['save']:.2g} s; "
                 f"{self._tokens / max(self._steps_s, 1e-9):,.0f} tokens/s")
         if t.schedule_minutes:
             line += f"; the schedule ends after {t.schedule_minutes:g} minutes in all"
@@ -104,13 +103,12 @@ def coming(step: int, t: TrainingConfig) -> tuple[int, int]:
     Example (max_steps = 10, eval_interval = 4, checkpoint_interval = 3, step = 0):
         evaluations at 4, 8, 10; checkpoints there and at 3, 6, 9.
     """
-    def multiples(n: int) -> int:
-        return t.max_steps // n - step // n
+    def multiples(n: int) -> int:  # after this step; the last step counts as one
+        return -(-t.max_steps // n) - step // n if step < t.max_steps else 0
 
-    every, save, both = t.eval_interval, t.checkpoint_interval, math.lcm(t.eval_interval, t.checkpoint_interval)
-    last = step < t.max_steps and t.max_steps % every > 0  # an evaluation that no interval asks for
-    evaluations = multiples(every) + last
-    return evaluations, multiples(every) + multiples(save) - multiples(both) + (last and t.max_steps % save > 0)
+    both = math.lcm(t.eval_interval, t.checkpoint_interval)
+    evaluations = multiples(t.eval_interval)
+    return evaluations, evaluations + multiples(t.checkpoint_interval) - multiples(both)
 
 
 def clock_time(in_s: float) -> str:
@@ -124,7 +122,7 @@ def unused_hardware(device: torch.device, processes: int, can_grow: bool) -> str
 
     Args:
         device: that computes.
-        processes: number of processes that train together, one per GPU.
+        processes: that train together, one per GPU.
         can_grow: whether a micro-batch may hold more rows.
     """
     if device.type != "cuda":

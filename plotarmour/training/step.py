@@ -1,4 +1,4 @@
-"""One attempted update: gradients of all micro-batches and processes, clipping, AdamW, and what can go wrong.
+"""One attempted update: learning rate, gradients of all micro-batches and processes, clipping, AdamW, and failures.
 
     out of memory          the step is split into more and smaller micro-batches and repeated
     a non-finite number    never reaches the optimizer
@@ -7,19 +7,24 @@
 `evaluate_windows` is the forward pass alone, over validation windows.
 """
 
+import gc
 import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from plotarmour.cli import UserError
 from plotarmour.config import TrainingConfig, largest_divisor
 from plotarmour.data.batches import Windows
 from plotarmour.loss import IGNORE, summed_nats
 from plotarmour.machine import Machine
 from plotarmour.training.distributed import Ranks, check_share
-from plotarmour.training.out_of_memory import is_out_of_memory, release, too_large
 from plotarmour.training.prefetch import Batches
 
 EVALUATION_ROWS = 8  # per forward pass of an evaluation
@@ -46,9 +51,6 @@ class Updates:
         config: the training part of a recipe.
         machine: device and dtype.
         ranks: which of several processes this is.
-
-    Attributes:
-        micro_batch_size: rows per micro-batch now; 0 before `begin`.
     """
 
     def __init__(self, model: nn.Module, windows: Windows, config: TrainingConfig, machine: Machine, ranks: Ranks):
@@ -57,32 +59,27 @@ class Updates:
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
         check_share(config.rows_per_step, ranks.size)
         self.share = config.rows_per_step // ranks.size
-        self.micro_batch_size, self._batches, self._waited_s = 0, None, 0.0
+        self.micro_batch_size, self._batches = 0, None
+        self.waited_s = 0.0  # for batches; near zero where reading keeps up
 
     def begin(self, step: int, micro_batch_size: int) -> None:
         """Start to read batches from a step on, in micro-batches of at most `micro_batch_size` rows."""
         self.close()
         self.micro_batch_size = largest_divisor(self.share, micro_batch_size)
-        self._batches = Batches(self.windows, step, self.config.max_steps, self.micro_batch_size,
-                                (self.ranks.rank, self.ranks.size), pinned=self.machine.device.type == "cuda")
+        self._batches = Batches(self.windows, step, self.config.max_steps, self.micro_batch_size, self.ranks,
+                                pinned=self.machine.device.type == "cuda")
 
     def close(self) -> None:
         """Stop reading ahead."""
         if self._batches is not None:
             self._batches.close()
-            self._waited_s, self._batches = self.waited_s, None
 
-    @property
-    def waited_s(self) -> float:
-        """Seconds spent waiting for batches."""
-        return self._waited_s + (self._batches.wait_s if self._batches else 0.0)
-
-    def take(self, step: int, learning_rate: float) -> Update:
+    def take(self, step: int, rate: float) -> Update:
         """Attempt the update of a step.
 
         Args:
             step: index of the step, from 0.
-            learning_rate: of this step.
+            rate: the learning rate of this step.
 
         Raises:
             UserError: the step does not fit into memory even one row at a time.
@@ -90,7 +87,7 @@ class Updates:
         """
         optimizer, scaler = self.optimizer, self.scaler
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = rate
         loss, n_tokens = self._gradients(step)
         scaler.unscale_(optimizer)
         norm = clip_gradients(self.model, self.config.grad_clip)
@@ -100,53 +97,65 @@ class Updates:
         # scale: it counts as non-finite, which ends the run, because a lower scale would make gradients underflow.
         overflowed = scaler.is_enabled() and not finite and math.isfinite(loss) and scale > LEAST_SCALE
         if finite:
-            self._step()
+            with within_memory("the optimizer's state"):  # AdamW allocates it at the first step
+                scaler.step(optimizer)
             scaler.update()
         elif scaler.is_enabled():
             scaler.update(scale * scaler.get_backoff_factor() if overflowed else scale)
         optimizer.zero_grad(set_to_none=True)
         return Update(loss, n_tokens, norm, overflowed, not (finite or overflowed))
 
-    def _step(self) -> None:
-        """Update the weights."""
-        failed = False
-        try:
-            self.scaler.step(self.optimizer)
-        except (RuntimeError, MemoryError) as error:  # AdamW allocates its state at the first step
-            if not is_out_of_memory(error):
-                raise
-            failed = True
-        if failed:
-            raise too_large("the optimizer's state")
-
     def _gradients(self, step: int) -> tuple[float, int]:
         """Sum the gradients of a step, in ever smaller micro-batches until it fits; return its loss and targets."""
         while True:
+            begun = time.perf_counter()
             n_tokens, micro_batches = self._batches.of(step)
+            self.waited_s += time.perf_counter() - begun
             first = self.ranks.rank * len(micro_batches)  # the dropout of a micro-batch follows from its number
-            loss, failed = 0.0, False
-            try:
-                loss = accumulate(self.model, micro_batches, self.machine, self.scaler, (self.config.seed, step),
-                                  n_tokens, first)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                failed = True
-            # Not in the except clause, where the error still holds the tensors of the step.
-            loss, n_failed = self.ranks.sum(loss, failed)
+            seed = (self.config.seed, step)
+            loss = try_to_fit(
+                lambda: accumulate(self.model, micro_batches, self.machine, self.scaler, seed, n_tokens, first))
+            total, n_failed = self.ranks.sum(loss or 0.0, loss is None)
             if not n_failed:
                 self.ranks.sum_gradients(self.model)
-                return loss, n_tokens
-            self._split_further(step)
+                return total, n_tokens
+            if self.micro_batch_size == 1:
+                raise too_large(f"one row of step {step + 1}")
+            self.optimizer.zero_grad(set_to_none=True)
+            self.begin(step, self.micro_batch_size - 1)
 
-    def _split_further(self, step: int) -> None:
-        """Repeat a step, in smaller micro-batches."""
-        if self.micro_batch_size == 1:
-            raise too_large(f"step {step + 1}")
-        self.optimizer.zero_grad(set_to_none=True)
-        self.close()
-        release()
-        self.begin(step, self.micro_batch_size - 1)
+
+def learning_rate(step: int, config: TrainingConfig, elapsed_s: float = 0.0) -> float:
+    """Return the learning rate of one update.
+
+    After a linear warm-up over `warmup_steps`, it follows a cosine down to `final_learning_rate_fraction`, or
+    ("linear_tail") it is constant and falls linearly to the same end over the last `decay_fraction`. With
+    `schedule_minutes`, the schedule follows the clock where the clock is ahead of the steps, so that it is complete
+    when the time is over.
+
+    Args:
+        step: index of the update, from 0.
+        config: the training part of a recipe.
+        elapsed_s: seconds of training, over all sessions; used only with `schedule_minutes`.
+
+    Example (max_steps = 10, warmup_steps = 2, learning_rate = 1, fraction 0):
+        steps 0, 1, 2 of a cosine: 0.5, 1.0, 1.0; step 6 is half-way between 2 and 10: 0.5. With schedule_minutes = 10,
+        step 2 after 5 minutes is half-way as well.
+    """
+    warm = config.learning_rate * (step + 1) / max(1, config.warmup_steps)
+    if step < config.warmup_steps and not config.schedule_minutes:
+        return warm
+    by_clock = elapsed_s / (60 * config.schedule_minutes) if config.schedule_minutes else 0.0
+    if config.schedule == "cosine":
+        after, total = step - config.warmup_steps, config.max_steps - config.warmup_steps
+        high = 0.5 * (1.0 + math.cos(math.pi * min(1.0, max(after / total, by_clock))))
+    else:
+        left = (config.max_steps - step) / max(1.0, config.decay_fraction * config.max_steps)
+        left_by_clock = (1.0 - by_clock) / max(1e-9, config.decay_fraction)
+        high = min(1.0, max(0.0, min(left, left_by_clock)))
+    low = config.final_learning_rate_fraction
+    rate = config.learning_rate * (low + (1.0 - low) * high)
+    return min(warm, rate) if step < config.warmup_steps else rate  # the time may be over during warm-up
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
@@ -180,7 +189,10 @@ def accumulate(model: nn.Module, micro_batches: list[tuple[Tensor, Tensor]], mac
     for i, (inputs, targets) in enumerate(micro_batches, first):
         if dropout_seed is not None:
             seed, step = dropout_seed
-            _seed((seed * 1_000_003 + step) * 4099 + i, machine.device)
+            number = (seed * 1_000_003 + step) * 4099 + i
+            torch.default_generator.manual_seed(number)  # torch.manual_seed looks for all other devices: 0.4 ms
+            if machine.device.type == "cuda":
+                torch.cuda.manual_seed(number)
         # They are in pinned memory: the copy overlaps with what the GPU still computes.
         inputs, targets = (tensor.to(machine.device, non_blocking=True) for tensor in (inputs, targets))
         with machine.autocast:
@@ -231,8 +243,44 @@ def evaluate_windows(model: nn.Module, windows: Windows, batches: list[list[tupl
     return nats, n_tokens, n_bytes
 
 
-def _seed(number: int, device: torch.device) -> None:
-    """Seed the CPU and the device; `torch.manual_seed` also looks for all other devices, which takes 0.4 ms."""
-    torch.default_generator.manual_seed(number)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(number)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an allocation failed: on a GPU, or in RAM where the system refuses it instead of killing."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in (
+            "DefaultCPUAllocator", "CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")))
+
+
+def try_to_fit(act: Callable[[], Any]) -> Any:
+    """Call a function and return its result; None where memory runs out. Unused memory then returns to the device."""
+    try:
+        return act()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    gc.collect()  # not in the except clause, where the error still holds the tensors
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def too_large(what: str) -> UserError:
+    """Return the error that something does not fit into memory."""
+    return UserError(f"{what} needs more memory than there is; set a shorter context_length or a smaller model, or "
+                     "free memory (tools/doctor.py --recipe R says what fits here).")
+
+
+@contextmanager
+def within_memory(what: str) -> Iterator[None]:
+    """Raise `UserError` where the work inside runs out of memory: for work that cannot be split.
+
+    Args:
+        what: for the message, such as "the model".
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    else:
+        return
+    raise too_large(what)  # not in the except clause, where the error still holds the tensors

@@ -24,7 +24,7 @@ WAITS = """
 import json, os, sys, time
 sys.path.insert(0, {root!r})
 from plotarmour.suite.multi_gpu import stop_with_launcher
-from plotarmour.training.stopping import StopRequest
+from plotarmour.training.ending import StopRequest
 out = sys.argv[sys.argv.index("--out") + 1]
 stop_with_launcher()
 with StopRequest() as stop:

@@ -241,7 +241,7 @@ train_run(load_recipe(recipe, model, overrides.split(";")), data["train"], data[
 """
 WAITS = FIRST + """
 from plotarmour.files import write_json
-from plotarmour.training.stopping import StopRequest
+from plotarmour.training.ending import StopRequest
 out.mkdir()
 with StopRequest() as stop:
     (out / "pid").write_text(str(os.getpid()))

@@ -28,7 +28,7 @@ def test_a_resumed_log_is_cut_to_the_checkpoint_and_keeps_the_cut_rows_beside(tm
 
 def test_a_column_that_does_not_exist_is_refused(tmp_path):
     """Guards: a number that is measured and silently dropped."""
-    with pytest.raises(KeyError, match="perplexitty"):
+    with pytest.raises(ValueError, match="perplexitty"):
         RunLog(tmp_path / "log.csv", 0).append(step=1, perplexitty=3.0)
 
 

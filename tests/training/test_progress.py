@@ -21,6 +21,10 @@ def config(**settings):
                           | settings)
 
 
+def new_pace(config, minutes=0.0, before_s=0.0, evaluation_s=0.0, save_s=0.0):
+    return Pace(config, minutes, before_s, {"evaluation": evaluation_s, "save": save_s})
+
+
 def take(pace, clock, seconds, steps=1):
     for _ in range(steps):
         clock[0] += seconds
@@ -44,7 +48,7 @@ def test_coming_evaluations_and_checkpoints_are_counted(max_steps, every, save, 
 
 def test_the_forecast_adds_steps_evaluations_and_checkpoints(clock):
     """Guards: a forecast of steps alone. 94 steps of 2 s, 10 evaluations of 30 s, 12 checkpoints of 5 s."""
-    pace = Pace(config(), evaluation_s=30.0, save_s=5.0)
+    pace = new_pace(config(), evaluation_s=30.0, save_s=5.0)
     take(pace, clock, 60.0)  # the first one compiles, and does not count
     take(pace, clock, 2.0, 5)
     assert pace.left_s(6) == pytest.approx(94 * 2 + 10 * 30 + 12 * 5)
@@ -55,7 +59,7 @@ def test_the_forecast_adds_steps_evaluations_and_checkpoints(clock):
 
 def test_other_steps_make_a_new_pace(clock):
     """Guards: a forecast from the steps before the micro-batch was halved."""
-    pace = Pace(config())
+    pace = new_pace(config())
     take(pace, clock, 1.0, 10)
     pace.forget()
     take(pace, clock, 50.0)
@@ -65,7 +69,7 @@ def test_other_steps_make_a_new_pace(clock):
 
 def test_a_time_budget_is_named_with_the_end_of_the_session(clock):
     """Guards: an end that this session will not see."""
-    pace = Pace(config(max_steps=10_000), minutes=10)
+    pace = new_pace(config(max_steps=10_000), minutes=10)
     take(pace, clock, 1.0, 6)
     line = pace.forecast(6)
     assert line.startswith("2 h 47 min to go") and "this session stops after 10 minutes, the next one continues" in line
@@ -74,7 +78,7 @@ def test_a_time_budget_is_named_with_the_end_of_the_session(clock):
 
 def test_a_schedule_by_the_clock_ends_the_forecast(clock):
     """Guards: an estimate by steps that will not be taken. 5 minutes, 100 s of them in an earlier session."""
-    pace = Pace(config(max_steps=10_000, schedule_minutes=5.0), before_s=100.0, evaluation_s=2.0, save_s=1.0)
+    pace = new_pace(config(max_steps=10_000, schedule_minutes=5.0), before_s=100.0, evaluation_s=2.0, save_s=1.0)
     take(pace, clock, 1.0, 6)
     assert pace.left_s(6) == pytest.approx(300 - 100 - 6)  # the last evaluation and checkpoint are within
     assert "the schedule ends after 5 minutes in all" in pace.forecast(6)

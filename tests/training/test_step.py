@@ -1,14 +1,16 @@
+import csv
 import dataclasses
 import json
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from plotarmour.cli import UserError
-from plotarmour.config import largest_divisor, load_recipe
+from plotarmour.config import TrainingConfig, largest_divisor, load_recipe
 from plotarmour.data.batches import Windows
 from plotarmour.data.token_file import TokenFile
 from plotarmour.machine import Machine
@@ -19,8 +21,7 @@ from plotarmour.training import step as step_module
 from plotarmour.training.checkpoint import model_tensors
 from plotarmour.training.distributed import ALONE, Ranks
 from plotarmour.training.ending import Ending
-from plotarmour.training.out_of_memory import is_out_of_memory
-from plotarmour.training.step import Updates
+from plotarmour.training.step import Updates, is_out_of_memory, learning_rate
 
 
 def run(recipe, files, out, **changes):
@@ -87,7 +88,7 @@ def test_a_split_run_resumes_with_the_bits_of_an_uninterrupted_one(small_recipe,
 def test_one_row_that_does_not_fit_is_one_clear_line(small_recipe, token_files, tmp_path, monkeypatch):
     """Guards: halving for ever, or a traceback."""
     room_for(0, 3, monkeypatch)
-    with pytest.raises(UserError, match="step 4 needs more memory than there is, even one row at a time; set"):
+    with pytest.raises(UserError, match="one row of step 4 needs more memory than there is; set"):
         run(small_recipe, token_files, tmp_path / "run")
 
 
@@ -191,7 +192,7 @@ def test_an_evaluation_that_fits_not_even_by_rows_is_one_clear_line(small_recipe
         raise torch.OutOfMemoryError("CUDA error: out of memory")
 
     monkeypatch.setattr(loop, "evaluate_windows", evaluate_windows)
-    with pytest.raises(UserError, match="evaluation needs more memory than there is, even one row at a time"):
+    with pytest.raises(UserError, match="one row of an evaluation needs more memory than there is"):
         run(small_recipe, token_files, tmp_path / "run")
 
 
@@ -246,6 +247,24 @@ def float16_updates(model, token_files, monkeypatch, spoil):
     return taken
 
 
+def test_waiting_for_batches_is_counted(token_files, monkeypatch):
+    """Guards: "0 % of the time waiting" said of a disk that is too slow."""
+    taken = float16_updates(small_gpt2(token_files), token_files, monkeypatch, lambda parameters: None)
+    taken.close()
+    original = Windows.micro_batch
+
+    def slow(self, rows):
+        time.sleep(0.1)
+        return original(self, rows)
+
+    monkeypatch.setattr(Windows, "micro_batch", slow)
+    taken.begin(0, 2)
+    for step in range(3):
+        taken.take(step, 1e-3)
+    taken.close()
+    assert taken.waited_s > 0.1
+
+
 def small_gpt2(token_files):
     torch.manual_seed(0)
     return GPT2(GPT2Config(1, 16, 2, TokenFile.open(token_files["train"]).header["vocab_size"], 24, 0.0)).train()
@@ -286,3 +305,86 @@ def test_a_norm_that_overflows_moves_nothing(token_files, monkeypatch):
     taken.close()
     assert update.overflowed and not update.skipped and taken.scaler.get_scale() == 2.0**15
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+# The learning rate
+
+COSINE = TrainingConfig(8, 1, 1, 10, 1.0, warmup_steps=2, final_learning_rate_fraction=0.0)
+TAIL = dataclasses.replace(COSINE, schedule="linear_tail", decay_fraction=0.5)
+
+
+def rates(config, *points):
+    """Learning rates at (step, minutes)."""
+    return pytest.approx([learning_rate(step, config, 60.0 * minutes) for step, minutes in points], abs=1e-6)
+
+
+def test_the_schedule_by_hand():
+    """Guards: a schedule that is off by one step."""
+    assert [learning_rate(s, COSINE) for s in (0, 1, 2, 6)] == pytest.approx([0.5, 1.0, 1.0, 0.5])
+    assert [learning_rate(s, TAIL) for s in (0, 1, 4, 5, 6, 9)] == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.8, 0.2])
+
+
+def test_the_schedule_by_the_clock_by_hand():
+    """Guards: a schedule that is cut by the clock instead of ending with it; a clock that holds fast steps up."""
+    cosine, tail = (dataclasses.replace(c, schedule_minutes=10.0) for c in (COSINE, TAIL))
+    assert [0.5, 1.0, 0.5, 0.0, 0.0] == rates(cosine, (0, 0), (2, 0), (2, 5), (2, 10), (2, 11))
+    assert [0.5, 0.5] == rates(cosine, (6, 1), (6, 5))  # the steps are ahead; neither is
+    assert [1.0, 1.0, 0.6, 0.2, 0.0, 0.0] == rates(tail, (2, 0), (2, 5), (2, 7), (2, 9), (2, 10), (2, 12))
+    assert [0.8, 0.2, 0.6] == rates(tail, (6, 3), (9, 9), (6, 7))
+    low = dataclasses.replace(tail, final_learning_rate_fraction=0.1)
+    assert [0.1, 0.55] == rates(low, (2, 10), (2, 7.5))
+    assert [1.0, 1.0] == rates(dataclasses.replace(tail, decay_fraction=0.0), (2, 9), (9, 9.9))
+
+
+def test_without_minutes_the_clock_does_not_matter():
+    """Guards: rates, and bits, that depend on how fast a machine is."""
+    for config in (COSINE, TAIL):
+        assert [learning_rate(s, config, 1e9) for s in range(10)] == [learning_rate(s, config) for s in range(10)]
+
+
+@pytest.mark.parametrize("config", [COSINE, TAIL], ids=["cosine", "linear_tail"])
+def test_minutes_that_end_during_warm_up_still_end_low(config):
+    """Guards: a run on a slow machine that ends at its highest rate, because warm-up knows no clock."""
+    slow = dataclasses.replace(config, warmup_steps=8, schedule_minutes=10.0)
+    rates = [learning_rate(step, slow, 60.0 * minutes) for step, minutes in enumerate((0, 2, 4, 6, 8, 10))]
+    assert rates[:2] == pytest.approx([0.125, 0.25]) and rates[5] == pytest.approx(0.0, abs=1e-6)
+    assert rates[3] > rates[4] > rates[5]
+
+
+def column(run, name):
+    with (run / "log.csv").open(newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+def timed(recipe, **settings):
+    settings = {"max_steps": 1000, "checkpoint_interval": 3,
+                "keep_every": 0, "final_learning_rate_fraction": 0.1} | settings
+    return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **settings))
+
+
+@pytest.mark.parametrize("small_recipe", ["gpt2"], indirect=True)
+@pytest.mark.parametrize("schedule", ["cosine", "linear_tail"])
+@pytest.mark.parametrize(("stop_after", "evaluation", "end_s"), [(0, 4, 600), (0, 1, 615), (3, 5, 600), (8, 2, 600)])
+def test_a_schedule_by_the_clock_ends_inside_its_minutes(small_recipe, schedule, stop_after, evaluation, end_s,
+                                                         token_files, tmp_path, clock):
+    """Guards: a run that is cut while its rate is high, overruns its minutes, reports a loss of long before its end,
+    or begins its minutes anew in every session."""
+    files = token_files["train"], token_files["val"], tmp_path / "run"
+    settings = {"schedule": schedule, "eval_interval": evaluation, "schedule_minutes": end_s / 60}
+    if stop_after:  # each session's budget: evaluation and save at first, then so many steps
+        recipe = timed(small_recipe, **settings, max_minutes=(110 + 20 * stop_after) / 60)
+        assert train_run(recipe, *files).reason == "time budget"
+        clock.now += 10**6  # between sessions the clock of the run stands still
+    final = train_run(timed(small_recipe, **settings), *files)
+    assert final.reason == "schedule_minutes" and final == Ending.read(tmp_path / "run")
+    assert end_s - 20 - 30 - 2 * 15 <= final.elapsed_s <= end_s
+    found = column(tmp_path / "run", "learning_rate")
+    assert found[0] == 0.0015 and 0.0024 < found[1] <= 0.003 and len(found) == final.step < 1000
+    assert all(a >= b for a, b in zip(found[1:], found[2:], strict=False))
+    assert 0.0003 <= found[-1] < 0.0008  # a tenth, but for the last step and what comes after it
+    last = [line.split(",") for line in (tmp_path / "run" / "log.csv").read_text().splitlines()][-1]
+    assert last[1] == str(final.step) == str(final.last_checkpoint) and float(last[8]) == pytest.approx(
+        final.val_loss, rel=1e-6)
+    before = (tmp_path / "run" / "log.csv").read_bytes()
+    assert train_run(timed(small_recipe, **settings), *files) == final  # done stays done
+    assert (tmp_path / "run" / "log.csv").read_bytes() == before
