@@ -47,7 +47,8 @@ overrides = ""  # settings of the recipe to override, separated by ; (see tools/
 from pathlib import Path
 
 from plotarmour.config import load_recipe
-from plotarmour.suite.steps import list_files, prepare, results_folder
+from plotarmour.suite.display import list_files
+from plotarmour.suite.steps import prepare, results_folder
 
 folder = results_folder(recipe, results)
 settings = load_recipe(recipe, "bdh", [o for o in overrides.split(";") if o.strip()])

@@ -54,9 +54,9 @@ from_step = -1  # step of a kept checkpoint to go back to; -1: continue from the
 from pathlib import Path
 
 from plotarmour.config import load_recipe
-from plotarmour.suite.messages import describe_ending, describe_recipe
+from plotarmour.suite.display import describe_ending, describe_recipe, list_files
 from plotarmour.suite.multi_gpu import check_gpus
-from plotarmour.suite.steps import find_prepared, list_files, results_folder, train_recipe
+from plotarmour.suite.steps import find_prepared, results_folder, train_recipe
 
 folder, changes = results_folder(recipe, results), [o for o in overrides.split(";") if o.strip()]
 data_folder, run_folder = Path(tokens) if tokens else folder, folder / (run or model)
@@ -143,6 +143,6 @@ print(list_files(run_folder))
 # **Next:** the other model, then `03_compare`.
 
 # %%
-from plotarmour.suite.steps import download_link
+from plotarmour.suite.display import download_link
 
 download_link(run_folder)

@@ -54,7 +54,8 @@ from plotarmour.evaluation.scoring import score_stories
 from plotarmour.report.compare import check_together, compare_runs, find_runs
 from plotarmour.report.verdict import readable_table
 from plotarmour.run import load_run
-from plotarmour.suite.steps import find_prepared, list_files, results_folder
+from plotarmour.suite.display import list_files
+from plotarmour.suite.steps import find_prepared, results_folder
 
 folder = results_folder(recipe, results)
 paths = find_prepared(Path(tokens) if tokens else folder)

@@ -8,11 +8,12 @@ command continues: it skips runs that are done, resumes stopped ones and tries f
 import argparse
 import signal
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, UserError, add_common, overrides_of, run_command
+from plotarmour.cli import HelpFormatter, UserError, add_common, duration, overrides_of, run_command
 from plotarmour.config import recipe_names
 
 
@@ -44,24 +45,22 @@ def main() -> None:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, signal.default_int_handler)
     from plotarmour.suite.grid import TRAIN, plan_grid
-    from plotarmour.suite.runner import describe_failures, run_grid, run_suite
+    from plotarmour.suite.runner import compare_rows, run_grid
     from plotarmour.suite.steps import results_folder
 
-    if args.grid is None:
-        out = args.out or results_folder(args.recipe)
-        states = run_suite(args.recipe, out, args.text, args.extra_text, overrides_of(args), args.gpus, args.at_once)
-    else:
-        out = args.out or results_folder(str(args.grid))
-        grid = plan_grid(args.grid, args.recipe, out, args.notebook or TRAIN, args.text, args.extra_text,
-                         overrides_of(args), args.gpus, args.at_once)
-        states = run_grid(grid, args.text, args.extra_text)
+    out, begun = args.out or results_folder(str(args.grid or args.recipe)), time.monotonic()
+    grid = plan_grid(args.grid, args.recipe, out, args.notebook or TRAIN, args.text, args.extra_text,
+                     overrides_of(args), args.gpus, args.at_once)
+    states = run_grid(grid)
+    if args.grid is not None:
         print(f"{len(states)} runs: {out / 'summary.csv'}")
-    failures = describe_failures(states)
-    if failures:
-        print("\n".join(failures), file=sys.stderr)
-        mistakes = [state.error == "UserError" for state in states if state.status != "done"]
-        sys.exit(2 if all(mistakes) else 1)
+    unfinished = [state for state in states if state.status != "done"]
+    if unfinished:
+        print("\n".join(state.advice for state in unfinished), file=sys.stderr)
+        sys.exit(2 if all(state.error == "UserError" for state in unfinished) else 1)
     if args.grid is None:
+        compare_rows(grid)
+        print(f"suite {args.recipe} done in {duration(time.monotonic() - begun)}: {out}")
         print((out / "comparison" / "summary.txt").read_text(encoding="utf-8"))
 
 

@@ -9,7 +9,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plotarmour.cli import UserError, run_command
 from plotarmour.files import write_text
-from plotarmour.suite.notebooks import generate_notebook, out_of_step
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -20,6 +19,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
+    from plotarmour.suite.notebooks import generate_notebook, out_of_step
+
     stale = out_of_step()
     if args.check and stale:
         raise UserError(f"{', '.join(p.name for p in stale)} is not what its .py gives; run tools/sync_notebooks.py.")

@@ -19,8 +19,7 @@ from plotarmour.data.readers import check_text
 from plotarmour.limits import cores
 from plotarmour.models import KINDS
 from plotarmour.suite.multi_gpu import check_gpus
-from plotarmour.suite.notebooks import ROOT
-from plotarmour.suite.papermill import Value, parameters_of
+from plotarmour.suite.notebooks import ROOT, Value, parameters_of
 from plotarmour.suite.steps import require_text
 
 EXPECTED = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
@@ -31,46 +30,27 @@ TRAIN = ROOT / "notebooks" / "02_train.ipynb"
 
 @dataclass(frozen=True)
 class Row:
-    """One run of a grid.
+    """One run of a grid."""
 
-    Attributes:
-        run: name of the run folder.
-        values: the row's cells by column, typed; without empty cells and the run's name.
-        parameters: what papermill passes to the notebook.
-        folder: the run folder.
-        executed: where papermill writes the notebook with its outputs.
-        recipe: the resolved recipe; None where the notebook has no parameters recipe, model and overrides.
-    """
-
-    run: str
-    values: dict[str, Value]
-    parameters: dict[str, Value]
-    folder: Path
-    executed: Path
-    recipe: Recipe | None
+    run: str  # name of the run folder
+    values: dict[str, Value]  # the cells by column, typed; without empty cells and the run's name
+    parameters: dict[str, Value]  # that papermill passes to the notebook
+    folder: Path  # the run folder
+    executed: Path  # the notebook with its outputs
+    recipe: Recipe | None  # resolved; None where the notebook has no parameters recipe, model and overrides
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A checked grid.
+    """A checked grid."""
 
-    Attributes:
-        notebook: what each row runs.
-        out: the results folder.
-        columns: of the CSV, in its order.
-        defaults: of the notebook's parameters, by name.
-        rows: in the order of the CSV.
-        data: parameters of notebook 1, which makes the token files of all rows; None where rows have no recipe.
-        environments: variables for each of the rows that run at once.
-    """
-
-    notebook: Path
-    out: Path
-    columns: list[str]
-    defaults: dict[str, Value]
-    rows: list[Row]
-    data: dict[str, Value] | None
-    environments: list[dict[str, str]]
+    notebook: Path  # that each row runs
+    out: Path  # the results folder
+    columns: list[str]  # of the CSV, in its order
+    defaults: dict[str, Value]  # of the notebook's parameters
+    rows: list[Row]  # in the order of the CSV
+    data: dict[str, Value] | None  # parameters of notebook 1, which makes the token files; None where rows need none
+    environments: list[dict[str, str]]  # variables for each of the rows that run at once
 
 
 def plan_grid(path: Path | None, recipe: str, out: Path, notebook: Path = TRAIN, text: Path | None = None,
@@ -102,18 +82,18 @@ def plan_grid(path: Path | None, recipe: str, out: Path, notebook: Path = TRAIN,
                         "appears.")
     if (overrides or gpus != 1) and not has_recipe:
         raise UserError(f"{notebook} has no parameters recipe, model and overrides; leave out --set and --gpus.")
-    for given in (text, extra_text):
-        if given is not None:
-            check_text(given)
-    columns, records = ["model"], [(0, {"model": kind}) for kind in KINDS]
-    if path is not None:
-        columns, records = _read_csv(path, defaults)
+    for given in filter(None, (text, extra_text)):
+        check_text(given)
+    columns, records = (_read_csv(path, defaults) if path is not None else
+                        (["model"], [(0, {"model": kind}) for kind in KINDS]))
     rows, wrong = [], []
     for line, cells in records:
         try:
+            if None in cells:
+                raise UserError("more cells than columns; put a cell that has a comma in double quotes.")
             values = {column: _typed(column, cell.strip(), defaults[column]) for column, cell in cells.items()
                       if cell.strip()}
-            run = values.pop("run", "") or run_name(values, defaults)
+            run = values.pop("run", "") or _run_name(values, defaults)
             if not SAFE.fullmatch(run):
                 raise UserError(f"{run!r} cannot be the name of a run folder; expected at most 100 letters, digits, "
                                 ". _ and -, a letter or digit first.")
@@ -133,51 +113,7 @@ def plan_grid(path: Path | None, recipe: str, out: Path, notebook: Path = TRAIN,
     if wrong:
         raise UserError("\n".join(dict.fromkeys(wrong)))
     data = _data_parameters(rows[0], text, extra_text) if has_recipe else None
-    return Grid(notebook, out, columns, defaults, rows, data, share_machine(at_once, rows))
-
-
-def run_name(values: dict[str, Value], defaults: dict[str, Value]) -> str:
-    """Return the name of a run folder: the model, then all other values of the row by name, sorted.
-
-    Args:
-        values: of the row.
-        defaults: of the notebook.
-
-    Example:
-        {"overrides": "seed=2;learning_rate=0.004", "model": "gpt2"} gives gpt2_learning_rate-0.004_seed-2.
-    """
-    parts = [f"{key}-{value}" for key, value in values.items() if key not in ("model", "overrides")]
-    parts += [setting.strip().replace("=", "-", 1) for setting in split_overrides(str(values.get("overrides", "")))]
-    name = "_".join([str(values.get("model") or defaults.get("model") or "run"), *sorted(parts)])
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:100]
-
-
-def split_overrides(overrides: str) -> list[str]:
-    """Split the parameter `overrides` into its settings, as the notebooks do."""
-    return [setting for setting in overrides.split(";") if setting.strip()]
-
-
-def share_machine(at_once: int, rows: list[Row]) -> list[dict[str, str]]:
-    """Return environment variables for each of the rows that run at once: one GPU each, or a share of the CPU cores.
-
-    Args:
-        at_once: rows that run at the same time.
-        rows: of the grid.
-
-    Raises:
-        UserError: less than one row at once, or more than there are GPUs.
-    """
-    if at_once == 1:
-        return [{}]
-    n_gpus = torch.cuda.device_count()
-    on_gpus = n_gpus > 0 and any(row.recipe is None or row.recipe.training.device != "cpu" for row in rows)
-    if at_once < 1 or (on_gpus and at_once > n_gpus):
-        raise UserError(f"--at-once {at_once} is out of range; expected 1 or more, and at most one run per GPU (torch "
-                        f"sees {n_gpus}).")
-    threads = {"OMP_NUM_THREADS": str(max(1, cores() // at_once))}
-    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    names = visible or [str(i) for i in range(n_gpus)]  # as this process numbers them, where it sees only some
-    return [threads | ({"CUDA_VISIBLE_DEVICES": names[i]} if on_gpus else {}) for i in range(at_once)]
+    return Grid(notebook, out, columns, defaults, rows, data, _share_machine(at_once, rows))
 
 
 def _read_csv(path: Path, defaults: dict[str, Value | None]) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
@@ -192,15 +128,10 @@ def _read_csv(path: Path, defaults: dict[str, Value | None]) -> tuple[list[str],
                             "between two cells, and double quotes around a cell that has a comma or a quote.") from None
     settable = [name for name, default in defaults.items() if name not in NO_COLUMNS and type(default) in EXPECTED]
     wrong = [name for name in columns if name not in settable or columns.count(name) > 1]
-    if wrong:
-        raise UserError(f"{path}: {', '.join(map(repr, wrong))} in the header; expected, between commas and each once, "
-                        f"parameters of the notebook: {', '.join(settable)}.")
-    if not rows:
-        raise UserError(f"{path} has no row; expected a header of the notebook's parameters, and a row for each run.")
-    for line, row in rows:
-        if None in row:
-            raise UserError(f"{path}, line {line}: more cells than columns; put a cell that has a comma in "
-                            "double quotes.")
+    if wrong or not rows:
+        found = f"{', '.join(map(repr, wrong))} in the header" if wrong else "no row"
+        raise UserError(f"{path}: {found}; expected a row for each run below a header of parameters of the notebook, "
+                        f"between commas and each once: {', '.join(settable)}.")
     return columns, rows
 
 
@@ -213,11 +144,24 @@ def _typed(column: str, text: str, default: Value) -> Value:
         raise UserError(f"{column} = {text!r} is not {EXPECTED[kind]}.") from None
 
 
+def _run_name(values: dict[str, Value], defaults: dict[str, Value]) -> str:
+    """Return the name of a row's run folder: the model, then all other values by name, sorted."""
+    parts = [f"{key}-{value}" for key, value in values.items() if key not in ("model", "overrides")]
+    parts += [setting.strip().replace("=", "-", 1) for setting in _split_overrides(values.get("overrides", ""))]
+    name = "_".join([str(values.get("model") or defaults.get("model") or "run"), *sorted(parts)])
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:100]
+
+
+def _split_overrides(overrides: str) -> list[str]:
+    """Split the parameter `overrides` into its settings, as the notebooks do."""
+    return [setting for setting in overrides.split(";") if setting.strip()]
+
+
 def _resolve(values: dict[str, Value], defaults: dict[str, Value], recipe: str, overrides: list[str], gpus: int,
              text: Path | None) -> tuple[dict[str, Value], Recipe]:
     """Return the parameters of a row that trains a recipe, and the resolved recipe."""
     name, model = values.get("recipe", recipe), values.get("model", defaults["model"])
-    settings = [*overrides, *split_overrides(values.get("overrides", defaults["overrides"]))]
+    settings = [*overrides, *_split_overrides(values.get("overrides", defaults["overrides"]))]
     resolved = load_recipe(name, model, settings)
     require_text(resolved, text)
     resolved.model_config(vocab_size=300)  # refuses an impossible shape
@@ -234,6 +178,21 @@ def _resolve(values: dict[str, Value], defaults: dict[str, Value], recipe: str, 
 def _data_parameters(row: Row, text: Path | None, extra_text: Path | None) -> dict[str, Value]:
     """Return the parameters of notebook 1, with the overrides that it reads: a shape of GPT-2 may be none for BDH."""
     known = {field.name for field in fields(DataConfig)} | {"context_length"}  # which a figure shows
-    overrides = [o for o in split_overrides(row.parameters["overrides"]) if o.partition("=")[0].strip() in known]
+    overrides = [o for o in _split_overrides(row.parameters["overrides"]) if o.partition("=")[0].strip() in known]
     return {"recipe": row.parameters["recipe"], "results": row.parameters["results"], "overrides": ";".join(overrides),
             "text": str(text.resolve()) if text else "", "extra_text": str(extra_text.resolve()) if extra_text else ""}
+
+
+def _share_machine(at_once: int, rows: list[Row]) -> list[dict[str, str]]:
+    """Return environment variables for each of the rows that run at once: one GPU each, or a share of the CPU cores."""
+    if at_once == 1:
+        return [{}]
+    n_gpus = torch.cuda.device_count()
+    on_gpus = n_gpus > 0 and any(row.recipe is None or row.recipe.training.device != "cpu" for row in rows)
+    if at_once < 1 or (on_gpus and at_once > n_gpus):
+        raise UserError(f"--at-once {at_once} is out of range; expected 1 or more, and at most one run per GPU (torch "
+                        f"sees {n_gpus}).")
+    threads = {"OMP_NUM_THREADS": str(max(1, cores() // at_once))}
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    names = visible or [str(i) for i in range(n_gpus)]  # as this process numbers them, where it sees only some
+    return [threads | ({"CUDA_VISIBLE_DEVICES": names[i]} if on_gpus else {}) for i in range(at_once)]

@@ -1,6 +1,5 @@
 """Which learning rate of a grid is best on validation, for each architecture, and whether the grid was wide enough."""
 
-import json
 import math
 from pathlib import Path
 
@@ -11,47 +10,48 @@ from plotarmour.report.compare import write_csv
 from plotarmour.training.ending import Ending, Reason
 
 ENOUGH = 3  # learning rates: with two, each is at an edge
+COLUMNS = ["model", "learning_rate", "best_val_loss", "chosen", "at_edge", "settings"]
 
 
-def compare_rates(runs: list[tuple[Recipe, Ending]]) -> pd.DataFrame:
-    """Compare runs that differ only in their learning rate.
+def write_rates(runs: list[tuple[Recipe, Ending]], out: Path) -> None:
+    """Compare runs that differ only in their learning rate: print which one is best, and write learning_rates.csv.
 
-    A run that stopped because its loss was not finite counts as tried: it shows which rate is too high.
-
-    Args:
-        runs: resolved recipe and ending of each run of a grid that is complete or has diverged.
-
-    Returns:
-        A row per run, rates ascending, where at least three rates were tried: model, learning_rate, best_val_loss
-        (nats per token; NaN where there was none), chosen, at_edge (smallest or largest tried), and settings: in what
-        a group of runs differs from the model's other groups.
+    `runs` are those of a grid that are complete or have diverged. Only where at least three rates were tried, the table
+    has a row for each run, rates ascending: best_val_loss in nats per token (none where the loss was not finite, which
+    shows that the rate is too high), chosen, at_edge (smallest or largest tried), and settings, in what runs of this
+    model differ besides.
     """
-    identity = set(training_settings("identity")) - {"learning_rate"}
-    groups: dict[str, list[tuple[Recipe, Ending]]] = {}
-    for recipe, ending in runs:
-        settings = {key: value for key, value in vars(recipe.training).items() if key in identity}
-        settings |= {"model": recipe.model, **vars(recipe.data), **recipe.architecture}
-        groups.setdefault(json.dumps(settings, sort_keys=True), []).append((recipe, ending))
-    tables = {}
-    for settings, group in groups.items():
-        table = pd.DataFrame([{
-            "model": recipe.model, "learning_rate": recipe.training.learning_rate,
-            "best_val_loss": math.nan if ending.reason == Reason.NON_FINITE else ending.best_val_loss,
-        } for recipe, ending in group]).astype({"best_val_loss": float}).sort_values("learning_rate")
-        rates, losses = table["learning_rate"], table["best_val_loss"]
-        if rates.nunique() >= ENOUGH:
-            tables[settings] = table.assign(chosen=losses == losses.min(),
-                                            at_edge=rates.isin([rates.min(), rates.max()]))
-    settings = pd.DataFrame(map(json.loads, tables), index=list(tables), dtype=object)
-    for key, table in tables.items():
-        siblings = settings[settings["model"] == settings.at[key, "model"]]
-        table["settings"] = ", ".join(f"{name}={siblings.at[key, name]}" for name in siblings
-                                      if siblings[name].nunique(dropna=False) > 1)
-    return pd.concat(tables.values(), ignore_index=True) if tables else pd.DataFrame()
+    (out / "learning_rates.csv").unlink(missing_ok=True)  # of an earlier grid
+    table = _compare(runs)
+    if len(table):
+        write_csv(table, out / "learning_rates.csv")
+        print(_describe(table))
 
 
-def describe_rates(table: pd.DataFrame) -> str:
-    """Describe the table of `compare_rates`, a line for each choice."""
+def _compare(runs: list[tuple[Recipe, Ending]]) -> pd.DataFrame:
+    """Return the table of `write_rates`."""
+    if not runs:
+        return pd.DataFrame(columns=COLUMNS)
+    identity = [name for name in training_settings("identity") if name != "learning_rate"]
+    settings = [vars(recipe.data) | {name: getattr(recipe.training, name) for name in identity} | recipe.architecture
+                for recipe, _ in runs]
+    table = pd.DataFrame([(recipe.model, recipe.training.learning_rate,
+                           math.nan if ending.reason == Reason.NON_FINITE else ending.best_val_loss)
+                          for recipe, ending in runs], columns=COLUMNS[:3]).astype({"best_val_loss": float})
+    differs = pd.DataFrame(settings, dtype=object).groupby(table["model"]).nunique(dropna=False) > 1
+    table["settings"] = [", ".join(f"{name}={value}" for name, value in own.items() if differs.at[model, name])
+                         for model, own in zip(table["model"], settings, strict=True)]
+    groups = table.groupby(["model", "settings"], sort=False)
+    rates, losses = groups["learning_rate"], groups["best_val_loss"]
+    table["chosen"] = table["best_val_loss"] == losses.transform("min")
+    table["at_edge"] = table["learning_rate"].eq(rates.transform("min")) | table["learning_rate"].eq(
+        rates.transform("max"))
+    table = table.assign(group=groups.ngroup())[rates.transform("nunique") >= ENOUGH]
+    return table.sort_values(["group", "learning_rate"], ignore_index=True)[COLUMNS]
+
+
+def _describe(table: pd.DataFrame) -> str:
+    """Return which learning rate is best, a line for each choice."""
     lines = []
     for (model, settings), group in table.groupby(["model", "settings"], sort=False):
         low, high = group["learning_rate"].min(), group["learning_rate"].max()
@@ -63,13 +63,3 @@ def describe_rates(table: pd.DataFrame) -> str:
                 line += f" It is the {side} one tried: the best may be {further} still. Add {further} ones to the grid."
             lines.append(line)
     return "\n".join(lines)
-
-
-def write_rates(runs: list[tuple[Recipe, Ending]], out: Path) -> str:
-    """Write learning_rates.csv where rates can be compared, and return its description; "" where they cannot."""
-    table = compare_rates(runs)
-    if table.empty:
-        (out / "learning_rates.csv").unlink(missing_ok=True)  # of an earlier grid
-        return ""
-    write_csv(table, out / "learning_rates.csv")
-    return describe_rates(table)

@@ -32,12 +32,7 @@ LOOK_S = 0.5  # seconds between two looks at the processes
 
 
 def check_gpus(gpus: int, recipe: Recipe) -> None:
-    """Raise `UserError` unless this machine can train a recipe with one process per GPU, or on the CPU if it says so.
-
-    Args:
-        gpus: number of processes.
-        recipe: the resolved recipe.
-    """
+    """Raise `UserError` unless there is a GPU for each of `gpus` processes, or the recipe's device is the CPU."""
     n_gpus = torch.cuda.device_count()
     if gpus < 1 or (gpus > max(n_gpus, 1) and recipe.training.device != "cpu"):
         raise UserError(f"gpus = {gpus}, and torch sees {n_gpus} here; expected 1 to {max(n_gpus, 1)}. Set another "
@@ -47,21 +42,10 @@ def check_gpus(gpus: int, recipe: Recipe) -> None:
 
 def launch(recipe: Recipe, name: str, train: Path, val: Path, out: Path, overrides: list[str], gpus: int,
            extend: bool = False, from_step: int | None = None, on_row: Callable[[], None] | None = None) -> Ending:
-    """Train one model on several GPUs (or in several processes on the CPU); see `plotarmour.run.train_run`.
+    """Train one model in several processes, with the arguments of `plotarmour.run.train_run`.
 
-    On an interrupt or SIGTERM, the processes finish their step and save. A second one kills them at once.
-
-    Args:
-        recipe: the resolved recipe.
-        name, overrides: what it was loaded with.
-        train, val: token files.
-        out: the run folder.
-        gpus: number of processes.
-        extend, from_step: see `train_run`.
-        on_row: called in this process after log.csv has grown.
-
-    Returns:
-        How the run ended.
+    `name` and `overrides` are what the recipe was loaded with; `on_row` is called in this process. On an interrupt or
+    SIGTERM, the processes finish their step and save. A second one kills them at once.
 
     Raises:
         UserError: what one of the processes raised.
@@ -98,17 +82,16 @@ def launch(recipe: Recipe, name: str, train: Path, val: Path, out: Path, overrid
             process.wait()
             for reader in readers:
                 reader.join()
-        errors = _errors(Path(logs))
+        errors = sorted((json.loads(path.read_text(encoding="utf-8")) | {"rank": int(path.parent.name)}
+                         for path in Path(logs).glob("*/attempt_0/*/error.json")), key=lambda error: error["rank"])
     ending = Ending.read(out)
     if process.returncode and ending == before:  # it is of an earlier session
         ending = None
-    mistakes = [error["message"] for error in errors if error["kind"] == "UserError"]
-    if ending is None and mistakes:
-        raise UserError(mistakes[0])
-    if ending is None or ending.reason == Reason.LOST_PROCESS:
-        for error in errors:
-            if error["rank"]:  # what the first process prints is shown already
-                print(f"[process {error['rank']}] {error['message']}", file=sys.stderr, flush=True)
+    for error in errors:
+        if ending is None and error["kind"] == "UserError":
+            raise UserError(error["message"])
+        if error["rank"] and (ending is None or ending.reason == Reason.LOST_PROCESS):  # the first prints its own
+            print(f"[process {error['rank']}] {error['message']}", file=sys.stderr, flush=True)
     if ending is not None:
         return ending
     if stop.asked:
@@ -118,11 +101,7 @@ def launch(recipe: Recipe, name: str, train: Path, val: Path, out: Path, overrid
 
 
 def stop_with_launcher() -> bool:
-    """In a process that `launch` has started: stop when the launcher closes the pipe, or has ended.
-
-    Returns:
-        Whether this is such a process.
-    """
+    """Stop this process when its launcher closes the pipe or has ended; return whether `launch` has started it."""
     if LAUNCHED not in os.environ:
         return False
 
@@ -144,12 +123,6 @@ def _pass_on(source: TextIO, target: TextIO) -> None:
         for line in source:
             if line.startswith(PREFIX):
                 print(line.removeprefix(PREFIX), end="", file=target, flush=True)
-
-
-def _errors(logs: Path) -> list[dict]:
-    """Return the error.json of each process that has failed, by rank."""
-    paths = sorted(logs.glob("*/attempt_0/*/error.json"), key=lambda path: int(path.parent.name))
-    return [json.loads(path.read_text(encoding="utf-8")) | {"rank": int(path.parent.name)} for path in paths]
 
 
 def _size(path: Path) -> int:

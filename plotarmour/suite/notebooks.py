@@ -1,20 +1,33 @@
-"""Pairs of notebook files: the .py in percent format is the source, and the .ipynb is generated from it."""
+"""Notebooks: each .ipynb is generated from a .py in percent format, and runs in a papermill process of its own."""
 
+import ast
 import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
 import tomllib
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jupytext
 import nbformat
+import psutil
+
+from plotarmour.cli import UserError
+from plotarmour.suite.multi_gpu import family, kill
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+Value = int | float | bool | str  # of a notebook's parameter
+SAVE_S = 60.0  # how long a run that is asked to stop may take to finish its step, save and end its notebook
 
 
-def notebook_scripts(root: Path = ROOT) -> list[Path]:
+def notebook_scripts() -> list[Path]:
     """Return the .py of every notebook, in order."""
-    return sorted((root / "notebooks").glob("[0-9][0-9]_*.py"))
+    return sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.py"))
 
 
 def generate_notebook(script: Path, root: Path = ROOT) -> str:
@@ -24,30 +37,30 @@ def generate_notebook(script: Path, root: Path = ROOT) -> str:
     text occurs before it, so that an edit of one cell leaves all other ids as they are.
     """
     notebook = jupytext.read(script, fmt="py:percent")
-    badges = _badges(script, root)
-    if badges:
+    if badges := _badges(script, root):
         notebook.cells[0].source += "\n\n" + badges
-    seen: dict[str, int] = {}
+    seen = Counter()
     for cell in notebook.cells:
         if "set-up" in cell.metadata.get("tags", []):
             cell.source = script.with_name("set_up.py").read_text(encoding="utf-8").strip()
         content = f"{cell.cell_type}\n{cell.source}"
-        seen[content] = seen.get(content, 0) + 1
+        seen[content] += 1
         cell.id = hashlib.sha256(f"{seen[content]}\n{content}".encode()).hexdigest()[:12]
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
         cell.metadata = nbformat.NotebookNode({k: v for k, v in cell.metadata.items() if k == "tags"})
-    notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     nbformat.validate(notebook)
     return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
-def out_of_step(root: Path = ROOT) -> list[Path]:
+def out_of_step() -> list[Path]:
     """Return the .ipynb files that are missing or differ from what their .py gives."""
-    return [script.with_suffix(".ipynb") for script in notebook_scripts(root)
-            if not script.with_suffix(".ipynb").exists()
-            or script.with_suffix(".ipynb").read_text(encoding="utf-8") != generate_notebook(script, root)]
+    pairs = [(script, script.with_suffix(".ipynb")) for script in notebook_scripts()]
+    return [notebook for script, notebook in pairs
+            if not notebook.exists() or notebook.read_text(encoding="utf-8") != generate_notebook(script)]
 
 
 def _badges(script: Path, root: Path) -> str:
@@ -61,3 +74,117 @@ def _badges(script: Path, root: Path) -> str:
             f"(https://kaggle.com/kernels/welcome?src=https://github.com/{path}) "
             f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
             f"(https://colab.research.google.com/github/{path})")
+
+
+def parameters_of(notebook: Path) -> dict[str, Value | None]:
+    """Return the parameters of a notebook with their defaults, from its cell tagged `parameters`.
+
+    The cell is parsed as Python, because `papermill.inspect_notebook` loses a line with a second "=". A default that is
+    not a literal is None.
+
+    Raises:
+        UserError: not a notebook, or one without such a cell.
+    """
+    try:
+        cells = nbformat.read(notebook, as_version=4).cells
+        source = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
+    except (ValueError, StopIteration):
+        raise UserError(f"{notebook} is not a notebook with a cell tagged parameters; expected an .ipynb that has a "
+                        "default for each column of the grid.") from None
+    defaults = {}
+    for node in ast.parse(source).body:
+        target = getattr(node, "target", None) or getattr(node, "targets", [None])[0]
+        if isinstance(target, ast.Name) and node.value is not None:
+            defaults[target.id] = None
+            with suppress(ValueError):
+                defaults[target.id] = ast.literal_eval(node.value)
+    return defaults
+
+
+@dataclass(frozen=True)
+class Executed:
+    """What an executed notebook holds."""
+
+    parameters: dict[str, Value] = field(default_factory=dict)  # that papermill passed
+    is_complete: bool = False  # every code cell ran to its end
+    error: str = ""  # kind of the exception that ended it, such as "UserError"
+    message: str = ""  # of that exception
+
+    @property
+    def failure(self) -> str:
+        """Why the notebook failed, in one line."""
+        if not self.error:
+            return "it ended without an error and without a result; the machine may have run out of memory"
+        kind = "" if self.error == "UserError" else f"{self.error}: "
+        return " ".join(f"{kind}{self.message}".split())
+
+
+def read_executed(executed: Path) -> Executed:
+    """Return what an executed notebook holds; an empty result where there is no such notebook."""
+    try:
+        notebook = nbformat.read(executed, as_version=4)
+    except (OSError, ValueError, nbformat.ValidationError):  # not there, or half written
+        return Executed()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    error = next((o for cell in cells for o in cell.outputs if o.output_type == "error"), {"ename": "", "evalue": ""})
+    is_complete = all(cell.metadata.get("papermill", {}).get("status") == "completed" for cell in cells)
+    parameters = notebook.metadata.get("papermill", {}).get("parameters", {})
+    return Executed(dict(parameters), is_complete, error["ename"], error["evalue"])
+
+
+def start_notebook(source: Path, executed: Path, parameters: dict[str, Value],
+                   environment: dict[str, str] | None = None) -> subprocess.Popen:
+    """Start one notebook, which papermill writes to `executed` with its outputs, cell by cell.
+
+    What papermill and the kernel print goes to a .log beside it. `environment` has variables to add to those of this
+    process. The new process has a session of its own, so that a Ctrl-C at the terminal reaches only us.
+    """
+    command = [sys.executable, "-m", "papermill", str(source), str(executed), "--cwd", str(ROOT), "--kernel", "python3",
+               "--language", "python", "--no-progress-bar"]
+    for name, value in parameters.items():
+        command += ["-r" if isinstance(value, str) else "-p", name, str(value)]  # -r: text, whatever it looks like
+    executed.unlink(missing_ok=True)  # so that nobody reads the error of an earlier start
+    with executed.with_suffix(".log").open("w", encoding="utf-8") as log:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                                env=os.environ | (environment or {}), start_new_session=True)
+
+
+def run_notebook(source: Path, executed: Path, parameters: dict[str, Value]) -> None:
+    """Run one notebook to its end; see `start_notebook`.
+
+    Raises:
+        UserError: a cell raised one.
+        SystemExit: the notebook failed for another reason; exit code 1.
+    """
+    process = start_notebook(source, executed, parameters)
+    try:
+        process.wait()
+    except BaseException:  # interrupted: no process may go on writing in the background
+        stop_notebooks([process])
+        raise
+    result = read_executed(executed)
+    if result.error == "UserError":
+        raise UserError(result.message)
+    if process.returncode:
+        raise SystemExit(f"error: {executed.name} failed: {result.failure}. See {executed} and "
+                         f"{executed.with_suffix('.log')}; the same command starts it again.")
+
+
+def stop_notebooks(processes: list[subprocess.Popen]) -> None:
+    """End papermill processes and everything that they started; return when none of them is left.
+
+    A kernel is first interrupted, as by its stop button: a run that trains finishes its step and saves. Another
+    interrupt while this waits ends all of them at once.
+    """
+    members = family(processes)
+    try:
+        if os.name == "posix":  # no such signal on Windows
+            for member in members:
+                with suppress(psutil.Error):
+                    if any("ipykernel" in part for part in member.cmdline()):
+                        member.send_signal(signal.SIGINT)
+            psutil.wait_procs([member for member in members if member.pid in {p.pid for p in processes}], SAVE_S)
+    finally:
+        kill(members | family(processes))  # a kernel may have started after the first look
+        for process in processes:
+            process.wait()

@@ -4,12 +4,11 @@ What became of a row is read from its run folder (DONE.json or STOPPED.json, if 
 tokenizer and text) and, where it failed, from the error in its executed notebook.
 """
 
-import csv
 import shutil
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -18,17 +17,15 @@ from plotarmour.cli import LINE_EVERY_S, UserError, duration
 from plotarmour.data.token_file import TokenFile
 from plotarmour.files import locked
 from plotarmour.report.compare import write_csv
-from plotarmour.resume import differences, read_info
-from plotarmour.suite.grid import Grid, Row, plan_grid
+from plotarmour.resume import LOCK, differences, read_info
+from plotarmour.suite.grid import Grid, Row
 from plotarmour.suite.learning_rates import write_rates
-from plotarmour.suite.notebooks import ROOT
-from plotarmour.suite.papermill import failure, read_executed, run_notebook, start_notebook, stop_notebooks
+from plotarmour.suite.notebooks import ROOT, read_executed, run_notebook, start_notebook, stop_notebooks
 from plotarmour.suite.steps import find_prepared, prepare
 from plotarmour.training.checkpoint import latest_whole_step
 from plotarmour.training.ending import Ending, Reason
 from plotarmour.training.log import last_step
 
-LOCK = ".lock"  # folder in the results folder while a grid runs
 LOOK_S = 0.2  # seconds between two looks at the processes
 MEASURED = ("model", "params", "params_non_embedding", "seed", "learning_rate", "max_steps", "step", "tokens_seen",
             "best_step", "best_val_loss", "val_loss", "elapsed_s", "peak_memory_mib", "hardware")
@@ -36,34 +33,27 @@ MEASURED = ("model", "params", "params_non_embedding", "seed", "learning_rate", 
 
 @dataclass(frozen=True)
 class State:
-    """A row and what became of it.
-
-    Attributes:
-        row: of the grid.
-        status: waiting, running, done, stopped or failed.
-        reason: of DONE.json or STOPPED.json, or why the row failed.
-        error: kind of the exception of a failed row, such as "UserError"; "" for none.
-        ending: how the row's own run ended; None where it has not.
-    """
+    """A row and what became of it."""
 
     row: Row
-    status: str = "waiting"
-    reason: str = ""
-    error: str = ""
-    ending: Ending | None = None
+    status: str = "waiting"  # or running, done, stopped, failed
+    reason: str = ""  # of DONE.json or STOPPED.json, or why the row failed
+    error: str = ""  # kind of the exception of a failed row, such as "UserError"
+    ending: Ending | None = None  # of the row's own run
+
+    @property
+    def advice(self) -> str:
+        """Why the row is not done and what to do, in one line."""
+        failed = self.status == "failed"
+        remedy = f"see {self.row.executed.with_suffix('.log')}" if failed else "the same command continues it"
+        return f"{self.row.run} {self.status}: {self.reason} ({remedy})"
 
 
-def run_grid(grid: Grid, text: Path | None = None, extra_text: Path | None = None) -> list[State]:
+def run_grid(grid: Grid) -> list[State]:
     """Run all rows of a grid that are not done; write summary.csv and, if rates were compared, learning_rates.csv.
 
-    The same call continues: it skips rows that are done, resumes stopped ones and tries failed ones again.
-
-    Args:
-        grid: of `plan_grid`.
-        text, extra_text: that it was planned with.
-
-    Returns:
-        The state of each row, in the grid's order.
+    The same call continues: it skips rows that are done, resumes stopped ones and tries failed ones again. The states
+    that it returns are in the grid's order.
 
     Raises:
         UserError: another process runs a grid in this folder, it holds another grid's summary, or no token files could
@@ -72,148 +62,41 @@ def run_grid(grid: Grid, text: Path | None = None, extra_text: Path | None = Non
     out, is_new = grid.out, not grid.out.exists()
     try:
         with locked(out / LOCK, out):
-            check_summary(out / "summary.csv", grid.rows)
+            summary = out / "summary.csv"
+            runs = pd.read_csv(summary, dtype=str, keep_default_na=False)["run"].tolist() if summary.exists() else []
+            if runs and not {row.run for row in grid.rows} & set(runs):
+                raise UserError(f"{summary} is of another grid (its first run: {runs[0]}); expected a folder of its "
+                                "own for this one. Use another --out.")
             (out / "notebooks").mkdir(parents=True, exist_ok=True)
             if grid.data is not None:
-                _make_token_files(grid, text, extra_text)
+                _make_token_files(grid)
             states = _run_rows(grid)
             ended = [state for state in states if state.row.recipe and state.ending]
-            rates = write_rates([(state.row.recipe, state.ending) for state in ended
-                                 if state.status == "done" or state.ending.reason == Reason.NON_FINITE], out)
+            write_rates([(state.row.recipe, state.ending) for state in ended
+                         if state.status == "done" or state.ending.reason == Reason.NON_FINITE], out)
     except UserError:
         if is_new and not any(row.folder.exists() for row in grid.rows):
             shutil.rmtree(out, ignore_errors=True)
         raise
-    if rates:
-        print(rates)
     return states
 
 
-def run_suite(recipe: str, out: Path, text: Path | None = None, extra_text: Path | None = None,
-              overrides: list[str] = (), gpus: int = 1, at_once: int = 1) -> list[State]:
-    """Run the suite: notebook 1, notebook 2 for each model, and notebook 3 once all models are trained.
-
-    Args:
-        recipe: name of a recipe, or path of a TOML file.
-        out: results folder: executed notebooks, token files, run folders, comparison.
-        text: UTF-8 text to learn from; None for the built-in corpus.
-        extra_text: a second test set.
-        overrides: "key=value" for the training of both models.
-        gpus: GPUs of this machine that train each model together.
-        at_once: models that train at the same time.
-
-    Returns:
-        The state of each model's run.
-
-    Raises:
-        UserError: wrong input, before anything starts, or what a notebook raised.
-    """
-    grid = plan_grid(None, recipe, out, text=text, extra_text=extra_text, overrides=overrides, gpus=gpus,
-                     at_once=at_once)
-    begun, states = time.monotonic(), run_grid(grid, text, extra_text)
-    if all(state.status == "done" for state in states):
-        print("comparison ...", flush=True)
-        parameters = {"recipe": grid.data["recipe"], "results": grid.data["results"],
-                      "runs": ";".join(row.run for row in grid.rows)}
-        run_notebook(ROOT / "notebooks" / "03_compare.ipynb", out / "notebooks" / "03_compare.ipynb", parameters)
-        print(f"suite {recipe} done in {duration(time.monotonic() - begun)}: {out}")
-    return states
+def compare_rows(grid: Grid) -> None:
+    """Compare the runs of a grid whose rows are all done, by notebook 3."""
+    print("comparison ...", flush=True)
+    parameters = {"recipe": grid.data["recipe"], "results": grid.data["results"],
+                  "runs": ";".join(row.run for row in grid.rows)}
+    run_notebook(ROOT / "notebooks" / "03_compare.ipynb", grid.out / "notebooks" / "03_compare.ipynb", parameters)
 
 
-def describe_failures(states: list[State]) -> list[str]:
-    """Return a line for each row that is not done, with its reason."""
-    hints = {"failed": "see {}", "stopped": "the same command continues it"}
-    return [f"{state.row.run} {state.status}: {state.reason} "
-            f"({hints[state.status].format(state.row.executed.with_suffix('.log'))})"
-            for state in states if state.status != "done"]
-
-
-def check_summary(path: Path, rows: list[Row]) -> None:
-    """Raise `UserError` where a folder holds another grid's summary, which would be overwritten."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8", newline="") as file:
-        names = [row.get("run") for row in csv.DictReader(file)]
-    if names and not {row.run for row in rows} & set(names):
-        raise UserError(f"{path} is of another grid (its first run: {names[0]}); expected a folder of its own for this "
-                        "one. Use another --out.")
-
-
-def find_state(row: Row) -> State:
-    """Return the state of a row by its run folder: done, stopped, or waiting where there is no ending of this row.
-
-    It is waiting, too, where the folder holds a run of other settings, tokenizer or text, and where the last checkpoint
-    of a finished run is missing.
-    """
-    ending = Ending.read(row.folder)
-    if ending is None:
-        return State(row)
-    has_weights = row.recipe is None or not ending.is_done or latest_whole_step(row.folder) == ending.step
-    if has_weights and is_of(row):
-        return State(row, "done" if ending.is_done else "stopped", ending.reason, ending=ending)
-    if row.recipe is None and ending.is_done:  # such a notebook does not check whose run the folder holds
-        return State(row, "failed", f"{row.folder} holds a run of other settings. Give this run another name, or use "
-                     "another --out", "UserError")
-    return State(row)
-
-
-def is_of(row: Row) -> bool:
-    """Return whether a run folder holds the run of this row: its settings, tokenizer and text."""
-    if row.recipe is None:  # only the executed notebook holds the settings
-        return read_executed(row.executed).parameters == row.parameters
-    try:
-        before = read_info(row.folder)
-        prepared = find_prepared(row.folder.parent)
-        headers = {part: TokenFile.open(prepared[part]).header for part in ("train", "val")}
-    except UserError:
-        return False
-    dtype = row.recipe.training.dtype
-    wanted = {"recipe": row.recipe.to_dict(), "tokenizer": headers["train"]["tokenizer"],
-              "dtype": before["dtype"] if dtype == "auto" else dtype}
-    return not differences(row.folder, before | wanted | headers)
-
-
-def judge(row: Row, code: int) -> State:
-    """Return the state of a row whose papermill process has ended.
-
-    Args:
-        row: of the grid.
-        code: exit code of papermill. It is 0 for some dead kernels, and 1 for a finished run whose figure failed.
-    """
-    state, executed = find_state(row), read_executed(row.executed)
-    failed = code != 0 or executed.error
-    if state.status == "done" and failed:
-        print(f"warning: {row.run} is done, and its notebook failed after that: {failure(executed)}", file=sys.stderr,
-              flush=True)
-    if state.status == "done" or (state.status == "stopped" and not failed):
-        return state
-    return State(row, "failed", failure(executed), executed.error)
-
-
-def write_summary(states: list[State], grid: Grid) -> None:
-    """Replace summary.csv: per run, in the grid's order, the grid's columns and numbers of its run folder."""
-    rows = []
-    for state in states:
-        row, measured = state.row, asdict(state.ending) if state.ending else {}
-        if row.recipe is not None:
-            info = read_info(row.folder) if state.ending else {}
-            measured = info | {"model": row.recipe.model} | asdict(row.recipe.training) | measured
-        cells = {"run": row.run, "status": "waiting" if state.status == "running" else state.status,
-                 "reason": " ".join(state.reason.split())}
-        cells |= {name: row.values.get(name, measured.get(name, grid.defaults[name])) for name in grid.columns
-                  if name != "run"}
-        cells |= {name: measured.get(name) for name in MEASURED if name not in cells}
-        rows.append({name: f"{cell:.9g}" if isinstance(cell, float) else cell for name, cell in cells.items()})
-    write_csv(pd.DataFrame(rows, dtype=object), grid.out / "summary.csv")  # as objects, counts stay whole
-
-
-def _make_token_files(grid: Grid, text: Path | None, extra_text: Path | None) -> None:
+def _make_token_files(grid: Grid) -> None:
     """Make the token files of all rows by notebook 1, or check that those of an earlier start are still right."""
     executed, begun = grid.out / "notebooks" / "01_pretokenize.ipynb", time.monotonic()
     print("token files ...", flush=True)
     before = read_executed(executed)
-    if before.is_complete and before.parameters == grid.data:
-        prepare(grid.rows[0].recipe, grid.out, text, extra_text)  # keeps files that are still right
+    if before.is_complete and before.parameters == grid.data:  # `prepare` keeps files that are still right
+        texts = (Path(grid.data[name]) if grid.data[name] else None for name in ("text", "extra_text"))
+        prepare(grid.rows[0].recipe, grid.out, *texts)
     else:
         run_notebook(ROOT / "notebooks" / "01_pretokenize.ipynb", executed, grid.data)
     print(f"token files done in {duration(time.monotonic() - begun)}", flush=True)
@@ -221,12 +104,12 @@ def _make_token_files(grid: Grid, text: Path | None, extra_text: Path | None) ->
 
 def _run_rows(grid: Grid) -> list[State]:
     """Run all rows that are not done, and return the state of each row."""
-    states, free, running = [find_state(row) for row in grid.rows], list(grid.environments), {}
+    states, free, running = [_find_state(row) for row in grid.rows], list(grid.environments), {}
     waiting = [i for i, state in enumerate(states) if state.status in ("waiting", "stopped")]
     begun = line_at = time.monotonic()
 
     def report(i: int, text: str) -> None:
-        write_summary(states, grid)
+        _write_summary(states, grid)
         print(f"[{i + 1}/{len(states)}] {grid.rows[i].run} {text}", flush=True)
 
     def settle(i: int, state: State) -> None:
@@ -235,8 +118,8 @@ def _run_rows(grid: Grid) -> list[State]:
         report(i, f"{state.status} in {duration(time.monotonic() - running.pop(i)[2])}, "
                + (state.reason if loss is None else f"validation loss {loss:.4f}"))
 
-    write_summary(states, grid)
-    print(progress_line(states, 0, 0.0), flush=True)
+    _write_summary(states, grid)
+    print(_progress_line(states, 0, 0.0), flush=True)
     n_before = len(states) - len(waiting)
     try:
         while waiting or running:
@@ -251,28 +134,87 @@ def _run_rows(grid: Grid) -> list[State]:
             for i, (process, environment, _) in list(running.items()):
                 if process.poll() is not None:
                     free.append(environment)
-                    settle(i, judge(grid.rows[i], process.returncode))
+                    settle(i, _judge(grid.rows[i], process.returncode))
             if running and time.monotonic() - line_at >= LINE_EVERY_S:
                 line_at = time.monotonic()
-                print(progress_line(states, n_before, line_at - begun), flush=True)
+                print(_progress_line(states, n_before, line_at - begun), flush=True)
     except BaseException:  # interrupted: no process may go on writing in the background
         try:
             stop_notebooks([process for process, *_ in running.values()])
         finally:  # also when interrupted again
             for i in list(running):
-                state = find_state(grid.rows[i])
+                state = _find_state(grid.rows[i])
                 settle(i, state if state.ending else State(grid.rows[i], "stopped", "interrupted"))
         raise
     return states
 
 
-def progress_line(states: list[State], n_before: int, elapsed_s: float) -> str:
-    """Return how many rows are in each state, how far the running ones are, and how long the rest takes at this speed.
+def _find_state(row: Row) -> State:
+    """Return the state of a row by its run folder.
 
-    Args:
-        states: of all rows.
-        n_before: rows that were done when this start began.
-        elapsed_s: time since then, in seconds.
+    It is waiting, too, where the folder holds a run of other settings, tokenizer or text, and where the last checkpoint
+    of a finished run is missing.
+    """
+    ending = Ending.read(row.folder)
+    if ending is None:
+        return State(row)
+    has_weights = row.recipe is None or not ending.is_done or latest_whole_step(row.folder) == ending.step
+    if has_weights and _holds_run_of(row):
+        return State(row, "done" if ending.is_done else "stopped", ending.reason, ending=ending)
+    if row.recipe is None and ending.is_done:  # such a notebook does not check whose run the folder holds
+        return State(row, "failed", f"{row.folder} holds a run of other settings. Give this run another name, or use "
+                     "another --out", "UserError")
+    return State(row)
+
+
+def _holds_run_of(row: Row) -> bool:
+    """Return whether a run folder holds the run of this row: its settings, tokenizer and text."""
+    if row.recipe is None:  # only the executed notebook holds the settings
+        return read_executed(row.executed).parameters == row.parameters
+    try:
+        before, prepared = read_info(row.folder), find_prepared(row.folder.parent)
+        headers = {part: TokenFile.open(prepared[part]).header for part in ("train", "val")}
+    except UserError:
+        return False
+    dtype = row.recipe.training.dtype
+    wanted = {"recipe": row.recipe.to_dict(), "tokenizer": headers["train"]["tokenizer"],
+              "dtype": before["dtype"] if dtype == "auto" else dtype}
+    return not differences(row.folder, before | wanted | headers)
+
+
+def _judge(row: Row, code: int) -> State:
+    """Return the state of a row whose papermill process has ended.
+
+    Its exit code is 0 for some dead kernels, and 1 for a finished run whose figure failed.
+    """
+    state, executed = _find_state(row), read_executed(row.executed)
+    failed = code != 0 or executed.error
+    if state.status == "done" and failed:
+        print(f"warning: {row.run} is done, and its notebook failed after that: {executed.failure}", file=sys.stderr,
+              flush=True)
+    if state.status == "done" or (state.status == "stopped" and not failed):
+        return state
+    return State(row, "failed", executed.failure, executed.error)
+
+
+def _write_summary(states: list[State], grid: Grid) -> None:
+    """Replace summary.csv: per run, in the grid's order, the grid's columns and numbers of its run folder."""
+    rows = []
+    for state in states:
+        row, measured = state.row, vars(state.ending) if state.ending else {}
+        if row.recipe is not None:
+            info = read_info(row.folder) if state.ending else {}
+            measured = info | {"model": row.recipe.model} | vars(row.recipe.training) | measured
+        status = "waiting" if state.status == "running" else state.status
+        cells = {"run": row.run, "status": status, "reason": state.reason}
+        cells |= {name: row.values.get(name, measured.get(name, grid.defaults.get(name)))
+                  for name in (*grid.columns, *MEASURED) if name not in cells}
+        rows.append({name: f"{cell:.9g}" if isinstance(cell, float) else cell for name, cell in cells.items()})
+    write_csv(pd.DataFrame(rows, dtype=object), grid.out / "summary.csv")  # as objects, counts stay whole
+
+
+def _progress_line(states: list[State], n_before: int, elapsed_s: float) -> str:
+    """Return how far a grid is, of which `n_before` rows were done when this start began, `elapsed_s` seconds ago.
 
     Example: 2 done, 2 running, 8 waiting (bdh_seed-2 at step 300, gpt2_seed-2 at step 20); about 70 min left
     """

@@ -1,11 +1,7 @@
-"""The steps of the suite that notebooks and command lines call: prepare the token files, train, pack the results."""
+"""The steps of the suite that notebooks and command lines call: prepare the token files, train a recipe."""
 
-import os
 import shutil
-import tempfile
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from plotarmour.cli import UserError
 from plotarmour.config import Recipe, load_recipe, warn_ignored
@@ -15,39 +11,29 @@ from plotarmour.data.tales import tell_stories, write_facts
 from plotarmour.files import publish, unfinished, write_text
 from plotarmour.machine import host
 from plotarmour.run import train_run
-from plotarmour.suite.live import LiveCurves
+from plotarmour.suite.display import LiveCurves
 from plotarmour.suite.multi_gpu import check_gpus, launch
 from plotarmour.training.ending import Ending
-from plotarmour.training.log import read_log
 
-if TYPE_CHECKING:
-    import IPython.display
-
-CORPUS_SETTINGS = ("corpus_stories", "corpus_seed", "corpus_min_events", "corpus_max_events")
 OPTIONAL = {"extra": "tokens.extra.bin", "facts": "built-in.facts.jsonl"}  # not every recipe has them
 
 
 def tell_corpus(path: Path, n_stories: int, seed: int, events: tuple[int, int]) -> tuple[Path, Path]:
-    """Write stories of the built-in corpus as text, and beside it the facts and the exact nats of each story.
+    """Write stories of the built-in corpus as text, and their facts and exact nats beside it; return both paths.
 
     Args:
         path: of the text.
         n_stories: at least 1.
         seed: of the stories.
         events: least and most events of a story.
-
-    Returns:
-        The paths of the text and of the .facts.jsonl.
     """
     if n_stories < 1:
         raise UserError(f"{n_stories} stories; expected at least 1.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     facts = path.with_suffix(".facts.jsonl")
     temporary = unfinished(facts)
-    separator = f"\n{SEPARATOR.decode()}\n"
     try:
         texts = write_facts(temporary, tell_stories(n_stories, seed, events))
-        write_text(path, separator.join(texts) + "\n")
+        write_text(path, f"\n{SEPARATOR.decode()}\n".join(texts) + "\n")
         publish(temporary, facts)
     finally:
         temporary.unlink(missing_ok=True)
@@ -81,10 +67,11 @@ def prepare(recipe: Recipe, folder: Path, text: Path | None = None, extra_text: 
     require_text(recipe, text)
     if 0 in parse_split(recipe.data.split):
         raise UserError(f"split {recipe.data.split} leaves a part empty; the suite needs train, val and test.")
-    if text is not None:
-        warn_ignored(recipe, CORPUS_SETTINGS, f"{text} takes the place of the built-in corpus")
     paths = {}
-    if text is None:
+    if text is not None:
+        of_corpus = [name for name in vars(recipe.data) if name.startswith("corpus_")]
+        warn_ignored(recipe, of_corpus, f"{text} takes the place of the built-in corpus")
+    else:
         text, paths["facts"] = tell_corpus(folder / "built-in.txt", recipe.data.corpus_stories, recipe.data.corpus_seed,
                                            (recipe.data.corpus_min_events, recipe.data.corpus_max_events))
     paths |= zip(PARTS, pre_tokenize([text], recipe.data.tokenizer, folder / "tokens.bin", recipe.data.split,
@@ -116,14 +103,9 @@ def train_recipe(name: str, model: str, data_folder: Path, out: Path, overrides:
         name, model, overrides: see `load_recipe`.
         data_folder: folder with the token files of `prepare`.
         out: the run folder.
-        continue_from: run folder of an earlier session, which may be read-only; it is copied to `out` unless that
-            exists.
+        continue_from: run folder of an earlier session, which may be read-only; copied to `out` unless that exists.
         gpus: GPUs of this machine that train together; with device=cpu the number of processes.
-        extend: whether max_steps, schedule_minutes and patience may differ from those that the run began with.
-        from_step: step of a kept checkpoint to go back to; negative: continue from the latest.
-
-    Returns:
-        How the run ended.
+        extend, from_step: see `train_run`; a negative step continues from the latest checkpoint.
     """
     paths, recipe = find_prepared(data_folder), load_recipe(name, model, overrides)
     check_gpus(gpus, recipe)
@@ -157,44 +139,9 @@ def _copy_run(run: Path, out: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def pack_run(run: Path) -> Path:
-    """Zip the small files of a run folder, such as log, settings, ending and figures, without weights.
-
-    Returns:
-        Path of the zip beside the run folder. Its name ends with the UTC time of the last row of log.csv, as in
-        bdh_20261121-0934.zip.
-
-    Raises:
-        UserError: the log has no row.
-    """
-    log = read_log(run / "log.csv")
-    if log.empty:
-        raise UserError(f"{run / 'log.csv'} has no row; expected a run that has begun. Train it first.")
-    name = f"{run.name}_{datetime.fromisoformat(log['utc'].iloc[-1]):%Y%m%d-%H%M}"
-    large = shutil.ignore_patterns("checkpoints", "tokenizer.json", ".*")
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(run, Path(folder) / run.name, ignore=large)
-        return Path(shutil.make_archive(str(run.with_name(name)), "zip", folder, run.name))
-
-
-def download_link(run: Path) -> "IPython.display.FileLink":
-    """Return a link to the zip of `pack_run`, for a notebook to show."""
-    from IPython.display import FileLink
-
-    return FileLink(os.path.relpath(pack_run(run)))  # Jupyter and Kaggle serve only what is below the working folder
-
-
 def results_folder(recipe: str, given: str = "") -> Path:
     """Return the folder of a recipe's results: `given`, or results/RECIPE in the checkout or /kaggle/working."""
     if given:
         return Path(given)
     base = Path("/kaggle/working") if host() == "kaggle" else Path(__file__).resolve().parents[2]
     return base / "results" / Path(recipe).stem
-
-
-def list_files(folder: Path) -> str:
-    """Return the files below a folder with their sizes, one per line, without hidden ones."""
-    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-    return "\n".join([f"{folder}, in MiB:",
-                      *(f"{(folder / name).stat().st_size / 2**20:12,.3f}  {name}" for name in shown)])

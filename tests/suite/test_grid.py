@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from plotarmour.cli import UserError
-from plotarmour.suite.grid import SAFE, TRAIN, plan_grid, run_name, share_machine
-from plotarmour.suite.papermill import parameters_of
+from plotarmour.suite.grid import SAFE, TRAIN, _run_name, _share_machine, plan_grid
+from plotarmour.suite.notebooks import parameters_of
 
 SMALL = ["corpus_stories=300", "tokenizer=bpe:400", "split=8:1:1", "n_embd=16", "max_steps=20", "warmup_steps=2",
          "eval_tokens=200", "eval_interval=5"]
@@ -66,12 +66,12 @@ def test_all_mistakes_are_reported_at_once(written, tmp_path):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("", "has no row"), ("model\n", "has no row; expected a header"),
+    ("", "no row; expected a row for each run below a header"), ("model\n", "no row; expected"),
     ('model,overrides\nbdh,\n"bdh,seed=1\ngpt2,\n', "unexpected end of data; expected a CSV"),
     ('model,overrides\nbdh,"seed=1"2\n', "',' expected after '\"'"), ("model\nbdh,seed=1\n", "line 2: more cells"),
     ("model\nb\xe9\n".encode("latin-1"), "expected a CSV in UTF-8"),
-    ("model;overrides\nbdh;seed=1\n", "'model;overrides' in the header; expected, between commas"),
-    ("model,depth,model\nbdh,1,\n", "'model', 'depth', 'model' in the header; expected, between commas and each once"),
+    ("model;overrides\nbdh;seed=1\n", "'model;overrides' in the header; expected"),
+    ("model,depth,model\nbdh,1,\n", "'model', 'depth', 'model' in the header; expected a row"),
     ("results\nx\n", "'results' in the header"), ("run\na b\n", "'a b' cannot be the name of a run folder"),
     ("run,overrides\nA,seed=1\na,seed=2\n", "line 3: an earlier row has the same run, a; "),
 ])
@@ -89,7 +89,8 @@ def test_every_cell_reaches_the_notebook_of_its_row(written, tmp_path):
 
 
 @pytest.mark.parametrize(("source", "message"), [
-    ("not a notebook", "is not a notebook"), (("run = ''", ()), "no cell tagged parameters"),
+    ("not a notebook", "is not a notebook with a cell tagged"),
+    (("run = ''", ()), "is not a notebook with a cell tagged"),
     (("x = 1",), "has no parameters results and run"),
 ])
 def test_a_notebook_without_parameters_is_one_line(written, notebook, tmp_path, source, message):
@@ -114,8 +115,8 @@ def test_names_come_from_the_rows_own_values(written, tmp_path):
         for i, row in zip(order, rows, strict=True):
             assert names.setdefault(i, row.run) == row.run
     assert list(names.values()) == ["gpt2_learning_rate-0.004_seed-2", "bdh_seed-1", "bdh"]
-    assert run_name({"overrides": "seed=2", "gpus": 2}, {"model": "bdh"}) == "bdh_gpus-2_seed-2"
-    odd = [run_name({"recipe": text}, {"model": "bdh"}) for text in ("/a b/é.toml", "y" * 300)]
+    assert _run_name({"overrides": "seed=2", "gpus": 2}, {"model": "bdh"}) == "bdh_gpus-2_seed-2"
+    odd = [_run_name({"recipe": text}, {"model": "bdh"}) for text in ("/a b/é.toml", "y" * 300)]
     assert odd[0] == "bdh_recipe--a-b-.toml" and all(map(SAFE.fullmatch, odd))
     assert not any(map(SAFE.fullmatch, ("", "..", "a/b", "é")))
 
@@ -124,17 +125,17 @@ def test_rows_get_their_share_of_the_machine(tmp_path, monkeypatch):
     """Guards: two runs on one GPU; every run with all cores; a GPU number that means another one in the run."""
     rows = plan(None, tmp_path).rows
     monkeypatch.setattr("plotarmour.suite.grid.cores", lambda: 4)
-    assert share_machine(1, rows) == [{}]
+    assert _share_machine(1, rows) == [{}]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert share_machine(3, rows) == [{"OMP_NUM_THREADS": "1"}] * 3
+    assert _share_machine(3, rows) == [{"OMP_NUM_THREADS": "1"}] * 3
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [variables["CUDA_VISIBLE_DEVICES"] for variables in share_machine(2, rows)] == ["0", "1"]
+    assert [variables["CUDA_VISIBLE_DEVICES"] for variables in _share_machine(2, rows)] == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5f")
-    assert [variables["CUDA_VISIBLE_DEVICES"] for variables in share_machine(2, rows)] == ["3", "GPU-5f"]
+    assert [variables["CUDA_VISIBLE_DEVICES"] for variables in _share_machine(2, rows)] == ["3", "GPU-5f"]
     for at_once in (0, 3):
         with pytest.raises(UserError, match=f"--at-once {at_once} is out of range.*torch sees 2"):
-            share_machine(at_once, rows)
+            _share_machine(at_once, rows)
 
 
 def test_the_suite_is_a_grid_of_one_row_per_model(tmp_path):

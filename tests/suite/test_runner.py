@@ -17,18 +17,9 @@ from plotarmour.cli import UserError
 from plotarmour.data.token_file import TokenFile
 from plotarmour.limits import cores
 from plotarmour.suite.grid import plan_grid
-from plotarmour.suite.learning_rates import compare_rates, describe_rates, write_rates
-from plotarmour.suite.papermill import Executed, read_executed
-from plotarmour.suite.runner import (
-    State,
-    check_summary,
-    describe_failures,
-    find_state,
-    judge,
-    progress_line,
-    run_grid,
-    write_summary,
-)
+from plotarmour.suite.learning_rates import _compare, _describe, write_rates
+from plotarmour.suite.notebooks import Executed, read_executed
+from plotarmour.suite.runner import State, _find_state, _judge, _progress_line, _write_summary, run_grid
 from plotarmour.suite.steps import prepare
 from plotarmour.training.checkpoint import FILES, write_manifest
 from plotarmour.training.ending import Ending, Reason
@@ -91,35 +82,35 @@ def executed_with(row, error="", message=""):
 def test_an_executed_notebook_says_how_it_was_called_and_what_ended_it(grid):
     """Guards: notebook 1 run anew at every start of a grid; an error that is looked for in the last line of a log."""
     row = grid.rows[0]
-    assert read_executed(row.executed) == Executed({})
+    assert read_executed(row.executed) == Executed()
     executed_with(row)
     assert read_executed(row.executed) == Executed(row.parameters, is_complete=True)
     executed_with(row, "UserError", "line 1\nline 2")
     assert read_executed(row.executed) == Executed(row.parameters, False, "UserError", "line 1\nline 2")
     row.executed.write_text("{")
-    assert read_executed(row.executed) == Executed({})
+    assert read_executed(row.executed) == Executed()
 
 
 def test_only_a_done_of_the_same_settings_and_tokens_is_done(grid):
     """Guards: a row that is skipped for another one's result; a finished one that is trained again."""
     row = grid.rows[0]
-    assert find_state(row).status == "waiting"
+    assert _find_state(row).status == "waiting"
     end(row)
-    assert (find_state(row).status, find_state(row).reason) == ("done", "max_steps")
+    assert (_find_state(row).status, _find_state(row).reason) == ("done", "max_steps")
     other = replace(row.recipe, training=replace(row.recipe.training, seed=5))
-    assert find_state(replace(row, recipe=other)).status == "waiting"
+    assert _find_state(replace(row, recipe=other)).status == "waiting"
     elsewhere = replace(row.recipe, training=replace(row.recipe.training, device="cpu", log_interval=3))
-    assert find_state(replace(row, recipe=elsewhere)).status == "done"
+    assert _find_state(replace(row, recipe=elsewhere)).status == "done"
     (row.folder / "checkpoints" / "step_00000020" / "model.safetensors").unlink()
-    assert find_state(row).status == "waiting", "the zip to download has no weights, either"
+    assert _find_state(row).status == "waiting", "the zip to download has no weights, either"
     end(row)
     (row.folder / "DONE.json").write_text('{"reason": "max_')
-    assert find_state(row).status == "waiting"
+    assert _find_state(row).status == "waiting"
     end(row)
     train, val = (row.folder.parent / f"tokens.{part}.bin" for part in ("train", "val"))
     train.unlink()
     os.link(val, train)
-    assert find_state(row).status == "waiting"
+    assert _find_state(row).status == "waiting"
 
 
 def test_a_row_is_judged_by_its_run_folder_and_the_error_in_its_notebook(grid, capsys):
@@ -128,7 +119,7 @@ def test_a_row_is_judged_by_its_run_folder_and_the_error_in_its_notebook(grid, c
 
     def judged(code, *error):
         executed_with(row, *error)
-        state = judge(row, code)
+        state = _judge(row, code)
         return state.status, state.reason, state.error
 
     assert judged(0) == judged(1)
@@ -148,9 +139,9 @@ def test_the_summary_has_a_tidy_row_for_every_run(grid):
     end(rows[0], tokens_seen=12_345_678_901, best_val_loss=1 / 3)
     end(rows[1], "STOPPED.json", reason="time budget", step=7)
     end(rows[2])
-    states = [find_state(rows[0]), find_state(rows[1]), State(rows[2], "failed", "line 1\nline 2"),
+    states = [_find_state(rows[0]), _find_state(rows[1]), State(rows[2], "failed", "the cable came out"),
               *(State(row) for row in rows[3:])]
-    write_summary(states, grid)
+    _write_summary(states, grid)
     with (grid.out / "summary.csv").open(newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert list(table[0])[:6] == ["run", "status", "reason", "model", "overrides", "params"]
@@ -158,26 +149,27 @@ def test_the_summary_has_a_tidy_row_for_every_run(grid):
     assert [row["status"] for row in table] == ["done", "stopped", "failed", "waiting", "waiting", "waiting"]
     assert (table[0]["tokens_seen"], table[0]["best_val_loss"]) == ("12345678901", "0.333333333")
     assert (table[1]["step"], table[1]["hardware"], table[1]["learning_rate"]) == ("7", "CPU, 2 threads", "0.01")
-    assert (table[2]["reason"], table[2]["best_val_loss"], table[2]["learning_rate"]) == ("line 1 line 2", "", "0.1")
-    assert [line.split(":")[0] for line in describe_failures(states[:3])] == ["bdh_learning_rate-0.01 stopped",
-                                                                              "bdh_learning_rate-0.1 failed"]
+    assert (table[2]["reason"], table[2]["best_val_loss"]) == ("the cable came out", "")
+    assert states[1].advice == "bdh_learning_rate-0.01 stopped: time budget (the same command continues it)"
+    assert states[2].advice.startswith("bdh_learning_rate-0.1 failed: the cable came out (see ")
 
 
 def test_one_line_tells_how_far_a_grid_is(grid):
     """Guards: a log file full of control characters; a night without a word of how far it is."""
     end(grid.rows[0])
     RunLog(grid.rows[5].folder / "log.csv", -1).append(step=5)
-    states = [find_state(grid.rows[0]), *(State(row) for row in grid.rows[1:5]), State(grid.rows[5], "running")]
-    assert progress_line(states, 0, 8.0) == (
+    states = [_find_state(grid.rows[0]), *(State(row) for row in grid.rows[1:5]), State(grid.rows[5], "running")]
+    assert _progress_line(states, 0, 8.0) == (
         "1 done, 1 running, 4 waiting (gpt2_learning_rate-0.1 at step 5); about 40 s left")
-    assert progress_line(states[:1], 1, 0.0) == "1 done"
+    assert _progress_line(states[:1], 1, 0.0) == "1 done"
 
 
-def test_the_best_rate_is_chosen_on_validation_and_an_edge_is_reported(grid, tmp_path):
+def test_the_best_rate_is_chosen_on_validation_and_an_edge_is_reported(grid, tmp_path, capsys):
     """Guards: a rate at the edge of the grid reported as the best there is; a diverged run that is chosen or hidden."""
     losses = (1.5, 1.2, 1.3, 1.1, 1.2, 1.3)
     runs = [(row.recipe, replace(ENDING, best_val_loss=loss)) for row, loss in zip(grid.rows, losses, strict=True)]
-    lines = write_rates(runs, tmp_path).splitlines()
+    write_rates(runs, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
     assert lines[0] == ("bdh: of 3 learning rates from 0.001 to 0.1, 0.01 is best on validation, with a loss of "
                         "1.2000.")
     assert "gpt2" in lines[1] and "It is the smallest one tried" in lines[1]
@@ -185,14 +177,15 @@ def test_the_best_rate_is_chosen_on_validation_and_an_edge_is_reported(grid, tmp
         "model,learning_rate,best_val_loss,chosen,at_edge,settings", "bdh,0.001,1.5,False,True,",
         "bdh,0.01,1.2,True,False,"]
     runs[2] = runs[2][0], replace(ENDING, reason=Reason.NON_FINITE, best_val_loss=0.9)
-    rows = compare_rates(runs)
-    assert rows["best_val_loss"].isna()[2] and not rows["chosen"][2] and "0.01 is best" in describe_rates(rows)
-    assert list(compare_rates(runs[:2] + runs[3:])["model"]) == ["gpt2"] * 3
+    rows = _compare(runs)
+    assert rows["best_val_loss"].isna()[2] and not rows["chosen"][2] and "0.01 is best" in _describe(rows)
+    assert list(_compare(runs[:2] + runs[3:])["model"]) == ["gpt2"] * 3
     seeds = [(replace(recipe, training=replace(recipe.training, seed=i)), ENDING) for i, (recipe, _) in enumerate(runs)]
-    assert compare_rates(seeds).empty
+    assert _compare(seeds).empty
     widths = [(replace(recipe, architecture=recipe.architecture | {"n_embd": 32}), ENDING) for recipe, _ in runs[:3]]
-    assert set(compare_rates([*runs, *widths])["settings"]) == {"n_embd=16", "n_embd=32", ""}
-    assert write_rates([], tmp_path) == "" and not (tmp_path / "learning_rates.csv").exists()
+    assert set(_compare([*runs, *widths])["settings"]) == {"n_embd=16", "n_embd=32", ""}
+    write_rates([], tmp_path)
+    assert capsys.readouterr().out == "" and not (tmp_path / "learning_rates.csv").exists()
 
 
 def test_a_folder_with_another_grids_summary_is_refused(grid, tmp_path):
@@ -200,9 +193,8 @@ def test_a_folder_with_another_grids_summary_is_refused(grid, tmp_path):
     path = tmp_path / "summary.csv"
     path.write_text("run,status\nbdh_lr-0.1,done\n")
     with pytest.raises(UserError, match="is of another grid .its first run: bdh_lr-0.1.*Use another --out"):
-        check_summary(path, grid.rows)
-    path.write_text(f"run,status\n{grid.rows[0].run},done\nold,failed\n")
-    check_summary(path, grid.rows)  # a grid that was changed
+        run_grid(grid)
+    assert path.read_text() == "run,status\nbdh_lr-0.1,done\n" and not (tmp_path / ".lock").exists()
 
 
 PARAMETERS = 'results = ""\nrun = ""\ntrouble = ""  # what happens to the first start of this run\n'

@@ -17,7 +17,7 @@ from plotarmour.cli import UserError
 from plotarmour.config import TrainingConfig, load_recipe
 from plotarmour.machine import find_machine
 from plotarmour.run import train_run
-from plotarmour.suite.messages import describe_ending
+from plotarmour.suite.display import describe_ending
 from plotarmour.training import distributed as ranks_module
 from plotarmour.training.distributed import ALONE, LostProcess, Ranks
 from plotarmour.training.step import Updates

@@ -1,7 +1,11 @@
+"""What a notebook shows of a run."""
+
 import base64
 import sys
 import time
 import warnings
+import zipfile
+from dataclasses import replace
 
 import nbformat
 import pytest
@@ -10,15 +14,20 @@ from nbclient import NotebookClient
 from plotarmour.cli import UserError
 from plotarmour.evaluation.arms import Arm
 from plotarmour.report.figures import training_curves
-from plotarmour.suite import live
-from plotarmour.suite.live import LiveCurves
+from plotarmour.suite import display
+from plotarmour.suite.display import LiveCurves, describe_ending, download_link, list_files
+from plotarmour.training.ending import Ending, Reason
 from plotarmour.training.log import RunLog, read_log
+
+ENDING = Ending(Reason.MAX_STEPS, step=2200, tokens_seen=926179, elapsed_s=83.0, train_loss=0.5, val_loss=0.6,
+                best_step=2000, best_val_loss=0.5, skipped_steps=0, scaler_overflows=0, peak_memory_mib=512.0,
+                last_checkpoint=2200, micro_batch_size=4, input_wait_s=0.25)
 
 CELL = """
 import sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from plotarmour.suite.live import LiveCurves
+from plotarmour.suite.display import LiveCurves
 from plotarmour.training.log import RunLog
 
 log = RunLog(Path("{run}") / "log.csv", -1)
@@ -48,7 +57,7 @@ class Handle:
 def notebook(monkeypatch):
     """As in a notebook: the handles of what is displayed, in order."""
     handles = []
-    monkeypatch.setattr(live, "_display", lambda text: handles.append(Handle()) or handles[-1])
+    monkeypatch.setattr(display, "_display", lambda text: handles.append(Handle()) or handles[-1])
     return handles
 
 
@@ -83,7 +92,7 @@ def test_an_error_while_drawing_warns_once_and_training_goes_on(notebook, log, t
     def fail(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(live, "training_curves", fail)
+    monkeypatch.setattr(display, "training_curves", fail)
     with pytest.warns(UserWarning, match="OSError: no space left.*training continues") as warned:
         with LiveCurves("bdh", tmp_path, every_s=0.0) as curves:
             for _ in range(3):
@@ -103,7 +112,7 @@ def test_drawing_takes_a_hundredth_of_the_time_at_most(notebook, log, tmp_path, 
         path.write_bytes(b"png")
         return path
 
-    monkeypatch.setattr(live, "training_curves", draw)
+    monkeypatch.setattr(display, "training_curves", draw)
     with LiveCurves("bdh", tmp_path, every_s=30.0) as curves:
         drawn.clear()
         begun = now[0]
@@ -123,8 +132,59 @@ def test_a_users_mistake_draws_nothing(notebook, log, tmp_path):
 
 def test_outside_notebooks_nothing_is_drawn(log, tmp_path, monkeypatch):
     """Guards: figures and other standard error for whoever calls from a script."""
-    monkeypatch.setattr(live, "training_curves", None)
+    monkeypatch.setattr(display, "training_curves", None)
     before = sys.stderr
     with LiveCurves("bdh", tmp_path, every_s=0.0) as curves:
         curves.row()
         assert sys.stderr is before
+
+
+def test_an_ending_comes_with_what_to_do_next(tmp_path):
+    """Guards: a dict that the reader must decode; a stopped run that nobody knows how to continue."""
+    lines = describe_ending(ENDING, tmp_path / "bdh").splitlines()
+    assert lines == ["bdh      done: all steps taken", "trained  2,200 steps, 926,179 tokens, 83 s over all sessions",
+                    "best     validation loss 0.5000 (perplexity 1.65) at step 2,000",
+                    "waited   0.2 s for batches, in the last session",
+                    "memory   0.50 GiB at most, in micro-batches of 4 rows"]
+    stopped = " ".join(describe_ending(replace(ENDING, reason=Reason.SIGINT), tmp_path / "bdh").split())
+    assert "stopped by signal SIGINT" in stopped and "continues from the checkpoint of step 2,200" in stopped
+    assert "set continue_from to its run folder bdh" in stopped
+    failed = " ".join(describe_ending(replace(ENDING, reason=Reason.NON_FINITE), tmp_path / "bdh").split())
+    assert "with a lower learning_rate" in failed and "continue_from" not in failed
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "bdh"
+    (folder / "figures").mkdir(parents=True)
+    (folder / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (folder / "checkpoints" / "step_00000001" / "model.safetensors").write_bytes(b"weights")
+    (folder / "figures" / "training.png").write_bytes(b"png")
+    for name in ("run.json", "DONE.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    RunLog(folder / "log.csv", -1).append(utc="2026-11-21T09:34:59Z", step=1)
+    return folder
+
+
+def test_a_link_leads_to_a_zip_of_what_is_small_and_no_weights(run, monkeypatch):
+    """Guards: gigabytes to download for a curve."""
+    monkeypatch.chdir(run.parent)
+    assert "href='bdh_20261121-0934.zip'" in download_link(run)._repr_html_(), "no server follows an absolute path"
+    with zipfile.ZipFile("bdh_20261121-0934.zip") as bundle:
+        files = [name for name in bundle.namelist() if not name.endswith("/")]
+        assert sorted(files) == ["bdh/DONE.json", "bdh/figures/training.png", "bdh/log.csv", "bdh/run.json"]
+        assert bundle.read("bdh/log.csv") == (run / "log.csv").read_bytes()
+
+
+def test_a_list_of_files_leaves_out_hidden_folders(tmp_path):
+    """Guards: the lock of a grid among the results that a notebook lists."""
+    for name in (".lock/owner.json", ".hidden", "run/log.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x" * 2**10)
+    assert list_files(tmp_path).splitlines()[1:] == ["       0.001  run/log.csv"]
+
+
+def test_a_run_that_has_not_begun_is_refused(tmp_path):
+    """Guards: an empty zip with a made-up name."""
+    with pytest.raises(UserError, match="has no row; expected"):
+        download_link(tmp_path)
