@@ -239,9 +239,9 @@ def _check_held_out(train_data: Tokens, val_data: Tokens) -> None:
     if disjoint_by_construction(train_data.header, val_data.header):
         return
     overlap = overlapping_stories(train_data, val_data)
-    if overlap.n_stories:
-        raise UserError(f"{overlap.n_stories:,} of {val_data.n_stories:,} stories of {val_data.path} are also in "
-                        f"{train_data.path} (first: story {overlap.first:,}, there story {overlap.first_in_other:,}); "
+    if len(overlap):
+        raise UserError(f"{len(overlap):,} of {val_data.n_stories:,} stories of {val_data.path} are also in "
+                        f"{train_data.path} (first: story {overlap[0, 0]:,}, there story {overlap[0, 1]:,}); "
                         "expected none. Make the validation file again with --exclude TRAIN_TEXT, or both files from "
                         "one text with --split.")
 

@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 
 from plotarmour import run as runs
@@ -57,7 +55,7 @@ def test_of_a_complete_run_nothing_is_built_and_searched(token_files, overlappin
     """Guards: a minute of work, and a model in memory, to find out that there is nothing to do."""
     [whole] = pre_tokenize([token_files["text"]], str(token_files["train"]), tmp_path / "whole.bin")
     [other] = pre_tokenize([overlapping[0]], str(token_files["train"]), tmp_path / "other.bin")
-    monkeypatch.setattr(runs, "overlapping_stories", lambda *files: SimpleNamespace(n_stories=0))
+    monkeypatch.setattr(runs, "overlapping_stories", lambda *files: [])
     ending = train_run(small_recipe, whole, other, tmp_path / "run")
     for module, name in ((runs, "overlapping_stories"), (runs, "Windows"), (type(small_recipe), "build_model")):
         monkeypatch.setattr(module, name, lambda *args: pytest.fail("there is nothing to do"))

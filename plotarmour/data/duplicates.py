@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import nsmallest
-from itertools import combinations_with_replacement
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -45,29 +45,22 @@ ALL = "all parts"
 EXAMPLE_COLUMNS = ("kind", "part_a", "story_a", "part_b", "story_b", "similarity", "group_stories", "text_a", "text_b")
 
 
-@dataclass(frozen=True)
-class Overlap:
-    """How many stories of one token file another holds with the same ids; the first one's index in both, or None."""
-
-    n_stories: int
-    first: int | None
-    first_in_other: int | None
-
-
-def overlapping_stories(train: object, val: object) -> Overlap:
-    """Count the stories of `val` that `train` holds with the same ids.
+def overlapping_stories(train: object, val: object) -> np.ndarray:
+    """Return which stories of `val` have the same ids as a story of `train`.
 
     Args:
         train, val: `TokenFile` or `TokensInMemory`, of one tokenizer. Each is read once; 8 bytes per story are held.
 
+    Returns:
+        int64 (n, 2): index of each such story in `val`, and of a story of `train` with its ids.
+
     Example:
-        train has the stories 5 6 7 and 8 9, val has 8 9 and 5 6: one story of val, its story 0, train's story 1.
+        train has the stories 5 6 7 and 8 9, val has 8 9 and 5 6: [[0, 1]], as story 0 of val is story 1 of train.
     """
-    train_keys, val_keys = story_keys(train), story_keys(val)
+    train_keys, first = np.unique(_story_keys(train), return_index=True)
+    val_keys = _story_keys(val)
     shared = np.flatnonzero(np.isin(val_keys, train_keys))
-    if not len(shared):
-        return Overlap(0, None, None)
-    return Overlap(len(shared), int(shared[0]), int(np.flatnonzero(train_keys == val_keys[shared[0]])[0]))
+    return np.column_stack([shared, first[np.searchsorted(train_keys, val_keys[shared])]])
 
 
 def disjoint_by_construction(one: dict, other: dict) -> bool:
@@ -80,15 +73,8 @@ def disjoint_by_construction(one: dict, other: dict) -> bool:
     return bool(one.get("split")) and origin(one) == origin(other) and None not in parts and parts[0] != parts[1]
 
 
-def story_keys(data: object) -> np.ndarray:
-    """Return a 64-bit key of each story's ids.
-
-    Args:
-        data: `TokenFile` or `TokensInMemory`; ids of any integer type.
-
-    Returns:
-        uint64 (n_stories,): equal for equal ids.
-    """
+def _story_keys(data: object) -> np.ndarray:
+    """Return a 64-bit key of each story's ids, equal for equal ids of any integer type."""
     tokens, bounds = np.asarray(data.tokens), np.append(data.offsets, data.n_tokens).astype(np.int64).tolist()
     return np.array([_key(tokens[begin:end].astype("<u4")) for begin, end in zip(bounds, bounds[1:], strict=False)],
                     dtype=np.uint64)
@@ -109,12 +95,10 @@ class Duplicates:
         examples: pairs, a few per kind and two parts; the kind is the narrowest that holds. `story_a` and `story_b` are
             indices in the token files, `similarity` is Jaccard's (1 for exact and normalised copies), `group_stories`
             counts the group of this kind, `text_a` and `text_b` are the first 100 characters.
-        near: whether near copies were searched.
     """
 
     counts: list[dict]
     examples: list[dict]
-    near: bool
 
     def table(self) -> str:
         """Return the rows of `counts` with copies, and always those about copies in the first part, as text."""
@@ -146,7 +130,7 @@ def find_duplicates(files: dict[str, TokenFile], out: Path | None = None, thresh
     """
     if not 0.7 <= threshold <= 1:
         raise UserError(f"--threshold {threshold} is too low or too high; expected 0.7 to 1.")
-    corpus = Corpus(files)
+    corpus = _Corpus(files)
     if near:
         try:
             import rensa  # noqa: F401
@@ -154,14 +138,14 @@ def find_duplicates(files: dict[str, TokenFile], out: Path | None = None, thresh
             warnings.warn("near copies are not searched: rensa is not installed. Install it with: pip install "
                           "'rensa>=0.5,<0.6'", stacklevel=2)
             near = False
-    _, first, inverse = np.unique(np.concatenate([story_keys(data) for data in corpus.files]), return_index=True,
+    _, first, inverse = np.unique(np.concatenate([_story_keys(data) for data in corpus.files]), return_index=True,
                                   return_inverse=True)
     exact = first[inverse]  # for each story the first one with the same ids
-    normalised, joined, similar = _compare_texts(corpus, np.sort(first), threshold if near else None, examples)
+    normalised, joined, similar = _compare_texts(corpus, np.sort(first), threshold if near else None)
     groups = {"exact": exact, "normalised": normalised[exact]}
     if near:
         groups["near"] = joined[groups["normalised"]]
-    result = Duplicates(_counts(corpus, groups), _examples(corpus, groups, normalised, similar, examples), near)
+    result = Duplicates(_counts(corpus, groups), _examples(corpus, groups, normalised, similar, examples))
     if out is not None:
         import pandas as pd
 
@@ -171,30 +155,17 @@ def find_duplicates(files: dict[str, TokenFile], out: Path | None = None, thresh
     return result
 
 
-class Corpus:
-    """The stories of several token files, numbered consecutively.
-
-    Attributes:
-        n: number of stories.
-        files, parts: token files and their names.
-        sizes: stories of each file.
-        part_of: int16 (n,), index into `parts`.
-        place: int64 (n,), index of the story in its file.
-
-    Raises:
-        UserError: the files have different tokenizers.
-    """
+class _Corpus:
+    """The stories of several token files of one tokenizer, numbered consecutively."""
 
     def __init__(self, files: dict[str, TokenFile]):
         if len({data.header["tokenizer"]["sha256"] for data in files.values()}) > 1:
             raise UserError(f"{', '.join(files)} have different tokenizers; expected one. Make them again with "
                             "--tokenizer of the first.")
-        self.files, self.parts = list(files.values()), list(files)
-        self.sizes = np.array([data.n_stories for data in self.files])
-        self.n = int(self.sizes.sum())
-        self.part_of = np.repeat(np.arange(len(self.files), dtype=np.int16), self.sizes)
-        self.place = np.concatenate([np.arange(size) for size in self.sizes])
-        self.tokenizer = self.files[0].tokenizer()
+        self.files, self.parts, sizes = list(files.values()), list(files), [data.n_stories for data in files.values()]
+        self.n, self.tokenizer = sum(sizes), self.files[0].tokenizer()
+        self.part_of = np.repeat(np.arange(len(sizes), dtype=np.int16), sizes)  # of each story, index into `parts`
+        self.place = np.concatenate([np.arange(size) for size in sizes])  # of each story in its file
         self.lengths = np.concatenate([np.diff(data.offsets.astype(np.int64), append=data.n_tokens)
                                        for data in self.files])
 
@@ -207,71 +178,54 @@ class Corpus:
         yield from np.split(stories, np.flatnonzero(np.diff(np.cumsum(self.lengths[stories]) // BATCH_TOKENS)) + 1)
 
 
-def banding(threshold: float) -> tuple[int, int]:
-    """Return (bands, rows): the longest rows with which 98 of 100 pairs at the threshold are proposed.
-
-    Example:
-        >>> banding(0.8)
-        (25, 8)
-    """
+def _banding(threshold: float) -> tuple[int, int]:
+    """Return (bands, rows): the longest rows with which 98 of 100 pairs at the threshold are proposed."""
     rows = max(r for r in range(1, SIGNATURE + 1) if 1 - (1 - threshold**r) ** (SIGNATURE // r) >= 0.98)
     return SIGNATURE // rows, rows
 
 
-def shingles(text: str) -> set[str]:
+def _shingles(text: str) -> set[str]:
     """Return every five words in a row of a normalised text; a shorter text is one shingle."""
     words = text.split(" ")
     return {" ".join(words[i:i + WORDS]) for i in range(max(1, len(words) - WORDS + 1))}
 
 
-def jaccard(one: set, other: set) -> float:
+def _jaccard(one: set, other: set) -> float:
     """Return the Jaccard similarity of two sets, shared elements over all: {1, 2, 3} and {2, 3, 4} give 0.5."""
     shared = len(one & other)
     return shared / (len(one) + len(other) - shared)
 
 
-def _compare_texts(corpus: Corpus, singles: np.ndarray, threshold: float | None, examples: int
+def _compare_texts(corpus: _Corpus, singles: np.ndarray, threshold: float | None
                    ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int, float]]]:
-    """Read each text once and find its normalised group, its near group, and examples of near copies.
+    """Read each text once; return for each story the first one of its normalised and of its near group, and near pairs.
 
-    Args:
-        singles: numbers of the stories to read, ascending: the first one of each exact group.
-        threshold: least similarity of near copies; None searches none.
-
-    Returns:
-        For each story the number of the first story of its normalised and of its near group (int64 (n,) each; itself if
-        it has no copy or is not in `singles`), and (story, story, similarity).
+    `singles` are the first stories of the exact groups; only these are read. A threshold of None joins no near copies.
     """
-    normalised, parents = np.arange(corpus.n), np.arange(corpus.n)
+    from scipy.cluster.hierarchy import DisjointSet
+
+    normalised, joined, groups = np.arange(corpus.n), np.arange(corpus.n), DisjointSet()
     first_of: dict[int, int] = {}
-    similar, n_similar, indexed = [], Counter(), []  # indexed: story number of each key of the LSH index
+    similar, indexed = [], []  # indexed: story number of each key of the LSH index
     if threshold:
         from rensa import RMinHash, RMinHashLSH
 
-        bands, rows = banding(threshold)
+        bands, rows = _banding(threshold)
         index = RMinHashLSH(threshold, bands * rows, bands)
-
-    def root(i: int) -> int:
-        while parents[i] != i:
-            i = parents[i] = parents[parents[i]]
-        return i
 
     @lru_cache(maxsize=4096)
     def set_of(i: int) -> set[str]:
-        return shingles(normalise(*corpus.texts([i])))
+        return _shingles(normalise(*corpus.texts([i])))
 
     def join(i: int, own: set[str], candidates: list[int]) -> None:
         """Join the group of story `i` with those of the candidates that are similar enough."""
         for j in (indexed[key] for key in nsmallest(MOST_COMPARED, candidates)):
             if j >= i:
                 break
-            if root(i) == root(j) or (similarity := jaccard(own, set_of(j))) < threshold:
-                continue
-            low, high = sorted((root(i), root(j)))
-            parents[high] = low
-            where = (corpus.part_of[j], corpus.part_of[i])
-            n_similar[where] += 1
-            if n_similar[where] <= examples:
+            groups.add(i)
+            groups.add(j)
+            if not groups.connected(i, j) and (similarity := _jaccard(own, set_of(j))) >= threshold:
+                groups.merge(i, j)
                 similar.append((j, i, similarity))
 
     with progress(len(singles), "stories", "compare stories") as bar:
@@ -283,7 +237,7 @@ def _compare_texts(corpus: Corpus, singles: np.ndarray, threshold: float | None,
                 normalised[i] = first_of.setdefault(_key(text.encode()), i)
                 if threshold and normalised[i] == i:
                     new.append(i)
-                    sets.append(shingles(text))
+                    sets.append(_shingles(text))
             if new:
                 signatures = RMinHash.from_token_sets(sets, bands * rows, SEED)
                 index.insert_many(signatures, len(indexed))
@@ -291,45 +245,39 @@ def _compare_texts(corpus: Corpus, singles: np.ndarray, threshold: float | None,
                 for i, own, signature in zip(new, sets, signatures, strict=True):
                     join(i, own, index.query(signature))
             bar.update(len(batch))
-    return normalised, np.array([root(i) for i in range(corpus.n)]) if threshold else parents, sorted(similar)
+    for group in groups.subsets():
+        joined[list(group)] = min(group)
+    return normalised, joined, similar
 
 
-def _counts(corpus: Corpus, groups: dict[str, np.ndarray]) -> list[dict]:
+def _counts(corpus: _Corpus, groups: dict[str, np.ndarray]) -> list[dict]:
     """Return the rows of `Duplicates.counts`."""
     rows = []
-
-    def add(kind: str, part: str, other: str, stories: int, copies: int) -> None:
-        rows.append({"kind": kind, "part": part, "other_part": other, "stories": int(stories), "copies": int(copies),
-                     "share": round(int(copies) / int(stories), 6)})
-
     for kind, labels in groups.items():
         present = np.zeros((len(corpus.parts), corpus.n), dtype=bool)  # which parts have a story of a group
         present[corpus.part_of, labels] = True
-        if len(corpus.parts) > 1:
-            add(kind, ALL, ALL, corpus.n, corpus.n - present.any(axis=0).sum())
-        for p, part in enumerate(corpus.parts):
-            add(kind, part, part, corpus.sizes[p], corpus.sizes[p] - present[p].sum())
-            for q, other in enumerate(corpus.parts):
-                if q != p:
-                    add(kind, part, other, corpus.sizes[p], present[q][labels[corpus.part_of == p]].sum())
+        found = [(ALL, ALL, corpus.n, corpus.n - present.any(axis=0).sum())] if len(corpus.parts) > 1 else []
+        for (p, part), (q, other) in product(enumerate(corpus.parts), repeat=2):
+            own = labels[corpus.part_of == p]
+            found.append((part, other, len(own), len(own) - present[p].sum() if p == q else present[q][own].sum()))
+        rows += [{"kind": kind, "part": part, "other_part": other, "stories": stories, "copies": int(copies),
+                  "share": round(int(copies) / stories, 6)} for part, other, stories, copies in found]
     return rows
 
 
-def _examples(corpus: Corpus, groups: dict[str, np.ndarray], normalised: np.ndarray,
+def _examples(corpus: _Corpus, groups: dict[str, np.ndarray], normalised: np.ndarray,
               similar: list[tuple[int, int, float]], examples: int) -> list[dict]:
     """Return the rows of `Duplicates.examples`: the first story of a group with others of it."""
-    pairs = []
-    for kind, labels in (("exact", groups["exact"]), ("normalised", normalised)):
-        copies = np.flatnonzero(labels != np.arange(corpus.n))
-        for p, q in combinations_with_replacement(range(len(corpus.parts)), 2):
-            here = copies[(corpus.part_of[labels[copies]] == p) & (corpus.part_of[copies] == q)][:examples]
-            pairs += [(kind, int(labels[i]), int(i), 1.0) for i in here]
-    pairs += [("near", *pair) for pair in similar]
+    equal = ((kind, int(labels[i]), i, 1.0) for kind, labels in (("exact", groups["exact"]), ("normalised", normalised))
+             for i in np.flatnonzero(labels != np.arange(corpus.n)).tolist())
     sizes = {kind: np.bincount(labels, minlength=corpus.n) for kind, labels in groups.items()}
-    rows = []
-    for kind, a, b, similarity in pairs:
-        text_a, text_b = (" ".join(text.split())[:100] for text in corpus.texts([a, b]))
-        values = (kind, corpus.parts[corpus.part_of[a]], int(corpus.place[a]), corpus.parts[corpus.part_of[b]],
-                  int(corpus.place[b]), round(similarity, 4), int(sizes[kind][groups[kind][a]]), text_a, text_b)
-        rows.append(dict(zip(EXAMPLE_COLUMNS, values, strict=True)))
+    n, rows = Counter(), []
+    for kind, a, b, similarity in chain(equal, (("near", *pair) for pair in similar)):
+        parts = [corpus.parts[corpus.part_of[i]] for i in (a, b)]
+        n[kind, *parts] += 1
+        if n[kind, *parts] <= examples:
+            text_a, text_b = (" ".join(text.split())[:100] for text in corpus.texts([a, b]))
+            values = (kind, parts[0], int(corpus.place[a]), parts[1], int(corpus.place[b]), round(similarity, 4),
+                      int(sizes[kind][groups[kind][a]]), text_a, text_b)
+            rows.append(dict(zip(EXAMPLE_COLUMNS, values, strict=True)))
     return rows

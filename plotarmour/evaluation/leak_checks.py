@@ -163,5 +163,5 @@ def _result(values: list[float], limit: float, form: str) -> tuple[str, bool]:
 def _held_out(train_data, data) -> tuple[str, bool]:
     if disjoint_by_construction(train_data.header, data.header):
         return "0 stories, by the split", True
-    overlap = overlapping_stories(train_data, data)
-    return f"{overlap.n_stories:,} stories of {data.n_stories:,}", overlap.n_stories == 0
+    overlap = len(overlapping_stories(train_data, data))
+    return f"{overlap:,} stories of {data.n_stories:,}", overlap == 0
