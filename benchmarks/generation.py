@@ -44,13 +44,13 @@ def models(device, contexts: list[int]):
     from published_bdh import PublishedBDH
 
     from plotarmour.models.bdh import BDH, BDHConfig
-    from plotarmour.models.hf import GPT2, GPT2Config
+    from plotarmour.models.hf import GPT2Config, HFModel
 
     torch.manual_seed(0)
     bdh = BDH(BDHConfig(**SHAPE, mlp_internal_dim_multiplier=MULTIPLIER, vocab_size=VOCABULARY, dropout=0.0))
     published = PublishedBDH(**SHAPE, multiplier=MULTIPLIER, vocab_size=VOCABULARY)
     published.load_state_dict(bdh.state_dict())
-    gpt2 = GPT2(GPT2Config(**GPT2_SHAPE, vocab_size=VOCABULARY, context_length=max(contexts) + 512, dropout=0.0))
+    gpt2 = HFModel(GPT2Config(**GPT2_SHAPE, vocab_size=VOCABULARY, context_length=max(contexts) + 512, dropout=0.0))
     return [m.to(device).eval() for m in (bdh, published, gpt2)]
 
 

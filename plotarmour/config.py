@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from plotarmour.cli import UserError
-from plotarmour.models import KINDS, LanguageModel, ModelConfig, build_model, model_config
+from plotarmour.models import KINDS, LanguageModel, ModelConfig, architecture_fields, build_model, model_config
 
 RECIPES = Path(__file__).parent / "recipes"
 AUTO = "auto"  # the value of a setting that the program is to choose
@@ -31,31 +31,26 @@ Auto = Literal["auto"]
 Rule = tuple[str, Callable[[Any], bool]]  # the words of a message, and the test; every test is false for NaN
 
 AT_LEAST_1: Rule = ("must be at least 1", lambda value: value >= 1)
-POSITIVE: Rule = ("must be positive", lambda value: value > 0)
-NOT_NEGATIVE: Rule = ("must not be negative", lambda value: value >= 0)
+POSITIVE: Rule = ("must be positive and finite", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE: Rule = ("must not be negative or infinite", lambda value: 0 <= value < math.inf)
 FRACTION: Rule = ("must be in [0, 1]", lambda value: 0 <= value <= 1)
 BELOW_1: Rule = ("must be in [0, 1)", lambda value: 0 <= value < 1)
 SEED: Rule = ("must be in [0, 2**32)", lambda value: 0 <= value < 2**32)
 
 
-def one_of(*allowed: str) -> Rule:
+def _one_of(*allowed: str) -> Rule:
     """Return the rule of a setting that has a few possible values."""
     return f"must be one of {', '.join(allowed)}", lambda value: value in allowed
 
 
-def setting(doc: str, default: Any = dataclasses.MISSING, rule: Rule | None = None, *, identity: bool = True,
-            arm: bool | None = None, extendable: bool = False,
-            used_if: tuple[str, Callable[[Any], bool]] | None = None) -> Any:
-    """Declare a field of a config dataclass. The flags concern training settings only.
+def _field(doc: str, default: Any = dataclasses.MISSING, rule: Rule | None = None, *, identity: bool = True,
+           arm: bool | None = None, extendable: bool = False,
+           used_if: tuple[str, Callable[[Any], bool]] | None = None) -> Any:
+    """Declare a field of a config dataclass: a sentence with the unit, the default, and the rule of possible values.
 
-    Args:
-        doc: one sentence with the unit.
-        default: value of a recipe that does not set it; without a default, every recipe must set it.
-        rule: the possible values.
-        identity: whether the value decides what a run learns. A run continues only with the same value.
-        arm: whether runs of one arm have the same value; by default as `identity`.
-        extendable: whether `--extend` may change the value of an existing run.
-        used_if: words, and a test of the whole section: where it is false, the setting has no effect.
+    The flags concern training settings only. `identity`: the value decides what a run learns, so a run continues only
+    with the same value. `arm`: runs of one arm have the same value; by default as `identity`. `extendable`: `--extend`
+    may change the value. `used_if`: words and a test of the section; where it is false, the setting has no effect.
     """
     return dataclasses.field(default=default, metadata={
         "doc": doc, "rule": rule, "identity": identity, "arm": identity if arm is None else arm,
@@ -69,59 +64,58 @@ HAS_CORPUS = ("corpus_stories is above 0", lambda data: data.corpus_stories > 0)
 class DataConfig:
     """Where stories come from and how they become tokens. The hashes of the token files identify a run, not these."""
 
-    tokenizer: str = setting("The tokenizer: gpt2, bytes, or bpe:N, which learns N entries.")
-    stories: str = setting("What makes a story: endoftext, line or file.", "endoftext",
-                           one_of("endoftext", "line", "file"))
-    split: str = setting("Shares of train, val and test.", "90:5:5")
-    corpus_stories: int = setting("Stories of the built-in corpus; 0: the user brings a text.", 0, NOT_NEGATIVE)
-    corpus_seed: int = setting("Seed of the built-in corpus.", 0, SEED, used_if=HAS_CORPUS)
-    corpus_min_events: int = setting("Fewest events of a story; each adds about 14 tokens to 62.", 2, NOT_NEGATIVE,
-                                     used_if=HAS_CORPUS)
-    corpus_max_events: int = setting("Most events of a story.", 4, NOT_NEGATIVE, used_if=HAS_CORPUS)
+    tokenizer: str = _field("The tokenizer: gpt2, bytes, or bpe:N, which learns N entries.")
+    stories: str = _field("What makes a story: endoftext, line or file.", "endoftext",
+                          _one_of("endoftext", "line", "file"))
+    split: str = _field("Shares of train, val and test.", "90:5:5")
+    corpus_stories: int = _field("Stories of the built-in corpus; 0: the user brings a text.", 0, NOT_NEGATIVE)
+    corpus_seed: int = _field("Seed of the built-in corpus.", 0, SEED, used_if=HAS_CORPUS)
+    corpus_min_events: int = _field("Fewest events of a story; each adds about 14 tokens to 62.", 2, NOT_NEGATIVE,
+                                    used_if=HAS_CORPUS)
+    corpus_max_events: int = _field("Most events of a story.", 4, NOT_NEGATIVE, used_if=HAS_CORPUS)
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """The settings of the training loop. A step is one attempted optimizer update."""
 
-    context_length: int = setting("Tokens per row.", rule=AT_LEAST_1)
-    rows_per_step: int = setting("Rows that one step learns from.", rule=AT_LEAST_1)
-    micro_batch_size: int | Auto = setting('Rows per forward pass; "auto": the most that fit into memory.',
-                                           rule=AT_LEAST_1, identity=False)
-    max_steps: int = setting("Steps until training ends.", rule=AT_LEAST_1, extendable=True)
-    learning_rate: float = setting("The highest learning rate, reached after warm-up.", rule=POSITIVE)
-    windows: str = setting("How the token file is cut into rows: stream (without gaps) or stories (whole stories).",
-                           "stream", one_of("stream", "stories"))
-    seed: int = setting("Seed of weights, dropout and the order of rows.", 0, SEED, arm=False)
-    schedule: str = setting("The learning rate after warm-up: cosine, or linear_tail (constant, then linear).",
-                            "cosine", one_of("cosine", "linear_tail"))
-    warmup_steps: int = setting("Steps in which the learning rate rises linearly from 0.", 100, NOT_NEGATIVE)
-    final_learning_rate_fraction: float = setting("The last learning rate, as a fraction of learning_rate.", 0.1,
-                                                  FRACTION)
-    decay_fraction: float = setting("Fraction of the schedule over which the linear tail falls.", 0.35, FRACTION,
-                                    used_if=('schedule is "linear_tail"', lambda t: t.schedule == "linear_tail"))
-    schedule_minutes: float = setting("Minutes, summed over all sessions, after which the schedule ends if max_steps "
-                                      "does not end it earlier; 0: no such limit.", 0.0, NOT_NEGATIVE, extendable=True)
-    weight_decay: float = setting("AdamW's weight decay, on matrices only.", 0.1, NOT_NEGATIVE)
-    beta1: float = setting("AdamW's decay rate of the mean of gradients, per step.", 0.9, BELOW_1)
-    beta2: float = setting("AdamW's decay rate of the mean of squared gradients, per step.", 0.95, BELOW_1)
-    grad_clip: float = setting("The largest gradient norm; larger gradients are scaled down. 0: no clipping.", 1.0,
-                               NOT_NEGATIVE)
-    log_interval: int = setting("Steps per row of log.csv.", 10, AT_LEAST_1, identity=False)
-    eval_interval: int = setting("Steps between two evaluations.", 100, AT_LEAST_1)
-    eval_tokens: int = setting("Tokens of the validation file per evaluation, always the same ones.", 20_000,
-                               AT_LEAST_1)
-    patience: int = setting("Evaluations without improvement before training stops early; 0: it never does.", 0,
-                            NOT_NEGATIVE, extendable=True)
-    checkpoint_interval: int = setting("Steps between two checkpoints.", 200, AT_LEAST_1, identity=False)
-    keep_every: int = setting("Steps between two checkpoints that are kept for good; 0: only the best and the last two "
-                              "are kept.", 0, NOT_NEGATIVE, identity=False)
-    max_minutes: float | Auto = setting('Minutes after which a session stops with a checkpoint; 0: no limit; "auto": '
-                                        "Kaggle's limits on Kaggle, no limit elsewhere.", AUTO, NOT_NEGATIVE,
-                                        identity=False)
-    dtype: str = setting("Number format of the forward pass: auto, float32, bfloat16 or float16.", "auto",
-                         one_of("auto", "float32", "bfloat16", "float16"), arm=False)
-    device: str = setting("Where to compute: auto, cpu or cuda.", "auto", one_of("auto", "cpu", "cuda"), identity=False)
+    context_length: int = _field("Tokens per row.", rule=AT_LEAST_1)
+    rows_per_step: int = _field("Rows that one step learns from.", rule=AT_LEAST_1)
+    micro_batch_size: int | Auto = _field('Rows per forward pass; "auto": the most that fit into memory.',
+                                          rule=AT_LEAST_1, identity=False)
+    max_steps: int = _field("Steps until training ends.", rule=AT_LEAST_1, extendable=True)
+    learning_rate: float = _field("The highest learning rate, reached after warm-up.", rule=POSITIVE)
+    windows: str = _field("How the token file is cut into rows: stream (without gaps) or stories (whole stories).",
+                          "stream", _one_of("stream", "stories"))
+    seed: int = _field("Seed of weights, dropout and the order of rows.", 0, SEED, arm=False)
+    schedule: str = _field("The learning rate after warm-up: cosine, or linear_tail (constant, then linear).",
+                           "cosine", _one_of("cosine", "linear_tail"))
+    warmup_steps: int = _field("Steps in which the learning rate rises linearly from 0.", 100, NOT_NEGATIVE)
+    final_learning_rate_fraction: float = _field("The last learning rate, as a fraction of learning_rate.", 0.1,
+                                                 FRACTION)
+    decay_fraction: float = _field("Fraction of the schedule over which the linear tail falls.", 0.35, FRACTION,
+                                   used_if=('schedule is "linear_tail"', lambda t: t.schedule == "linear_tail"))
+    schedule_minutes: float = _field("Minutes, summed over all sessions, after which the schedule ends if max_steps "
+                                     "does not end it earlier; 0: no such limit.", 0.0, NOT_NEGATIVE, extendable=True)
+    weight_decay: float = _field("AdamW's weight decay, on matrices only.", 0.1, NOT_NEGATIVE)
+    beta1: float = _field("AdamW's decay rate of the mean of gradients, per step.", 0.9, BELOW_1)
+    beta2: float = _field("AdamW's decay rate of the mean of squared gradients, per step.", 0.95, BELOW_1)
+    grad_clip: float = _field("The largest gradient norm; larger gradients are scaled down. 0: no clipping.", 1.0,
+                              NOT_NEGATIVE)
+    log_interval: int = _field("Steps per row of log.csv.", 10, AT_LEAST_1, identity=False)
+    eval_interval: int = _field("Steps between two evaluations.", 100, AT_LEAST_1)
+    eval_tokens: int = _field("Tokens of the validation file per evaluation, always the same ones.", 20_000, AT_LEAST_1)
+    patience: int = _field("Evaluations without improvement before training stops early; 0: it never does.", 0,
+                           NOT_NEGATIVE, extendable=True)
+    checkpoint_interval: int = _field("Steps between two checkpoints.", 200, AT_LEAST_1, identity=False)
+    keep_every: int = _field("Steps between two checkpoints that are kept for good; 0: only the best and the last two "
+                             "are kept.", 0, NOT_NEGATIVE, identity=False)
+    max_minutes: float | Auto = _field('Minutes after which a session stops with a checkpoint; 0: no limit; "auto": '
+                                       "Kaggle's limits on Kaggle, no limit elsewhere.", AUTO, NOT_NEGATIVE,
+                                       identity=False)
+    dtype: str = _field("Number format of the forward pass: auto, float32, bfloat16 or float16.", "auto",
+                        _one_of("auto", "float32", "bfloat16", "float16"), arm=False)
+    device: str = _field("Where to compute: auto, cpu or cuda.", "auto", _one_of("auto", "cpu", "cuda"), identity=False)
 
     @property
     def micro_batch_rows(self) -> int:
@@ -140,11 +134,7 @@ class TrainingConfig:
 
 
 def largest_divisor(rows: int, at_most: int) -> int:
-    """Return the largest number of rows, `at_most` or fewer, that divides `rows`.
-
-    Example:
-        largest_divisor(12, 5) is 4: micro-batches of 4 rows, 3 of them.
-    """
+    """Return the largest number, `at_most` or smaller, that divides `rows`. (12, 5): micro-batches of 4 rows."""
     return next(n for n in range(min(rows, at_most), 0, -1) if rows % n == 0)
 
 
@@ -155,22 +145,14 @@ def training_settings(flag: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The part of a recipe that one model uses, with overrides applied.
+    """The part of a recipe that one model uses, with overrides applied."""
 
-    Attributes:
-        name: file name without .toml.
-        model: a key of `plotarmour.models.KINDS`.
-        data, training: settings.
-        architecture: fields of the kind's config class.
-        overridden: keys that the user has overridden.
-    """
-
-    name: str
-    model: str
+    name: str  # of the file, without .toml
+    model: str  # a key of `plotarmour.models.KINDS`
     data: DataConfig
     training: TrainingConfig
-    architecture: dict[str, Any] = dataclasses.field(default_factory=dict)
-    overridden: tuple[str, ...] = ()
+    architecture: dict[str, Any] = dataclasses.field(default_factory=dict)  # fields of the kind's config class
+    overridden: tuple[str, ...] = ()  # keys that the user has overridden
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -184,9 +166,7 @@ class Recipe:
 
     def build_model(self, vocab_size: int) -> LanguageModel:
         """Build this recipe's untrained model from its seed. Raise `UserError` for an impossible shape."""
-        self.model_config(vocab_size)
-        t = self.training
-        return build_model(self.model, self.architecture, vocab_size, t.context_length, t.seed)
+        return build_model(self.model, self.model_config(vocab_size), self.training.seed)
 
 
 def recipe_names() -> list[str]:
@@ -211,21 +191,23 @@ def load_recipe(name: str, model: str, overrides: Collection[str] = ()) -> Recip
     if model not in KINDS:
         raise UserError(f"unknown model {model!r}{_closest(model, KINDS)}; expected one of {', '.join(KINDS)}.")
     sections = _read_sections(path, model)
-    types = {"data": typing.get_type_hints(DataConfig), "training": typing.get_type_hints(TrainingConfig),
-             "architecture": {key: float if key == "dropout" else type(value)
-                              for key, value in sections["architecture"].items()}}
-    overridden, wrong = _override(sections, types, overrides)
-    for section, values in sections.items():
-        wrong += _check_types(section, values, types[section])
-    for kind, section in ((DataConfig, "data"), (TrainingConfig, "training")):
-        wrong += [f"{f.name} is missing in [{section}]" for f in dataclasses.fields(kind)
-                  if f.default is dataclasses.MISSING and f.name not in sections[section]]
+    known = {section: {field.name: field for field in fields} for section, fields in (
+        ("data", dataclasses.fields(DataConfig)), ("training", dataclasses.fields(TrainingConfig)),
+        (model, architecture_fields(model)))}
+    overridden, wrong = _override(sections, known, overrides)
+    complaints = {section: _check_values(section, sections[section], known[section]) for section in known}
+    if not complaints[model]:
+        try:
+            model_config(model, sections[model], vocab_size=1, context_length=1)
+        except ValueError as error:
+            complaints[model].append(str(error))
+    wrong += sum(complaints.values(), [])
     if not wrong:
         recipe = Recipe(path.stem, model, DataConfig(**sections["data"]), TrainingConfig(**sections["training"]),
-                        sections["architecture"], tuple(overridden))
-        wrong = _check_values(recipe)
+                        sections[model], tuple(overridden))
+        wrong = _check_together(recipe)
     if wrong:
-        raise UserError(f"recipe {path.stem} ({model}): " + "; ".join(wrong) + ".")
+        raise UserError(f"recipe {path.stem} ({model}): {'; '.join(wrong)}.")
     _warn_unused(recipe)
     return recipe
 
@@ -238,7 +220,7 @@ def warn_ignored(recipe: Recipe, keys: Collection[str], why: str) -> None:
 
 
 def _read_sections(path: Path, model: str) -> dict[str, dict[str, Any]]:
-    """Return the sections data, training and architecture of a recipe file for one model."""
+    """Return the sections [data], [training] and [MODEL] of a recipe file for one model."""
     known = ("data", "training", *KINDS)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -254,72 +236,58 @@ def _read_sections(path: Path, model: str) -> dict[str, dict[str, Any]]:
     if not isinstance(own_training, dict):
         raise UserError(f"{path}: training = {own_training!r} in [{model}] is not a section; expected its keys in "
                         f"[{model}.training].")
-    return {"data": table["data"], "training": table["training"] | own_training, "architecture": architecture}
+    return {"data": table["data"], "training": table["training"] | own_training, model: architecture}
 
 
-def _override(sections: dict, types: dict, overrides: Collection[str]) -> tuple[list[str], list[str]]:
+def _override(sections: dict, known: dict, overrides: Collection[str]) -> tuple[list[str], list[str]]:
     """Set overrides in `sections`; return the overridden keys, and complaints."""
     overridden, wrong = [], []
-    keys = [key for known in types.values() for key in known]
+    section_of = {key: section for section, fields in known.items() for key in fields}
     for override in overrides:
         key, equals, value = (part.strip() for part in override.partition("="))  # a=1; b=2 in a notebook
-        if not equals:
-            wrong.append(f"--set {key}: expected key=value; keys are {', '.join(sorted(keys))}")
-        elif key not in keys:
-            wrong.append(f"--set {override.strip()}: unknown key {key!r}"
-                         + (_closest(key, keys) or f"; keys are {', '.join(sorted(keys))}"))
-        else:
-            section = next(section for section in types if key in types[section])
-            with suppress(ValueError):  # a text in place of a number: `_check_types` complains
-                value = _kind(types[section][key])[0](value)
-            sections[section][key] = value
-            overridden.append(key)
+        if not equals or key not in section_of:
+            keys = _closest(key, section_of) or f"; keys are {', '.join(sorted(section_of))}"
+            wrong.append(f"--set {override.strip()}: expected key=value with a known key{keys}")
+            continue
+        section = section_of[key]
+        with suppress(ValueError):  # a text in place of a number: `_check_values` complains
+            value = _kind(known[section][key])[0](value)
+        sections[section][key] = value
+        overridden.append(key)
     return overridden, wrong
 
 
-def _check_types(section: str, values: dict[str, Any], types: dict[str, Any]) -> list[str]:
-    """Return complaints about unknown keys and values of a wrong type; make whole numbers floats where expected."""
+def _check_values(section: str, values: dict[str, Any], known: dict[str, dataclasses.Field]) -> list[str]:
+    """Return complaints about keys and about values one by one; make whole numbers floats where expected."""
     wrong = []
     for key, value in values.items():
-        if key not in types:
-            wrong.append(f"unknown key {key!r} in [{section}]{_closest(key, types)}")
+        if key not in known:
+            wrong.append(f"unknown key {key!r} in [{section}]{_closest(key, known)}")
             continue
-        kind, may_be_auto = _kind(types[key])
+        (kind, may_be_auto), rule = _kind(known[key]), known[key].metadata.get("rule")
         if may_be_auto and value == AUTO:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-            wrong.append(f"{key} = {value!r} is not {_TYPE_NAMES.get(kind, 'a number or text')}"
-                         + (' or "auto"' if may_be_auto else ""))
-        elif kind is float:
-            values[key] = float(value)
-    return wrong
+        if kind is float and type(value) is int:
+            value = values[key] = float(value)
+        if type(value) is not kind:
+            wrong.append(f"{key} = {value!r} is not {_TYPE_NAMES[kind]}" + (' or "auto"' if may_be_auto else ""))
+        elif rule and not rule[1](value):
+            wrong.append(f"{key} = {value!r} {rule[0]}")
+    return wrong + [f"{key} is missing in [{section}]" for key, field in known.items()
+                    if field.default is dataclasses.MISSING and key not in values]
 
 
-def _check_values(recipe: Recipe) -> list[str]:
-    """Return complaints about values that are impossible, alone or together."""
+def _check_together(recipe: Recipe) -> list[str]:
+    """Return complaints about values that are impossible together."""
     d, t, wrong = recipe.data, recipe.training, []
-    for config in (d, t):
-        for field in dataclasses.fields(config):
-            value, rule = getattr(config, field.name), field.metadata["rule"]
-            if value == AUTO:
-                continue
-            if rule and not rule[1](value):
-                wrong.append(f"{field.name} = {value!r} {rule[0]}")
-            elif isinstance(value, float) and not math.isfinite(value):
-                wrong.append(f"{field.name} = {value} must be finite")
-    for key, value in recipe.architecture.items():
-        words, is_possible = BELOW_1 if key == "dropout" else AT_LEAST_1
-        if not isinstance(value, str) and not is_possible(value):
-            wrong.append(f"{key} = {value} {words}")
-    if t.max_steps >= 1 and t.warmup_steps >= t.max_steps:
+    if t.warmup_steps >= t.max_steps:
         wrong.append(f"warmup_steps = {t.warmup_steps} must be less than max_steps = {t.max_steps}")
     if d.corpus_min_events > d.corpus_max_events:
         wrong.append(f"corpus_min_events = {d.corpus_min_events} must not exceed "
                      f"corpus_max_events = {d.corpus_max_events}")
-    rows, size = t.rows_per_step, t.micro_batch_rows
-    if rows >= 1 and size >= 1 and rows % size:
-        wrong.append(f"rows_per_step = {rows} is not a multiple of micro_batch_size = {size}: set micro_batch_size to "
-                     f'{largest_divisor(rows, size)} or to "auto"')
+    if t.rows_per_step % t.micro_batch_rows:
+        wrong.append(f"rows_per_step = {t.rows_per_step} is not a multiple of micro_batch_size = {t.micro_batch_rows}: "
+                     f'set micro_batch_size to {largest_divisor(t.rows_per_step, t.micro_batch_rows)} or to "auto"')
     return wrong
 
 
@@ -336,9 +304,9 @@ def _warn_unused(recipe: Recipe) -> None:
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text"}
 
 
-def _kind(annotation: Any) -> tuple[type, bool]:
-    """Split an annotation such as `int | Auto` into its type, and whether "auto" is possible."""
-    kinds = typing.get_args(annotation) or (annotation,)
+def _kind(field: dataclasses.Field) -> tuple[type, bool]:
+    """Split the annotation of a field, such as `int | Auto`, into its type, and whether "auto" is possible."""
+    kinds = typing.get_args(field.type) or (field.type,)
     return kinds[0], len(kinds) > 1
 
 

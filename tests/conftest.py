@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package works without being installed
 
-from plotarmour.models import KINDS, build_model  # noqa: E402
+from plotarmour.models import KINDS, build_model, model_config  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -77,4 +77,5 @@ def small_recipe(request):
 @pytest.fixture(params=list(KINDS))
 def small_model(request):
     """An untrained model of each kind with 50 tokens, without dropout."""
-    return build_model(request.param, TINY[request.param] | {"dropout": 0.0}, vocab_size=50, context_length=64, seed=0)
+    config = model_config(request.param, TINY[request.param] | {"dropout": 0.0}, vocab_size=50, context_length=64)
+    return build_model(request.param, config, seed=0)

@@ -1,15 +1,18 @@
 """Model architectures: the protocol that every model fulfils, and the registry of model kinds.
 
-The rest of the package uses a model only through the protocols `LanguageModel` and `ModelConfig`. The registry `KINDS`
-is the only list of model kinds. A new kind needs a file in this folder, an entry in `KINDS` and a section in a recipe.
-Models know nothing of files, tokenizers, losses or optimizers.
+The rest of the package uses a model only through `LanguageModel`, `ModelConfig` and `State`. The registry `KINDS` is
+the only list of model kinds. A new kind needs an entry there, a section in a recipe, and
 
-Importing this module does not import torch, so that `--help` stays fast: the registry holds import paths, which
-`model_config` and `build_model` resolve.
+- for a class of `transformers`: a config class with the method `build_hf`, in `hf.py`;
+- for any other model: a config class, a model class and a state class, in a file of their own.
+
+Models know nothing of files, tokenizers, losses or optimizers. Importing this module does not import torch, so that
+`--help` stays fast: the registry holds import paths.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class ModelConfig(Protocol):
-    """The hyperparameters of a model, as a frozen dataclass that raises `ValueError` for impossible values."""
+    """The hyperparameters of a model: a frozen dataclass that raises `ValueError` for impossible values."""
 
     n_embd: int
     vocab_size: int
@@ -44,9 +47,6 @@ class ModelConfig(Protocol):
         all T keys for every query; causality does not halve it. The count excludes embedding lookups, norms,
         activations, softmax, rotation and biases. These are model FLOPs, not hardware FLOPs: recomputation and
         skipped blocks do not change them.
-
-        Raises:
-            ValueError: a context length that the model does not support.
 
         Source: Chowdhery et al. 2022 (PaLM), appendix B; Kaplan et al. 2020, section 2.1; nanoGPT's `estimate_mfu`.
         """
@@ -74,7 +74,7 @@ class LanguageModel(Protocol):
     def unembedding(self) -> Tensor:
         """The (vocab_size, n_embd) matrix that gives logits: features @ unembedding.T."""
 
-    def features(self, inputs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+    def features(self, inputs: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         """Map token ids to features; each feature depends on its own and earlier tokens only.
 
         Args:
@@ -93,29 +93,46 @@ class LanguageModel(Protocol):
     def forward(self, inputs: Tensor) -> Tensor:
         """Map token ids, int64 (B, T), to logits (B, T, vocab_size)."""
 
-    def initial_state(self, batch_size: int) -> Any:
-        """Return the state before the first token of `batch_size` stories.
+    def initial_state(self, batch_size: int) -> State:
+        """Return the state before the first token of `batch_size` stories."""
 
-        A state has `position` (tokens read), `copy` (to branch a story), `detach` (ends the gradient), and `tensors`
-        and `from_tensors` (to save and load it with safetensors).
-        """
+
+class State:
+    """What a model carries from token to token. A subclass has `position`, `layout`, `tensors` and `_load`."""
+
+    position: int  # number of tokens read
+    layout: tuple  # class name, then sizes, dtype and device, which `check_state` compares
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the state as named tensors, to save with safetensors; they share the memory of the state."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> State:
+        """Return the state that `tensors` gave. Raise `ValueError` for tensors of another kind of state."""
+        try:
+            return cls._load(tensors)
+        except KeyError as missing:
+            raise ValueError(f"state: found tensors {', '.join(sorted(tensors)[:4])} ... without {missing}, expected "
+                             f"those of a {cls.__name__}; load them with the class that saved them") from None
+
+    def copy(self) -> State:
+        """Return an independent copy, to branch a story."""
+        return self._load({name: tensor.clone() for name, tensor in self.tensors().items()})
+
+    def detach(self) -> State:
+        """Return the same values without gradient history, for truncated backpropagation through time."""
+        return self._load({name: tensor.detach() for name, tensor in self.tensors().items()})
 
 
 @dataclass(frozen=True)
 class Kind:
-    """An entry of the registry.
+    """An entry of the registry."""
 
-    Attributes:
-        label: name in figures and reports.
-        colors: colours in figures: the first for the first arm of this kind, and so on.
-        config: import path of the config class, "module:Class".
-        model: import path of the model class, which takes a config.
-    """
-
-    label: str
-    colors: tuple[str, ...]
-    config: str
-    model: str
+    label: str  # name in figures and reports
+    colors: tuple[str, ...]  # in figures: the first for the first arm of this kind, and so on
+    config: str  # import path of the config class, "module:Class"
+    model: str  # import path of the model class, which takes a config
 
 
 # Colours of Okabe and Ito's palette for colour-blind readers: blues for BDH, warm colours for the others.
@@ -123,9 +140,15 @@ KINDS: dict[str, Kind] = {
     "bdh": Kind("BDH", ("#0072B2", "#56B4E9", "#004A75"), "plotarmour.models.bdh:BDHConfig",
                 "plotarmour.models.bdh:BDH"),
     "gpt2": Kind("GPT-2", ("#D55E00", "#CC79A7", "#E69F00", "#7A3500"), "plotarmour.models.hf:GPT2Config",
-                 "plotarmour.models.hf:GPT2"),
+                 "plotarmour.models.hf:HFModel"),
 }
 REFERENCE = "bdh"  # comparisons compare this kind with all others
+_FROM_DATA = ("vocab_size", "context_length")  # fields of a config class that a recipe's architecture does not set
+
+
+def architecture_fields(kind: str) -> tuple[dataclasses.Field, ...]:
+    """Return the fields of a kind's config class that a recipe sets."""
+    return tuple(f for f in dataclasses.fields(_import(KINDS[kind].config)) if f.name not in _FROM_DATA)
 
 
 def model_config(kind: str, architecture: dict[str, Any], vocab_size: int, context_length: int) -> ModelConfig:
@@ -133,57 +156,35 @@ def model_config(kind: str, architecture: dict[str, Any], vocab_size: int, conte
 
     Args:
         kind: a key of `KINDS`.
-        architecture: fields of the kind's config class.
-        vocab_size: number of entries of the tokenizer.
+        architecture: values of `architecture_fields`.
+        vocab_size: entries of the tokenizer.
         context_length: tokens per row; ignored if the config class has no such field.
 
     Raises:
-        ValueError: impossible values, or a field that the config class does not have.
+        ValueError: impossible values.
     """
-    config_class = _load(KINDS[kind].config)
+    config_class = _import(KINDS[kind].config)
     positions = {"context_length": context_length} if "context_length" in config_class.__dataclass_fields__ else {}
-    try:
-        return config_class(vocab_size=vocab_size, **positions, **architecture)
-    except TypeError as error:
-        raise ValueError(str(error)) from None
+    return config_class(vocab_size=vocab_size, **positions, **architecture)
 
 
-def build_model(kind: str, architecture: dict[str, Any], vocab_size: int, context_length: int,
-                seed: int) -> LanguageModel:
-    """Build an untrained model on the CPU, with weights that depend on the seed only.
-
-    Args:
-        kind, architecture, vocab_size, context_length: see `model_config`.
-        seed: seed for torch's global random generator.
-
-    Raises:
-        ValueError: as `model_config`.
-    """
+def build_model(kind: str, config: ModelConfig, seed: int) -> LanguageModel:
+    """Build an untrained model on the CPU, with weights that depend on the seed of torch's generator only."""
     import torch
 
-    config = model_config(kind, architecture, vocab_size, context_length)
-    model_class = _load(KINDS[kind].model)
     torch.manual_seed(seed)
-    return model_class(config)
+    return _import(KINDS[kind].model)(config)
 
 
-def label_of(kind: str) -> str:
-    """Return the label of a kind; an unknown kind is its own label."""
-    return KINDS[kind].label if kind in KINDS else kind
-
-
-def colors_of(kind: str) -> tuple[str, ...]:
-    """Return the colours of a kind; gray for an unknown kind."""
-    return KINDS[kind].colors if kind in KINDS else ("#8A8A8A",)
-
-
-def check_dimensions(config: Any, positive: tuple[str, ...]) -> list[str]:
-    """Return the complaints about fields that must be at least 1, and about `dropout`, which must be in [0, 1)."""
-    complaints = [f"{field} = {getattr(config, field)} must be at least 1" for field in positive
-                  if getattr(config, field) < 1]
-    if not 0.0 <= config.dropout < 1.0:
-        complaints.append(f"dropout = {config.dropout} must be in [0, 1)")
-    return complaints
+def check_dimensions(config: ModelConfig) -> None:
+    """Raise `ValueError` with all integer fields below 1, and with `dropout` if it is not in [0, 1)."""
+    values = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    wrong = [f"{name} = {value} must be at least 1" for name, value in values.items()
+             if name != "dropout" and isinstance(value, int) and value < 1]
+    if not 0.0 <= values.get("dropout", 0.0) < 1.0:
+        wrong.append(f"dropout = {values['dropout']} must be in [0, 1)")
+    if wrong:
+        raise ValueError("; ".join(wrong))
 
 
 def check_ids(inputs: Tensor, vocab_size: int, in_training: bool = False) -> None:
@@ -209,12 +210,11 @@ def check_ids(inputs: Tensor, vocab_size: int, in_training: bool = False) -> Non
                          " use the tokenizer that the model was trained with")
 
 
-def check_state(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    """Raise `ValueError` unless a tensor of a state has the shape, dtype and device that the model expects."""
-    found, expected = (tuple(tensor.shape), tensor.dtype, tensor.device), (shape, dtype, device)
-    if found != expected:
-        raise ValueError("state: found {} {} as {} on {}, ".format(name, *found) +
-                         "expected {} as {} on {}; ".format(*expected) +
+def check_state(state: State, expected: tuple) -> None:
+    """Raise `ValueError` unless a state has the layout that a model expects; an empty one may not know all of it."""
+    found = state.layout if isinstance(state, State) else (type(state).__name__,)
+    if found != expected[:len(found)]:
+        raise ValueError(f"state: found {' '.join(map(str, found))}, expected {' '.join(map(str, expected))}; "
                          "use a state of this model, batch size, device and autocast setting (initial_state)")
 
 
@@ -223,11 +223,10 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
     import torch
 
     device = tensor.device.type
-    if torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return tensor.dtype
+    enabled = torch.is_autocast_enabled(device) and tensor.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if enabled else tensor.dtype
 
 
-def _load(path: str) -> type:
+def _import(path: str) -> type:
     module, name = path.split(":")
     return getattr(importlib.import_module(module), name)

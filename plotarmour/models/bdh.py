@@ -34,7 +34,7 @@ from plotarmour.models import check_dimensions, check_ids, check_state, product_
 from plotarmour.models.dropout import CounterDropout
 from plotarmour.models.recurrent import BDHState, read, read_one
 from plotarmour.models.rotary import Rotation, rotate
-from plotarmour.models.tiled import Setting, Tiling, Weights, normalize, run_passes
+from plotarmour.models.tiled import Passes, Setting, Tiling, Weights, normalize
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,11 @@ class BDHConfig:
     dropout: float = 0.1
 
     def __post_init__(self):
-        complaints = check_dimensions(self, ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier",
-                                             "vocab_size"))
+        check_dimensions(self)
         neurons = self.mlp_internal_dim_multiplier * self.n_embd
-        if not complaints and neurons % (2 * self.n_head):
-            complaints.append(f"mlp_internal_dim_multiplier · n_embd = {neurons} must be divisible by 2 · n_head = "
-                              f"{2 * self.n_head}: rotation works on pairs of neurons")
-        if complaints:
-            raise ValueError("BDH: " + "; ".join(complaints))
+        if neurons % (2 * self.n_head):
+            raise ValueError(f"mlp_internal_dim_multiplier · n_embd = {neurons} must be divisible by 2 · n_head = "
+                             f"{2 * self.n_head}: rotation works on pairs of neurons")
 
     @property
     def neurons_per_head(self) -> int:
@@ -82,15 +79,10 @@ class BDHConfig:
 
         Per pass: 2·H·N·D each for x, y and the decoder, 2·T·H·N for scores, 2·T·H·D for a. Once: 2·D·V for logits.
 
-        Raises:
-            ValueError: a context length below 1.
-
         Example:
             2 passes, D 4, 2 heads of N 8, V 5, T 3: H·N·D = 64 and H·(N + D) = 24, so a pass takes
             6 · 64 + 2 · 3 · 24 = 528 FLOPs; 2 · 528 + 2 · 4 · 5 = 1,096.
         """
-        if context_length < 1:
-            raise ValueError(f"context_length = {context_length} must be at least 1")
         D, H, N = self.n_embd, self.n_head, self.neurons_per_head
         flops_per_pass = 6 * H * N * D + 2 * context_length * H * (N + D)
         return self.n_layer * flops_per_pass + 2 * D * self.vocab_size
@@ -153,10 +145,12 @@ class BDH(nn.Module):
         The tiled form computes them with gradients, the recurrent form without. The parallel form computes them if
         `form` is "parallel", or if a state is given and gradients are needed.
         """
-        (B, T), c = inputs.shape if inputs.dim() == 2 else (0, 0), self.config
+        c = self.config
         check_ids(inputs, c.vocab_size, self.training)
+        B, T = inputs.shape
         if state is not None:
-            self._check_state(state, B)
+            shape = (B, c.n_head, c.neurons_per_head, c.n_embd)
+            check_state(state, ("BDHState", c.n_layer, shape, self.decoder.dtype, self.decoder.device))
         v = normalize(self.embed(inputs))[0]  # (B, T, D)
         dropout = None
         if self.training and c.dropout:
@@ -170,7 +164,7 @@ class BDH(nn.Module):
             self._weights_cache = None
             setting = Setting(self._rotation.table(0, T, v.device, v.dtype), dropout,
                               self.tiling or Tiling.for_shape(B, T, c.neurons_per_head, v.device))
-            return run_passes(v, self.encoder, self.encoder_v, self.decoder, c.n_layer, dtype, setting), None
+            return Passes.apply(v, self.encoder, self.encoder_v, self.decoder, c.n_layer, dtype, setting), None
         with torch.autocast(v.device.type, enabled=False):
             if state is not None and T == 1 and dropout is None:
                 v = read_one(v, self._weights(dtype), self._rotation, state)
@@ -180,8 +174,8 @@ class BDH(nn.Module):
             state.position += T
         return v, state
 
-    def _parallel(self, v: Tensor, dropout: CounterDropout | None, state: BDHState | None,
-                  ) -> tuple[Tensor, BDHState | None]:
+    def _parallel(self, v: Tensor, dropout: CounterDropout | None,
+                  state: BDHState | None) -> tuple[Tensor, BDHState | None]:
         """Apply the published formula with (B, H, T, N) tensors; attention in float32 or float64."""
         (B, T, _), c = v.shape, self.config
         start, synapses = (state.position, []) if state else (0, None)
@@ -198,9 +192,7 @@ class BDH(nn.Module):
             y = F.relu(normalize(a)[0] @ self.encoder_v)  # (B, H, T, N)
             xy = x * y
             if dropout is not None:
-                batch, head, position = (torch.arange(i, i + n, device=v.device)
-                                         for i, n in ((0, B), (0, c.n_head), (start, T)))
-                rows = dropout.rows(level, batch[:, None, None], head[:, None], position)
+                rows = dropout.rows(level, range(B), range(c.n_head), range(start, start + T))
                 xy = xy * dropout.kept(rows, 0, c.neurons_per_head).to(xy.dtype) * dropout.scale
             m = xy.transpose(1, 2).reshape(B, 1, T, -1) @ self.decoder
             v = normalize(v + normalize(m.to(v.dtype))[0])[0]
@@ -213,14 +205,3 @@ class BDH(nn.Module):
         if self._weights_cache is None or self._weights_cache[0] != key:
             self._weights_cache = key, Weights(*(p.detach().to(dtype) for p in parameters))
         return self._weights_cache[1]
-
-    def _check_state(self, state: BDHState, batch_size: int) -> None:
-        c = self.config
-        if not isinstance(state, BDHState):
-            raise ValueError(f"state: found {type(state).__name__}, expected BDHState; use initial_state")
-        if len(state.synapses) != c.n_layer:
-            raise ValueError(f"state: found {len(state.synapses)} passes, expected {c.n_layer}; use a state of this "
-                             "model (initial_state)")
-        for synapses in state.synapses:
-            check_state("synapses", synapses, (batch_size, c.n_head, c.neurons_per_head, c.n_embd),
-                        self.decoder.dtype, self.decoder.device)

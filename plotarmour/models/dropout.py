@@ -20,14 +20,7 @@ INT16_MIN = -(2**15)
 
 
 class CounterDropout:
-    """The dropout mask of one forward pass and its backward pass.
-
-    Args:
-        p: probability that a neuron is dropped, in [0, 1).
-        key: seed of the hash.
-        neurons: number of neurons per head.
-        device: device of the mask.
-    """
+    """The dropout mask of one forward pass and its backward pass: `neurons` per head are dropped with probability p."""
 
     def __init__(self, p: float, key: int, neurons: int, device: torch.device):
         dropped = min(round(p * 2**16), 2**16 - 1)  # of 2^16
@@ -36,12 +29,13 @@ class CounterDropout:
         self.key = torch.tensor(key, device=device)
         self.columns = _mix(torch.arange(-(-neurons // 4), device=device) * GOLDEN)
 
-    def rows(self, level: int, batch: Tensor, head: Tensor, position: Tensor) -> Tensor:
-        """Hash all coordinates but the neuron: int64 tensors, broadcast against each other."""
+    def rows(self, level: int, batch: range, head: range, position: range) -> Tensor:
+        """Hash all coordinates but the neuron: int64 (rows of the batch, heads, positions)."""
         z = self.key
-        for coordinate in (torch.tensor(level, device=batch.device), batch, head, position):
+        for dim, numbers in enumerate((range(level, level + 1), batch, head, position)):
+            coordinate = torch.arange(numbers.start, numbers.stop, device=z.device).view(-1, *[1] * (3 - dim))
             z = _mix(z ^ (coordinate + 1) * GOLDEN)
-        return z
+        return z[0]
 
     def kept(self, rows: Tensor, first: int, last: int) -> Tensor:
         """Return the mask of neurons first..last - 1, int16 (*rows.shape, last - first): 1 keeps, 0 drops."""

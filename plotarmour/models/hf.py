@@ -1,42 +1,43 @@
-"""GPT-2 (Radford et al. 2019) from Hugging Face `transformers`, behind the protocol of `plotarmour.models`.
+"""Language models of Hugging Face `transformers` behind the protocol of `plotarmour.models`; GPT-2 is one of them.
 
-The architecture is `transformers.GPT2LMHeadModel`, built from a config with random weights, with causal attention
-through `scaled_dot_product_attention`. The unembedding is tied to the token embedding. There are `context_length`
-learned positions. The state is the key/value cache, which grows with every token.
+`HFModel` wraps any causal language model of `transformers`. A kind adds a config class to this file: hyperparameters,
+arithmetic, and `build_hf`, which returns the `transformers` model with random weights and attention through
+`scaled_dot_product_attention`. The state is the key/value cache, which grows with every token.
 """
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GPT2LMHeadModel, GPT2Model
-from transformers import GPT2Config as HFConfig
+from transformers import DynamicCache, GPT2LMHeadModel
+from transformers import GPT2Config as HFGPT2Config
 
-from plotarmour.models import check_dimensions, check_ids, check_state, product_dtype
-
-# `transformers` renamed the argument in 5.24 and warns if the old name is used.
-CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(GPT2Model.forward).parameters else "past_key_values"
+from plotarmour.models import State, check_dimensions, check_ids, check_state, product_dtype
 
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """Hyperparameters of a GPT-2."""
+    """Hyperparameters of a GPT-2 (Radford et al. 2019); its unembedding is tied to the token embedding."""
 
     n_layer: int = 12
     n_embd: int = 768
     n_head: int = 12
     vocab_size: int = 50257
-    context_length: int = 1024
+    context_length: int = 1024  # learned positions
     dropout: float = 0.1
 
     def __post_init__(self):
-        complaints = check_dimensions(self, ("n_layer", "n_embd", "n_head", "vocab_size", "context_length"))
-        if not complaints and self.n_embd % self.n_head:
-            complaints.append(f"n_embd = {self.n_embd} must be divisible by n_head = {self.n_head}")
-        if complaints:
-            raise ValueError("GPT-2: " + "; ".join(complaints))
+        check_dimensions(self)
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd = {self.n_embd} must be divisible by n_head = {self.n_head}")
+
+    def build_hf(self) -> GPT2LMHeadModel:
+        """Return the `transformers` model with random weights."""
+        return GPT2LMHeadModel(HFGPT2Config(
+            vocab_size=self.vocab_size, n_positions=self.context_length, n_embd=self.n_embd, n_layer=self.n_layer,
+            n_head=self.n_head, resid_pdrop=self.dropout, embd_pdrop=self.dropout, attn_pdrop=self.dropout,
+            attn_implementation="sdpa", bos_token_id=None, eos_token_id=None))
 
     @property
     def core_params(self) -> int:
@@ -58,17 +59,9 @@ class GPT2Config:
 
         Per layer: 24·D² for four matrices of 12·D² together, 2·T·D each for scores and values. Once: 2·D·V for logits.
 
-        Raises:
-            ValueError: a context length below 1, or above the number of positions.
-
         Example:
             2 layers, D 4, V 5, T 3: a layer takes 24 · 16 + 4 · 3 · 4 = 432 FLOPs; 2 · 432 + 2 · 4 · 5 = 904.
         """
-        if context_length < 1:
-            raise ValueError(f"context_length = {context_length} must be at least 1")
-        if context_length > self.context_length:
-            raise ValueError(f"context_length = {context_length} must be at most the {self.context_length} positions "
-                             "of this GPT-2")
         D = self.n_embd
         return self.n_layer * (24 * D**2 + 4 * context_length * D) + 2 * D * self.vocab_size
 
@@ -91,117 +84,79 @@ class GPT2Config:
 
 
 @dataclass
-class GPT2State:
-    """The keys and values of all tokens read so far.
+class CacheState(State):
+    """The keys and values of all tokens read so far."""
 
-    Attributes:
-        shape: (n_layer, B, n_head, head width) of the model and batch; an empty cache does not know them.
-        cache: per layer keys and values, (B, n_head, position, head width), in the dtype of products.
-    """
-
-    shape: tuple[int, int, int, int]
-    cache: DynamicCache = field(default_factory=DynamicCache)
+    shape: tuple[int, ...]  # (B, n_layer, heads of keys, head width); an empty cache does not know them
+    cache: DynamicCache = field(default_factory=DynamicCache)  # per layer keys, values (B, heads, position, head width)
 
     @property
     def position(self) -> int:
-        """Number of tokens read."""
         return self.cache.get_seq_length()
 
-    def copy(self) -> "GPT2State":
-        """Return an independent copy, to branch a story."""
-        return self._map(Tensor.clone)
-
-    def detach(self) -> "GPT2State":
-        """Return the same values without gradient history, for truncated backpropagation through time."""
-        return self._map(Tensor.detach)
+    @property
+    def layout(self) -> tuple:
+        of_keys = ((layer.keys.dtype, layer.keys.device) for layer in self.cache.layers)
+        return "CacheState", self.shape, *next(of_keys, ())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state as named tensors, to save with safetensors."""
+        """Return the state as named tensors, to save with safetensors; they share the memory of the state."""
         named = {"position": torch.tensor(self.position), "shape": torch.tensor(self.shape)}
         for i, layer in enumerate(self.cache.layers):
-            named[f"keys.{i}"], named[f"values.{i}"] = (
-                tensor.clone(memory_format=torch.contiguous_format) for tensor in (layer.keys, layer.values))
+            named |= {f"keys.{i}": layer.keys.contiguous(), f"values.{i}": layer.values.contiguous()}
         return named
 
-    @staticmethod
-    def from_tensors(tensors: dict[str, Tensor]) -> "GPT2State":
-        """Return the state that `tensors` gave.
-
-        Raises:
-            ValueError: tensors of another kind of state.
-        """
-        try:
-            state = GPT2State(tuple(tensors["shape"].tolist()))
-            if tensors["position"]:
-                for i in range(state.shape[0]):
-                    state.cache.update(tensors[f"keys.{i}"], tensors[f"values.{i}"], i)
-        except KeyError as missing:
-            raise ValueError(f"state: found tensors {', '.join(sorted(tensors)[:4])} ... without {missing}, expected "
-                             "those of a GPT2State; load them with the class that saved them") from None
-        return state
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "GPT2State":
-        state = GPT2State(self.shape)
-        for i, layer in enumerate(self.cache.layers):
-            state.cache.update(function(layer.keys), function(layer.values), i)
+    @classmethod
+    def _load(cls, tensors: dict[str, Tensor]) -> "CacheState":
+        state = cls(tuple(tensors["shape"].tolist()))
+        if tensors["position"]:
+            for i in range(state.shape[1]):
+                state.cache.update(tensors[f"keys.{i}"], tensors[f"values.{i}"], i)
         return state
 
 
-class GPT2(nn.Module):
-    """`transformers.GPT2LMHeadModel` behind the protocol `plotarmour.models.LanguageModel`."""
+class HFModel(nn.Module):
+    """A causal language model of `transformers` behind the protocol `plotarmour.models.LanguageModel`.
+
+    Args:
+        config: a `plotarmour.models.ModelConfig` with the method `build_hf`.
+    """
 
     def __init__(self, config: GPT2Config):
         super().__init__()
-        self.config = config
-        self.hf = GPT2LMHeadModel(HFConfig(
-            vocab_size=config.vocab_size, n_positions=config.context_length, n_embd=config.n_embd,
-            n_layer=config.n_layer, n_head=config.n_head, resid_pdrop=config.dropout, embd_pdrop=config.dropout,
-            attn_pdrop=config.dropout, attn_implementation="sdpa", bos_token_id=None, eos_token_id=None))
-
-    @property
-    def context_length(self) -> int:
-        return self.config.context_length
+        self.config, self.hf = config, config.build_hf()
+        self.context_length = getattr(config, "context_length", None)
+        c = self.hf.config
+        width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        self._sizes = c.num_hidden_layers, getattr(c, "num_key_value_heads", c.num_attention_heads), width
+        # `transformers` renamed the argument in 5.24 and warns if the old name is used.
+        arguments = inspect.signature(self.hf.base_model.forward).parameters
+        self._cache_argument = "cache" if "cache" in arguments else "past_key_values"
 
     @property
     def unembedding(self) -> Tensor:
-        """The (vocab_size, n_embd) matrix that gives logits, tied to the token embedding."""
-        return self.hf.lm_head.weight
+        """The (vocab_size, n_embd) matrix that gives logits."""
+        return self.hf.get_output_embeddings().weight
 
-    def initial_state(self, batch_size: int) -> GPT2State:
+    def initial_state(self, batch_size: int) -> CacheState:
         """Return the state before the first token: an empty cache."""
-        return GPT2State(self._state_shape(batch_size))
+        return CacheState((batch_size, *self._sizes))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map token ids, int64 (B, T), to logits (B, T, vocab_size)."""
         return self.features(inputs)[0] @ self.unembedding.T
 
-    def features(self, inputs: Tensor, state: GPT2State | None = None) -> tuple[Tensor, GPT2State | None]:
+    def features(self, inputs: Tensor, state: CacheState | None = None) -> tuple[Tensor, CacheState | None]:
         """Map token ids to features (`LanguageModel.features`)."""
         check_ids(inputs, self.config.vocab_size, self.training)
+        B, tokens = inputs.shape
+        cache = None
         if state is not None:
-            self._check_state(state, len(inputs))
-        tokens = inputs.shape[1] + (state.position if state is not None else 0)
-        if tokens > self.context_length:
-            raise ValueError(f"{tokens} tokens, but this GPT-2 has {self.context_length} positions: score with a "
+            weight = self.unembedding
+            check_state(state, ("CacheState", (B, *self._sizes), product_dtype(weight), weight.device))
+            tokens, cache = tokens + state.position, state.cache
+        if self.context_length is not None and tokens > self.context_length:
+            raise ValueError(f"{tokens} tokens, but this model has {self.context_length} positions: score with a "
                              "sliding window or shorten the text")
-        cache = state.cache if state is not None else None
-        out = self.hf.transformer(input_ids=inputs, use_cache=state is not None, **{CACHE_ARGUMENT: cache})
+        out = self.hf.base_model(input_ids=inputs, use_cache=state is not None, **{self._cache_argument: cache})
         return out.last_hidden_state, state
-
-    def _state_shape(self, batch_size: int) -> tuple[int, int, int, int]:
-        c = self.config
-        return c.n_layer, batch_size, c.n_head, c.n_embd // c.n_head
-
-    def _check_state(self, state: GPT2State, batch_size: int) -> None:
-        if not isinstance(state, GPT2State):
-            raise ValueError(f"state: found {type(state).__name__}, expected GPT2State; use initial_state")
-        if state.shape != self._state_shape(batch_size):
-            raise ValueError(f"state: found (layers, B, heads, head width) {state.shape}, expected "
-                             f"{self._state_shape(batch_size)}; use a state of this model and batch size "
-                             "(initial_state)")
-        _, B, heads, width = state.shape
-        weight = self.unembedding
-        for layer in state.cache.layers:
-            for name in ("keys", "values"):
-                check_state(name, getattr(layer, name), (B, heads, state.position, width), product_dtype(weight),
-                            weight.device)

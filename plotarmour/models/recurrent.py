@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from plotarmour.models import State
 from plotarmour.models.dropout import CounterDropout
 from plotarmour.models.rotary import Rotation, rotate
 from plotarmour.models.tiled import Scratch, Setting, Tiling, Weights, normalize, pass_forward
@@ -20,43 +21,25 @@ CHUNK = 256  # tokens per chunk
 
 
 @dataclass
-class BDHState:
-    """The state after some tokens.
+class BDHState(State):
+    """The state after some tokens; its size does not depend on their number."""
 
-    Attributes:
-        synapses: S of each pass, (B, H, N, D), in the dtype of the model.
-        position: number of tokens read.
-    """
-
-    synapses: list[Tensor]
+    synapses: list[Tensor]  # S of each pass, (B, H, N, D), in the dtype of the model
     position: int = 0
 
-    def copy(self) -> "BDHState":
-        """Return an independent copy, to branch a story."""
-        return BDHState([s.clone() for s in self.synapses], self.position)
-
-    def detach(self) -> "BDHState":
-        """Return the same values without gradient history, for truncated backpropagation through time."""
-        return BDHState([s.detach() for s in self.synapses], self.position)
+    @property
+    def layout(self) -> tuple:
+        S = self.synapses[0]
+        return "BDHState", len(self.synapses), tuple(S.shape), S.dtype, S.device
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state as named tensors, to save with safetensors."""
-        named = {f"synapses.{level}": s.contiguous() for level, s in enumerate(self.synapses)}
+        """Return the state as named tensors, to save with safetensors; they share the memory of the state."""
+        named = {f"synapses.{level}": S.contiguous() for level, S in enumerate(self.synapses)}
         return named | {"position": torch.tensor(self.position)}
 
-    @staticmethod
-    def from_tensors(tensors: dict[str, Tensor]) -> "BDHState":
-        """Return the state that `tensors` gave; it shares their memory.
-
-        Raises:
-            ValueError: tensors of another kind of state.
-        """
-        try:
-            synapses = [tensors[f"synapses.{level}"] for level in range(len(tensors) - 1)]
-            return BDHState(synapses, int(tensors["position"]))
-        except KeyError as missing:
-            raise ValueError(f"state: found tensors {', '.join(sorted(tensors)[:4])} ... without {missing}, expected "
-                             "those of a BDHState; load them with the class that saved them") from None
+    @classmethod
+    def _load(cls, tensors: dict[str, Tensor]) -> "BDHState":
+        return cls([tensors[f"synapses.{level}"] for level in range(len(tensors) - 1)], int(tensors["position"]))
 
 
 @torch.no_grad()
@@ -66,10 +49,9 @@ def read(v: Tensor, weights: Weights, n_layer: int, rotation: Rotation, dropout:
 
     Args:
         v: embeddings, (B, T, D), float32 or float64.
-        weights: weights in the dtype of products.
+        weights: in the dtype of products.
         n_layer: number of passes.
-        rotation: rotation of the model.
-        dropout: dropout mask, or None.
+        rotation, dropout: of the model; the mask is None without dropout.
         state: updated in place, except for `position`; None: start from the first token and discard the state.
 
     Returns:
@@ -96,17 +78,7 @@ def read(v: Tensor, weights: Weights, n_layer: int, rotation: Rotation, dropout:
 
 @torch.no_grad()
 def read_one(v: Tensor, weights: Weights, rotation: Rotation, state: BDHState) -> Tensor:
-    """Apply all passes to one token of each story.
-
-    Args:
-        v: embeddings, (B, 1, D), float32 or float64.
-        weights: weights in the dtype of products.
-        rotation: rotation of the model.
-        state: updated in place, except for `position`.
-
-    Returns:
-        v after the last pass, (B, 1, D).
-    """
+    """Apply all passes to one token of each story, v (B, 1, D), as `read` does; it is faster for one token."""
     B, (H, D, N), dtype = len(v), weights.shape, weights.encoder.dtype
     factors = rotation.table(state.position, 1, v.device, v.dtype)
     for synapses in state.synapses:

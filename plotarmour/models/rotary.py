@@ -22,16 +22,10 @@ class Rotation:
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def table(self, start: int, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return the factors of positions start, ..., start + length - 1.
+        """Return the factors of positions start, ..., start + length - 1, complex (length, N / 2).
 
-        Args:
-            start: first position.
-            length: number of positions.
-            device: device of the factors.
-            dtype: dtype of the neurons; float64 gives complex128, all others complex64.
-
-        Returns:
-            Complex (length, N / 2). For start > 0 this is the table from 0 times the row `start`, because phases add.
+        They are complex128 for neurons of dtype float64, otherwise complex64. For start > 0 this is the table from 0
+        times the row `start`, because phases add.
         """
         dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
         if length == 1 and start:

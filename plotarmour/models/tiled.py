@@ -29,62 +29,60 @@ from plotarmour.models.dropout import CounterDropout
 from plotarmour.models.rotary import rotate_into
 
 EPS = 1e-5
-TILE_ELEMENTS = 2**19  # elements of a (rows · T, neurons) tile on a CPU: 2 MiB in float32, which fits its cache
-GPU_ELEMENTS = 2**25  # elements of a (rows, T, N) buffer on a GPU: 64 MiB in float16, enough to use it fully
+CPU_TILE = 2**19  # elements of a (rows · T, neurons) tile on a CPU: 2 MiB in float32, which fits its cache
+GPU_BUFFER = 2**25  # elements of a (rows, T, N) buffer on a GPU: 64 MiB in float16, enough to use it fully
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Sizes of tiles.
+    """Sizes of tiles."""
 
-    Attributes:
-        rows: rows of the batch.
-        neurons: neurons of one head; even, because rotation works on pairs; need not divide N.
-        positions: height of a block of scores; blocks above the diagonal are not computed.
-    """
-
-    rows: int
-    neurons: int
-    positions: int
+    rows: int  # of the batch
+    neurons: int  # of one head; even, because rotation works on pairs; need not divide N
+    positions: int  # height of a block of scores; blocks above the diagonal are not computed
 
     @staticmethod
     def for_shape(B: int, T: int, N: int, device: torch.device) -> "Tiling":
         """Choose tiles that fit the cache of a CPU (measured), or few large products on a GPU (not measured)."""
-        if device.type == "cpu":
-            rows = min(B, max(1, 2 * TILE_ELEMENTS // (T * N)))
-            return Tiling(rows, min(N, max(64, TILE_ELEMENTS // (rows * T) // 64 * 64)), 128)
-        rows = min(B, max(1, GPU_ELEMENTS // (T * N)))
-        return Tiling(rows, min(N, max(64, GPU_ELEMENTS // (rows * T) // 64 * 64)), 256)
+        buffer, tile, height = (2 * CPU_TILE, CPU_TILE, 128) if device.type == "cpu" else (GPU_BUFFER, GPU_BUFFER, 256)
+        rows = min(B, max(1, buffer // (T * N)))
+        return Tiling(rows, min(N, max(64, tile // (rows * T) // 64 * 64)), height)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights in the dtype of products: encoder (H, D, N), encoder_v (H, D, N), decoder (H·N, D)."""
+    """Weights in the dtype of products, or their gradients in the dtype of the parameters."""
 
-    encoder: Tensor
-    encoder_v: Tensor
-    decoder: Tensor
+    encoder: Tensor  # (H, D, N)
+    encoder_v: Tensor  # (H, D, N)
+    decoder: Tensor  # (H·N, D)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.encoder.shape
 
+    @property
+    def score_scale(self) -> float:
+        """The factor s on q: in float16 the power of two next to 1 / sqrt(N), otherwise 1."""
+        N = self.shape[2]
+        return 2.0 ** -math.ceil(math.log2(N) / 2) if self.encoder.dtype == torch.float16 else 1.0
+
 
 @dataclass(frozen=True)
 class Setting:
-    """Settings that all passes share.
+    """Settings that all passes share."""
 
-    Attributes:
-        factors: rotation factors, complex (T, N / 2).
-        dropout: dropout mask, or None.
-        tiling: sizes of tiles.
-        first_position: position of the first token, for dropout.
-    """
-
-    factors: Tensor
+    factors: Tensor  # of rotation, complex (T, N / 2)
     dropout: CounterDropout | None
     tiling: Tiling
-    first_position: int = 0
+    first_position: int = 0  # of the first token, for dropout
+
+    def dropout_rows(self, level: int, rows: slice, h: int) -> Tensor | None:
+        """Return the hashes of `CounterDropout.rows` for a pass, rows of the batch and a head, (rows · T,)."""
+        if self.dropout is None:
+            return None
+        positions = range(self.first_position, self.first_position + len(self.factors))
+        return self.dropout.rows(level, range(rows.start, rows.stop), range(h, h + 1), positions).flatten()
 
 
 class Scratch:
@@ -101,24 +99,12 @@ class Scratch:
         return buffer[:n].view(shape)
 
 
-def run_passes(v: Tensor, encoder: Tensor, encoder_v: Tensor, decoder: Tensor, n_layer: int, dtype: torch.dtype,
-               setting: Setting) -> Tensor:
-    """Apply all passes, differentiably.
+class Passes(torch.autograd.Function):
+    """All passes: from embeddings v (B, T, D), float32 or float64, to v after the last pass, in the same dtype.
 
-    Args:
-        v: embeddings, (B, T, D), float32 or float64.
-        encoder, encoder_v, decoder: parameters, (H, D, N), (H, D, N), (H·N, D).
-        n_layer: number of passes.
-        dtype: dtype of products.
-        setting: rotation, dropout, tiling.
-
-    Returns:
-        v after the last pass, (B, T, D), in the dtype of v.
+    The other arguments of `Passes.apply` are the parameters, the number of passes, the dtype of products, a `Setting`.
     """
-    return _Passes.apply(v, encoder, encoder_v, decoder, n_layer, dtype, setting)
 
-
-class _Passes(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, encoder, encoder_v, decoder, n_layer, dtype, setting):
         with torch.autocast(v.device.type, enabled=False):
@@ -159,9 +145,8 @@ def pass_forward(level: int, v: Tensor, weights: Weights, setting: Setting, scra
     Args:
         level: index of the pass, from 0.
         v: (B, T, D), float32 or float64.
-        weights: weights in the dtype of products.
-        setting: rotation, dropout, tiling.
-        scratch: buffers.
+        weights: in the dtype of products.
+        setting, scratch: as for the other passes.
         keep: list to append the blocks of scores to, (B, H, height, width); None discards them.
         synapses: state of this pass before the first token, (B, H, N, D), updated in place; None: there is none.
 
@@ -169,7 +154,7 @@ def pass_forward(level: int, v: Tensor, weights: Weights, setting: Setting, scra
         m, (B, T, D), in the dtype of v.
     """
     (B, T, D), (H, _, N) = v.shape, weights.shape
-    dtype, tiling, scale = weights.encoder.dtype, setting.tiling, score_scale(weights)
+    dtype, tiling, scale = weights.encoder.dtype, setting.tiling, weights.score_scale
     m, v_product = torch.zeros_like(v), v.to(dtype)
     blocks = [(i.start, i.stop) for i in _slices(T, tiling.positions)]
     all_scores = None if keep is None else [v.new_empty(B, H, j - i, j) for i, j in blocks]
@@ -194,7 +179,7 @@ def pass_forward(level: int, v: Tensor, weights: Weights, setting: Setting, scra
                 block[..., i:].tril_(-1)
             _attend(a, scores, v[rows], blocks)
             normal = normalize(a, EPS * scale**4)[0].to(dtype).view(G * T, D)
-            hashes = _dropout_rows(level, rows, h, T, setting)
+            hashes = setting.dropout_rows(level, rows, h)
             for n in _slices(N, tiling.neurons):
                 shape = G * T, n.stop - n.start
                 g = _neurons(normal, weights.encoder_v[h, :, n], scratch.get("y", shape, dtype)).mul_(x[:, n])
@@ -218,7 +203,7 @@ def pass_backward(level: int, v: Tensor, kept_scores: list[Tensor], dm: Tensor, 
         gradient: in the dtype of the parameters.
     """
     (B, T, D), (H, _, N) = v.shape, weights.shape
-    dtype, tiling, scale = weights.encoder.dtype, setting.tiling, score_scale(weights)
+    dtype, tiling, scale = weights.encoder.dtype, setting.tiling, weights.score_scale
     if setting.dropout:
         dm = dm * setting.dropout.scale
     v_product, dm_product = v.to(dtype), dm.to(dtype)
@@ -235,7 +220,7 @@ def pass_backward(level: int, v: Tensor, kept_scores: list[Tensor], dm: Tensor, 
             normal, rstd = normalize(a, EPS * scale**4)
             flat_normal = normal.to(dtype).view(G * T, D)
             d_normal = scratch.get("d normal", (G * T, D), v.dtype).zero_()
-            hashes = _dropout_rows(level, rows, h, T, setting)
+            hashes = setting.dropout_rows(level, rows, h)
             for n in _slices(N, tiling.neurons):
                 shape = G * T, n.stop - n.start
                 encoder_v = weights.encoder_v[h, :, n]
@@ -276,12 +261,6 @@ def normalize_backward(d: Tensor, normal: Tensor, rstd: Tensor) -> Tensor:
     """Return the gradient with respect to the input of `normalize` from the gradient d of its output."""
     projection = (d * normal).mean(-1, keepdim=True)
     return (d - d.mean(-1, keepdim=True)).sub_(normal * projection).mul_(rstd)
-
-
-def score_scale(weights: Weights) -> float:
-    """Return the factor s on q: in float16 the power of two next to 1 / sqrt(N), otherwise 1."""
-    N = weights.shape[2]
-    return 2.0 ** -math.ceil(math.log2(N) / 2) if weights.encoder.dtype == torch.float16 else 1.0
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
@@ -339,15 +318,6 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
         out.addmm_(left, right)
     else:
         out.add_(left @ right)
-
-
-def _dropout_rows(level: int, rows: slice, h: int, T: int, setting: Setting) -> Tensor | None:
-    if setting.dropout is None:
-        return None
-    device, first = setting.factors.device, setting.first_position
-    batch = torch.arange(rows.start, rows.stop, device=device).unsqueeze(1)
-    position = torch.arange(first, first + T, device=device)
-    return setting.dropout.rows(level, batch, torch.tensor(h, device=device), position).flatten()
 
 
 def _mask(dropout: CounterDropout, hashes: Tensor, n: slice, shape: tuple[int, int], dtype: torch.dtype,

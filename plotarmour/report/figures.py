@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from plotarmour.evaluation.arms import Arm
-from plotarmour.models import colors_of, label_of
+from plotarmour.models import KINDS
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 SKY_BLUE, GRAY, LIGHT_GRAY, DARK_GRAY = "#56B4E9", "#8A8A8A", "#C4C4C4", "#555555"
@@ -28,7 +28,7 @@ def styles(arms: list[Arm]) -> dict[str, dict]:
     """Return the colour, dash and marker of each arm by its name."""
     kinds, result = [arm.model for arm in arms], {}
     for i, arm in enumerate(arms):
-        nth, palette = kinds[:i].count(arm.model), colors_of(arm.model)
+        nth, palette = kinds[:i].count(arm.model), KINDS[arm.model].colors
         result[arm.name] = {"color": palette[nth % len(palette)], "linestyle": DASHES[nth % len(DASHES)],
                             "marker": MARKERS[nth % len(MARKERS)]}
     return result
@@ -246,7 +246,7 @@ def coloured_tokens(pieces: Sequence[str]) -> str:
 
 def arm_label(name: str, kind: str) -> str:
     """Return the label of a run or arm: BDH for the name bdh, "NAME (BDH)" for other names."""
-    label = label_of(kind)
+    label = KINDS[kind].label
     return label if name in (kind, label) else f"{name} ({label})"
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from plotarmour.evaluation.arms import MATCHINGS
 from plotarmour.files import write_text
-from plotarmour.models import colors_of, label_of
+from plotarmour.models import KINDS
 from plotarmour.report.verdict import (
     NOT_CLAIMED,
     arm_labels,
@@ -51,7 +51,7 @@ def write_report(comparison, out: Path) -> Path:
         The path of report.html.
     """
     labels, arms, pairs = arm_labels(comparison.arms), comparison.arms, comparison.pairs
-    kinds = dict.fromkeys(label_of(arm.model) for arm in arms)
+    kinds = dict.fromkeys(KINDS[arm.model].label for arm in arms)
     several = any(len(arm.runs) > 1 for arm in arms)
     protocol, protocol_text = _protocol(comparison)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -91,7 +91,7 @@ def _samples(comparison, labels: dict[str, str]) -> list[tuple[str, list[dict]]]
     if comparison.samples.empty:
         return []
     kinds = {arm.name: arm.model for arm in comparison.arms}
-    return [(prompt, [{"color": colors_of(kinds[row.arm])[0], "name": labels[row.arm], "text": row.text}
+    return [(prompt, [{"color": KINDS[kinds[row.arm]].colors[0], "name": labels[row.arm], "text": row.text}
                       for row in rows.itertuples()])
             for prompt, rows in comparison.samples.groupby("prompt", sort=False)]
 

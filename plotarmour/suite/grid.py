@@ -164,7 +164,6 @@ def _resolve(values: dict[str, Value], defaults: dict[str, Value], recipe: str, 
     settings = [*overrides, *_split_overrides(values.get("overrides", defaults["overrides"]))]
     resolved = load_recipe(name, model, settings)
     require_text(resolved, text)
-    resolved.model_config(vocab_size=300)  # refuses an impossible shape
     parameters = {"recipe": str(Path(name).resolve()) if name.endswith(".toml") else name, "model": model,
                   "overrides": ";".join(settings)}
     if "gpus" in defaults:

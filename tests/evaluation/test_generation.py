@@ -7,7 +7,7 @@ from plotarmour.cli import UserError
 from plotarmour.evaluation.generation import PIECE, generate, next_token_probabilities
 from plotarmour.machine import find_machine
 from plotarmour.models.bdh import BDH, BDHConfig
-from plotarmour.models.hf import GPT2, GPT2Config
+from plotarmour.models.hf import GPT2Config, HFModel
 
 CPU = find_machine("cpu")
 
@@ -18,7 +18,7 @@ END = 96
 def lively(**shape):
     """A GPT-2 whose greedy stories neither repeat one token (its weights are large) nor end (END's logit is 0)."""
     torch.manual_seed(0)
-    model = GPT2(GPT2Config(vocab_size=97, dropout=0.0, **shape)).eval()
+    model = HFModel(GPT2Config(vocab_size=97, dropout=0.0, **shape)).eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and "wte" not in name:
             parameter.data.mul_(10.0)
@@ -181,7 +181,7 @@ def test_a_long_prompt_is_read_in_pieces_that_change_nothing(kind):
     """Guards: memory that grows with the prompt, and a token lost or read twice where two pieces meet."""
     torch.manual_seed(0)
     inner = (BDH(BDHConfig(2, 16, 2, 8, vocab_size=50, dropout=0.0)) if kind == "bdh" else
-             GPT2(GPT2Config(1, 16, 2, vocab_size=50, context_length=6000, dropout=0.0))).eval()
+             HFModel(GPT2Config(1, 16, 2, vocab_size=50, context_length=6000, dropout=0.0))).eval()
     model, prompt = Listening(inner), torch.randint(1, 50, (5000,)).tolist()
     with warnings.catch_warnings(action="error"):
         new = generate(model, prompt, 0, CPU, 1, temperature=0)

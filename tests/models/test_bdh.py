@@ -149,9 +149,11 @@ def test_a_rotation_turns_pairs_by_the_published_frequencies():
     torch.testing.assert_close(turned, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("wrong", [{"n_layer": 0}, {"n_embd": 6, "n_head": 4, "mlp_internal_dim_multiplier": 1},
-                                   {"dropout": 1.0}])
-def test_impossible_shapes_are_refused_by_name(wrong):
-    """Guards: an odd number of neurons per head, which fails deep inside the rotation."""
-    with pytest.raises(ValueError, match="BDH: "):
+@pytest.mark.parametrize(("wrong", "message"), [
+    ({"n_layer": 0, "n_head": -1, "dropout": 1.0},
+     r"n_layer = 0 must be at least 1; n_head = -1 must be at least 1; dropout = 1.0 must be in \[0, 1\)"),
+    ({"n_embd": 6, "n_head": 4, "mlp_internal_dim_multiplier": 1}, "= 6 must be divisible by 2 · n_head = 8")])
+def test_impossible_shapes_are_refused_by_name(wrong, message):
+    """Guards: an odd number of neurons per head, which fails deep inside the rotation; one complaint at a time."""
+    with pytest.raises(ValueError, match=message):
         BDHConfig(**wrong)

@@ -10,8 +10,7 @@ CPU = torch.device("cpu")
 
 def mask(p=0.1, key=5, level=0, batch=2, heads=3, positions=64, neurons=256):
     dropout = CounterDropout(p, key, neurons, CPU)
-    rows = dropout.rows(level, torch.arange(batch)[:, None, None], torch.arange(heads)[:, None],
-                        torch.arange(positions))
+    rows = dropout.rows(level, range(batch), range(heads), range(positions))
     return dropout.kept(rows, 0, neurons).double(), dropout, rows
 
 
@@ -56,8 +55,8 @@ def test_a_tile_has_the_mask_of_the_whole(first, last):
     """Guards: tiles that do not begin at a multiple of four."""
     kept, dropout, rows = mask()
     assert torch.equal(dropout.kept(rows, first, last).double(), kept[..., first:last])
-    part = dropout.rows(0, torch.tensor(1), torch.tensor(2), torch.arange(10, 20))
-    assert torch.equal(dropout.kept(part, first, last).double(), kept[1, 2, 10:20, first:last])
+    part = dropout.rows(0, range(1, 2), range(2, 3), range(10, 20))
+    assert torch.equal(dropout.kept(part, first, last).double(), kept[1:2, 2:3, 10:20, first:last])
 
 
 def test_the_mask_is_the_documented_hash():

@@ -147,12 +147,12 @@ def test_values_of_ids_are_not_checked_in_training(small_model, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("case", "message"), [
-    ("another kind", "found dict, expected (BDH|GPT2)State; use initial_state"),
-    ("more layers", r"found (3 passes, expected 2|\(.*\) \(3, .*expected \(2, )"),
-    ("more heads", r"\((2, 2, 4, 4|2, 4, 32, 16)\).*expected \((2, 2, 2, 8|2, 2, 64, 16)\)"),
-    ("another batch", r"\((2, 3|3), 2, .*expected \((2, 2|2), 2, .*batch size"),
-    ("another dtype", r"as torch.float64 on cpu, expected \(.*\) as torch.float32 on cpu"),
-    ("another device", r"as torch.float32 on meta, expected \(.*\) as torch.float32 on cpu"),
+    ("another kind", "found dict, expected (BDH|Cache)State .*; use a state of this model"),
+    ("more layers", r"found (BDHState 3 .*, expected BDHState 2 |CacheState \(2, 3, .*expected CacheState \(2, 2, )"),
+    ("more heads", r"\((2, 2, 4, 4|2, 4, 32, 16)\).*expected .*\((2, 2, 2, 8|2, 2, 64, 16)\)"),
+    ("another batch", r"\((2, 3|3), 2, .*expected .*\((2, 2|2), 2, .*batch size"),
+    ("another dtype", r"\) torch.float64 cpu, expected .*\) torch.float32 cpu;"),
+    ("another device", r"\) torch.float32 meta, expected .*\) torch.float32 cpu;"),
 ])
 @pytest.mark.parametrize("n_read", [0, 5])
 def test_a_state_that_does_not_fit_is_refused_by_name(small_model, case, message, n_read):

@@ -11,7 +11,7 @@ from plotarmour.models import tiled
 from plotarmour.models.bdh import BDH, BDHConfig
 from plotarmour.models.dropout import CounterDropout
 from plotarmour.models.rotary import Rotation
-from plotarmour.models.tiled import Setting, Tiling, run_passes
+from plotarmour.models.tiled import Passes, Setting, Tiling, Weights
 
 
 def made(n_layer=2, n_embd=12, n_head=2, multiplier=5, dropout=0.0, dtype=torch.float64):
@@ -64,7 +64,7 @@ def test_gradcheck_passes():
                       CounterDropout(0.25, 11, N, torch.device("cpu")), Tiling(1, 4, 2))
     shapes = (B, T, D), (H, D, N), (H, D, N), (H * N, D)
     tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    assert torch.autograd.gradcheck(lambda *t: run_passes(*t, 2, torch.float64, setting), tensors)
+    assert torch.autograd.gradcheck(lambda *t: Passes.apply(*t, 2, torch.float64, setting), tensors)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -89,7 +89,7 @@ def test_a_scale_on_the_scores_changes_nothing(monkeypatch):
     model.encoder.data.div_(200.0)  # small scores, so that epsilon counts
     inputs, targets = torch.randint(0, 30, (2, 2, 40))
     expected = everything(model, "parallel", inputs, targets)
-    monkeypatch.setattr(tiled, "score_scale", lambda weights: 2.0**-6)
+    monkeypatch.setattr(Weights, "score_scale", 2.0**-6)
     assert_same(everything(model, "tiled", inputs, targets), expected, 1e-10)
     monkeypatch.setattr(tiled, "EPS", 1e-3)  # and epsilon does count
     assert abs(float(everything(model, "tiled", inputs, targets)["loss"] - expected["loss"])) > 1e-6

@@ -55,7 +55,7 @@ def test_all_mistakes_are_reported_at_once(written, tmp_path):
         plan(path, tmp_path)
     message = str(refused.value)
     for part in ("line 2: gpus = 'two' is not a whole number", "line 3: recipe tiny (gpt2): ",
-                 "line 4: recipe tiny (bdh): --set maxsteps=3: unknown", "line 5: extend = 'yes' is not True or False",
+                 "line 4: recipe tiny (bdh): --set maxsteps=3: expected", "line 5: extend = 'yes' is not True or False",
                  "line 6: unknown model 'gtp2' (did you mean 'gpt2'?)",
                  "line 8: an earlier row has the same run, bdh_seed-7; leave one out",
                  "line 10: other [data] settings than in the first row"):

@@ -103,9 +103,9 @@ def test_what_cannot_go_on_is_one_line_and_touches_nothing(run_main, run, token_
     ({"context_length": 0}, "context_length = 0 must be at least 1."), ({"max_steps": -5}, "max_steps = -5 must be at"),
     ({"n_head": 0}, "n_head = 0 must be at least 1."),
     ({"rows_per_step": 6}, "rows_per_step = 6 is not a multiple of micro_batch_size = 4: set micro_batch_size to 3 or"),
-    ({"grad_accum_steps": 3}, "--set grad_accum_steps=3: unknown key 'grad_accum_steps'"),
+    ({"grad_accum_steps": 3}, "--set grad_accum_steps=3: expected key=value with a known key; keys are "),
     ({"learning_rate": "nan", "windows": "story", "eval_tokens": 0, "rows_per_step": 0, "n_layer": -1},
-     "rows_per_step = 0 must be at least 1; learning_rate = nan must be positive; "),
+     "rows_per_step = 0 must be at least 1; learning_rate = nan must be positive and finite; "),
     ({"n_embd": 30}, "n_embd = 30 must be divisible by n_head = 4"),
 ], ids=lambda value: "" if isinstance(value, str) else ",".join(value))
 def test_a_recipe_that_cannot_be_is_one_line_and_makes_no_folder(run_main, token_files, tmp_path, settings, message):

@@ -65,11 +65,11 @@ def test_one_steps_numbers_are_pinned(small_model):
         losses.append(accumulate(small_model, [(inputs, inputs + 1)], CPU, scaler()))
         optimizer.step()
         optimizer.zero_grad()
-    name = type(small_model).__name__
+    name = type(small_model.config).__name__
     assert losses == pytest.approx(PINNED[name], rel=1e-5)
 
 
-PINNED = {"BDH": [3.905440012613932, 3.6481653849283853], "GPT2": [3.9156058629353843, 3.7569847106933594]}
+PINNED = {"BDHConfig": [3.905440012613932, 3.6481653849283853], "GPT2Config": [3.9156058629353843, 3.7569847106933594]}
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.01, 1e6])

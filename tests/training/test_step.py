@@ -14,7 +14,7 @@ from plotarmour.config import TrainingConfig, largest_divisor, load_recipe
 from plotarmour.data.batches import Windows
 from plotarmour.data.token_file import TokenFile
 from plotarmour.machine import Machine
-from plotarmour.models.hf import GPT2, GPT2Config
+from plotarmour.models.hf import GPT2Config, HFModel
 from plotarmour.run import load_run, train_run
 from plotarmour.training import loop
 from plotarmour.training import step as step_module
@@ -267,7 +267,7 @@ def test_waiting_for_batches_is_counted(token_files, monkeypatch):
 
 def small_gpt2(token_files):
     torch.manual_seed(0)
-    return GPT2(GPT2Config(1, 16, 2, TokenFile.open(token_files["train"]).header["vocab_size"], 24, 0.0)).train()
+    return HFModel(GPT2Config(1, 16, 2, TokenFile.open(token_files["train"]).header["vocab_size"], 24, 0.0)).train()
 
 
 def test_gradients_that_overflow_for_ever_end_the_run_at_a_scale_that_still_trains(token_files, monkeypatch):
