@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from training_loop import ROOT, write_rows
@@ -71,7 +72,8 @@ def main() -> None:
                 def ours(model=model, chosen=chosen, T=T) -> tuple[float, float, int]:
                     begun = time.perf_counter()
                     found = list(scoring.score_stories(model, data, T, machine, stories=chosen, name=None))
-                    return time.perf_counter() - begun, sum(s.nats for s in found), sum(s.tokens for s in found)
+                    nats = sum(float(each.sum(dtype=np.float64)) for _, each in found)
+                    return time.perf_counter() - begun, nats, sum(len(each) for _, each in found)
 
                 def theirs(model=model, batches=batches, name=name) -> tuple[float, float]:
                     if name == "bdh":

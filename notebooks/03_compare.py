@@ -69,8 +69,8 @@ import pandas as pd
 pieces = [test.tokenizer().decode([i]) for i in test.story(0)] + ["<|endoftext|>"]
 example = {"token": pieces}
 for run in map(load_run, run_folders[:4]):
-    [score] = score_stories(run.model, test, run.context_length, run.machine, stories=[0], name=run.name)
-    example[f"nats ({run.name})"] = score.token_nats.round(2)
+    [(_, nats)] = score_stories(run.model, test, run.context_length, run.machine, stories=[0], name=run.name)
+    example[f"nats ({run.name})"] = nats.round(2)
 pd.DataFrame(example).head(40).T
 
 # %% [markdown]

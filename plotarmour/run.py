@@ -18,7 +18,7 @@ from torch import nn
 
 from plotarmour.cli import UserError
 from plotarmour.config import AUTO, DataConfig, Recipe, TrainingConfig
-from plotarmour.data.batches import Tokens, TokensInMemory, Windows
+from plotarmour.data.batches import Tokens, Windows, tokenize_in_memory
 from plotarmour.data.duplicates import disjoint_by_construction, overlapping_stories
 from plotarmour.data.token_file import TokenFile, looks_like_token_file, open_tokenizer
 from plotarmour.data.tokenizer import Tokenizer
@@ -90,7 +90,7 @@ def open_data(path: Path, tokenizer: str | None = None, stories: str = "endoftex
     if tokenizer and not is_text:
         warnings.warn(f"--tokenizer {tokenizer} is ignored: {path} brings its own.", stacklevel=2)
     if is_text:
-        return TokensInMemory(path, open_tokenizer(tokenizer), stories)
+        return tokenize_in_memory(path, open_tokenizer(tokenizer), stories)
     return TokenFile.open(path)
 
 

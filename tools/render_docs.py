@@ -70,9 +70,10 @@ def verdict(folder: str) -> str:
     """Return the sentence that the report of a comparison opens with."""
     import pandas as pd
 
-    from plotarmour.report.verdict import headline
+    from plotarmour.report.verdict import arm_pairs, headline
+
     names = {"bdh": "BDH", "gpt2": "GPT-2", "gpt2-time": "gpt2-time (GPT-2)", "gpt2-flops": "gpt2-flops (GPT-2)"}
-    return "> " + headline(pd.read_csv(REFERENCE / "finals" / folder / "pairs.csv"), names)
+    return "> " + headline(arm_pairs(pd.read_csv(REFERENCE / "finals" / folder / "pairs.csv"), names))
 
 
 def learning_rates() -> str:

@@ -14,8 +14,8 @@ Two ways to cut:
 import hashlib
 import warnings
 from bisect import bisect_right
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -36,73 +36,47 @@ STORIES_AT_ONCE = 1000  # for a tokenizer
 
 
 class Tokens(Protocol):
-    """The tokens of some stories, as training and scoring read them: a `TokenFile` or `TokensInMemory`.
+    """The tokens of some stories, as training and scoring read them: a `TokenFile` or `TokensInMemory`."""
 
-    Attributes:
-        path: for messages.
-        header: of a token file; `end_of_text_id`, `vocab_size`, `payload_sha256` and others.
-        tokens: unsigned integers (n_tokens,): each story's ids, then one end-of-text id.
-        offsets: uint64 (n_stories,), token index where each story begins.
-        story_bytes: uint32 (n_stories,), UTF-8 bytes of each story.
-    """
-
-    path: Path
-    header: dict
-    tokens: np.ndarray
-    offsets: np.ndarray
-    story_bytes: np.ndarray
-
-    @property
-    def n_tokens(self) -> int: ...
-
-    @property
-    def n_stories(self) -> int: ...
+    path: Path  # for messages
+    header: dict  # of a token file: `end_of_text_id`, `vocab_size`, `payload_sha256` and others
+    tokens: np.ndarray  # unsigned integers (n_tokens,): each story's ids, then one end-of-text id
+    offsets: np.ndarray  # uint64 (n_stories,), token index where each story begins
+    story_bytes: np.ndarray  # uint32 (n_stories,), UTF-8 bytes of each story
+    n_tokens: int
+    n_stories: int
 
     def story(self, i: int) -> np.ndarray: ...
 
     def tokenizer(self) -> Tokenizer: ...
 
 
-def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
-    """Return a permutation of 0..n-1, int64 (n,).
-
-    Raw Philox words and a stable sort give the same in every NumPy version; NumPy's own permutations may change.
-    """
+@lru_cache(maxsize=1)
+def _shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
+    """Return a permutation of 0..n-1, int64 (n,), which no version of NumPy changes: raw words and a stable sort."""
     bits = Philox(key=np.array([seed, epoch], dtype=np.uint64))
     return np.argsort(bits.random_raw(n), kind="stable")
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Windows:
     """The windows of a token file and the order in which a seed reads them.
-
-    Args:
-        data: the tokens.
-        context_length: targets per window, at most.
-        kind: "stream" or "stories".
-        seed: of the order.
-        rows_per_step: of the recipe.
 
     Raises:
         UserError: a text shorter than one window.
     """
 
     data: Tokens
-    context_length: int
-    kind: str
+    context_length: int  # largest number of targets in a window
+    kind: str  # "stream" or "stories"
     seed: int
     rows_per_step: int
-    _shuffled: tuple[int, np.ndarray] = field(init=False, default=(-1, None))  # epoch, and its order
 
     def __post_init__(self):
         n = self.data.n_tokens
         if self.kind == "stream" and n < self.context_length:
             raise UserError(f"{self.data.path} holds {n:,} tokens, fewer than one context of {self.context_length:,}; "
                             f"use more text, or --set context_length={max(1, n // 2)} or less.")
-
-    @cached_property
-    def _last_phase(self) -> int:
-        return min(self.context_length - 1, self.data.n_tokens - self.context_length)
 
     @cached_property
     def _cuts(self) -> np.ndarray:
@@ -129,10 +103,21 @@ class Windows:
 
     def rows_of(self, step: int) -> list[tuple[int, int]]:
         """[begin, end) in targets of the rows that `step` reads: a pure function of (seed, step)."""
-        rows = []
-        for place in range(step * self.rows_per_step, (step + 1) * self.rows_per_step):
+        rows, place, n_left = [], step * self.rows_per_step, self.rows_per_step
+        while n_left:  # a step may end one epoch and begin the next
             epoch, i = divmod(place, self.per_epoch)
-            rows.append(self._window(int(self._order(epoch)[i]), epoch))
+            begins, ends = self._window(_shuffled(self.per_epoch, self.seed, epoch)[i:i + n_left], self._phase(epoch))
+            rows += zip(begins.tolist(), ends.tolist(), strict=True)
+            place, n_left = place + len(begins), n_left - len(begins)
+        return rows
+
+    def first_rows(self, n_tokens: int) -> list[tuple[int, int]]:
+        """Return the first windows in the order of the file until they hold `n_tokens` targets, for evaluation."""
+        rows = []
+        while n_tokens > 0 and len(rows) < self.per_epoch:
+            begin, end = self._window(len(rows), 0)
+            rows.append((int(begin), int(end)))
+            n_tokens -= rows[-1][1] - rows[-1][0]
         return rows
 
     def order_sha256(self) -> str:
@@ -142,14 +127,9 @@ class Windows:
             SHA-256, hexadecimal, of `payload_sha256` followed by begin and end of every window in the order of
             reading, little-endian int64. Runs with the same hash see the same tokens in the same order.
         """
-        order = self._order(0)
-        if self.kind == "stories":
-            windows = self._cuts[order]
-        else:
-            begins = self._phase(0) + order * self.context_length
-            windows = np.stack((begins, begins + self.context_length), axis=1)
+        windows = self._window(_shuffled(self.per_epoch, self.seed, 0), self._phase(0))
         hashed = hashlib.sha256(self.data.header["payload_sha256"].encode())
-        hashed.update(windows.astype("<i8").tobytes())
+        hashed.update(np.stack(windows, axis=1).astype("<i8").tobytes())
         return hashed.hexdigest()
 
     def micro_batch(self, rows: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
@@ -169,36 +149,51 @@ class Windows:
         check_largest_id(self.data, max(int(inputs.max()), int(targets.max())))
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
-    def first_rows(self, n_tokens: int) -> list[tuple[int, int]]:
-        """Return the first windows in the order of the file until they hold `n_tokens` targets, for evaluation."""
-        rows, count = [], 0
-        for i in range(self.per_epoch):
-            rows.append(tuple(self._cuts[i]) if self.kind == "stories" else
-                        (i * self.context_length, (i + 1) * self.context_length))
-            count += rows[-1][1] - rows[-1][0]
-            if count >= n_tokens:
-                break
-        return rows
-
-    def _window(self, i: int, epoch: int) -> tuple[int, int]:
+    def _window(self, i: int | np.ndarray, phase: int) -> tuple[int, int] | tuple[np.ndarray, np.ndarray]:
+        """Return begin and end in targets of window `i`, or of several, in an epoch that begins at `phase`."""
         if self.kind == "stories":
-            return int(self._cuts[i, 0]), int(self._cuts[i, 1])
-        begin = self._phase(epoch) + i * self.context_length
+            return self._cuts[i, 0], self._cuts[i, 1]
+        begin = phase + i * self.context_length
         return begin, begin + self.context_length
 
+    @property
+    def _last_phase(self) -> int:
+        return min(self.context_length - 1, self.data.n_tokens - self.context_length)
+
     def _phase(self, epoch: int) -> int:
-        """Where the first window of an epoch begins, for kind "stream"."""
+        """Return where the first window of an epoch begins."""
+        if self.kind == "stories":
+            return 0
         word = int(Philox(key=np.array([self.seed, epoch], dtype=np.uint64), counter=1 << 64).random_raw())
         return word % (self._last_phase + 1)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if self._shuffled[0] != epoch:
-            self._shuffled = epoch, shuffled(self.per_epoch, self.seed, epoch)
-        return self._shuffled[1]
-
 
 class TokensInMemory:
-    """A text that is tokenized at every start and held in memory: slow, for training without a token file.
+    """Stories whose ids are in memory.
+
+    Args:
+        stories: ids of each story, unsigned integers, with its end-of-text id.
+        header: entries of a token file's header that the user of the stories needs; their numbers are added.
+        story_bytes: UTF-8 bytes of each story.
+        path, tokenizer: of their text.
+    """
+
+    n_tokens, n_stories, story = TokenFile.n_tokens, TokenFile.n_stories, TokenFile.story
+
+    def __init__(self, stories: list[np.ndarray], header: dict, story_bytes: list[int], path: Path | None = None,
+                 tokenizer: Tokenizer | None = None):
+        self.tokens = np.concatenate(stories)
+        self.offsets = np.cumsum([0, *map(len, stories[:-1])]).astype(np.uint64)
+        self.story_bytes = np.array(story_bytes, dtype=np.uint32)
+        self.header = header | {"n_tokens": len(self.tokens), "n_stories": len(stories)}
+        self.path, self._tokenizer = path, tokenizer
+
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+
+def tokenize_in_memory(path: Path, tokenizer: Tokenizer, stories: str = "endoftext") -> TokensInMemory:
+    """Tokenize a text into memory: slow, for training without a token file.
 
     Args:
         path: of the text.
@@ -208,31 +203,19 @@ class TokensInMemory:
     Raises:
         UserError: no text, or one without a story.
     """
-
-    def __init__(self, path: Path, tokenizer: Tokenizer, stories: str = "endoftext"):
-        warnings.warn(f"{path} is not a token file: it is tokenized in memory at every start. Make a token file once "
-                      f"with: python tools/pre_tokenize.py {path} --tokenizer {tokenizer.kind} --out {path.stem}.bin",
-                      stacklevel=2)
-        check_text(path)
-        source, rows, sizes = Source.of(path), [], []
-        texts = read_stories(source, Reading(stories, in_pieces=tokenizer.takes_pieces))
-        while batch := list(islice(texts, STORIES_AT_ONCE)):
-            rows += [np.array([*ids, tokenizer.end_of_text_id], np.uint32) for ids in tokenizer.encode_batch(batch)]
-            sizes += [len(story.encode()) for story in batch]
-        if not rows:
-            raise UserError(f"{path} holds no story; expected at least one.")
-        self.path, self._tokenizer = path, tokenizer
-        self.tokens = np.concatenate(rows)
-        self.offsets = np.cumsum([0, *map(len, rows[:-1])]).astype(np.uint64)
-        self.story_bytes = np.array(sizes, dtype=np.uint32)
-        sha256 = source.sha256()
-        self.header = {"n_tokens": len(self.tokens), "n_stories": len(rows),
-                       "source": [{**source.fingerprint(), "sha256": sha256}],
-                       "tokenizer": {"kind": tokenizer.kind, "sha256": tokenizer.sha256},
-                       "vocab_size": tokenizer.vocab_size, "end_of_text_id": tokenizer.end_of_text_id,
-                       "payload_sha256": sha256, "stories": stories}
-
-    n_tokens, n_stories, story = TokenFile.n_tokens, TokenFile.n_stories, TokenFile.story
-
-    def tokenizer(self) -> Tokenizer:
-        return self._tokenizer
+    warnings.warn(f"{path} is not a token file: it is tokenized in memory at every start. Make a token file once with: "
+                  f"python tools/pre_tokenize.py {path} --tokenizer {tokenizer.kind} --out {path.stem}.bin",
+                  stacklevel=2)
+    check_text(path)
+    source, rows, sizes = Source.of(path), [], []
+    texts = read_stories(source, Reading(stories, in_pieces=tokenizer.takes_pieces))
+    while batch := list(islice(texts, STORIES_AT_ONCE)):
+        rows += [np.array([*ids, tokenizer.end_of_text_id], np.uint32) for ids in tokenizer.encode_batch(batch)]
+        sizes += [len(story.encode()) for story in batch]
+    if not rows:
+        raise UserError(f"{path} holds no story; expected at least one.")
+    sha256 = source.sha256()
+    header = {"source": [{**source.fingerprint(), "sha256": sha256}], "payload_sha256": sha256, "stories": stories,
+              "tokenizer": {"kind": tokenizer.kind, "sha256": tokenizer.sha256},
+              "vocab_size": tokenizer.vocab_size, "end_of_text_id": tokenizer.end_of_text_id}
+    return TokensInMemory(rows, header, sizes, path, tokenizer)

@@ -57,35 +57,32 @@ POOLS = {
     "boy": pool("Tom Ben Max Sam Leo Jack Tim Finn Noah Oscar Peter Hugo Felix Milo Adam Ralph Toby Karl Igor Bruno",
                 SKEW),
     "friend": pool("Grandma Grandpa Uncle Auntie Kim Pat Robin Alex Sky Jo Charlie Drew", SKEW),
-    "place": pool("park mill farm bridge castle barn lake well tower garden market forest school harbor "
-                  "church cave station meadow bakery windmill lighthouse orchard library island valley "
-                  "museum factory temple", SKEW),
-    "animal": pool("dog cat bird rabbit frog duck mouse pony fox goat turtle pig owl squirrel lamb hen snail "
-                   "hedgehog beetle parrot monkey donkey otter lizard goose puppy", SKEW),
-    "object": pool("ball kite doll drum book boat hat bell car lamp ring box coin flute key mirror shell "
-                   "train cup crown whistle puppet basket candle necklace puzzle marble compass teapot "
-                   "violin", SKEW),
+    "place": pool("park mill farm bridge castle barn lake well tower garden market forest school harbor church cave "
+                  "station meadow bakery windmill lighthouse orchard library island valley museum factory temple",
+                  SKEW),
+    "animal": pool("dog cat bird rabbit frog duck mouse pony fox goat turtle pig owl squirrel lamb hen snail hedgehog "
+                   "beetle parrot monkey donkey otter lizard goose puppy", SKEW),
+    "object": pool("ball kite doll drum book boat hat bell car lamp ring box coin flute key mirror shell train cup "
+                   "crown whistle puppet basket candle necklace puzzle marble compass teapot violin", SKEW),
     # Free words: uniform, never recalled.
     "trait": pool("brave kind shy clever funny quiet gentle curious lazy proud happy silly polite stubborn honest "
                   "cheerful careful lonely noisy sleepy patient playful grumpy hopeful"),
-    "look": pool("big small tall tiny huge round long short wide narrow heavy smooth rough shiny dusty wooden "
-                 "golden silver broken crooked hollow flat sharp soft"),
-    "color": pool("red blue green yellow pink purple orange brown black white gray striped spotted bright dark "
-                  "pale"),
-    "taste": pool("sweet sour warm cold fresh salty sticky crunchy spicy juicy creamy bitter frozen yummy plain "
-                  "hot"),
-    "food": pool("soup cake bread cheese honey rice jam pie corn beans apples berries carrots cookies noodles "
-                 "pancakes plums nuts cherries grapes pears butter pudding salad"),
-    "stranger": pool("giant witch king queen dragon fairy pirate robot wizard knight prince princess clown ghost "
-                     "troll wolf bear lion tiger snake"),
+    "look": pool("big small tall tiny huge round long short wide narrow heavy smooth rough shiny dusty wooden golden "
+                 "silver broken crooked hollow flat sharp soft"),
+    "color": pool("red blue green yellow pink purple orange brown black white gray striped spotted bright dark pale"),
+    "taste": pool("sweet sour warm cold fresh salty sticky crunchy spicy juicy creamy bitter frozen yummy plain hot"),
+    "food": pool("soup cake bread cheese honey rice jam pie corn beans apples berries carrots cookies noodles pancakes "
+                 "plums nuts cherries grapes pears butter pudding salad"),
+    "stranger": pool("giant witch king queen dragon fairy pirate robot wizard knight prince princess clown ghost troll "
+                     "wolf bear lion tiger snake"),
     "person": pool("baker farmer doctor teacher sailor painter driver nurse singer tailor gardener hunter miller "
                    "dancer cook judge"),
-    "thing": pool("chair table stone leaf blanket bench ladder pillow log bush fence wheel carpet bucket rug "
-                  "barrel shelf wagon tent branch"),
+    "thing": pool("chair table stone leaf blanket bench ladder pillow log bush fence wheel carpet bucket rug barrel "
+                  "shelf wagon tent branch"),
     "verb": pool("jumped danced ran slept sang played rolled hopped waited rested laughed climbed crawled sneezed "
                  "wandered dug swam trembled barked giggled"),
-    "adverb": pool("slowly quickly loudly softly happily sadly gladly calmly wildly nicely bravely quietly again "
-                   "alone outside together"),
+    "adverb": pool("slowly quickly loudly softly happily sadly gladly calmly wildly nicely bravely quietly again alone "
+                   "outside together"),
     "weather": pool("raining snowing windy sunny cloudy foggy stormy freezing misty thundering"),
     "sound": pool("splash bang knock song shout bark whisper crash roar buzz creak thud rumble squeak"),
     "mood": pool("glad tired excited scared surprised bored angry hungry calm thankful worried sorry thirsty dizzy "
@@ -142,9 +139,7 @@ def _event_pool(holder: str, n_events: int, low: int, high: int) -> Pool:
 def derive(walker: "Writer", low: int, high: int) -> dict[str, str]:
     """Walk through the grammar for one story of `low` to `high` events; return its facts.
 
-    Args:
-        walker: makes each choice (`pick`) and receives the text (`say`, `recall`); the tests have one that parses.
-        low, high: least and most events.
+    The walker makes each choice (`pick`) and receives the text (`say`, `recall`); the tests have one that parses.
     """
     facts: dict[str, str] = {}
 
@@ -180,19 +175,12 @@ def derive(walker: "Writer", low: int, high: int) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Story:
-    """A story of the corpus.
+    """A story of the corpus."""
 
-    Attributes:
-        text: ASCII.
-        nats: exact negative log-probability under the grammar.
-        facts: final state: hero, place, animal, object, and who holds the object at the end.
-        recalls: [start, end) of each word that repeats an earlier choice, in characters (equal to bytes).
-    """
-
-    text: str
-    nats: float
-    facts: dict[str, str]
-    recalls: list[tuple[int, int]]
+    text: str  # ASCII
+    nats: float  # exact negative log-probability under the grammar
+    facts: dict[str, str]  # final state: hero, place, animal, object, and who holds the object at the end
+    recalls: list[tuple[int, int]]  # [start, end) of each word that repeats an earlier choice, in bytes
 
 
 class Writer:
@@ -248,17 +236,6 @@ def events_for_tokens(tokens: int) -> int:
     return max(0, round((tokens - TOKENS_PER_STORY) / 14))
 
 
-FACT_COLUMNS = ["recall_tokens", "recall_nats", "corpus_nats"]
-
-
-@dataclass(frozen=True)
-class CorpusFacts:
-    """What the corpus knows about a story: its exact nats, and [start, end) of the recalled words in bytes."""
-
-    nats: float
-    recalls: list[tuple[int, int]]
-
-
 def write_facts(path: Path, stories: Iterable[Story]) -> Iterator[str]:
     """Yield the texts of stories, and write what the corpus knows about each to a JSON-lines file."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
@@ -268,29 +245,25 @@ def write_facts(path: Path, stories: Iterable[Story]) -> Iterator[str]:
             yield story.text
 
 
-def read_facts(path: Path) -> dict[int, CorpusFacts]:
-    """Read a file of `write_facts`, by story hash."""
+def read_facts(path: Path) -> dict[int, tuple[float, list]]:
+    """Read a file of `write_facts`: by story hash, the story's exact nats and the [start, end) of recalled words."""
     try:
         with path.open(encoding="utf-8") as file:
-            entries = (json.loads(line) for line in file)
-            return {e["hash"]: CorpusFacts(e["nats"], [tuple(r) for r in e["recalls"]]) for e in entries}
+            return {entry["hash"]: (entry["nats"], entry["recalls"]) for entry in map(json.loads, file)}
     except (ValueError, KeyError, TypeError):  # not UTF-8, not JSON, or JSON of something else
         raise UserError(f"{path} does not hold facts; expected the .facts.jsonl beside a text of "
                         "tools/tell_stories.py.") from None
 
 
-def fact_columns(score, data, sizes: np.ndarray, facts: CorpusFacts) -> list[float]:
-    """Return `FACT_COLUMNS` of a scored story: tokens that overlap a recalled word, their nats, the corpus's own nats.
+def recalled_tokens(sizes: np.ndarray, recalls: list[tuple[int, int]]) -> np.ndarray:
+    """Return which tokens of a story overlap a recalled word, bool (n,).
 
     Args:
-        score: `StoryScore` of the story.
-        data: the token file that holds it.
-        sizes: bytes of each token of the vocabulary, int64 (vocab_size,).
-        facts: of the story.
+        sizes: bytes of each token, int (n,).
+        recalls: [start, end) of each recalled word, in bytes.
     """
-    ends = np.cumsum(sizes[np.asarray(data.story(score.story))])
-    starts = np.append(0, ends[:-1])
-    recalled = np.zeros(score.tokens, dtype=bool)  # the last token, end-of-text, never is
-    for begin, end in facts.recalls:
-        recalled[:-1] |= (starts < end) & (ends > begin)
-    return [int(recalled.sum()), float(score.token_nats[recalled].sum(dtype=np.float64)), facts.nats]
+    ends = np.cumsum(sizes)
+    recalled = np.zeros(len(sizes), dtype=bool)
+    for begin, end in recalls:
+        recalled |= (ends - sizes < end) & (ends > begin)
+    return recalled

@@ -1,18 +1,17 @@
 """Arms of a comparison: runs that differ only in their seed are one arm, and arms are compared in pairs."""
 
-import dataclasses
 import json
 import math
 import os.path
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
 from plotarmour.cli import UserError
 from plotarmour.config import training_settings
-from plotarmour.evaluation.statistics import compare_seeds, sign_test
+from plotarmour.evaluation.statistics import compare_losses, sign_test
 
 # Budgets in which two arms can match: label, column of the budget, largest relative difference that counts as equal.
 MATCHINGS = (("core parameters", "params_non_embedding", 0.05), ("parameters in all", "params", 0.05),
@@ -22,26 +21,19 @@ MATCHINGS = (("core parameters", "params_non_embedding", 0.05), ("parameters in 
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs that differ only in their seed.
+    """Runs that differ only in their seed."""
 
-    Attributes:
-        name: common part of the runs' names.
-        model: kind of model.
-        runs: names of the runs, ordered by seed.
-        seeds: seeds of the runs.
-    """
-
-    name: str
-    model: str
-    runs: tuple[str, ...]
+    name: str  # common part of the runs' names
+    model: str  # kind
+    runs: tuple[str, ...]  # names, ordered by seed
     seeds: tuple[int, ...]
 
 
-def group_runs(runs: list) -> list[Arm]:
+def group_runs(infos: dict[str, dict]) -> list[Arm]:
     """Group runs into arms, in the order of the first run of each arm.
 
     Args:
-        runs: objects with `name`, `config` and `info`, such as `plotarmour.run.Run`, with different names.
+        infos: by run name, the content of run.json.
 
     Raises:
         UserError: two runs with the same settings and the same seed.
@@ -49,23 +41,22 @@ def group_runs(runs: list) -> list[Arm]:
     Example:
         Runs bdh_seed-1, gpt2_seed-1, bdh_seed-2 become the arms bdh (seeds 1, 2) and gpt2 (seed 1).
     """
-    groups: dict[str, list] = {}
-    for run in runs:
-        training = {key: getattr(run.config.training, key) for key in training_settings("arm")}
-        key = json.dumps([run.config.model, run.config.architecture, training, run.info["train"]["payload_sha256"]],
-                         sort_keys=True)
-        groups.setdefault(key, []).append(run)
+    groups: dict[str, dict[int, str]] = {}  # by settings: the name of the run with each seed
+    for name, info in infos.items():
+        recipe = info["recipe"]
+        training, seed = {key: recipe["training"][key] for key in training_settings("arm")}, recipe["training"]["seed"]
+        group = groups.setdefault(json.dumps([recipe["model"], recipe["architecture"], training,
+                                              info["train"]["payload_sha256"]], sort_keys=True), {})
+        if seed in group:
+            raise UserError(f"{group[seed]} and {name} have the same settings and the same seed ({seed}); expected "
+                            "different seeds. Name only one of them.")
+        group[seed] = name
     arms = []
     for group in groups.values():
-        group.sort(key=lambda run: run.config.training.seed)
-        for one, other in zip(group, group[1:], strict=False):
-            if one.config.training.seed == other.config.training.seed:
-                raise UserError(f"{one.name} and {other.name} have the same settings and the same seed "
-                                f"({one.config.training.seed}); expected different seeds. Name only one of them.")
-        arms.append(Arm(_common_name([run.name for run in group]), group[0].config.model,
-                        tuple(run.name for run in group), tuple(run.config.training.seed for run in group)))
+        seeds, names = zip(*sorted(group.items()), strict=True)
+        arms.append(Arm(_common_name(names), infos[names[0]]["recipe"]["model"], names, seeds))
     names = [arm.name for arm in arms]
-    return [arm if names.count(arm.name) == 1 else dataclasses.replace(arm, name=arm.runs[0]) for arm in arms]
+    return [arm if names.count(arm.name) == 1 else replace(arm, name=arm.runs[0]) for arm in arms]
 
 
 def pairs_of(arms: list[Arm], reference: str) -> list[tuple[Arm, Arm]]:
@@ -103,46 +94,46 @@ def compare_arms(pairs: list[tuple[Arm, Arm]], scores: dict[str, pd.DataFrame], 
     """
     rows = []
     for a, b in pairs:
-        several_seeds = (len(a.runs) > 1) + (len(b.runs) > 1)
-        rows.append({"a": a.name, "b": b.name, "is_arms": True,
-                     "speaks_of": ("checkpoints", "a recipe and a checkpoint", "recipes")[several_seeds]}
-                    | _losses(a.runs, b.runs, scores, same_order and a.seeds == b.seeds)
-                    | _budgets(a.runs, b.runs, budgets))
-        same_seed = [(run, b.runs[b.seeds.index(seed)]) for run, seed in zip(a.runs, a.seeds, strict=True)
-                     if seed in b.seeds]
-        for one, other in same_seed if several_seeds else []:
-            rows.append({"a": one, "b": other, "is_arms": False, "speaks_of": "checkpoints"}
-                        | _losses([one], [other], scores, False) | _budgets([one], [other], budgets))
+        shared_seeds = [seed for seed in a.seeds if seed in b.seeds] if len(a.runs) > 1 or len(b.runs) > 1 else []
+        for one, other in [(a, b), *((_run_of(a, seed), _run_of(b, seed)) for seed in shared_seeds)]:
+            several_seeds = (len(one.runs) > 1) + (len(other.runs) > 1)
+            tokens, *nats = nats_of(one, other, scores)
+            result = compare_losses(tokens, *nats, paired=same_order and one.seeds == other.seeds)
+            row = {"a": one.name, "b": other.name, "is_arms": one is a,
+                   "speaks_of": ("checkpoints", "a recipe and a checkpoint", "recipes")[several_seeds],
+                   "seeds_a": len(one.runs), "seeds_b": len(other.runs), "stories": len(tokens)}
+            for name, interval in (("difference", result.difference), ("perplexity_ratio", result.perplexity_ratio),
+                                   ("bits_per_byte_ratio", result.ratio)):
+                row |= zip((name, f"{name}_low", f"{name}_high"), interval, strict=True)
+            rows.append(row | sign_test(tokens, *nats) | _budget_ratios(one, other, budgets))
     return pd.DataFrame(rows)
 
 
-def _losses(runs_a, runs_b, scores: dict[str, pd.DataFrame], paired: bool) -> dict:
-    """Return the columns of a pair that come from nats."""
-    tokens = scores[runs_a[0]]["tokens"].to_numpy()
-    a, b = (np.stack([scores[run]["nats"].to_numpy() for run in runs]) for runs in (runs_a, runs_b))
-    result = compare_seeds(tokens, a, b, paired=paired)
-    signs = sign_test(tokens, a.mean(axis=0), b.mean(axis=0))
-    row = {"seeds_a": len(a), "seeds_b": len(b), "stories": len(tokens)}
-    for name, interval in (("difference", result.difference), ("perplexity_ratio", result.perplexity_ratio),
-                           ("bits_per_byte_ratio", result.ratio)):
-        row |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-    return row | {"a_better": signs.a_better, "b_better": signs.b_better, "ties": signs.ties, "sign_p": signs.p_value}
+def nats_of(a: Arm, b: Arm, scores: dict[str, pd.DataFrame]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the tokens (n,) of the stories and the nats (S, n) of both arms' runs, for `evaluation.statistics`."""
+    sides = (np.stack([scores[run]["nats"].to_numpy() for run in arm.runs]) for arm in (a, b))
+    return scores[a.runs[0]]["tokens"].to_numpy(), *sides
 
 
-def _budgets(runs_a, runs_b, budgets: dict[str, dict]) -> dict:
+def _run_of(arm: Arm, seed: int) -> Arm:
+    """Return the run of an arm with this seed, as an arm."""
+    name = arm.runs[arm.seeds.index(seed)]
+    return Arm(name, arm.model, (name,), (seed,))
+
+
+def _budget_ratios(a: Arm, b: Arm, budgets: dict[str, dict]) -> dict:
     """Return the columns of a pair that come from budgets: ratios of means, NaN if one is unknown."""
     ratios = {}
     for _, column, _ in MATCHINGS:
-        a, b = (np.mean([np.nan if budgets[run].get(column) is None else float(budgets[run][column]) for run in runs])
-                for runs in (runs_a, runs_b))
-        ratios[column] = float(a / b) if b else math.nan
-    if len({budgets[run].get("hardware") for run in (*runs_a, *runs_b)}) > 1:
+        of_a, of_b = (np.array([budgets[run].get(column) for run in arm.runs], dtype=float).mean() for arm in (a, b))
+        ratios[column] = float(of_a / of_b) if of_b else math.nan
+    if len({budgets[run].get("hardware") for run in (*a.runs, *b.runs)}) > 1:
         ratios["train_s"] = math.nan  # seconds on different machines cannot be compared
     equal = [label for label, column, tolerance in MATCHINGS if abs(ratios[column] - 1) <= tolerance]
     return {f"{column}_ratio": ratio for column, ratio in ratios.items()} | {"matched": ", ".join(equal)}
 
 
-def _common_name(names: list[str]) -> str:
+def _common_name(names: tuple[str, ...]) -> str:
     """Return the common prefix of names, without a trailing seed."""
     common = os.path.commonprefix(names)
     if len(names) > 1:

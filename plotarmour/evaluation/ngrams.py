@@ -16,7 +16,8 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from plotarmour.evaluation.scoring import story_tokens
+from plotarmour.data.batches import Tokens
+from plotarmour.evaluation.scoring import story_blocks, story_tokens
 
 MAX_COUNTED = 50_000_000  # training tokens; more are not counted, which bounds memory to about 2 GiB
 BLOCK = 2**22  # training tokens counted at once
@@ -24,62 +25,38 @@ SCORED = 2**22  # tokens scored at once; each such block reads the training toke
 ORDERS = ("unigram", "bigram", "trigram")
 
 
-def counted_tokens(train_data) -> int:
+def counted_tokens(train_data: Tokens) -> int:
     """Return the number of training tokens that the baselines count: the first `MAX_COUNTED` of the file."""
     return min(train_data.n_tokens, MAX_COUNTED)
 
 
-def evaluate_baselines(train_data, data) -> dict[str, pd.DataFrame]:
-    """Score every story under the n-gram baselines of the training tokens.
+def evaluate_baselines(train_data: Tokens, data: Tokens) -> dict[str, pd.DataFrame]:
+    """Score every story, including its closing end-of-text token, under the n-gram baselines of the training tokens.
 
     Args:
-        train_data: `TokenFile` to count; of a large file, the first `MAX_COUNTED` tokens.
-        data: `TokenFile` to score, with the same tokenizer.
+        train_data: stories to count; of a large file, the first `MAX_COUNTED` tokens.
+        data: stories to score, of the same tokenizer.
 
     Returns:
         By name (uniform, unigram, bigram, trigram): a row per story with story, tokens, bytes, nats.
     """
+    blocks = []
+    for bounds in story_blocks(data, SCORED):
+        [trigrams] = _trigrams(data, bounds[0], bounds[-1], bounds[-1] - bounds[0])
+        blocks.append({name: np.add.reduceat(-np.log(p), bounds[:-1] - bounds[0])
+                       for name, p in _probabilities(train_data, *trigrams).items()})
     columns = {"story": np.arange(data.n_stories), "tokens": story_tokens(data),
                "bytes": data.story_bytes.astype(np.int64)}
-    return {name: pd.DataFrame(columns | {"nats": nats}) for name, nats in story_nats(train_data, data).items()}
+    return {name: pd.DataFrame(columns | {"nats": np.concatenate([block[name] for block in blocks])})
+            for name in blocks[0]}
 
 
-def story_nats(train_data, data) -> dict[str, np.ndarray]:
-    """Compute the nats of every story, including its closing end-of-text token, under each baseline.
-
-    Args:
-        train_data, data: see `evaluate_baselines`.
-
-    Returns:
-        By name: float64 (n_stories,).
-    """
-    offsets = np.append(data.offsets, data.n_tokens).astype(np.int64)
-    blocks, first = [], 0
-    while first < data.n_stories:
-        last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + SCORED, side="right")) - 1)
-        [trigrams] = _trigrams(data, offsets[first], offsets[last], offsets[last] - offsets[first])
-        starts = offsets[first:last] - offsets[first]
-        blocks.append({name: np.add.reduceat(-np.log(p), starts)
-                       for name, p in token_probabilities(train_data, *trigrams).items()})
-        first = last
-    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-
-
-def token_probabilities(train_data, before: np.ndarray, history: np.ndarray, words: np.ndarray,
-                        ) -> dict[str, np.ndarray]:
-    """Compute P(word | before, history) under each baseline.
+def _probabilities(train_data: Tokens, before: np.ndarray, history: np.ndarray, words: np.ndarray,
+                   ) -> dict[str, np.ndarray]:
+    """Return P(word | before, history) under each baseline, float64 (n,), for int64 (n,) of each token.
 
     Only n-grams that begin with one of the given histories are kept: 16 bytes per different n-gram, and about three
     times as much while counts are merged.
-
-    Args:
-        train_data: `TokenFile` to count.
-        before: int64 (n,), the token before the history.
-        history: int64 (n,), the token before the word.
-        words: int64 (n,).
-
-    Returns:
-        By name: float64 (n,).
     """
     V = train_data.header["vocab_size"]
     p = np.full(len(words), 1 / V)
@@ -96,16 +73,10 @@ def token_probabilities(train_data, before: np.ndarray, history: np.ndarray, wor
     return result
 
 
-def _count(data, order: int, histories: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Count the tokens that follow some histories.
+def _count(data: Tokens, order: int, histories: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Count the tokens that follow some sorted histories, which have `order` tokens each.
 
-    Args:
-        data: `TokenFile` to count.
-        order: length of a history in tokens, 0 to 2.
-        histories: sorted int64 (J,), of `_history_keys`.
-
-    Returns:
-        Sorted int64 keys j · V + w (token w after history j), and their counts, int64.
+    Returns sorted int64 keys j · V + w (token w after history j), and their counts, int64.
     """
     V = data.header["vocab_size"]
     keys, counts = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
@@ -130,7 +101,7 @@ def _history_keys(order: int, before: np.ndarray, history: np.ndarray, vocab_siz
     return (np.zeros_like(history), history, before * vocab_size + history)[order]
 
 
-def _trigrams(data, start: int, stop: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _trigrams(data: Tokens, start: int, stop: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yield blocks of (token before the history, history, token), int64; `start` is the start of a story."""
     end_of_text = data.header["end_of_text_id"]
     before = history = end_of_text

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from plotarmour.cli import UserError, progress
+from plotarmour.data.batches import Tokens
 from plotarmour.data.stories import story_hash
-from plotarmour.data.tales import FACT_COLUMNS, CorpusFacts, fact_columns
+from plotarmour.data.tales import recalled_tokens
 from plotarmour.evaluation.metrics import totals
 from plotarmour.loss import IGNORE, token_nats
 from plotarmour.machine import Machine
@@ -26,53 +27,28 @@ TOKENS_PER_BATCH = 4096
 PIECE = 4096  # tokens per forward pass if the context is not limited: memory does not grow with the story
 UNBOUNDED = " unbounded"  # suffix of a run's name in rows where each token has its whole story as context
 STORY_COLUMNS = ["story", "tokens", "bytes", "nats"]
+FACT_COLUMNS = ["recall_tokens", "recall_nats", "corpus_nats"]  # tokens of recalled words and their nats, exact nats
 WHOLE_NUMBERS = ("params", "params_non_embedding", "params_per_token", "train_tokens", "steps", "checkpoint_step",
                  "seed", "recall_tokens")
 
 
 @dataclass(frozen=True)
-class StoryScore:
-    """The score of one story under one model.
-
-    Attributes:
-        story: its index in the token file.
-        tokens: number of tokens, ids + 1.
-        bytes: UTF-8 bytes of its text.
-        nats: sum over its tokens.
-        token_nats: float32 (tokens,).
-    """
-
-    story: int
-    tokens: int
-    bytes: int
-    nats: float
-    token_nats: np.ndarray
-
-
-@dataclass(frozen=True)
 class Scores:
-    """The scores of all stories of a token file under one model.
+    """The scores of all stories of a token file under one model."""
 
-    Attributes:
-        stories: a row per story, in order: story, tokens, bytes, nats. With facts also recall_tokens and recall_nats
-            (tokens that overlap a recalled word, and their nats) and corpus_nats.
-        positions: a row per position in a story: position (0 is the first token of a story), tokens (stories that have
-            it), nats (their sum).
-        token_nats: for each story, float32 (tokens,).
-    """
-
-    stories: pd.DataFrame
-    positions: pd.DataFrame
-    token_nats: list[np.ndarray]
+    stories: pd.DataFrame  # a row per story, in order: STORY_COLUMNS, and with facts FACT_COLUMNS
+    positions: pd.DataFrame  # position in a story from 0 on, tokens (stories that have it), nats (their sum)
+    token_nats: list[np.ndarray]  # for each story, float32 (tokens,)
 
 
-def score_stories(model: nn.Module, data, context_length: int | None, machine: Machine, stride: int | None = None,
-                  stories: Sequence[int] | None = None, name: str | None = "model") -> Iterator[StoryScore]:
+def score_stories(model: nn.Module, data: Tokens, context_length: int | None, machine: Machine,
+                  stride: int | None = None, stories: Sequence[int] | None = None,
+                  name: str | None = "model") -> Iterator[tuple[int, np.ndarray]]:
     """Score stories of a token file, in batches of similar length.
 
     Args:
         model: a `plotarmour.models.LanguageModel`, on the machine's device.
-        data: a `TokenFile` or `TokensInMemory` of the model's tokenizer.
+        data: stories in ids of the model's tokenizer.
         context_length: maximum number of tokens in a window; None: the whole story, through the model's state.
         machine: device and dtype.
         stride: stride of sliding windows, in tokens; None: half of `context_length`.
@@ -80,7 +56,8 @@ def score_stories(model: nn.Module, data, context_length: int | None, machine: M
         name: label of the progress bar; None: no bar.
 
     Yields:
-        A `StoryScore` per story, not in order. Memory holds one batch and the unfinished stories.
+        Per story, not in order: its index, and the nats of its tokens, float32 (ids + 1,). Memory holds one batch and
+        the unfinished stories.
 
     Raises:
         UserError: a stride outside 1..context_length.
@@ -97,17 +74,17 @@ def score_stories(model: nn.Module, data, context_length: int | None, machine: M
                 if last:
                     nats = np.concatenate(unfinished.pop(i))
                     bar.update(len(nats))
-                    yield StoryScore(i, len(nats), int(data.story_bytes[i]), float(nats.sum(dtype=np.float64)), nats)
+                    yield i, nats
 
 
-def evaluate_run(run, data, facts: dict[int, CorpusFacts] | None = None, stride: int | None = None,
+def evaluate_run(run, data: Tokens, facts: dict[int, tuple[float, list]] | None = None, stride: int | None = None,
                  unbounded: bool = False) -> Scores:
     """Score every story of a token file under a run.
 
     Args:
         run: a `plotarmour.run.Run`.
-        data: a `TokenFile` of the run's tokenizer.
-        facts: facts of the built-in corpus by story hash, or None.
+        data: stories in ids of the run's tokenizer.
+        facts: of the built-in corpus, from `read_facts`, or None.
         stride: stride of sliding windows, in tokens; None: half a context.
         unbounded: whether each token has its whole story as context, through the model's state, instead of a window.
 
@@ -121,18 +98,20 @@ def evaluate_run(run, data, facts: dict[int, CorpusFacts] | None = None, stride:
     longest = int(story_tokens(data).max())
     nats, count = np.zeros(longest), np.zeros(longest, dtype=np.int64)
     rows, token_nats = [[]] * data.n_stories, [np.empty(0)] * data.n_stories
-    for score in score_stories(run.model, data, None if unbounded else run.context_length, run.machine,
-                               None if unbounded else stride, name=run.name + UNBOUNDED * unbounded):
-        rows[score.story] = [score.story, score.tokens, score.bytes, score.nats]
-        nats[:score.tokens] += score.token_nats
-        count[:score.tokens] += 1
-        token_nats[score.story] = score.token_nats
+    for i, of_tokens in score_stories(run.model, data, None if unbounded else run.context_length, run.machine,
+                                      None if unbounded else stride, name=run.name + UNBOUNDED * unbounded):
+        rows[i] = [i, len(of_tokens), int(data.story_bytes[i]), float(of_tokens.sum(dtype=np.float64))]
+        nats[:len(of_tokens)] += of_tokens
+        count[:len(of_tokens)] += 1
+        token_nats[i] = of_tokens
         if facts:
-            story_facts = facts.get(story_hash(run.tokenizer.decode(data.story(score.story))))
-            if story_facts is None:
-                raise UserError(f"story {score.story} of {data.path} is not in the facts file; expected the "
-                                ".facts.jsonl that was written with this text.")
-            rows[score.story] += fact_columns(score, data, sizes, story_facts)
+            ids = data.story(i)
+            if (key := story_hash(run.tokenizer.decode(ids))) not in facts:
+                raise UserError(f"story {i} of {data.path} is not in the facts file; expected the .facts.jsonl that "
+                                "was written with this text.")
+            corpus_nats, recalls = facts[key]
+            recalled = of_tokens[:-1][recalled_tokens(sizes[ids], recalls)]
+            rows[i] += [len(recalled), float(recalled.sum(dtype=np.float64)), corpus_nats]
     stories = pd.DataFrame(rows, columns=STORY_COLUMNS + (FACT_COLUMNS if facts else []))
     return Scores(stories, pd.DataFrame({"position": np.arange(longest), "tokens": count, "nats": nats}), token_nats)
 
@@ -150,43 +129,43 @@ def comparison_table(scores: dict[str, pd.DataFrame], budgets: dict[str, dict]) 
     Raises:
         UserError: names that were scored on different tokens.
     """
-    first = next(iter(scores.values()))
-    for name, frame in scores.items():
-        if not frame[["story", "tokens", "bytes"]].equals(first[["story", "tokens", "bytes"]]):
-            raise UserError(f"{name} and {next(iter(scores))} were scored on different tokens; expected the same "
-                            "token file for all.")
+    name_of_first, first = next(iter(scores.items()))
+    if "corpus_nats" in first:  # the corpus determines recalled words: they cost it nothing
+        scores = scores | {"the corpus itself": first.assign(nats=first["corpus_nats"], recall_nats=0.0)}
     rows = []
     for name, frame in scores.items():
-        sums = _sums(frame, "nats")
-        row = {"name": name, **budgets.get(name, {}), "stories": len(frame), **sums}
+        if not frame[["story", "tokens", "bytes"]].equals(first[["story", "tokens", "bytes"]]):
+            raise UserError(f"{name} and {name_of_first} were scored on different tokens; expected the same token file "
+                            "for all.")
+        tokens, n_bytes, nats = int(frame["tokens"].sum()), int(frame["bytes"].sum()), float(frame["nats"].sum())
+        row = {"name": name, **budgets.get(name, {}), "stories": len(frame), "tokens": tokens, "bytes": n_bytes,
+               "nats": nats, **totals(nats, tokens, n_bytes)}
         if "corpus_nats" in frame:
-            nats, count = float(frame["recall_nats"].sum()), int(frame["recall_tokens"].sum())
-            row |= {"over_corpus": sums["nats"] / float(frame["corpus_nats"].sum()) - 1.0,
-                    "recall_tokens": count, "recall_loss": nats / count if count else math.nan,
-                    "other_loss": (sums["nats"] - nats) / (sums["tokens"] - count)}
+            recall_nats, count = float(frame["recall_nats"].sum()), int(frame["recall_tokens"].sum())
+            row |= {"over_corpus": nats / float(frame["corpus_nats"].sum()) - 1.0,
+                    "recall_tokens": count, "recall_loss": recall_nats / count if count else math.nan,
+                    "other_loss": (nats - recall_nats) / (tokens - count)}
         rows.append(row)
-    if "corpus_nats" in first:
-        sums = _sums(first, "corpus_nats")
-        recalls = int(first["recall_tokens"].sum())
-        rows.append({"name": "the corpus itself", "stories": len(first), **sums, "over_corpus": 0.0,
-                     "recall_tokens": recalls, "recall_loss": 0.0,
-                     "other_loss": sums["nats"] / (sums["tokens"] - recalls)})
     table = pd.DataFrame(rows).sort_values("loss", ignore_index=True, kind="stable")
-    for column in WHOLE_NUMBERS:
-        if column in table:
-            table[column] = table[column].astype("Int64")  # nullable: baselines have no value
-    return table
+    return table.astype({column: "Int64" for column in WHOLE_NUMBERS if column in table})  # baselines have no value
 
 
-def _sums(stories: pd.DataFrame, column: str) -> dict[str, float]:
-    """Return the sums of tokens, bytes and nats of stories, and their metrics."""
-    tokens, n_bytes, nats = int(stories["tokens"].sum()), int(stories["bytes"].sum()), float(stories[column].sum())
-    return {"tokens": tokens, "bytes": n_bytes, "nats": nats} | totals(nats, tokens, n_bytes)
-
-
-def story_tokens(data) -> np.ndarray:
+def story_tokens(data: Tokens) -> np.ndarray:
     """Return the number of tokens of each story, including its closing end-of-text; int64 (n_stories,)."""
     return np.diff(np.append(data.offsets, data.n_tokens).astype(np.int64))
+
+
+def story_blocks(data: Tokens, size: int) -> Iterator[np.ndarray]:
+    """Yield the bounds, int64 (n + 1,), of blocks of n whole stories that have at most `size` tokens, or of one story.
+
+    Example:
+        Of stories with 3, 4 and 2 tokens, blocks of at most 7 tokens have the bounds 0 3 7 and 7 9.
+    """
+    bounds, first = np.append(data.offsets, data.n_tokens).astype(np.int64), 0
+    while first < data.n_stories:
+        last = max(first + 1, int(np.searchsorted(bounds, bounds[first] + size, side="right")) - 1)
+        yield bounds[first:last + 1]
+        first = last
 
 
 def check_stride(stride: int | None, context_length: int | None) -> None:
@@ -211,7 +190,7 @@ def windows_of(n_targets: int, context_length: int, stride: int) -> list[tuple[i
     return windows
 
 
-def _batches(data, order: np.ndarray, context_length: int | None, stride: int | None) -> Iterator[list[tuple]]:
+def _batches(data: Tokens, order: np.ndarray, context_length: int | None, stride: int | None) -> Iterator[list[tuple]]:
     """Yield batches of rows (story, first scored, inputs, targets, is last window), about TOKENS_PER_BATCH each."""
     end_of_text = data.header["end_of_text_id"]
     batch, longest = [], 0

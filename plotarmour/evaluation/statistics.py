@@ -2,14 +2,13 @@
 
 Stories differ far more from each other than two models differ on one story. So all tests are paired by story: each
 bootstrap draw takes the same stories for both sides. The metrics' rule holds in each draw: add nats, count tokens,
-divide once.
-
-    `compare_stories`  the interval covers other test stories: it is about two checkpoints
-    `compare_seeds`    the interval covers other test stories and other seeds: it is about two recipes
+divide once. Every function takes `tokens`, (n,), of each story with its closing end-of-text, and `nats_a` and `nats_b`,
+(S, n) each: the nats of each seed and story under side a and side b. (n,) stands for one seed.
 """
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,8 +21,7 @@ CONFIDENCE = 0.95  # share of cases in which an interval should contain the true
 CHUNK = 2**16  # stories drawn at once, over all draws of a chunk; more do not fit a processor's cache
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """A value and the ends of its 95 % interval."""
 
     value: float
@@ -33,74 +31,28 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference between side a and side b. Below 0, or below 1 for ratios, a is better.
+    """The difference between side a and side b. Below 0, or below 1 for ratios, a is better."""
 
-    Attributes:
-        difference: loss_a - loss_b, in nats per token.
-        ratio: nats of a / nats of b over the same stories; also the ratio of losses and of bits per byte.
-    """
-
-    difference: Interval
-    ratio: Interval
+    difference: Interval  # loss_a - loss_b, in nats per token
+    ratio: Interval  # nats of a / nats of b over the same stories; also the ratio of losses and of bits per byte
 
     @property
     def perplexity_ratio(self) -> Interval:
         """Perplexity of a / perplexity of b: exp of the difference and of the ends of its interval."""
-        d = self.difference
-        return Interval(math.exp(d.value), math.exp(d.low), math.exp(d.high))
+        return Interval(*map(math.exp, self.difference))
 
 
-@dataclass(frozen=True)
-class SignTest:
-    """Number of stories on which each side has fewer nats, and the p-value if both sides were equally good."""
+def compare_losses(tokens: np.ndarray, nats_a: np.ndarray, nats_b: np.ndarray, paired: bool = False,
+                   draws: int = 10_000, seed: int = 0) -> Difference:
+    """Compare two checkpoints, or two recipes that were each trained with several seeds, on the same stories.
 
-    a_better: int
-    b_better: int
-    ties: int
-    p_value: float
+    With one seed on each side, the interval covers other test stories: it is about two checkpoints. It is the central
+    95 % of bootstrap draws, each of n of the n stories with replacement, the same ones for both sides.
 
-
-def compare_stories(tokens: np.ndarray, nats_a: np.ndarray, nats_b: np.ndarray, draws: int = 10_000,
-                    seed: int = 0) -> Difference:
-    """Compare two checkpoints on the same stories, by a bootstrap over stories.
-
-    Each draw takes n of the n stories with replacement, the same ones for both sides. The interval is the central 95 %
-    of the draws.
-
-    Args:
-        tokens: (n,), tokens of each story, including its closing end-of-text.
-        nats_a: (n,), nats of each story under a.
-        nats_b: (n,), nats of each story under b.
-        draws: number of bootstrap draws.
-        seed: seed of the draws; the same seed gives the same draws in every version of NumPy.
-
-    Returns:
-        (Σ nats_a - Σ nats_b) / Σ tokens and Σ nats_a / Σ nats_b over all stories, with 95 % intervals.
-
-    Raises:
-        UserError: fewer than 2 stories.
-        ValueError: different shapes, tokens below 1, nats that are not finite.
-
-    Example:
-        Two stories have 10 and 30 tokens, 20 and 60 nats under a, and 30 and 70 under b. The difference is
-        (80 - 100) / 40 = -0.5 nats per token, the ratio 0.8. A draw takes one story twice or both: -1, -1/3 or -0.5.
-
-    Source: Efron & Tibshirani 1993, chapter 13 (percentile interval); Koehn 2004 (paired over test items).
-    """
-    tokens, nats_a, nats_b = _checked(tokens, nats_a, nats_b, 1)
-    t, a, b = tokens.sum(), nats_a.sum(), nats_b.sum()
-    sums = _resampled_sums(np.stack((tokens, nats_a, nats_b), axis=1), draws, seed)
-    return Difference(_interval((a - b) / t, (sums[:, 1] - sums[:, 2]) / sums[:, 0]),
-                      _interval(a / b, sums[:, 1] / sums[:, 2]))
-
-
-def compare_seeds(tokens: np.ndarray, nats_a: np.ndarray, nats_b: np.ndarray, paired: bool = False,
-                  draws: int = 10_000, seed: int = 0) -> Difference:
-    """Compare two recipes, each trained with one or more seeds, on the same stories.
-
-    The half-width of the interval is the square root of the sum of two squares: the half-width of the bootstrap over
-    stories, applied to the mean nats of the seeds, and the half-width of Student's t over seeds. The variance over
-    seeds is reduced by the part that comes from single stories, because the bootstrap contains it already.
+    With several seeds, it covers other seeds as well: it is about two recipes. Its half-width is the square root of the
+    sum of two squares: the half-width of the bootstrap over stories, applied to the mean nats of the seeds, and the
+    half-width of Student's t over seeds. The variance over seeds is reduced by the part that comes from single stories,
+    because the bootstrap contains it already. A side with one seed adds no variance over seeds.
 
     Resampling the seeds as well would give intervals that are too narrow: three resampled seeds show 2/3 of their
     variance. In 1,000 simulated cases with three seeds and 351 stories, with a large effect of the seeds, resampling
@@ -108,104 +60,110 @@ def compare_seeds(tokens: np.ndarray, nats_a: np.ndarray, nats_b: np.ndarray, pa
     in 96 %. For any effect of the seeds, paired or not, it was 96 to 97 % with three seeds, and 95 % with five.
 
     Args:
-        tokens: (n,), tokens of each story, including its closing end-of-text.
-        nats_a: (S_a, n), nats of each seed and story under a.
-        nats_b: (S_b, n), nats of each seed and story under b.
+        tokens, nats_a, nats_b: see the module.
         paired: whether seed i of a and seed i of b share noise, such as the order of the data; needs S_a = S_b. The
             degrees of freedom of t are then S - 1, otherwise Welch's.
         draws: number of bootstrap draws.
-        seed: seed of the draws.
+        seed: seed of the draws; the same seed gives the same draws in every version of NumPy.
 
     Returns:
-        Loss of a minus loss of b and Σ nats_a / Σ nats_b, over all seeds and stories, with 95 % intervals. A side with
-        one seed adds no variance over seeds; with one seed on each side the result is that of `compare_stories`.
+        (Σ nats_a - Σ nats_b) / Σ tokens and Σ nats_a / Σ nats_b over all stories (means over seeds), with 95 %
+        intervals.
 
     Raises:
         UserError: fewer than 2 stories.
-        ValueError: different shapes, tokens below 1, nats that are not finite, pairs of different numbers of seeds.
+        ValueError: shapes that do not match, or nats that are not finite.
 
     Example:
+        Two stories have 10 and 30 tokens, 20 and 60 nats under a, and 30 and 70 under b. The difference is
+        (80 - 100) / 40 = -0.5 nats per token, the ratio 0.8. A draw takes one story twice or both: -1, -1/3 or -0.5.
         Three paired seeds have differences of -0.3, -0.2 and -0.1: standard error 0.1 / √3, t = 4.30, half-width 0.248.
         With a half-width of 0.1 over stories, the result is √(0.248² + 0.1²) = 0.268.
 
-    Source: Zou & Donner 2008 (interval of a sum from intervals of its terms); Welch 1947. Measured by
-    `benchmarks/bootstrap_coverage.py`.
+    Source: Efron & Tibshirani 1993, chapter 13 (percentile interval); Koehn 2004 (paired over test items); Zou & Donner
+    2008 (interval of a sum from intervals of its terms); Welch 1947. Measured by `benchmarks/bootstrap_coverage.py`.
     """
-    tokens, nats_a, nats_b = _checked(tokens, nats_a, nats_b, 2)
+    tokens, nats_a, nats_b = _checked(tokens, nats_a, nats_b)
     if paired and len(nats_a) != len(nats_b):
         raise ValueError(f"{len(nats_a)} seeds of a and {len(nats_b)} of b cannot be paired; expected equal numbers")
-    stories = compare_stories(tokens, nats_a.mean(axis=0), nats_b.mean(axis=0), draws, seed)
-    total, mean_a, mean_b = tokens.sum(), nats_a.sum(axis=1).mean(), nats_b.sum(axis=1).mean()
+    a, b = nats_a.mean(axis=0), nats_b.mean(axis=0)
+    total, sum_a, sum_b = tokens.sum(), a.sum(), b.sum()
+    sums = _resampled_sums(np.stack((tokens, a, b), axis=1), draws, seed)
+    ratio = sum_a / sum_b
     of_difference = _seeds_half_width(tokens, nats_a / total, nats_b / total, paired)
     # To first order, the relative error of a ratio is the difference of the relative errors of its two sides.
-    of_ratio = stories.ratio.value * _seeds_half_width(tokens, nats_a / mean_a, nats_b / mean_b, paired)
-    return Difference(_widened(stories.difference, of_difference), _widened(stories.ratio, of_ratio))
+    mean_a, mean_b = nats_a.sum(axis=1).mean(), nats_b.sum(axis=1).mean()
+    of_ratio = float(ratio) * _seeds_half_width(tokens, nats_a / mean_a, nats_b / mean_b, paired)
+    return Difference(_interval((sum_a - sum_b) / total, (sums[:, 1] - sums[:, 2]) / sums[:, 0], of_difference),
+                      _interval(ratio, sums[:, 1] / sums[:, 2], of_ratio))
 
 
-def sign_test(tokens: np.ndarray, nats_a: np.ndarray, nats_b: np.ndarray) -> SignTest:
+def sign_test(tokens: np.ndarray, nats_a: np.ndarray, nats_b: np.ndarray) -> dict[str, float]:
     """Test whether each side wins half of the stories, independently of their lengths and of the size of the gains.
 
     Args:
-        tokens, nats_a, nats_b: see `compare_stories`. The side with fewer nats wins a story.
+        tokens, nats_a, nats_b: see the module. The side with fewer nats wins a story, by means over seeds.
 
     Returns:
-        Number of wins and ties, and the two-sided exact binomial p-value without ties: the probability that fair coins
-        give a result at least as uneven.
+        a_better, b_better, ties: numbers of stories. sign_p: the two-sided exact binomial p-value without ties, the
+        probability that fair coins give a result at least as uneven.
 
     Raises:
-        UserError, ValueError: see `compare_stories`.
+        UserError, ValueError: see `compare_losses`.
 
     Example:
         a wins 1 of 5 stories, b wins 4: p = 2 · (1 + 5) / 2⁵ = 0.375.
     """
-    _, nats_a, nats_b = _checked(tokens, nats_a, nats_b, 1)
-    a, b = int((nats_a < nats_b).sum()), int((nats_b < nats_a).sum())
+    _, nats_a, nats_b = _checked(tokens, nats_a, nats_b)
+    difference = nats_a.mean(axis=0) - nats_b.mean(axis=0)
+    a, b = int((difference < 0).sum()), int((difference > 0).sum())
     p_value = float(stats.binomtest(a, a + b).pvalue) if a + b else 1.0
-    return SignTest(a, b, len(nats_a) - a - b, p_value)
+    return {"a_better": a, "b_better": b, "ties": len(difference) - a - b, "sign_p": p_value}
 
 
-def win_share_by_length(tokens: np.ndarray, nats_a: np.ndarray, nats_b: np.ndarray, n_bins: int = 6) -> pd.DataFrame:
+def win_share_by_length(tokens: np.ndarray, nats_a: np.ndarray, nats_b: np.ndarray,
+                        n_bins: int | None = None) -> pd.DataFrame:
     """Return the share of stories that a wins, by length of story.
 
     Args:
-        tokens, nats_a, nats_b: see `compare_stories`. The side with fewer nats wins a story; a tie is not a win.
-        n_bins: number of bins with equal numbers of stories (±1), at most one per story.
+        tokens, nats_a, nats_b: see the module. The side with fewer nats wins a story; a tie is not a win.
+        n_bins: number of bins with equal numbers of stories (±1), at most one per story; None: one per 20 stories, 1
+            to 6.
 
     Returns:
         A row per bin: min_tokens, max_tokens, stories, a_better, share (a_better / stories), and low, high, the ends
         of the share's 95 % interval.
 
     Raises:
-        UserError, ValueError: see `compare_stories`; n_bins below 1.
+        UserError, ValueError: see `compare_losses`.
 
     Example:
         a wins 5 of 10 stories of a bin: 0.5, from 0.237 to 0.763.
 
     Source: Wilson 1927; this interval stays within 0 and 1 and works for few stories.
     """
-    tokens, nats_a, nats_b = _checked(tokens, nats_a, nats_b, 1)
-    rows = []
+    tokens, nats_a, nats_b = _checked(tokens, nats_a, nats_b)
+    n_bins = n_bins or min(6, max(1, len(tokens) // 20))
+    a_wins, rows = nats_a.mean(axis=0) < nats_b.mean(axis=0), []
     for stories in np.array_split(np.argsort(tokens, kind="stable"), min(n_bins, len(tokens))):
-        n, wins = len(stories), int((nats_a[stories] < nats_b[stories]).sum())
+        n, wins = len(stories), int(a_wins[stories].sum())
         interval = stats.binomtest(wins, n).proportion_ci(CONFIDENCE, method="wilson")
         rows.append([int(tokens[stories[0]]), int(tokens[stories[-1]]), n, wins, wins / n, interval.low, interval.high])
     return pd.DataFrame(rows, columns=["min_tokens", "max_tokens", "stories", "a_better", "share", "low", "high"])
 
 
-def _checked(tokens: np.ndarray, nats_a: np.ndarray, nats_b: np.ndarray, dims: int) -> tuple[np.ndarray, ...]:
-    """Return the arguments as float64, and raise for shapes and values that cannot be compared."""
-    tokens, nats_a, nats_b = (np.asarray(x, dtype=np.float64) for x in (tokens, nats_a, nats_b))
-    for name, nats in (("nats_a", nats_a), ("nats_b", nats_b)):
-        if tokens.ndim != 1 or nats.ndim != dims or nats.shape[-1] != len(tokens) or not len(nats):
-            expected = "(n,)" if dims == 1 else "(seeds, n)"
-            raise ValueError(f"tokens {tokens.shape} and {name} {nats.shape}; expected (n,) and {expected}")
+def _checked(tokens: np.ndarray, nats_a: np.ndarray, nats_b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return tokens (n,) and nats (S, n) as float64, and raise for what cannot be compared."""
+    tokens, *sides = (np.asarray(x, dtype=np.float64) for x in (tokens, nats_a, nats_b))
+    sides = [np.atleast_2d(nats) for nats in sides]
+    for name, nats in zip(("nats_a", "nats_b"), sides, strict=True):
+        if tokens.ndim != 1 or nats.ndim != 2 or nats.shape[1] != len(tokens) or not len(nats):
+            raise ValueError(f"tokens {tokens.shape} and {name} {nats.shape}; expected (n,) and (seeds, n)")
         if not np.isfinite(nats).all():
             raise ValueError(f"{name} holds {nats[~np.isfinite(nats)][0]}; expected finite nats")
     if len(tokens) < 2:
         raise UserError(f"{len(tokens)} stories give no interval; expected at least 2. Use a larger test file.")
-    if tokens.min() < 1:
-        raise ValueError(f"tokens holds {tokens.min():g}; expected at least 1 for every story")
-    return tokens, nats_a, nats_b
+    return tokens, *sides
 
 
 def _resampled_sums(columns: np.ndarray, draws: int, seed: int) -> np.ndarray:
@@ -222,9 +180,11 @@ def _resampled_sums(columns: np.ndarray, draws: int, seed: int) -> np.ndarray:
     return np.concatenate(sums)
 
 
-def _interval(value: float, drawn: np.ndarray) -> Interval:
+def _interval(value: float, drawn: np.ndarray, of_seeds: float) -> Interval:
+    """Return a value with the central 95 % of draws over stories, widened by a half-width over seeds."""
     low, high = np.quantile(drawn, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
-    return Interval(float(value), float(low), float(high))
+    value = float(value)
+    return Interval(value, value - math.hypot(value - low, of_seeds), value + math.hypot(high - value, of_seeds))
 
 
 def _seeds_half_width(tokens: np.ndarray, a: np.ndarray, b: np.ndarray, paired: bool) -> float:
@@ -240,9 +200,3 @@ def _seeds_half_width(tokens: np.ndarray, a: np.ndarray, b: np.ndarray, paired: 
         uniform = deviations.sum(axis=1, keepdims=True) * tokens / tokens.sum()  # the same deviation for each token
         of_stories += ((deviations - uniform)**2).sum() / (len(x) - 1) / len(x)
     return stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * math.sqrt(max(0.0, squares.sum() - of_stories))
-
-
-def _widened(interval: Interval, half_width: float) -> Interval:
-    below, above = interval.value - interval.low, interval.high - interval.value
-    return Interval(interval.value, interval.value - math.hypot(below, half_width),
-                    interval.value + math.hypot(above, half_width))

@@ -23,7 +23,7 @@ def different_stories(names: Sequence[str], scores: dict[str, pd.DataFrame], tok
     """Return the stories with the largest differences in nats per token between two runs.
 
     Args:
-        names: names of the two runs.
+        names: names of the two runs; without names, no stories.
         scores: by run name, a row per story with tokens and nats.
         token_nats: by run name, the nats of the tokens of each story.
         data: the token file that was scored.
@@ -33,6 +33,8 @@ def different_stories(names: Sequence[str], scores: dict[str, pd.DataFrame], tok
         A row per story: its index, tokens, both runs and their nats, the better run, the words with the largest
         additional nats under the worse run (word and nats), and its text.
     """
+    if not names:
+        return pd.DataFrame(columns=COLUMNS)
     a, b = (scores[name] for name in names)
     difference = ((a["nats"] - b["nats"]) / a["tokens"]).to_numpy()
     order = np.argsort(difference, kind="stable")

@@ -189,24 +189,24 @@ def loss_by_position(arms: list[Arm], positions: pd.DataFrame, path: Path, conte
     return save_figure(figure, path)
 
 
-def win_shares(shares: dict[str, pd.DataFrame], path: Path) -> Path:
+def win_shares(shares: pd.DataFrame, path: Path) -> Path:
     """Draw the share of stories that the first of a pair wins, by length of story.
 
     Args:
-        shares: by "A against B", the table of `win_share_by_length`.
+        shares: for every pair, the table of `win_share_by_length` and the column pair, "A against B".
         path: file to write.
     """
     figure, axes = new_figure(8, 3.8)
     colors = (BLUE, ORANGE, GREEN, PURPLE)
-    for i, (name, table) in enumerate(shares.items()):
-        x = np.arange(len(table)) + 0.12 * (i - (len(shares) - 1) / 2)
+    tables = list(shares.groupby("pair", sort=False))
+    for i, (name, table) in enumerate(tables):
+        x = np.arange(len(table)) + 0.12 * (i - (len(tables) - 1) / 2)
         share = 100 * table["share"]
         errors = np.clip([share - 100 * table["low"], 100 * table["high"] - share], 0, None)
         axes.errorbar(x, share, yerr=errors, capsize=3, color=colors[i % len(colors)], marker=MARKERS[i % len(MARKERS)],
                       linestyle=DASHES[i % len(DASHES)], linewidth=1.5, label=_escape(name))
-    first = next(iter(shares.values()))
-    axes.set_xticks(range(len(first)), [f"{low:,}–{high:,}" for low, high in
-                                        zip(first["min_tokens"], first["max_tokens"], strict=True)])
+    axes.set_xticks(range(len(table)), [f"{low:,}–{high:,}" for low, high in
+                                        zip(table["min_tokens"], table["max_tokens"], strict=True)])
     axes.axhline(50, color=DARK_GRAY, linewidth=1)
     axes.set_ylim(-3, 103)
     axes.set_xlabel("tokens in the story")

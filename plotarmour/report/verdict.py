@@ -1,21 +1,26 @@
-"""Verdict of a comparison: its sentences and tables for readers, with intervals, denominators and limits."""
+"""Verdict of a comparison, for readers: sentences and tables with intervals, denominators and limits.
 
-import dataclasses
+It is written as summary.txt and as report.html, one page with its figures inside and nothing from the network. The page
+is the template `page.html.j2`, which escapes every value.
+"""
 
+import base64
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jinja2
 import pandas as pd
 
 from plotarmour.evaluation.arms import MATCHINGS, Arm
 from plotarmour.evaluation.metrics import totals
 from plotarmour.evaluation.scoring import UNBOUNDED
+from plotarmour.files import write_text
+from plotarmour.models import KINDS
 from plotarmour.report.figures import arm_label
+from plotarmour.run import Run
 from plotarmour.training.ending import DONE
 
-NOT_CLAIMED = (
-    "results of larger models, longer training or other texts: the table shows small models after little text",
-    "results with another learning rate, schedule, width or depth; the protocol lists the settings",
-    "equal budgets in everything: each pair matches in some budgets only, so read the pairs together",
-    "quality of generated text: only the perplexity on stories of the same kind is measured",
-)
+TEMPLATE = Path(__file__).with_name("page.html.j2")
 SPEAKS_OF = {
     "checkpoints": "With one seed each, the interval covers other stories only: it is about these two checkpoints, not "
                    "about their recipes.",
@@ -35,6 +40,56 @@ COLUMNS = (("name", "name", ""), ("seeds", "seeds", ""), ("loss", "loss", "{:.4f
            ("checkpoint_step", "step scored", "{:,.0f}"))
 BUDGETS = ("params_non_embedding", "params", "params_per_token", "train_tokens", "flops_per_token", "train_flops",
            "train_s", "peak_memory_mib")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The results of a comparison."""
+
+    title: str
+    arms: list[Arm]
+    table: pd.DataFrame  # totals, a row per run, baseline and corpus
+    by_arm: pd.DataFrame  # totals, a row per arm, baseline and corpus
+    pairs: pd.DataFrame  # of `compare_arms`
+    checks: pd.DataFrame  # leak checks, a row per run and check; all passed
+    unequal: list[str]  # differences between the runs' settings and budgets
+    examples: pd.DataFrame  # stories with the largest differences between the first pair
+    samples: pd.DataFrame  # continuations by each arm, from the same prompts and seeds
+    runs: list[Run]  # without their weights
+    stride: int | None  # of sliding windows, in tokens; None: half a context
+    same_order: bool  # whether runs of one seed were trained on the same tokens in the same order
+    part: str | None  # of a split that was scored: "train", "val" or "test"; None: unknown
+
+
+def write_verdict(c: Comparison, out: Path) -> None:
+    """Write summary.txt and report.html, which shows the figures in `out`."""
+    labels = {arm.name: arm_label(arm.name, arm.model) for arm in c.arms}
+    pairs = arm_pairs(c.pairs, labels) if len(c.pairs) else c.pairs
+    several_seeds = any(len(arm.runs) > 1 for arm in c.arms)
+    numbers, first = readable_table(c.by_arm if several_seeds else c.table), c.table.iloc[0]
+    denominators = (f"Loss is nats per token over {first['tokens']:,} tokens of {first['stories']:,} stories (with the "
+                    f"closing end-of-text of each story), bits per byte over {first['bytes']:,} bytes of their text.")
+    verdicts = [_describe(pair) for _, pair in pairs.iterrows()]
+    lines = [c.title, "", numbers.to_string(index=False), "", denominators]
+    lines += ["", headline(pairs), *verdicts] if verdicts else []
+    lines += ["", *_calibration(c.table), f"{c.checks.passed.sum()} leak checks passed (checks.csv)."]
+    lines += [f"Not equal between the runs: {difference}." for difference in c.unequal]
+    write_text(out / "summary.txt", "\n".join(lines) + "\n")
+
+    kinds = {arm.name: KINDS[arm.model] for arm in c.arms}
+    kind_labels = dict.fromkeys(kind.label for kind in kinds.values())
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        zip=zip, c=c, heading=" and ".join(labels.values() if len(labels) < 3 else kind_labels),
+        headline=headline(pairs) if verdicts else "", verdicts=verdicts, numbers=numbers, denominators=denominators,
+        figures={path.name: base64.b64encode(path.read_bytes()).decode() for path in out.glob("*.png")},
+        matchings=_matchings(pairs), several_kinds=len(kind_labels) > 1, several_seeds=several_seeds,
+        labels=labels, colors={name: kind.colors[0] for name, kind in kinds.items()},
+        examples=list(c.examples.itertuples()), protocol=_protocol(c), info=c.runs[0].info,
+        strides=sorted({c.stride or run.context_length // 2 for run in c.runs}),
+        checks=c.checks.assign(passed=c.checks["passed"].map({True: "yes", False: "NO"}).fillna("not checked")),
+        every_run=readable_table(c.table))
+    write_text(out / "report.html", page)
 
 
 def readable_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -60,7 +115,7 @@ def arm_table(arms: list[Arm], table: pd.DataFrame) -> pd.DataFrame:
         perplexity, bits_per_byte, loss_min, loss_max (over seeds).
     """
     by_name, rows, used = table.set_index("name"), [], set()
-    unbounded = [dataclasses.replace(arm, name=arm.name + UNBOUNDED, runs=tuple(run + UNBOUNDED for run in arm.runs))
+    unbounded = [replace(arm, name=arm.name + UNBOUNDED, runs=tuple(run + UNBOUNDED for run in arm.runs))
                  for arm in arms if all(run + UNBOUNDED in by_name.index for run in arm.runs)]
     for arm in [*arms, *unbounded]:
         runs = by_name.loc[list(arm.runs)]
@@ -82,94 +137,83 @@ def arm_table(arms: list[Arm], table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values("loss", ignore_index=True, kind="stable")
 
 
-def headline(pairs: pd.DataFrame, labels: dict[str, str]) -> str:
+def arm_pairs(pairs: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
+    """Return the rows of pairs.csv that compare arms, with labels in place of their names."""
+    return pairs[pairs["is_arms"]].replace({"a": labels, "b": labels})
+
+
+def headline(pairs: pd.DataFrame) -> str:
     """Return one sentence with the difference of each pair of arms, its interval and its budgets.
 
     Args:
-        pairs: table of `compare_arms`.
-        labels: by arm name, its label.
+        pairs: from `arm_pairs`.
 
     Example:
         "BDH's perplexity on held-out stories is 24.0 % lower (95 % interval 22.1 to 25.9 %) than that of GPT-2, at the
         same core parameters and training tokens, with 2.08 times the training FLOPs and 1.66 times the time."
     """
     parts, previous = [], None
-    for _, pair in arm_pairs(pairs).iterrows():
-        a, b = labels.get(pair["a"], pair["a"]), labels.get(pair["b"], pair["b"])
-        subject = f"{a}'s perplexity on held-out stories is " if a != previous else ""
-        parts.append(f"{subject}{_change(pair)} {b}, {_budgets(pair)}")
-        previous = a
+    for _, pair in pairs.iterrows():
+        subject = f"{pair['a']}'s perplexity on held-out stories is " if pair["a"] != previous else ""
+        parts.append(f"{subject}{_change(pair)} {pair['b']}, {_budgets(pair)}")
+        previous = pair["a"]
     return "; ".join(parts) + "."
 
 
-def describe_pair(pair: pd.Series, labels: dict[str, str]) -> str:
-    """Return the difference of a pair of arms in nats, what its interval covers, and its sign test.
-
-    Args:
-        pair: row of the table of `compare_arms`.
-        labels: by arm name, its label.
-    """
-    a, b = labels.get(pair["a"], pair["a"]), labels.get(pair["b"], pair["b"])
-    difference = (f"{a} against {b}: {pair['difference']:+.4f} nats per token (95 % interval "
+def _describe(pair: pd.Series) -> str:
+    """Return the difference of a pair of arms in nats, what its interval covers, and its sign test."""
+    difference = (f"{pair['a']} against {pair['b']}: {pair['difference']:+.4f} nats per token (95 % interval "
                   f"{pair['difference_low']:+.4f} to {pair['difference_high']:+.4f}).")
     means = " over stories, on means over seeds" if max(pair["seeds_a"], pair["seeds_b"]) > 1 else ""
     p = "below 1e-06" if pair["sign_p"] < 1e-6 else f"= {pair['sign_p']:.2g}"
-    wins = (f"Of {pair['stories']:,} stories, {pair['a_better']:,} have fewer nats under {a} and {pair['b_better']:,} "
-            f"under {b} (sign test{means}: p {p}).")
+    wins = (f"Of {pair['stories']:,} stories, {pair['a_better']:,} have fewer nats under {pair['a']} and "
+            f"{pair['b_better']:,} under {pair['b']} (sign test{means}: p {p}).")
     return f"{difference} {SPEAKS_OF[pair['speaks_of']].format(**pair)} {wins}"
 
 
-def arm_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of pairs.csv that compare arms."""
-    return pairs[pairs["is_arms"]]
-
-
-def summarise(table: pd.DataFrame, title: str, unequal: list[str], arms: list[Arm], by_arm: pd.DataFrame,
-              pairs: pd.DataFrame, checks: pd.DataFrame) -> str:
-    """Return the text of summary.txt: the table, its denominators, the verdicts and their limits.
-
-    Args:
-        table: totals, a row per run, baseline and corpus.
-        title: first line.
-        unequal: differences between the runs, from `compare.differences`.
-        arms, by_arm, pairs, checks: see `compare.Comparison`.
-    """
-    runs = table[table["model"].notna()] if "model" in table else table.iloc[:0]
-    several_seeds = any(len(arm.runs) > 1 for arm in arms)
-    lines = [title, "", readable_table(by_arm if several_seeds else table).to_string(index=False), "",
-             denominators(table)]
-    if len(pairs):
-        labels = arm_labels(arms)
-        lines += ["", headline(pairs, labels)]
-        lines += [describe_pair(pair, labels) for _, pair in arm_pairs(pairs).iterrows()]
-    lines.append("")
-    if "over_corpus" in table and len(runs):
+def _calibration(table: pd.DataFrame) -> list[str]:
+    """Return sentences that compare the runs with the corpus, whose nats are exact, and with the best baseline."""
+    runs, baselines, lines = table[table["model"].notna()], table[table["name"].str.endswith(" baseline")], []
+    if "over_corpus" in table:
         low, high = runs["over_corpus"].min(), runs["over_corpus"].max()
         lines.append(f"The models need {low:.1%} to {high:.1%} more nats than the corpus, whose nats are exact."
                      + (" A model with fewer nats than the corpus sees what it must predict: this is a LEAK."
                         if low < 0 else ""))
-    baselines = table[table["name"].str.endswith(" baseline")]
-    if len(baselines) and len(runs):
+    if len(baselines):
         best = baselines.iloc[0]  # the table is sorted by loss
         above = runs.loc[runs["loss"] >= best["loss"], "name"]
         baseline = f"the {best['name']} (perplexity {best['perplexity']:.2f})"
         lines.append(f"Not better than {baseline}: {', '.join(above)}." if len(above) else
                      f"Every run is better than {baseline}.")
-    lines.append(f"{checks.passed.sum()} leak checks passed (checks.csv).")  # a failed check stops a comparison
-    lines += [f"Not equal between the runs: {difference}." for difference in unequal]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
-def denominators(table: pd.DataFrame) -> str:
-    """Return a sentence with the numbers of tokens, stories and bytes of a table."""
-    row = table.iloc[0]
-    return (f"Loss is nats per token over {row['tokens']:,} tokens of {row['stories']:,} stories (with the closing "
-            f"end-of-text of each story), bits per byte over {row['bytes']:,} bytes of their text.")
+def _matchings(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Return the budgets in which each pair of arms matches, and the ratios of all budgets."""
+    rows = []
+    for _, pair in pairs.iterrows():
+        ratios = {label: pair[f"{column}_ratio"] for label, column, _ in MATCHINGS}
+        change, low, high = (pair[f"perplexity_ratio{end}"] - 1 for end in ("", "_low", "_high"))
+        rows.append({"pair": f"{pair['a']} against {pair['b']}", "the same": pair["matched"] or "nothing",
+                     **{label: "" if pd.isna(ratio) else f"× {ratio:.2f}" for label, ratio in ratios.items()},
+                     "perplexity": f"{change:+.1%} ({low:+.1%} to {high:+.1%})"})
+    return pd.DataFrame(rows)
 
 
-def arm_labels(arms: list[Arm]) -> dict[str, str]:
-    """Return the label of each arm by its name."""
-    return {arm.name: arm_label(arm.name, arm.model) for arm in arms}
+def _protocol(c: Comparison) -> pd.DataFrame:
+    """Return the settings of each arm."""
+    rows = []
+    for arm in c.arms:
+        runs = [run for run in c.runs if run.name in arm.runs]
+        config, t, info = runs[0].config, runs[0].config.training, runs[0].info
+        orders = sorted({run.info["train"]["order_sha256"][:12] for run in runs})
+        rows.append({"arm": arm.name, "recipe": config.name,
+                     "shape": ", ".join(f"{name} {value}" for name, value in config.architecture.items()),
+                     "learning rate": f"{t.learning_rate:g}", "schedule": t.schedule, "steps": f"{t.max_steps:,}",
+                     "tokens per step": f"{t.tokens_per_step:,}", "context": f"{t.context_length:,}",
+                     "seeds": ", ".join(map(str, arm.seeds)), "order of the data (hash)": ", ".join(orders),
+                     "dtype": info["dtype"], "hardware": info["hardware"]})
+    return pd.DataFrame(rows)
 
 
 def _change(pair: pd.Series) -> str:

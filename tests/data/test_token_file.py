@@ -8,7 +8,7 @@ import pytest
 
 from plotarmour.cli import UserError
 from plotarmour.data import token_file
-from plotarmour.data.batches import TokensInMemory
+from plotarmour.data.batches import tokenize_in_memory
 from plotarmour.data.chunks import read_stories
 from plotarmour.data.pretokenize import pre_tokenize
 from plotarmour.data.readers import Source
@@ -136,7 +136,7 @@ def test_the_slow_fallback_gives_the_same_tokens_and_warns(token_files):
     """Guards: a fallback that tokenizes something else than the token file holds."""
     tokenizer = TokenFile.open(token_files["train"]).tokenizer()
     with pytest.warns(UserWarning, match="pre_tokenize.py"):
-        slow = TokensInMemory(token_files["text"], tokenizer)
+        slow = tokenize_in_memory(token_files["text"], tokenizer)
     fast = TokenFile.open(token_files["test"])
     texts = {tokenizer.decode(slow.story(i)) for i in range(slow.n_stories)}
     assert slow.n_stories == 300

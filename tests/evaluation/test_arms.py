@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,27 +7,26 @@ from plotarmour.config import load_recipe
 from plotarmour.evaluation.arms import compare_arms, group_runs, pairs_of
 
 
-def run(name, model, *settings):
-    return SimpleNamespace(name=name, config=load_recipe("tiny", model, list(settings)),
-                           info={"train": {"payload_sha256": "abc"}})
+def infos(**settings):
+    """What run.json holds of runs; a run's name begins with its model."""
+    return {name: {"recipe": load_recipe("tiny", name.split("_")[0], each).to_dict(),
+                   "train": {"payload_sha256": "abc"}} for name, each in settings.items()}
 
 
 def test_runs_that_differ_only_in_their_seed_are_one_arm():
     """Guards: seeds taken for recipes, recipes taken for seeds."""
-    runs = [run("bdh_seed-1", "bdh", "seed=1"), run("gpt2_seed-1", "gpt2", "seed=1"),
-            run("gpt2-long_seed-1", "gpt2", "seed=1", "max_steps=4400"), run("bdh_seed-2", "bdh", "seed=2"),
-            run("gpt2_seed-2", "gpt2", "seed=2", "log_interval=5")]
-    arms = group_runs(runs)
+    arms = group_runs(infos(bdh_2=["seed=2"], gpt2_1=["seed=1"], gpt2_long_1=["seed=1", "max_steps=4400"],
+                            bdh_1=["seed=1"], gpt2_2=["seed=2", "log_interval=5"]))
     assert [(arm.name, arm.runs, arm.seeds) for arm in arms] == [
-        ("bdh", ("bdh_seed-1", "bdh_seed-2"), (1, 2)), ("gpt2", ("gpt2_seed-1", "gpt2_seed-2"), (1, 2)),
-        ("gpt2-long_seed-1", ("gpt2-long_seed-1",), (1,))]
-    assert [(a.name, b.name) for a, b in pairs_of(arms, "bdh")] == [("bdh", "gpt2"), ("bdh", "gpt2-long_seed-1")]
+        ("bdh", ("bdh_1", "bdh_2"), (1, 2)), ("gpt2", ("gpt2_1", "gpt2_2"), (1, 2)),
+        ("gpt2_long_1", ("gpt2_long_1",), (1,))]
+    assert [(a.name, b.name) for a, b in pairs_of(arms, "bdh")] == [("bdh", "gpt2"), ("bdh", "gpt2_long_1")]
 
 
 def test_one_run_under_two_names_is_refused():
     """Guards: an interval that shrinks because one run is counted twice."""
-    with pytest.raises(UserError, match="a and b have the same settings and the same seed"):
-        group_runs([run("a", "bdh"), run("b", "bdh")])
+    with pytest.raises(UserError, match="bdh_a and bdh_b have the same settings and the same seed"):
+        group_runs(infos(bdh_a=[], bdh_b=[]))
 
 
 def test_pairs_say_what_is_matched_and_what_the_interval_speaks_of():
@@ -38,9 +35,8 @@ def test_pairs_say_what_is_matched_and_what_the_interval_speaks_of():
     Two stories of 10 tokens. bdh costs 20 and 22 nats with seed 1, 24 and 26 with seed 2: 92 / 40 = 2.3 a token;
     gpt2 30 and 30 with both: 3.0. The difference is -0.7.
     """
-    arms = group_runs([run("bdh_seed-1", "bdh", "seed=1"), run("bdh_seed-2", "bdh", "seed=2"),
-                       run("gpt2_seed-1", "gpt2", "seed=1"), run("gpt2_seed-2", "gpt2", "seed=2")])
-    nats = {"bdh_seed-1": [20, 22], "bdh_seed-2": [24, 26], "gpt2_seed-1": [30, 30], "gpt2_seed-2": [30, 30]}
+    arms = group_runs(infos(bdh_1=["seed=1"], bdh_2=["seed=2"], gpt2_1=["seed=1"], gpt2_2=["seed=2"]))
+    nats = {"bdh_1": [20, 22], "bdh_2": [24, 26], "gpt2_1": [30, 30], "gpt2_2": [30, 30]}
     scores = {name: pd.DataFrame({"story": [0, 1], "tokens": 10, "bytes": 40, "nats": np.array(each, float)})
               for name, each in nats.items()}
     cheap = {"params_non_embedding": 100, "train_tokens": 1000, "flops_per_token": 10, "train_flops": 1e4,
@@ -55,5 +51,5 @@ def test_pairs_say_what_is_matched_and_what_the_interval_speaks_of():
     assert whole["perplexity_ratio"] == pytest.approx(np.exp(-0.7)) and whole["a_better"] == 2
     assert whole["matched"] == "core parameters, training tokens"
     assert whole["flops_per_token_ratio"] == 2 and np.isnan(whole["train_s_ratio"])
-    assert pairs.iloc[1][["a", "b"]].tolist() == ["bdh_seed-1", "gpt2_seed-1"]
+    assert pairs.iloc[1][["a", "b"]].tolist() == ["bdh_1", "gpt2_1"]
     assert pairs.iloc[1]["difference"] == pytest.approx(-0.9)

@@ -6,10 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from in_memory import data
 from torch import nn
 
 from plotarmour.cli import UserError
-from plotarmour.evaluation.leak_checks import Stories, check_run, require
+from plotarmour.evaluation.leak_checks import check_run, require
 from plotarmour.evaluation.scoring import score_stories
 from plotarmour.machine import find_machine
 from plotarmour.models.bdh import BDH, BDHConfig
@@ -87,106 +88,95 @@ def run_of(model, context_length=64, byte_level=True):
                            tokenizer=SimpleNamespace(token_bytes=sizes if byte_level else None))
 
 
-class Data(Stories):
-    """Stories of two bytes per token, one after the other like in a token file."""
-
-    def __init__(self, ids, header):
-        super().__init__(ids, header)
-        self.story_bytes = np.array([2 * len(story) for story in ids])
-        self.tokens = np.concatenate([np.append(story, 0) for story in ids])
-
-
 @pytest.fixture
-def data():
+def stories():
     random = np.random.default_rng(3)
-    return Data([random.integers(1, V, n) for n in (5, 40, 12, 30, 9, 25, 100)],
-                {"end_of_text_id": 0, "vocab_size": V, "source": [], "tokenizer": {"sha256": "x"}})
+    return data(*(random.integers(1, V, n) for n in (5, 40, 12, 30, 9, 25, 100)), vocab_size=V)
 
 
-def scored(run, data):
-    rows = [(s.story, s.tokens, s.bytes, s.nats) for s in
-            score_stories(run.model, data, run.context_length, CPU, name=None)]
+def scored(run, stories, context_length="run's"):
+    context_length = run.context_length if context_length == "run's" else context_length
+    rows = [(i, len(nats), stories.story_bytes[i], nats.sum(dtype=np.float64)) for i, nats in
+            score_stories(run.model, stories, context_length, CPU, name=None)]
     return pd.DataFrame(rows, columns=["story", "tokens", "bytes", "nats"]).sort_values("story", ignore_index=True)
 
 
-def failed(run, data, scores, **options):
-    checks = check_run(run, data, scores, **options)
+def failed(run, stories, scores, **options):
+    checks = check_run(run, stories, scores, **options)
     return set(checks.loc[~checks["passed"], "check"])
 
 
-def test_honest_models_pass(small_model, data):
+def test_honest_models_pass(small_model, stories):
     """Guards: checks that refuse everybody."""
     for model in (small_model, SeesOneAhead(honest=True)):
         run = run_of(model)
-        assert failed(run, data, scored(run, data), train_data=Data([np.array([1, 2])], data.header)) == set()
+        assert failed(run, stories, scored(run, stories), train_data=data([1, 2], vocab_size=V)) == set()
 
 
-def test_a_model_that_sees_one_token_ahead_is_refused_by_name(data):
+def test_a_model_that_sees_one_token_ahead_is_refused_by_name(stories):
     """Guards: the earlier pipeline's GPT-2 without a causal mask; targets shifted by none."""
     run = run_of(SeesOneAhead(honest=False))
-    scores = scored(run, data)
+    scores = scored(run, stories)
     assert scores["nats"].sum() / scores["tokens"].sum() < 1, "it cheats well"
-    assert "sum of probabilities" in failed(run, data, scores)
+    assert "sum of probabilities" in failed(run, stories, scores)
     with pytest.raises(UserError, match="leak checks failed: cheat, sum of probabilities: found [0-9.]+, expected"):
-        require(check_run(run, data, scores))
+        require(check_run(run, stories, scores))
 
 
-def test_a_model_whose_nats_depend_on_the_batch_is_refused(data):
+def test_a_model_whose_nats_depend_on_the_batch_is_refused(stories):
     """Guards: padding or other stories that are seen."""
     run = run_of(SeesTheWholeBatch(honest=True))
-    assert "alone or in a batch" in failed(run, data, scored(run, data))
+    assert "alone or in a batch" in failed(run, stories, scored(run, stories))
 
 
 @pytest.mark.parametrize(("kind", "context_length"), [(SeesOneAhead, 16), (SeesOneAheadLate, 64)])
-def test_a_leak_at_any_place_and_in_a_short_context_is_seen(data, kind, context_length):
+def test_a_leak_at_any_place_and_in_a_short_context_is_seen(stories, kind, context_length):
     """Guards: checks that look at the first tokens of a long window only."""
     run = run_of(kind(honest=False), context_length)
-    assert "sum of probabilities" in failed(run, data, scored(run, data))
+    assert "sum of probabilities" in failed(run, stories, scored(run, stories))
 
 
-def test_what_is_not_a_number_passes_no_check(data):
+def test_what_is_not_a_number_passes_no_check(stories):
     """Guards: a maximum that passes over NaN."""
     run = run_of(IsNotANumber(honest=True))
-    assert {"later tokens", "sum of probabilities", "alone or in a batch"} <= failed(run, data, scored(run, data))
+    assert {"later tokens", "sum of probabilities", "alone or in a batch"} <= failed(run, stories, scored(run, stories))
 
 
-def test_bytes_are_not_counted_with_tokenizers_whose_ids_do_not_tell(small_model, data):
+def test_bytes_are_not_counted_with_tokenizers_whose_ids_do_not_tell(small_model, stories):
     """Guards: an honest comparison that is refused for a tokenizer that marks words instead of spelling blanks."""
     run = run_of(small_model, byte_level=False)
-    checks = check_run(run, data, scored(run, data)).set_index("check")
+    checks = check_run(run, stories, scored(run, stories)).set_index("check")
     assert checks.loc["bytes", "found"].startswith("not checked") and checks["passed"].isna().sum() == 1
     require(checks)
     assert checks["passed"].sum() == len(checks) - 1  # a check that is not made has not passed
 
 
 @pytest.mark.parametrize(("honest", "failing"), [(True, set()), (False, {"sum of probabilities"})])
-def test_unbounded_scoring_is_checked_too(small_bdh, data, honest, failing):
+def test_unbounded_scoring_is_checked_too(small_bdh, stories, honest, failing):
     """Guards: a row of a comparison that no check has read; a cheat that passes where it sees its whole story."""
     run = run_of(small_bdh if honest else SeesOneAheadUnbounded(honest=False))
-    rows = [(s.story, s.tokens, s.bytes, s.nats) for s in score_stories(run.model, data, None, CPU, name=None)]
-    scores = pd.DataFrame(rows, columns=["story", "tokens", "bytes", "nats"]).sort_values("story", ignore_index=True)
-    checks = check_run(run, data, scores, unbounded=True)
+    checks = check_run(run, stories, scored(run, stories, None), unbounded=True)
     assert len(checks) == 3 and set(checks["run"]) == {"cheat unbounded"}
     assert failing <= set(checks.loc[~checks["passed"], "check"]) and checks["passed"].all() == honest
 
 
-def test_a_model_without_a_causal_mask_is_refused(data):
+def test_a_model_without_a_causal_mask_is_refused(stories):
     """Guards: a later token that changes an earlier one's nats."""
     run = run_of(SeesItsWholeStory(honest=True))
-    assert "later tokens" in failed(run, data, scored(run, data))
+    assert "later tokens" in failed(run, stories, scored(run, stories))
 
 
-def test_a_wrong_byte_count_is_refused(small_model, data):
+def test_a_wrong_byte_count_is_refused(small_model, stories):
     """Guards: bits per byte over the wrong denominator."""
     run = run_of(small_model)
-    scores = scored(run, data)
+    scores = scored(run, stories)
     scores.loc[2, "bytes"] += 1
-    assert failed(run, data, scores) == {"bytes"}
+    assert failed(run, stories, scores) == {"bytes"}
 
 
-def test_stories_of_the_training_text_are_counted(small_model, data):
+def test_stories_of_the_training_text_are_counted(small_model, stories):
     """Guards: a verdict on stories that were learned by heart."""
-    run, train = run_of(small_model), Data([data.ids[1], np.array([7, 8])], data.header)
-    checks = check_run(run, data, scored(run, data), train_data=train)
+    run, train = run_of(small_model), data(stories.story(1), [7, 8], vocab_size=V)
+    checks = check_run(run, stories, scored(run, stories), train_data=train)
     row = checks[checks["check"] == "held out"].iloc[0]
     assert row["found"] == "1 stories of 7" and not row["passed"]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from in_memory import data, draw_stories
 
 from plotarmour.cli import UserError
-from plotarmour.evaluation.scoring import comparison_table, score_stories, windows_of
+from plotarmour.evaluation.scoring import comparison_table, score_stories, story_blocks, windows_of
 from plotarmour.machine import find_machine
 
 CPU = find_machine("cpu")
@@ -16,28 +16,27 @@ def test_nats_are_those_of_each_story_alone_with_its_closing_token(small_model):
     """Guards: context of another story, padding that is seen or scored, n instead of n + 1 tokens."""
     small_model.eval()
     stories = draw_stories(9, 1, 30, 17, 30)
-    found = {s.story: s for s in score_stories(small_model, data(*stories), 64, CPU)}
+    found = dict(score_stories(small_model, data(*stories), 64, CPU))
     assert sorted(found) == list(range(5))
     for i, ids in enumerate(stories):
         logits = small_model(torch.tensor([[0, *ids]]))[0]
         expected = F.cross_entropy(logits, torch.tensor([*ids, 0]), reduction="none").detach()
-        assert (found[i].tokens, found[i].bytes) == (len(ids) + 1, 2 * len(ids))
-        assert found[i].nats == pytest.approx(float(expected.sum()), rel=1e-5)
-        np.testing.assert_allclose(found[i].token_nats, expected.numpy(), rtol=1e-3, atol=1e-5)
+        assert len(found[i]) == len(ids) + 1 and found[i].sum() == pytest.approx(float(expected.sum()), rel=1e-5)
+        np.testing.assert_allclose(found[i], expected.numpy(), rtol=1e-3, atol=1e-5)
 
 
 def test_long_stories_slide_by_the_stated_stride(small_model):
     """Guards: tokens scored twice or never at the edges of windows. Context 16, stride 4."""
     small_model.eval()
     [ids] = draw_stories(45)
-    [score] = score_stories(small_model, data(ids), 16, CPU, stride=4)
+    [(_, nats)] = score_stories(small_model, data(ids), 16, CPU, stride=4)
     inputs, targets = torch.tensor([0, *ids]), torch.tensor([*ids, 0])
     expected = []
     for begin, end, first in windows_of(46, 16, 4):
         logits = small_model(inputs[None, begin:end])[0]
         expected += F.cross_entropy(logits, targets[begin:end], reduction="none")[first:].tolist()
-    assert score.tokens == len(expected) == 46
-    assert score.nats == pytest.approx(sum(expected), rel=1e-5)
+    assert len(nats) == len(expected) == 46
+    assert nats.sum() == pytest.approx(sum(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("piece", [4096, 7])
@@ -47,20 +46,28 @@ def test_without_a_context_length_every_token_is_given_its_whole_story(small_mod
     monkeypatch.setattr("plotarmour.evaluation.scoring.TOKENS_PER_BATCH", piece)
     small_model.eval()
     stories = draw_stories(45, 3, 60, 6)
-    found = {s.story: s for s in score_stories(small_model, data(*stories), None, CPU)}
+    found = dict(score_stories(small_model, data(*stories), None, CPU))
     for i, ids in enumerate(stories):
         logits = small_model(torch.tensor([[0, *ids]]))[0]
         expected = F.cross_entropy(logits, torch.tensor([*ids, 0]), reduction="none").detach()
-        np.testing.assert_allclose(found[i].token_nats, expected.numpy(), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(found[i], expected.numpy(), rtol=1e-3, atol=1e-5)
 
 
 def test_chosen_stories_are_scored_alone(small_model):
     """Guards: numbers of stories that are their places in the choice."""
     small_model.eval()
     stories = data(*draw_stories(9, 30, 17, 5))
-    every = {s.story: s.nats for s in score_stories(small_model, stories, 64, CPU)}
-    some = {s.story: s.nats for s in score_stories(small_model, stories, 64, CPU, stories=[2, 0], name=None)}
-    assert some == pytest.approx({0: every[0], 2: every[2]}, rel=1e-5)
+    every = dict(score_stories(small_model, stories, 64, CPU))
+    some = dict(score_stories(small_model, stories, 64, CPU, stories=[2, 0], name=None))
+    assert sorted(some) == [0, 2]
+    for i, nats in some.items():
+        np.testing.assert_allclose(nats, every[i], rtol=1e-3, atol=1e-5)
+
+
+def test_blocks_hold_whole_stories():
+    """Guards: a story cut, left out or read twice at the edge of a block; a long story that no block takes."""
+    stories = data([1, 2], [1, 2, 3], [1], list(range(1, 12)), [])
+    assert [bounds.tolist() for bounds in story_blocks(stories, 7)] == [[0, 3, 7], [7, 9], [9, 21], [21, 22]]
 
 
 @pytest.mark.parametrize(("n", "context", "stride"),

@@ -26,7 +26,7 @@ def draw_all(folder, name):
     figures.perplexities(own, table, table, folder / "perplexity.png", name)
     figures.differences_forest(own, pd.DataFrame([PAIR | {"a": name}]), folder / "differences.png")
     figures.loss_by_position(own, positions, folder / "positions.png")
-    figures.win_shares({f"{name} against b": SHARES}, folder / "shares.png")
+    figures.win_shares(SHARES.assign(pair=f"{name} against b"), folder / "shares.png")
     figures.story_lengths([3, 4, 9], folder / "lengths.png", 8)
 
 
