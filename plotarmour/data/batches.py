@@ -115,9 +115,9 @@ class Windows:
         """Return the first windows in the order of the file until they hold `n_tokens` targets, for evaluation."""
         rows = []
         while n_tokens > 0 and len(rows) < self.per_epoch:
-            begin, end = self._window(len(rows), 0)
-            rows.append((int(begin), int(end)))
-            n_tokens -= rows[-1][1] - rows[-1][0]
+            begin, end = map(int, self._window(len(rows), 0))
+            rows.append((begin, end))
+            n_tokens -= end - begin
         return rows
 
     def order_sha256(self) -> str:
@@ -128,9 +128,8 @@ class Windows:
             reading, little-endian int64. Runs with the same hash see the same tokens in the same order.
         """
         windows = self._window(_shuffled(self.per_epoch, self.seed, 0), self._phase(0))
-        hashed = hashlib.sha256(self.data.header["payload_sha256"].encode())
-        hashed.update(np.stack(windows, axis=1).astype("<i8").tobytes())
-        return hashed.hexdigest()
+        order = np.stack(windows, axis=1).astype("<i8").tobytes()
+        return hashlib.sha256(self.data.header["payload_sha256"].encode() + order).hexdigest()
 
     def micro_batch(self, rows: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """Read rows as (inputs, targets), each int64 (B, T), T the longest row; padding is end-of-text and `IGNORE`.
@@ -196,8 +195,7 @@ def tokenize_in_memory(path: Path, tokenizer: Tokenizer, stories: str = "endofte
     """Tokenize a text into memory: slow, for training without a token file.
 
     Args:
-        path: of the text.
-        tokenizer: for the ids.
+        path, tokenizer: of the text, and for its ids.
         stories: what makes a story: "endoftext", "line" or "file".
 
     Raises:

@@ -178,7 +178,7 @@ class Story:
     """A story of the corpus."""
 
     text: str  # ASCII
-    nats: float  # exact negative log-probability under the grammar
+    nats: float  # exact negative log-probability under the grammar, with the end of the story
     facts: dict[str, str]  # final state: hero, place, animal, object, and who holds the object at the end
     recalls: list[tuple[int, int]]  # [start, end) of each word that repeats an earlier choice, in bytes
 
@@ -213,9 +213,6 @@ def tell_story(seed: int, index: int, events: tuple[int, int] = DEFAULT_EVENTS) 
         seed: of the corpus, 0 or more.
         index: of the story, 0 or more.
         events: least and most events; the number is uniform between them. `events_for_tokens` gives the tokens.
-
-    Returns:
-        The story; its nats include the end of the story.
 
     Example:
         >>> tell_story(0, 0).text[:29]
@@ -256,12 +253,7 @@ def read_facts(path: Path) -> dict[int, tuple[float, list]]:
 
 
 def recalled_tokens(sizes: np.ndarray, recalls: list[tuple[int, int]]) -> np.ndarray:
-    """Return which tokens of a story overlap a recalled word, bool (n,).
-
-    Args:
-        sizes: bytes of each token, int (n,).
-        recalls: [start, end) of each recalled word, in bytes.
-    """
+    """Return which tokens of a story overlap a recalled word, bool (n,); `sizes` has the bytes of each token, (n,)."""
     ends = np.cumsum(sizes)
     recalled = np.zeros(len(sizes), dtype=bool)
     for begin, end in recalls:

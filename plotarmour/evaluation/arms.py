@@ -136,6 +136,5 @@ def _budget_ratios(a: Arm, b: Arm, budgets: dict[str, dict]) -> dict:
 def _common_name(names: tuple[str, ...]) -> str:
     """Return the common prefix of names, without a trailing seed."""
     common = os.path.commonprefix(names)
-    if len(names) > 1:
-        common = re.sub(r"[-_. ](seed|s)?[-_. =]?\d*$", "", common) or common
-    return common or names[0]
+    without_seed = re.sub(r"[-_. ](seed|s)?[-_. =]?\d*$", "", common) if len(names) > 1 else common
+    return without_seed or common or names[0]

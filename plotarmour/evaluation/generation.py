@@ -73,12 +73,12 @@ def generate(model: nn.Module, prompt: list[int], end_of_text_id: int, machine: 
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise UserError(f"temperature {temperature} and top_k {top_k} must not be negative, top_p {top_p} must be in "
                         f"(0, 1], max_new_tokens {max_new_tokens} at least 1.")
-    if slide_to is not None and not 0 <= slide_to < positions:
+    if slide_to is None:
+        slide_to = (model.context_length or 0) // 2
+    elif not 0 <= slide_to < positions:
         raise UserError(f"slide_to {slide_to} must be at least 0 and below the model's {positions} positions.")
-    if slide_to is not None and model.context_length is None:
+    elif model.context_length is None:
         warnings.warn(f"slide_to {slide_to} is ignored: the context of this model is not limited.", stacklevel=3)
-    if slide_to is None and model.context_length is not None:
-        slide_to = model.context_length // 2
     tokens, n_read, unread = [end_of_text_id, *prompt], 0, [end_of_text_id, *prompt]
     if slide_to == 0 and len(tokens) > positions:
         raise UserError(f"the prompt has {len(prompt)} tokens; expected at most {positions - 1} with slide_to 0: the "
@@ -106,17 +106,14 @@ def generate(model: nn.Module, prompt: list[int], end_of_text_id: int, machine: 
             n_read += len(unread)
             with torch.autocast(machine.device.type, enabled=False):
                 logits = features[0, -1].to(head.dtype) @ head.T  # (V,)
-                token = _sample(logits, temperature, top_k, top_p, random)
+                if temperature == 0:
+                    token = int(logits.argmax())
+                else:  # on the CPU: the same generator for every device
+                    p = next_token_probabilities(logits.cpu(), temperature, top_k, top_p)
+                    token = int(torch.multinomial(p, 1, generator=random))
             if token == end_of_text_id:
                 break
             new.append(token)
             tokens.append(token)
             unread = [token]
     return new
-
-
-def _sample(logits: Tensor, temperature: float, top_k: int, top_p: float, random: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
-    p = next_token_probabilities(logits.cpu(), temperature, top_k, top_p)  # the same generator for every device
-    return int(torch.multinomial(p, 1, generator=random))

@@ -97,8 +97,7 @@ def _later_tokens(run, data: Tokens, chosen: list[np.ndarray], context: int | No
 
 def _probabilities(run, data: Tokens, ids: np.ndarray, context: int | None) -> list[float]:
     """Return the sum of the probabilities of many tokens near the start, the middle and the end of a story."""
-    sums, in_window = [], MAX_TOKENS if context is None else context - 2  # the window must hold the tried token, too
-    last = min(len(ids), MAX_TOKENS, in_window)
+    sums, last = [], min(len(ids), MAX_TOKENS, (context or math.inf) - 2)  # the window must hold the tried token, too
     for k, count in ((min(EARLY, last), EARLY_ALTERNATIVES), (last // 2, LATE_ALTERNATIVES), (last, LATE_ALTERNATIVES)):
         if k >= 0:
             stories = [np.append(ids[:k], token) for token in _most_probable(run, data, ids[:k], count)]

@@ -45,10 +45,9 @@ def evaluate_baselines(train_data: Tokens, data: Tokens) -> dict[str, pd.DataFra
         [trigrams] = _trigrams(data, bounds[0], bounds[-1], bounds[-1] - bounds[0])
         blocks.append({name: np.add.reduceat(-np.log(p), bounds[:-1] - bounds[0])
                        for name, p in _probabilities(train_data, *trigrams).items()})
-    columns = {"story": np.arange(data.n_stories), "tokens": story_tokens(data),
-               "bytes": data.story_bytes.astype(np.int64)}
-    return {name: pd.DataFrame(columns | {"nats": np.concatenate([block[name] for block in blocks])})
-            for name in blocks[0]}
+    stories = pd.DataFrame({"story": np.arange(data.n_stories), "tokens": story_tokens(data),
+                            "bytes": data.story_bytes.astype(np.int64)})
+    return {name: stories.assign(nats=np.concatenate([block[name] for block in blocks])) for name in blocks[0]}
 
 
 def _probabilities(train_data: Tokens, before: np.ndarray, history: np.ndarray, words: np.ndarray,

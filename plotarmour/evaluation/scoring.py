@@ -8,7 +8,6 @@ with a state of any length (BDH) can also be scored *unbounded*: every token has
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -30,15 +29,6 @@ STORY_COLUMNS = ["story", "tokens", "bytes", "nats"]
 FACT_COLUMNS = ["recall_tokens", "recall_nats", "corpus_nats"]  # tokens of recalled words and their nats, exact nats
 WHOLE_NUMBERS = ("params", "params_non_embedding", "params_per_token", "train_tokens", "steps", "checkpoint_step",
                  "seed", "recall_tokens")
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The scores of all stories of a token file under one model."""
-
-    stories: pd.DataFrame  # a row per story, in order: STORY_COLUMNS, and with facts FACT_COLUMNS
-    positions: pd.DataFrame  # position in a story from 0 on, tokens (stories that have it), nats (their sum)
-    token_nats: list[np.ndarray]  # for each story, float32 (tokens,)
 
 
 def score_stories(model: nn.Module, data: Tokens, context_length: int | None, machine: Machine,
@@ -78,7 +68,7 @@ def score_stories(model: nn.Module, data: Tokens, context_length: int | None, ma
 
 
 def evaluate_run(run, data: Tokens, facts: dict[int, tuple[float, list]] | None = None, stride: int | None = None,
-                 unbounded: bool = False) -> Scores:
+                 unbounded: bool = False) -> tuple[pd.DataFrame, pd.DataFrame, list[np.ndarray]]:
     """Score every story of a token file under a run.
 
     Args:
@@ -87,6 +77,10 @@ def evaluate_run(run, data: Tokens, facts: dict[int, tuple[float, list]] | None 
         facts: of the built-in corpus, from `read_facts`, or None.
         stride: stride of sliding windows, in tokens; None: half a context.
         unbounded: whether each token has its whole story as context, through the model's state, instead of a window.
+
+    Returns:
+        A row per story, in order: `STORY_COLUMNS`, and with facts `FACT_COLUMNS`; a row per position in a story, from 0
+        on: position, tokens (stories that have it), nats (their sum); and the nats of each story's tokens.
 
     Raises:
         UserError: facts with a tokenizer that is not byte-level, or without facts of a story.
@@ -113,7 +107,7 @@ def evaluate_run(run, data: Tokens, facts: dict[int, tuple[float, list]] | None 
             recalled = of_tokens[:-1][recalled_tokens(sizes[ids], recalls)]
             rows[i] += [len(recalled), float(recalled.sum(dtype=np.float64)), corpus_nats]
     stories = pd.DataFrame(rows, columns=STORY_COLUMNS + (FACT_COLUMNS if facts else []))
-    return Scores(stories, pd.DataFrame({"position": np.arange(longest), "tokens": count, "nats": nats}), token_nats)
+    return stories, pd.DataFrame({"position": np.arange(longest), "tokens": count, "nats": nats}), token_nats
 
 
 def comparison_table(scores: dict[str, pd.DataFrame], budgets: dict[str, dict]) -> pd.DataFrame:

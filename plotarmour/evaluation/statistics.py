@@ -3,7 +3,8 @@
 Stories differ far more from each other than two models differ on one story. So all tests are paired by story: each
 bootstrap draw takes the same stories for both sides. The metrics' rule holds in each draw: add nats, count tokens,
 divide once. Every function takes `tokens`, (n,), of each story with its closing end-of-text, and `nats_a` and `nats_b`,
-(S, n) each: the nats of each seed and story under side a and side b. (n,) stands for one seed.
+(S, n) each: the nats of each seed and story under side a and side b. (n,) stands for one seed. Fewer than 2 stories
+raise `UserError`; shapes that do not match, and nats that are not finite, raise `ValueError`.
 """
 
 import math
@@ -70,10 +71,6 @@ def compare_losses(tokens: np.ndarray, nats_a: np.ndarray, nats_b: np.ndarray, p
         (Σ nats_a - Σ nats_b) / Σ tokens and Σ nats_a / Σ nats_b over all stories (means over seeds), with 95 %
         intervals.
 
-    Raises:
-        UserError: fewer than 2 stories.
-        ValueError: shapes that do not match, or nats that are not finite.
-
     Example:
         Two stories have 10 and 30 tokens, 20 and 60 nats under a, and 30 and 70 under b. The difference is
         (80 - 100) / 40 = -0.5 nats per token, the ratio 0.8. A draw takes one story twice or both: -1, -1/3 or -0.5.
@@ -108,9 +105,6 @@ def sign_test(tokens: np.ndarray, nats_a: np.ndarray, nats_b: np.ndarray) -> dic
         a_better, b_better, ties: numbers of stories. sign_p: the two-sided exact binomial p-value without ties, the
         probability that fair coins give a result at least as uneven.
 
-    Raises:
-        UserError, ValueError: see `compare_losses`.
-
     Example:
         a wins 1 of 5 stories, b wins 4: p = 2 · (1 + 5) / 2⁵ = 0.375.
     """
@@ -127,15 +121,11 @@ def win_share_by_length(tokens: np.ndarray, nats_a: np.ndarray, nats_b: np.ndarr
 
     Args:
         tokens, nats_a, nats_b: see the module. The side with fewer nats wins a story; a tie is not a win.
-        n_bins: number of bins with equal numbers of stories (±1), at most one per story; None: one per 20 stories, 1
-            to 6.
+        n_bins: bins with equal numbers of stories (±1), at most one per story; None: one per 20 stories, 1 to 6.
 
     Returns:
         A row per bin: min_tokens, max_tokens, stories, a_better, share (a_better / stories), and low, high, the ends
         of the share's 95 % interval.
-
-    Raises:
-        UserError, ValueError: see `compare_losses`.
 
     Example:
         a wins 5 of 10 stories of a bin: 0.5, from 0.237 to 0.763.

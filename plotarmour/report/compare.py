@@ -82,12 +82,11 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
         has_longer = run.model.context_length is None and story_tokens(test).max() > run.context_length
         for unbounded in (False, True)[:1 + has_longer]:
             name = run.name + UNBOUNDED * unbounded
-            result = evaluate_run(run, test, corpus_facts, stride, unbounded)
-            scores[name] = result.stories
-            positions.append(result.positions.assign(run=name))
+            scores[name], by_position, nats = evaluate_run(run, test, corpus_facts, stride, unbounded)
+            positions.append(by_position.assign(run=name))
             if name in first_pair:
-                token_nats[name] = result.token_nats
-            checks.append(check_run(run, test, result.stories, train_data, stride, unbounded))
+                token_nats[name] = nats
+            checks.append(check_run(run, test, scores[name], train_data, stride, unbounded))
             write_csv(pd.concat(checks), out / "checks.csv")
             require(checks[-1])
         if run.name in arm_of_first_run:

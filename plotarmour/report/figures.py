@@ -1,7 +1,7 @@
 """Figures (PNG) of a run's log, of story lengths, and of a comparison's tables.
 
-An arm has the same colour and dash in all figures of a comparison. Text is drawn as it is: `$` does not begin a
-formula. Figures use no global matplotlib state.
+Each function writes a figure to `path`. An arm has the same colour and dash in all figures of a comparison. Text is
+drawn as it is: `$` does not begin a formula. Figures use no global matplotlib state.
 """
 
 import html
@@ -43,7 +43,6 @@ def training_curves(arms: list[Arm], logs: dict[str, pd.DataFrame], path: Path,
     Args:
         arms: arms of the comparison, or one arm of one run.
         logs: by run name, the rows of log.csv.
-        path: file to write.
         flops_per_token: by arm name, training FLOPs per token; None: no panel for FLOPs.
         baseline: name and loss of the best n-gram baseline on the test stories, drawn as a line, or None.
     """
@@ -55,7 +54,9 @@ def training_curves(arms: list[Arm], logs: dict[str, pd.DataFrame], path: Path,
               f"time ({time_unit})": lambda log, _: log["elapsed_s"] / seconds}
     if flops_per_token is None:
         del x_axes["training FLOPs (10¹²)"]
-    figure, panels = new_figure(1 + 4.2 * len(x_axes), 4.4, columns=len(x_axes), sharey=True)
+    faint = " (faint: training)" if any(len(arm.runs) == 1 for arm in arms) else ""
+    figure, panels = new_figure(1 + 4.2 * len(x_axes), 4.4, f"Validation loss{faint}", "",
+                                "validation loss (nats per token)", columns=len(x_axes), sharey=True)
     style, losses = styles(arms), [baseline[1]] if baseline else []
     for arm in arms:
         line = {key: style[arm.name][key] for key in ("color", "linestyle")}
@@ -88,9 +89,6 @@ def training_curves(arms: list[Arm], logs: dict[str, pd.DataFrame], path: Path,
                            va="bottom", color=DARK_GRAY, fontsize=9)
     margin = 0.08 * (max(losses) - min(losses)) + 0.01 if losses else 1.0
     panels[0].set_ylim(min(losses, default=0.0) - margin, max(losses, default=0.0) + margin)
-    panels[0].set_ylabel("validation loss (nats per token)")
-    faint = " (faint: training)" if any(len(arm.runs) == 1 for arm in arms) else ""
-    panels[0].set_title(f"Validation loss{faint}", loc="left", fontsize=11)
     if panels[-1].get_legend_handles_labels()[0]:
         panels[-1].legend(frameon=False, loc="upper right", fontsize=9)
     return save_figure(figure, path)
@@ -100,13 +98,12 @@ def perplexities(arms: list[Arm], by_arm: pd.DataFrame, by_run: pd.DataFrame, pa
     """Draw the perplexity of arms, baselines and corpus as bars, in the order of the table, and each seed as a point.
 
     Args:
-        arms: arms of the comparison.
         by_arm: name and perplexity of arms, baselines and corpus.
         by_run: name and perplexity of the runs.
-        path: file to write.
-        title: title of the figure.
     """
-    figure, axes = new_figure(8, 1.0 + 0.5 * len(by_arm))
+    figure, axes = new_figure(8, 1.0 + 0.5 * len(by_arm),
+                              _escape(title) or "Perplexity: models in colour, n-gram baselines in gray",
+                              "perplexity on held-out stories (logarithmic; lower is better; points: seeds)")
     style, arm_of = styles(arms), {arm.name: arm for arm in arms}
     points = by_run.set_index("name")["perplexity"]
     colors = [style[name]["color"] if name in style else GREEN if "corpus" in name else
@@ -122,8 +119,6 @@ def perplexities(arms: list[Arm], by_arm: pd.DataFrame, by_run: pd.DataFrame, pa
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlim(1, by_arm["perplexity"].max() * 2.2)
-    axes.set_xlabel("perplexity on held-out stories (logarithmic; lower is better; points: seeds)")
-    axes.set_title(_escape(title) or "Perplexity: models in colour, n-gram baselines in gray", loc="left", fontsize=11)
     return save_figure(figure, path)
 
 
@@ -133,9 +128,9 @@ def differences_forest(arms: list[Arm], pairs: pd.DataFrame, path: Path) -> Path
     Args:
         arms: arms of the comparison.
         pairs: table of `compare_arms`.
-        path: file to write.
     """
-    figure, axes = new_figure(9, 1.3 + 0.42 * len(pairs))
+    figure, axes = new_figure(9, 1.3 + 0.42 * len(pairs), "Differences and their intervals",
+                              "difference in perplexity (%), 95 % interval; below 0 the first of a pair is better")
     names = {arm.name: _label(arm) for arm in arms}
     several_seeds = pairs["speaks_of"] == "recipes"
     for i, (_, row) in enumerate(pairs.iterrows()):
@@ -152,8 +147,6 @@ def differences_forest(arms: list[Arm], pairs: pd.DataFrame, path: Path) -> Path
     axes.set_ylim(len(pairs) - 0.4, -0.6)
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, -1), max(high, 1))
-    axes.set_xlabel("difference in perplexity (%), 95 % interval; below 0 the first of a pair is better")
-    axes.set_title("Differences and their intervals", loc="left", fontsize=11)
     return save_figure(figure, path)
 
 
@@ -161,12 +154,12 @@ def loss_by_position(arms: list[Arm], positions: pd.DataFrame, path: Path, conte
     """Draw loss against the position in the story, on a logarithmic axis, in bins of increasing width.
 
     Args:
-        arms: arms of the comparison.
         positions: table with run, position, tokens, nats.
-        path: file to write.
         context_length: drawn as a line, if given.
     """
-    figure, axes = new_figure(8, 4.2)
+    figure, axes = new_figure(8, 4.2, "Loss by position in a story",
+                              f"position of the token in its story (at least {MIN_STORIES} stories)",
+                              "loss (nats per token)")
     style = styles(arms)
     for arm in arms:
         sums = positions[positions["run"].isin(arm.runs)].groupby("position")[["tokens", "nats"]].sum()
@@ -182,9 +175,6 @@ def loss_by_position(arms: list[Arm], positions: pd.DataFrame, path: Path, conte
         axes.annotate(f"context {context_length} ", (context_length, 0.98), xycoords=("data", "axes fraction"),
                       ha="right", va="top", color=DARK_GRAY, fontsize=9)
     axes.set_xscale("log")
-    axes.set_xlabel(f"position of the token in its story (at least {MIN_STORIES} stories)")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title("Loss by position in a story", loc="left", fontsize=11)
     axes.legend(frameon=False)
     return save_figure(figure, path)
 
@@ -194,9 +184,9 @@ def win_shares(shares: pd.DataFrame, path: Path) -> Path:
 
     Args:
         shares: for every pair, the table of `win_share_by_length` and the column pair, "A against B".
-        path: file to write.
     """
-    figure, axes = new_figure(8, 3.8)
+    figure, axes = new_figure(8, 3.8, "Share of stories for which the first of a pair has fewer nats",
+                              "tokens in the story", "stories won (%)")
     colors = (BLUE, ORANGE, GREEN, PURPLE)
     tables = list(shares.groupby("pair", sort=False))
     for i, (name, table) in enumerate(tables):
@@ -209,24 +199,18 @@ def win_shares(shares: pd.DataFrame, path: Path) -> Path:
                                         zip(table["min_tokens"], table["max_tokens"], strict=True)])
     axes.axhline(50, color=DARK_GRAY, linewidth=1)
     axes.set_ylim(-3, 103)
-    axes.set_xlabel("tokens in the story")
-    axes.set_ylabel("stories won (%)")
-    axes.set_title("Share of stories for which the first of a pair has fewer nats", loc="left", fontsize=11)
     axes.legend(frameon=False, fontsize=9)
     return save_figure(figure, path)
 
 
 def story_lengths(tokens_per_story: Sequence[int], path: Path, context_length: int | None = None) -> Path:
     """Draw a histogram of story lengths in tokens, with the context length as a line if given."""
-    figure, axes = new_figure(8, 3.2)
+    figure, axes = new_figure(8, 3.2, "Story lengths", "tokens per story", "stories")
     axes.hist(tokens_per_story, bins=min(60, max(10, len(tokens_per_story) // 50)), color=BLUE)
     if context_length:
         axes.axvline(context_length, color=ORANGE, linewidth=2)
         axes.annotate(f" context {context_length}", (context_length, 0.95), xycoords=("data", "axes fraction"),
                       color=ORANGE, va="top")
-    axes.set_xlabel("tokens per story")
-    axes.set_ylabel("stories")
-    axes.set_title("Story lengths", loc="left", fontsize=11)
     return save_figure(figure, path)
 
 
@@ -260,16 +244,19 @@ def _escape(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def new_figure(width: float, height: float, columns: int = 1, **options):
-    """Return a figure with this width and height in inches, and its axes: one, or an array of `columns`."""
+def new_figure(width: float, height: float, title: str, x_label: str, y_label: str = "", columns: int = 1, **options):
+    """Return a figure of this width and height in inches, and its axes: one, or `columns` with one title."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, **options)
-    for each in axes if columns > 1 else [axes]:
-        each.spines[["top", "right"]].set_visible(False)
-        each.grid(axis="both" if columns > 1 else "x", color="#E5E5E5", linewidth=0.8)
-        each.set_axisbelow(True)
-    return figure, axes
+    panels = figure.subplots(1, columns, squeeze=False, **options)[0]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="both" if columns > 1 else "x", color="#E5E5E5", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.set_xlabel(x_label)
+    panels[0].set_ylabel(y_label)
+    panels[0].set_title(title, loc="left", fontsize=11)
+    return figure, panels if columns > 1 else panels[0]
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
