@@ -5,21 +5,14 @@ import warnings
 from pathlib import Path
 
 from plotarmour.cli import UserError
-from plotarmour.config import TrainingConfig, training_settings
-from plotarmour.training.checkpoint import (
-    find_checkpoint,
-    find_checkpoint_to_resume,
-    latest_whole_step,
-    rewind,
-    step_of,
-)
+from plotarmour.config import training_settings
+from plotarmour.training.checkpoint import find_checkpoint, find_latest_whole, latest_whole_step, rewind, step_of
 from plotarmour.training.distributed import check_share
 from plotarmour.training.ending import DONE, Ending
 from plotarmour.training.log import last_step, record_change
 
 RUN_FORMAT = 1
 LOCK = ".lock"  # a folder in the run folder while a process trains it
-NEEDED = {"format", "recipe", "tokenizer", "vocab_size", "train", "val", "dtype", "processes", "hardware", "versions"}
 EXTENDABLE = training_settings("extendable")
 
 
@@ -34,26 +27,20 @@ def read_info(folder: Path) -> dict:
         raise UserError(f"{folder} is not a run folder: it has no run.json. Make one with tools/train.py.")
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no UTF-8 or no JSON
+        version = info.get("format")
+        if version == RUN_FORMAT:
+            _identity(info), _circumstances(info)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # no UTF-8, no JSON, or other content
         raise UserError(f"{path} is damaged: {error}. Restore it from a copy, or start anew with another "
                         "--out.") from None
-    version = info.get("format") if isinstance(info, dict) else None
-    if version not in (None, RUN_FORMAT):
-        raise UserError(f"{folder} has run format {version}; this program reads {RUN_FORMAT}. Continue with the newer "
-                        "program that wrote it.")
-    if not isinstance(info, dict) or not NEEDED <= set(info):
-        missing = ", ".join(sorted(NEEDED - set(info)))
-        raise UserError(f"{folder} is not a run of this program: its run.json has no {missing}. Name another folder.")
-    try:
-        _identity(info), _circumstances(info)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: {error} is not as this program writes it. Restore it from a copy, or "
-                        "start anew with another --out.") from None
+    if version != RUN_FORMAT:
+        raise UserError(f"{folder} has run format {version}; this program reads {RUN_FORMAT}. Continue with the "
+                        "program that wrote it, or name another folder.")
     return info
 
 
-def check_folder(out: Path, info: dict, resume: str, from_step: int | None, extend: bool) -> None:
-    """Raise `UserError` unless a run can start or continue in this folder.
+def check_folder(out: Path, info: dict, resume: str, from_step: int | None, extend: bool) -> Ending | None:
+    """Check that a run can start or continue in a folder.
 
     Args:
         out: the run folder.
@@ -61,6 +48,12 @@ def check_folder(out: Path, info: dict, resume: str, from_step: int | None, exte
         resume: "auto", "never" or "must".
         from_step: to go back to.
         extend: whether the run may become longer.
+
+    Returns:
+        How the run ended where it is complete, with its last checkpoint; None where there are steps to take.
+
+    Raises:
+        UserError: it cannot; nothing has changed.
     """
     if resume not in ("auto", "never", "must"):
         raise UserError(f"--resume {resume!r} is unknown; expected auto, never or must.")
@@ -72,21 +65,32 @@ def check_folder(out: Path, info: dict, resume: str, from_step: int | None, exte
         if resume == "must" or from_step is not None or extend:
             raise UserError(f"{out} holds no run to continue; {option} expects one. Name another --out, or start a run "
                             f"without {option}.")
-        if out.is_dir() and any(not _is_leftover(path) for path in out.iterdir()):
+        # A start that is killed before it has written run.json leaves two names.
+        if out.is_dir() and any(not path.name.startswith((LOCK, ".run.json.")) for path in out.iterdir()):
             raise UserError(f"{out} is not empty and not a run folder; expected a new or empty folder for --out.")
-        return
+        return None
     if resume == "never":
         raise UserError(f"{out} holds a run already; expected a new folder. Use another --out, or --resume auto.")
     before, now = _identity(read_info(out)), _identity(info)
-    differing = [key for key in differences(out, info) if not (extend and key in EXTENDABLE)]
+    differing = [key for key in now if before.get(key) != now[key] and not (extend and key in EXTENDABLE)]
     if differing:
         found = "; ".join(f"{key} was {before.get(key)}, now {now[key]}" for key in differing)
         if set(differing) - set(EXTENDABLE):
             raise UserError(f"{out} is a different run: {found}. Use another --out.")
         raise UserError(f"{out} was begun otherwise: {found}. Leave that as it was, or add --extend to make the run "
                         "longer, with a higher value; run.json records the change.")
-    if from_step is None:
-        _check_can_continue(out, before, now)
+    ending = Ending.read(out)
+    if from_step is not None or ending is None or not ending.is_done:
+        return None
+    if all(before[key] == now[key] for key in EXTENDABLE):
+        return ending if latest_whole_step(out) == ending.step else None
+    key = DONE[ending.reason]
+    is_unlimited = key != "max_steps" and now[key] == 0
+    if not is_unlimited and now[key] <= before[key]:  # the run would end at once again
+        raise UserError(f"{out} has ended at step {ending.step:,}: {ending.reason}, with {key} = {before[key]:g}. It "
+                        f"continues only with a higher {key}{'' if key == 'max_steps' else ' (or 0, for no limit)'}; "
+                        f"found {now[key]:g}. Set it higher, or go back to a kept step with --from-step.")
+    return None
 
 
 def differences(out: Path, info: dict) -> list[str]:
@@ -100,39 +104,31 @@ def differences(out: Path, info: dict) -> list[str]:
     return [key for key in now if before.get(key) != now[key]]
 
 
-def is_done(out: Path, config: TrainingConfig) -> bool:
-    """Return whether a run is complete: its last checkpoint is there, and the settings ask for no more steps."""
-    ending = Ending.read(out)
-    if ending is None or not ending.is_done:
-        return False
-    trained = read_info(out)["recipe"]["training"]
-    return all(trained[key] == getattr(config, key) for key in EXTENDABLE) and latest_whole_step(out) == ending.step
-
-
 def checkpoint_to_resume(out: Path, resume: str, from_step: int | None, max_steps: int) -> Path | None:
-    """Return the checkpoint to continue from; None for a new run. Warns where steps are lost.
+    """Return the checkpoint to continue from, after going back to `from_step`; None for a new run.
+
+    Warns where steps are lost.
 
     Raises:
         UserError: there is none where there must be one, or it is beyond `max_steps`.
     """
-    checkpoint = find_checkpoint(out, from_step) if from_step is not None else find_checkpoint_to_resume(out)
-    if checkpoint is not None and step_of(checkpoint) > max_steps:  # before anything is changed
-        reached = step_of(checkpoint)
-        remedy = "name an earlier step" if from_step is not None else "go back to a kept step with --from-step"
+    checkpoint = find_checkpoint(out, from_step) if from_step is not None else find_latest_whole(out)
+    log = out / "log.csv"
+    if checkpoint is None:
+        if resume == "must":
+            raise UserError(f"{out} has no checkpoint to continue from; expected one. Start it with --resume auto.")
+        if reached := last_step(log):
+            warnings.warn(f"{out} has no checkpoint left, although its log reaches step {reached:,}: starting from "
+                          "step 0.", stacklevel=3)
+        return None
+    reached = step_of(checkpoint)
+    if reached > max_steps:
         raise UserError(f"{out} is at step {reached:,}, beyond max_steps = {max_steps:,}; set max_steps to at least "
-                        f"{reached}, or {remedy}.")
-    if checkpoint is None and resume == "must":
-        raise UserError(f"{out} has no checkpoint to continue from; expected one. Start it with --resume auto.")
-    if checkpoint is None and (reached := last_step(out / "log.csv")):
-        warnings.warn(f"{out} has no checkpoint left, although its log reaches step {reached:,}: starting from step 0.",
-                      stacklevel=3)
+                        f"{reached}, or name an earlier, kept step with --from-step.")
+    if from_step is not None:
+        rewind(out, from_step)
+        record_change(out, from_step, "--from-step", reached=[last_step(log), from_step])
     return checkpoint
-
-
-def go_back(out: Path, step: int) -> None:
-    """Go back to a kept step, and record it in run.json."""
-    rewind(out, step)
-    record_change(out, step, "--from-step", reached=[last_step(out / "log.csv"), step])
 
 
 def note_changes(out: Path, info: dict, step: int) -> None:
@@ -152,19 +148,6 @@ def note_changes(out: Path, info: dict, step: int) -> None:
     record_change(out, step, "--extend" if longer else "settings", holds, **changed)
 
 
-def _check_can_continue(out: Path, before: dict, now: dict) -> None:
-    """Raise `UserError` where a run is complete, and the changed settings would end it at once again."""
-    ending = Ending.read(out)
-    if ending is None or not ending.is_done or all(before[key] == now[key] for key in EXTENDABLE):
-        return
-    key = DONE[ending.reason]
-    is_unlimited = key != "max_steps" and now[key] == 0
-    if not is_unlimited and now[key] <= before[key]:
-        raise UserError(f"{out} has ended at step {ending.step:,}: {ending.reason}, with {key} = {before[key]:g}. It "
-                        f"continues only with a higher {key}{'' if key == 'max_steps' else ' (or 0, for no limit)'}; "
-                        f"found {now[key]:g}. Set it higher, or go back to a kept step with --from-step.")
-
-
 def _identity(info: dict) -> dict[str, object]:
     """Return what must stay the same when a run continues, flat."""
     recipe = info["recipe"]
@@ -178,8 +161,3 @@ def _identity(info: dict) -> dict[str, object]:
 def _circumstances(info: dict) -> dict[str, object]:
     """Return the number of processes, the hardware and the versions of a run, flat."""
     return {"processes": info["processes"], "hardware": info["hardware"], **info["versions"]}
-
-
-def _is_leftover(path: Path) -> bool:
-    """Return whether this is what a start leaves that is killed before it has written run.json."""
-    return path.name == LOCK or (path.name.startswith(".run.json.") and path.name.endswith(".unfinished"))

@@ -25,16 +25,7 @@ from plotarmour.data.tokenizer import Tokenizer
 from plotarmour.files import locked, write_json, write_text
 from plotarmour.machine import Machine, find_machine, memory_bytes, versions
 from plotarmour.memory import RESERVE, largest_micro_batch
-from plotarmour.resume import (
-    LOCK,
-    RUN_FORMAT,
-    check_folder,
-    checkpoint_to_resume,
-    go_back,
-    is_done,
-    note_changes,
-    read_info,
-)
+from plotarmour.resume import LOCK, RUN_FORMAT, check_folder, checkpoint_to_resume, note_changes, read_info
 from plotarmour.training.checkpoint import find_checkpoint, load_model, step_of, tidy
 from plotarmour.training.distributed import joined
 from plotarmour.training.ending import Ending, is_complete
@@ -44,25 +35,15 @@ from plotarmour.training.step import within_memory
 
 @dataclass(frozen=True)
 class Run:
-    """A trained run: `load_run(folder)` gives one.
-
-    Attributes:
-        folder: the run folder.
-        model: in evaluation mode, on `machine.device`.
-        tokenizer: the tokenizer of the training text.
-        config: the resolved recipe.
-        info: the content of run.json.
-        step: the step of the loaded checkpoint.
-        machine: the device and dtype of the model.
-    """
+    """A trained run: `load_run(folder)` gives one."""
 
     folder: Path
-    model: nn.Module
-    tokenizer: Tokenizer
-    config: Recipe
-    info: dict
-    step: int
-    machine: Machine
+    model: nn.Module  # in evaluation mode, on `machine.device`
+    tokenizer: Tokenizer  # of the training text
+    config: Recipe  # resolved
+    info: dict  # the content of run.json
+    step: int  # of the loaded checkpoint
+    machine: Machine  # device and dtype of the model
 
     @property
     def name(self) -> str:
@@ -83,14 +64,13 @@ def open_data(path: Path, tokenizer: str | None = None, stories: str = "endoftex
     Raises:
         UserError: it is neither, or a text without a tokenizer.
     """
-    is_text = path.is_file() and not looks_like_token_file(path)
-    if is_text and not tokenizer:
-        raise UserError(f"{path} is not a token file; make one with tools/pre_tokenize.py, or name a --tokenizer to "
-                        "train on the text as it is, slowly.")
-    if tokenizer and not is_text:
-        warnings.warn(f"--tokenizer {tokenizer} is ignored: {path} brings its own.", stacklevel=2)
-    if is_text:
+    if path.is_file() and not looks_like_token_file(path):
+        if not tokenizer:
+            raise UserError(f"{path} is not a token file; make one with tools/pre_tokenize.py, or name a --tokenizer "
+                            "to train on the text as it is, slowly.")
         return tokenize_in_memory(path, open_tokenizer(tokenizer), stories)
+    if tokenizer:
+        warnings.warn(f"--tokenizer {tokenizer} is ignored: {path} brings its own.", stacklevel=2)
     return TokenFile.open(path)
 
 
@@ -139,22 +119,17 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
             "tokenizer": {"kind": shared_tokenizer.kind, "sha256": shared_tokenizer.sha256},
             "train": _fingerprint(train_path, train_data), "val": _fingerprint(val_path, val_data),
         }
-
-        def ending_of_complete_run() -> Ending | None:
-            check_folder(out, info, resume, from_step, extend)
-            if from_step is not None or not is_done(out, t):
-                return None
-            if (out / LOCK).exists():  # of a process that was killed after it had written DONE.json
-                with suppress(OSError, UserError), locked(out / LOCK, out):
-                    pass
-            print(f"{out} is done already: nothing to do.")
-            return Ending.read(out)
-
-        ending = ranks.first(ending_of_complete_run)  # before the work that only training needs
+        # Before the work that only training needs.
+        ending = ranks.first(lambda: check_folder(out, info, resume, from_step, extend))
         if ending is not None:
+            if ranks.is_first:
+                if (out / LOCK).exists():  # of a process that was killed after it had written DONE.json
+                    with suppress(OSError, UserError), locked(out / LOCK, out):
+                        pass
+                print(f"{out} is done already: nothing to do.")
             return ending
-        windows = Windows(train_data, t.context_length, t.windows, t.seed, t.rows_per_step)
-        val_windows = Windows(val_data, t.context_length, t.windows, t.seed, t.rows_per_step)
+        windows, val_windows = (Windows(data, t.context_length, t.windows, t.seed, t.rows_per_step)
+                                for data in (train_data, val_data))
         with within_memory("the model"):
             model = recipe.build_model(shared_tokenizer.vocab_size)
         info |= {"params": sum(p.numel() for p in model.parameters()),
@@ -166,16 +141,13 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
             _check_held_out(train_data, val_data)
             lock.enter_context(locked(out / LOCK, out))
             checkpoint = checkpoint_to_resume(out, resume, from_step, t.max_steps)
-            if from_step is not None:
-                go_back(out, from_step)
             tidy(out, checkpoint, t.keep_every)
             if checkpoint is None:
                 write_json(out / "run.json", info)
-                write_text(out / "tokenizer.json", shared_tokenizer.json)
             else:
                 print(f"continuing {out} from {checkpoint.name}", flush=True)
-                _restore(out / "tokenizer.json", shared_tokenizer.json)
                 note_changes(out, info, step_of(checkpoint))
+            write_text(out / "tokenizer.json", shared_tokenizer.json)  # again, because it may have been damaged
             return checkpoint, _planned_rows(recipe, shared_tokenizer.vocab_size, machine, ranks.size)
 
         checkpoint, planned_rows = ranks.first(claim)
@@ -259,10 +231,3 @@ def _planned_rows(recipe: Recipe, vocab_size: int, machine: Machine, processes: 
     sharing = processes if machine.device.type == "cpu" else 1  # each GPU has memory of its own
     budget = memory_bytes(machine.device) // sharing - RESERVE
     return largest_micro_batch(recipe, vocab_size, machine.dtype, machine.device.type, budget) or 1
-
-
-def _restore(path: Path, text: str) -> None:
-    """Write a file of the run folder again if its content is not what it was."""
-    if not path.is_file() or path.read_bytes() != text.encode():
-        warnings.warn(f"{path} was damaged or missing: written again.", stacklevel=2)
-        write_text(path, text)

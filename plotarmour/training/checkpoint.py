@@ -131,7 +131,7 @@ def find_checkpoint(run: Path, which: str | int, files: Sequence[str] = FILES) -
                     "whole one, or restore the folder from a copy.")
 
 
-def find_checkpoint_to_resume(run: Path) -> Path | None:
+def find_latest_whole(run: Path) -> Path | None:
     """Return the latest whole checkpoint, with a warning about later damaged ones; None for a run without any.
 
     Raises:

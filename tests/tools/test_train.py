@@ -72,15 +72,15 @@ def without_run_json(run):
 BAD_GOES_ON = {
     "a newer checkpoint": (newer_checkpoint, {}, [], "step_00000004 has checkpoint format 2; this program reads 1. "
                            "Continue with the newer program that wrote it."),
-    "a newer run": (newer_run, {}, [], "has run format 2; this program reads 1. Continue with the newer program"),
-    "another program's": (of_another_program, {}, [], "is not a run of this program"),
+    "a newer run": (newer_run, {}, [], "has run format 2; this program reads 1. Continue with the program"),
+    "another program's": (of_another_program, {}, [], "has run format None; this program reads 1."),
     "no run.json": (without_run_json, {}, [], "is not empty and not a run folder; expected a new or empty folder"),
     "other settings": (None, {"learning_rate": 0.5, "seed": 3}, [], "seed was 0, now 3"),
     "other rows": (None, {"rows_per_step": 8}, [], "rows_per_step was 4, now 8. Use another --out."),
     "longer without --extend": (None, {"max_steps": 8}, [], "max_steps was 4, now 8. Leave that as it was, or add "
                                 "--extend"),
     "shorter than it is": (None, {"max_steps": 3}, ["--extend"], "is at step 4, beyond max_steps = 3; set max_steps to "
-                           "at least 4, or go back to a kept step with --from-step."),
+                           "at least 4, or name an earlier, kept step with --from-step."),
     "back to no step": (None, {}, ["--from-step", "1"], "has no step-1 checkpoint; found step_0000000"),
     "never again": (None, {}, ["--resume", "never"], "holds a run already; expected a new folder"),
     "an unknown word": (None, {}, ["--resume", "yes"], "--resume 'yes' is unknown; expected auto, never or must"),

@@ -24,7 +24,7 @@ from plotarmour.training.checkpoint import (
     checkpoint_folders,
     damage_of,
     find_checkpoint,
-    find_checkpoint_to_resume,
+    find_latest_whole,
     load_training,
     rewind,
     save_checkpoint,
@@ -280,7 +280,7 @@ def check_noticed(run, path, what):
     """That the damage is seen by whoever scores, and announced by whoever goes on."""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        found = find_checkpoint_to_resume(run)
+        found = find_latest_whole(run)
     [message] = [str(w.message) for w in warned]
     assert path.name in message, what
     assert found.name == "step_00000006" and "continuing from the checkpoint of step 6 instead" in message, what
@@ -315,10 +315,10 @@ def test_a_missing_file_or_folder_is_damage(saved, name):
     with pytest.raises(UserError, match=f"{name} is damaged .No such .*Whole .*: step_00000006, step_00000003"):
         find_checkpoint(saved, "latest")
     with pytest.warns(UserWarning, match=f"{name} is damaged .No such .*: continuing .* of step 6 instead"):
-        assert find_checkpoint_to_resume(saved).name == "step_00000006"
+        assert find_latest_whole(saved).name == "step_00000006"
     shutil.rmtree(saved / "checkpoints" / "step_00000006")
     with pytest.warns(UserWarning, match=f"{name} is damaged .No such .*: continuing .* of step 3 instead"):
-        assert find_checkpoint_to_resume(saved).name == "step_00000003"
+        assert find_latest_whole(saved).name == "step_00000003"
 
 
 def test_a_copy_of_another_step_is_damage(saved):
@@ -376,13 +376,13 @@ def test_where_none_is_whole_nothing_starts_over(saved):
     for folder in (saved / "checkpoints").glob("step_*"):
         (folder / "state.json").write_text("{}")
     with pytest.raises(UserError, match="has no whole checkpoint: .*state.json.*Restore the folder from a copy"):
-        find_checkpoint_to_resume(saved)
+        find_latest_whole(saved)
 
 
 def test_a_newer_format_is_refused_by_name_and_not_fallen_back_from(saved):
     """Guards: an older program that forks a run, or calls what it cannot read damaged."""
     change_manifest(saved / "checkpoints" / "step_00000009", lambda manifest: manifest.update(format=2, more=[]))
-    for look in (find_checkpoint_to_resume, lambda run: find_checkpoint(run, "latest")):
+    for look in (find_latest_whole, lambda run: find_checkpoint(run, "latest")):
         with pytest.raises(UserError, match="checkpoint format 2; this program reads 1"):
             look(saved)
 
@@ -404,7 +404,7 @@ def test_a_future_that_was_given_up_does_not_become_the_latest_after_a_kill(tmp_
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(checkpoint, "_remove", remove)
         rewind(tmp_path, 3)
-    assert find_checkpoint_to_resume(tmp_path).name == ["step_00000012", "step_00000009", "step_00000006"][removals]
+    assert find_latest_whole(tmp_path).name == ["step_00000012", "step_00000009", "step_00000006"][removals]
     assert {path: raw for path, raw in contents(tmp_path).items() if path.parts[0] != "checkpoints"} == before
     rewind(tmp_path, 3)
     assert step_names(tmp_path) == ["step_00000003"]
@@ -414,11 +414,11 @@ def test_a_later_checkpoint_that_is_damaged_goes_with_the_next_save(saved):
     """Guards: a damaged folder that stays the highest for good, so that each start warns and loses steps again."""
     (saved / "checkpoints" / "step_00000009" / "state.json").write_text("{}")
     with pytest.warns(UserWarning, match="step 6 instead"):
-        checkpoint.tidy(saved, find_checkpoint_to_resume(saved), 0)
+        checkpoint.tidy(saved, find_latest_whole(saved), 0)
     assert "step_00000009" in step_names(saved)
     save(saved, 8)
     assert step_names(saved) == ["step_00000003", "step_00000006", "step_00000008"]
-    assert find_checkpoint_to_resume(saved).name == "step_00000008"
+    assert find_latest_whole(saved).name == "step_00000008"
 
 
 # Runs
