@@ -43,7 +43,7 @@ class MemoryPlan:
 
 
 def plan_training(recipe: Recipe, vocab_size: int, dtype: torch.dtype, device: str) -> MemoryPlan:
-    """Return what `training.loop.train` holds at its fullest moment.
+    """Return what `training.loop.Session` holds at its fullest moment.
 
     Args:
         recipe: of one model.

@@ -29,7 +29,7 @@ from plotarmour.resume import LOCK, RUN_FORMAT, check_folder, checkpoint_to_resu
 from plotarmour.training.checkpoint import find_checkpoint, load_model, step_of, tidy
 from plotarmour.training.distributed import joined
 from plotarmour.training.ending import Ending, is_complete
-from plotarmour.training.loop import train
+from plotarmour.training.loop import Session
 from plotarmour.training.step import within_memory
 
 
@@ -130,8 +130,7 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
             return ending
         windows, val_windows = (Windows(data, t.context_length, t.windows, t.seed, t.rows_per_step)
                                 for data in (train_data, val_data))
-        with within_memory("the model"):
-            model = recipe.build_model(shared_tokenizer.vocab_size)
+        model = within_memory("the model", lambda: recipe.build_model(shared_tokenizer.vocab_size))
         info |= {"params": sum(p.numel() for p in model.parameters()),
                  "params_non_embedding": model.config.core_params}
         info["train"]["order_sha256"] = windows.order_sha256()
@@ -151,9 +150,10 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
             return checkpoint, _planned_rows(recipe, shared_tokenizer.vocab_size, machine, ranks.size)
 
         checkpoint, planned_rows = ranks.first(claim)
-        with within_memory("training"):  # a step is split where it does not fit; the optimizer's state cannot be
-            return train(out, model.to(machine.device), windows, val_windows, shared_tokenizer.token_bytes, t, machine,
-                         checkpoint, ranks, planned_rows, on_row)
+        # A step is split where it does not fit; the weights and the optimizer's state cannot be.
+        return within_memory("training", lambda: Session(
+            out, model.to(machine.device), windows, val_windows, shared_tokenizer.token_bytes, t, machine, checkpoint,
+            ranks, planned_rows, on_row).train())
 
 
 def load_run(folder: str | Path, checkpoint: str | int = "best", device: str = "auto") -> Run:
@@ -180,10 +180,13 @@ def load_run(folder: str | Path, checkpoint: str | int = "best", device: str = "
     machine = find_machine(device)
     if machine.device.type == "cuda":  # a CPU scores any run in float32
         machine = find_machine(device, recipe.training.dtype)
-    with within_memory("the model"):
+
+    def load() -> nn.Module:
         model = recipe.build_model(info["vocab_size"])
         load_model(checkpoint_folder, model)
-        model = model.to(machine.device).eval()
+        return model.to(machine.device).eval()
+
+    model = within_memory("the model", load)
     step = step_of(checkpoint_folder)
     if not is_complete(folder):
         warnings.warn(f"{folder} is not finished: this is its checkpoint of step {step:,}. Continue it with the "

@@ -59,14 +59,15 @@ def main() -> None:
     except ToldElsewhere:
         sys.exit(0)  # a failure here would end the first process before it reports
     if is_first and not launched:  # a notebook prints this itself
-        print(f"{args.out}: {ending.label}; {ending.step:,} steps, {ending.tokens_seen:,} tokens, "
+        print(f"{args.out}: {ending.reason.label}; {ending.step:,} steps, {ending.tokens_seen:,} tokens, "
               f"{ending.elapsed_s:,.0f} s; best: {ending.best}")
         if not ending.is_done:
             print(ending.advice())
     sys.stdout.flush()
     if is_first and ending.reason == Reason.LOST_PROCESS:
         outwait_others()
-    sys.exit(ending.exit_code if is_first else 0)  # a failure elsewhere would end the first process while it saves
+    # A failure in another process would end the first one while it saves.
+    sys.exit(ending.reason.exit_code if is_first else 0)
 
 
 if __name__ == "__main__":

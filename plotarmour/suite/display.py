@@ -33,7 +33,7 @@ def describe_recipe(recipe: Recipe) -> str:
 
 def describe_ending(ending: Ending, run: Path) -> str:
     """Return how the run in the folder `run` ended, in lines for people, and what to do if it is not complete."""
-    rows = {run.name: ending.label,
+    rows = {run.name: ending.reason.label,
             "trained": f"{ending.step:,} steps, {ending.tokens_seen:,} tokens, {duration(ending.elapsed_s)} over all "
                        "sessions",
             "best": ending.best,

@@ -41,15 +41,8 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.opt
                     keep_every: int) -> Path:
     """Write the checkpoint of a step, then remove those that are no longer kept; return its folder.
 
-    Args:
-        run: the run folder.
-        step: updates attempted so far.
-        model, optimizer: at that step.
-        state: JSON values for state.json; `best_step` is the step with the lowest validation loss.
-        keep_every: checkpoints of multiples of this step are kept; 0 for none.
-
-    Raises:
-        UserError: the disk is full or a write fails. Earlier checkpoints are unchanged.
+    `state` has the JSON values of state.json; its `best_step` is the step with the lowest validation loss. Where the
+    disk is full or a write fails, `UserError` is raised, and earlier checkpoints are unchanged.
     """
     folder = checkpoint_of(run, step)
     moments = {f"{name}/{key}": value.contiguous() for name, parameter in model.named_parameters()
@@ -204,14 +197,9 @@ def write_manifest(folder: Path, step: int) -> None:
 
 
 def damage_of(folder: Path, files: Sequence[str] = FILES) -> str | None:
-    """Describe what is wrong with a checkpoint; None if nothing is.
+    """Describe what is wrong with a checkpoint's manifest or some of its files; None if nothing is.
 
-    Args:
-        folder: of the checkpoint.
-        files: the files to verify, in addition to the manifest.
-
-    Raises:
-        UserError: the manifest is whole, and of a newer format.
+    A whole manifest of a newer format raises `UserError`.
     """
     path = folder / "MANIFEST.json"
     try:

@@ -29,41 +29,36 @@ KAGGLE_MINUTES = {"Interactive": 510.0, "Batch": 660.0}
 _asked_by_thread = threading.Event()
 
 
-class Reason(StrEnum):
-    """Why a run ended, as `reason` in DONE.json and STOPPED.json."""
-
-    MAX_STEPS = "max_steps"
-    SCHEDULE_MINUTES = "schedule_minutes"
-    EARLY_STOPPING = "early stopping"
-    TIME_BUDGET = "time budget"
-    SIGINT = "signal SIGINT"
-    SIGTERM = "signal SIGTERM"
-    SIGNAL_ELSEWHERE = "signal to another process"
-    NON_FINITE = "non-finite"
-    LOST_PROCESS = "lost a process"
-
-
 CONTINUES = "{again} continues from the checkpoint of step {last_checkpoint:,}."
-DONE = {  # reasons that complete a run, with the setting that decided; all other reasons leave a run to be continued
-    Reason.MAX_STEPS: "max_steps", Reason.SCHEDULE_MINUTES: "schedule_minutes", Reason.EARLY_STOPPING: "patience"}
-# Per reason: a label, the exit code of tools/train.py, and advice.
-MEANINGS = {
-    Reason.MAX_STEPS: ("done: all steps taken", 0, ""),
-    Reason.SCHEDULE_MINUTES: ("done: the minutes of the schedule are over", 0, ""),
-    Reason.EARLY_STOPPING: ("done: the validation loss had stopped improving", 0, ""),
-    Reason.TIME_BUDGET: ("stopped: the time of this session is over", 0, CONTINUES),
-    Reason.SIGINT: ("stopped by signal SIGINT", 130, CONTINUES),
-    Reason.SIGTERM: ("stopped by signal SIGTERM", 130, CONTINUES),
-    Reason.SIGNAL_ELSEWHERE: ("stopped by a signal to another process", 130, CONTINUES),
-    Reason.NON_FINITE: (
-        "stopped: loss or gradients not finite", 1,
+
+
+class Reason(StrEnum):
+    """Why a run ended, as in DONE.json and STOPPED.json; with a label, the exit code of tools/train.py, and advice."""
+
+    def __new__(cls, value: str, label: str, exit_code: int = 0, advice: str = "") -> "Reason":
+        reason = str.__new__(cls, value)
+        reason._value_, reason.label, reason.exit_code, reason.advice = value, label, exit_code, advice
+        return reason
+
+    MAX_STEPS = "max_steps", "done: all steps taken"
+    SCHEDULE_MINUTES = "schedule_minutes", "done: the minutes of the schedule are over"
+    EARLY_STOPPING = "early stopping", "done: the validation loss had stopped improving"
+    TIME_BUDGET = "time budget", "stopped: the time of this session is over", 0, CONTINUES
+    SIGINT = "signal SIGINT", "stopped by signal SIGINT", 130, CONTINUES
+    SIGTERM = "signal SIGTERM", "stopped by signal SIGTERM", 130, CONTINUES
+    SIGNAL_ELSEWHERE = "signal to another process", "stopped by a signal to another process", 130, CONTINUES
+    NON_FINITE = (
+        "non-finite", "stopped: loss or gradients not finite", 1,
         "The loss or the gradients were not finite in ten steps in a row; none of these steps changed the weights. The "
         "last good checkpoint is that of step {last_checkpoint:,}. Training on from there is likely to fail in the "
-        "same way: start a new run in another folder, with a lower learning_rate."),
-    Reason.LOST_PROCESS: (
-        "stopped: another process of this run has died", 1,
-        "Its output, if there is any, says why. " + CONTINUES),
-}
+        "same way: start a new run in another folder, with a lower learning_rate.")
+    LOST_PROCESS = (
+        "lost a process", "stopped: another process of this run has died", 1,
+        "Its output, if there is any, says why. " + CONTINUES)
+
+
+DONE = {  # reasons that complete a run, with the setting that decided; all other reasons leave a run to be continued
+    Reason.MAX_STEPS: "max_steps", Reason.SCHEDULE_MINUTES: "schedule_minutes", Reason.EARLY_STOPPING: "patience"}
 
 
 @dataclass(frozen=True)
@@ -110,14 +105,6 @@ class Ending:
         return self.reason in DONE
 
     @property
-    def label(self) -> str:
-        return MEANINGS[self.reason][0]
-
-    @property
-    def exit_code(self) -> int:
-        return MEANINGS[self.reason][1]
-
-    @property
     def best(self) -> str:
         """The best evaluation, for people."""
         if not math.isfinite(self.best_val_loss):
@@ -131,7 +118,7 @@ class Ending:
         Args:
             again: what continues the run, such as a command or a notebook's cell; it begins a sentence.
         """
-        return MEANINGS[self.reason][2].format(again=again, last_checkpoint=self.last_checkpoint)
+        return self.reason.advice.format(again=again, last_checkpoint=self.last_checkpoint)
 
 
 def is_complete(folder: Path) -> bool:

@@ -26,14 +26,12 @@ HEADER = ",".join(COLUMNS)
 class RunLog:
     """Appends rows to log.csv; a resumed run continues the same file.
 
-    Args:
-        path: of log.csv.
-        step: the step of the checkpoint that training continues from. Later rows move to log.cut.csv beside it.
-        n_rows: number of rows when that checkpoint was saved, if known. Rows beyond it move, too.
+    Rows after the step of the checkpoint that training continues from move to log.cut.csv beside it. So do rows beyond
+    the number that the checkpoint knows, if it is given.
     """
 
     def __init__(self, path: Path, step: int, n_rows: int | None = None):
-        self.path, self.n_rows = path, 0  # now
+        self.path, self.n_rows = path, 0
         if path.exists():
             self._cut(step, n_rows)
         else:
@@ -43,12 +41,7 @@ class RunLog:
                           f"{n_rows}. Training continues without them.", stacklevel=2)
 
     def append(self, **values: object) -> None:
-        """Write one row at once, values by column name.
-
-        Raises:
-            ValueError: an unknown column.
-            UserError: the disk is full or damaged.
-        """
+        """Write one row at once, values by column name. A full or damaged disk raises `UserError`."""
         row = {name: f"{value:.7g}" if isinstance(value, float) else value for name, value in values.items()}
         try:
             with self.path.open("a", encoding="utf-8", newline="") as file:

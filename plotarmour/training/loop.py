@@ -31,50 +31,6 @@ from plotarmour.training.step import EVALUATION_ROWS, Updates, evaluate_windows,
 NON_FINITE_IN_A_ROW = 10  # skipped steps that end a run
 
 
-def train(run: Path, model: nn.Module, windows: Windows, val_windows: Windows, token_bytes: np.ndarray | None,
-          config: TrainingConfig, machine: Machine, resume_from: Path | None = None, ranks: Ranks = ALONE,
-          first_micro_batch_size: int | None = None, on_row: Callable[[], None] | None = None) -> Ending:
-    """Train until the schedule ends, early stopping fires, or something stops the run.
-
-    Args:
-        run: folder for log.csv, checkpoints, DONE.json or STOPPED.json.
-        model: on the machine's device, float32.
-        windows: of the training tokens.
-        val_windows: of the validation tokens; the first `eval_tokens` of them, in order, are evaluated.
-        token_bytes: int32 (vocab_size,), bytes that each id stands for; None where that is not exact.
-        config: the training part of a recipe.
-        machine: device and dtype.
-        resume_from: the checkpoint folder to continue from; None for a new run.
-        ranks: which of several processes this is; only the first one writes into the run folder.
-        first_micro_batch_size: rows per micro-batch to begin with; None for those of the recipe.
-        on_row: called after every row of log.csv, for example to draw it.
-
-    Returns:
-        How the run ended, as DONE.json or STOPPED.json holds it.
-
-    Raises:
-        UserError: rows that cannot be shared out, a step that does not fit into memory even one row at a time, a disk
-            that cannot hold a checkpoint.
-        LostProcess: another process of this run has died, and this one is not the first.
-    """
-    session = _Session(run, model, windows, val_windows, token_bytes, config, machine, resume_from, ranks,
-                       first_micro_batch_size, on_row)
-    with StopRequest() as stop:
-        try:
-            return session.end(session.train(stop))
-        except LostProcess:
-            ending = session.end(Reason.LOST_PROCESS)
-            # Printed here, where SIGTERM only sets a flag. torchrun sends it as soon as it sees the dead process; after
-            # this block it would end the process before it could print anything.
-            print("another process of this run has died; the same command continues from the latest checkpoint",
-                  file=sys.stderr, flush=True)
-            if not ranks.is_first:
-                raise
-            return ending
-        finally:
-            session.updates.close()
-
-
 @dataclass
 class TrainingState:
     """The numbers that a run needs to continue: a checkpoint's state.json."""
@@ -99,39 +55,73 @@ class TrainingState:
     scaler: dict = field(default_factory=dict)  # of torch's GradScaler; empty without float16
 
 
-class _Session:
+@dataclass
+class Session:
     """One process's part of a run: from its start, or a checkpoint, to where it ends or stops."""
 
-    def __init__(self, run: Path, model: nn.Module, windows: Windows, val_windows: Windows,
-                 token_bytes: np.ndarray | None, config: TrainingConfig, machine: Machine, resume_from: Path | None,
-                 ranks: Ranks, first_micro_batch_size: int | None, on_row: Callable[[], None] | None):
-        self.run, self.model, self.windows, self.val_windows, self.token_bytes = (
-            run, model, windows, val_windows, token_bytes)
-        self.config, self.machine, self.ranks, self.on_row = config, machine, ranks, on_row
-        self.updates = Updates(model, windows, config, machine, ranks)
-        self.state = state = TrainingState() if resume_from is None else self._load(resume_from)
+    run: Path  # folder for log.csv, checkpoints, DONE.json or STOPPED.json
+    model: nn.Module  # on the machine's device, float32
+    windows: Windows  # of the training tokens
+    val_windows: Windows  # of the validation tokens; the first `eval_tokens` of them, in order, are evaluated
+    token_bytes: np.ndarray | None  # int32 (vocab_size,), bytes that each id stands for; None where that is not exact
+    config: TrainingConfig  # the training part of a recipe
+    machine: Machine  # device and dtype
+    resume_from: Path | None = None  # the checkpoint folder to continue from; None for a new run
+    ranks: Ranks = ALONE  # which of several processes this is; only the first one writes into the run folder
+    first_micro_batch_size: int | None = None  # rows per micro-batch to begin with; None for those of the recipe
+    on_row: Callable[[], None] | None = None  # called after every row of log.csv, for example to draw it
+
+    def __post_init__(self) -> None:
+        run, config, ranks = self.run, self.config, self.ranks
+        self.updates = Updates(self.model, self.windows, config, self.machine, ranks)
+        self.state = state = TrainingState() if self.resume_from is None else self._load(self.resume_from)
         self.last_checkpoint = state.step
         self.pace = Pace(config, session_minutes(config.max_minutes), state.elapsed_s, state.took_s)
-        self.val_rows, self.evaluation_rows = val_windows.first_rows(config.eval_tokens), EVALUATION_ROWS
-        if machine.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(machine.device)
+        self.val_rows, self.evaluation_rows = self.val_windows.first_rows(config.eval_tokens), EVALUATION_ROWS
+        if self.machine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.machine.device)
         if ranks.is_first:
             forget_ending(run)
-            warn_of_low_disk(run, model, state.step, config)
-            self.log = RunLog(run / "log.csv", -1 if resume_from is None else state.step, state.log_rows)
+            warn_of_low_disk(run, self.model, state.step, config)
+            self.log = RunLog(run / "log.csv", -1 if self.resume_from is None else state.step, state.log_rows)
         # What memory allowed stays in force while the recipe's setting is the same: the bits depend on it.
         before, allowed = state.micro_batch_size
         self.updates.begin(state.step, allowed if before == config.micro_batch_size else
-                           first_micro_batch_size or config.micro_batch_rows)
+                           self.first_micro_batch_size or config.micro_batch_rows)
 
-    def train(self, stop: StopRequest) -> Reason:
+    def train(self) -> Ending:
+        """Train until the schedule ends, early stopping fires, or something stops the run.
+
+        Returns:
+            How the run ended, as DONE.json or STOPPED.json holds it.
+
+        Raises:
+            UserError: a step that does not fit into memory even one row at a time, a disk that cannot hold a
+                checkpoint.
+            LostProcess: another process of this run has died, and this one is not the first.
+        """
+        with StopRequest() as stop:
+            try:
+                return self.end(self.take_steps(stop))
+            except LostProcess:
+                ending = self.end(Reason.LOST_PROCESS)
+                # Printed here, where SIGTERM only sets a flag. torchrun sends it as soon as it sees the dead process;
+                # after this block it would end the process before it could print anything.
+                print("another process of this run has died; the same command continues from the latest checkpoint",
+                      file=sys.stderr, flush=True)
+                if not self.ranks.is_first:
+                    raise
+                return ending
+            finally:
+                self.updates.close()
+
+    def take_steps(self, stop: StopRequest) -> Reason:
         """Take steps until there is a reason to stop, and return it."""
         state, config = self.state, self.config
         with progress(config.max_steps, "steps", self.run.name, state.step, is_timed=False,
                       is_shown=self.ranks.is_first) as self.bar:
-            is_new = state.evaluated_step is None
-            # Or the run was killed between its last checkpoint and DONE.json.
-            if is_new or (state.evaluated_step != state.step and self._end()):
+            # A new run, or one that was killed between its last checkpoint and DONE.json.
+            if state.evaluated_step is None or (state.evaluated_step != state.step and self._end()):
                 self.write_row(None, None, self.evaluate())
                 self.save()
             elif state.best_val_loss == math.inf:  # --from-step to a step without an evaluation; the best one is gone

@@ -11,14 +11,9 @@ AHEAD = 3  # steps; more than one because reading a step sometimes takes longer 
 
 
 class Batches:
-    """The micro-batches of consecutive steps, read by a thread that stays `AHEAD` steps ahead.
+    """The micro-batches of steps [first, last), read by a thread that stays `AHEAD` steps ahead.
 
-    Args:
-        windows: of the token file.
-        first, last: steps [first, last) to read.
-        micro_batch_size: rows per micro-batch.
-        ranks: which of several processes this is; each reads its own part of every step's rows.
-        pinned: whether to use pinned memory, from which a GPU copies without waiting.
+    Each of several processes reads its own part of every step's rows; a GPU copies from pinned memory without waiting.
     """
 
     def __init__(self, windows: Windows, first: int, last: int, micro_batch_size: int, ranks: Ranks = ALONE,
@@ -31,14 +26,11 @@ class Batches:
             self._start(step)
 
     def of(self, step: int) -> tuple[int, list[tuple[Tensor, Tensor]]]:
-        """Return the batches of a step; steps must be asked for in order.
+        """Return the batches of a step; steps must be asked for in order. An error of the thread is raised here.
 
         Returns:
             The number of targets in the whole step, and the micro-batches of this share: int64 (inputs, targets), each
             (B, T).
-
-        Raises:
-            Exception: what the thread raised, for example for a damaged token file.
         """
         batches = self._reading.pop(step).result()
         self._start(step + AHEAD)

@@ -17,11 +17,8 @@ TIMED_STEPS = 5  # before the forecast
 class Pace:
     """The time that a run takes: so far, per step, evaluation and checkpoint, and until its end.
 
-    Args:
-        config: the training part of a recipe.
-        minutes: limit of this session; 0 for none.
-        before_s: seconds of earlier sessions.
-        took_s: seconds of the last "evaluation" and the last "save"; `timing` changes it.
+    This session may take `minutes` (0: no limit); earlier sessions took `before_s`. `took_s` has the seconds of the
+    last "evaluation" and the last "save"; `timing` changes it.
     """
 
     def __init__(self, config: TrainingConfig, minutes: float, before_s: float, took_s: dict[str, float]):
@@ -32,7 +29,7 @@ class Pace:
 
     def forget(self) -> None:
         """Start the mean time of a step anew, because the steps are different from now on."""
-        self.steps, self._steps_s, self._tokens, self._is_warm = 0, 0.0, 0, False
+        self.steps, self._steps_s, self._tokens = -1, 0.0, 0  # the first step sets things up, and does not count
 
     @property
     def session_s(self) -> float:
@@ -46,8 +43,8 @@ class Pace:
 
     @property
     def step_s(self) -> float:
-        """Mean seconds of a step in this session, without the first, which sets things up; 0 before the second."""
-        return self._steps_s / self.steps if self.steps else 0.0
+        """Mean seconds of a step in this session; 0 before the second one."""
+        return self._steps_s / self.steps if self.steps > 0 else 0.0
 
     @contextmanager
     def timing(self, what: str) -> Iterator[None]:
@@ -59,9 +56,9 @@ class Pace:
     def count(self, n_tokens: int, seconds: float) -> None:
         """Count a step, with the seconds it took without evaluation and checkpoint."""
         self._recent.append((time.perf_counter(), n_tokens))
-        if self._is_warm:
-            self.steps, self._steps_s, self._tokens = self.steps + 1, self._steps_s + seconds, self._tokens + n_tokens
-        self._is_warm = True
+        self.steps += 1
+        if self.steps:
+            self._steps_s, self._tokens = self._steps_s + seconds, self._tokens + n_tokens
 
     def rate(self) -> float | None:
         """Return tokens per second over the last 50 steps, evaluations and checkpoints included."""
@@ -120,10 +117,7 @@ def clock_time(in_s: float) -> str:
 def unused_hardware(device: torch.device, processes: int, can_grow: bool) -> str:
     """Name the GPUs and the GPU memory that are not used, and the setting that would use them; "" for none.
 
-    Args:
-        device: that computes.
-        processes: that train together, one per GPU.
-        can_grow: whether a micro-batch may hold more rows.
+    A micro-batch may hold more rows if it `can_grow`; each of the `processes` that train together has a GPU.
     """
     if device.type != "cuda":
         return ""

@@ -10,8 +10,7 @@
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,15 +42,7 @@ class Update:
 
 
 class Updates:
-    """Takes the updates of a session, in order.
-
-    Args:
-        model: on the machine's device, float32, in training mode when `take` is called.
-        windows: of the training tokens.
-        config: the training part of a recipe.
-        machine: device and dtype.
-        ranks: which of several processes this is.
-    """
+    """Takes the updates of a session, in order. The model is float32 and in training mode whenever `take` is called."""
 
     def __init__(self, model: nn.Module, windows: Windows, config: TrainingConfig, machine: Machine, ranks: Ranks):
         self.model, self.windows, self.config, self.machine, self.ranks = model, windows, config, machine, ranks
@@ -59,32 +50,20 @@ class Updates:
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
         check_share(config.rows_per_step, ranks.size)
         self.share = config.rows_per_step // ranks.size
-        self.micro_batch_size, self._batches = 0, None
         self.waited_s = 0.0  # for batches; near zero where reading keeps up
 
     def begin(self, step: int, micro_batch_size: int) -> None:
         """Start to read batches from a step on, in micro-batches of at most `micro_batch_size` rows."""
-        self.close()
         self.micro_batch_size = largest_divisor(self.share, micro_batch_size)
         self._batches = Batches(self.windows, step, self.config.max_steps, self.micro_batch_size, self.ranks,
                                 pinned=self.machine.device.type == "cuda")
 
     def close(self) -> None:
         """Stop reading ahead."""
-        if self._batches is not None:
-            self._batches.close()
+        self._batches.close()
 
     def take(self, step: int, rate: float) -> Update:
-        """Attempt the update of a step.
-
-        Args:
-            step: index of the step, from 0.
-            rate: the learning rate of this step.
-
-        Raises:
-            UserError: the step does not fit into memory even one row at a time.
-            LostProcess: another process has died.
-        """
+        """Attempt the update of a step. What does not fit into memory even one row at a time raises `UserError`."""
         optimizer, scaler = self.optimizer, self.scaler
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -97,8 +76,7 @@ class Updates:
         # scale: it counts as non-finite, which ends the run, because a lower scale would make gradients underflow.
         overflowed = scaler.is_enabled() and not finite and math.isfinite(loss) and scale > LEAST_SCALE
         if finite:
-            with within_memory("the optimizer's state"):  # AdamW allocates it at the first step
-                scaler.step(optimizer)
+            within_memory("the optimizer's state", lambda: scaler.step(optimizer))  # AdamW allocates it at step 0
             scaler.update()
         elif scaler.is_enabled():
             scaler.update(scale * scaler.get_backoff_factor() if overflowed else scale)
@@ -122,6 +100,7 @@ class Updates:
             if self.micro_batch_size == 1:
                 raise too_large(f"one row of step {step + 1}")
             self.optimizer.zero_grad(set_to_none=True)
+            self.close()
             self.begin(step, self.micro_batch_size - 1)
 
 
@@ -269,18 +248,17 @@ def too_large(what: str) -> UserError:
                      "free memory (tools/doctor.py --recipe R says what fits here).")
 
 
-@contextmanager
-def within_memory(what: str) -> Iterator[None]:
-    """Raise `UserError` where the work inside runs out of memory: for work that cannot be split.
+def within_memory(what: str, act: Callable[[], Any]) -> Any:
+    """Call a function that cannot be split, and return its result.
 
     Args:
-        what: for the message, such as "the model".
+        what: names the work in the message, such as "the model".
+        act: the function.
+
+    Raises:
+        UserError: memory runs out.
     """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-    else:
-        return
-    raise too_large(what)  # not in the except clause, where the error still holds the tensors
+    result = try_to_fit(lambda: (act(),))  # the result alone may be None
+    if result is None:
+        raise too_large(what)
+    return result[0]

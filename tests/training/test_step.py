@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -61,6 +62,16 @@ def test_a_step_that_does_not_fit_is_split_further_with_the_same_rows(small_reci
     [change] = changes_of(tmp_path / "split")
     assert {key: change[key] for key in change if key != "utc"} == {
         "step": 2, "why": "out of memory", "micro_batch_size": [4, 1]}
+
+
+def test_the_end_is_forecast_anew_once_steps_are_split(token_files, tmp_path, monkeypatch, capsys):
+    """Guards: an end of the run, as printed, that is of the steps before they were split; a forecast per step."""
+    room_for(1, 8, monkeypatch)
+    recipe = load_recipe("tiny", "gpt2", ["rows_per_step=4", "micro_batch_size=4", "max_steps=30", "warmup_steps=0",
+                                          "n_embd=16", "eval_tokens=100", "device=cpu"])
+    train_run(recipe, token_files["train"], token_files["val"], tmp_path / "run")
+    said = capsys.readouterr().err
+    assert re.findall(r"to go, until [^;]*: (\d+) steps of", said) == ["24", "16"]
 
 
 def test_a_split_run_resumes_with_the_bits_of_an_uninterrupted_one(small_recipe, token_files, tmp_path, monkeypatch):
@@ -182,7 +193,7 @@ def test_two_processes_evaluate_every_row_once_whatever_memory_they_have(monkeyp
     for rank, room in ((0, 8), (1, 2)):
         share = SimpleNamespace(val_rows=list(range(20)), ranks=Ranks(rank, 2), evaluation_rows=8, model=None,
                                 val_windows=None, token_bytes=None, machine=room)
-        assert loop._Session._evaluate_share(share) == (0.0, 1, 1)
+        assert loop.Session._evaluate_share(share) == (0.0, 1, 1)
     assert sorted(scored) == list(range(20))
 
 
