@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from plotarmour.cli import UserError, progress
+from plotarmour.data.batches import Tokens
 from plotarmour.data.stories import normalise
 from plotarmour.data.token_file import TokenFile
 from plotarmour.files import write_text
@@ -45,11 +46,11 @@ ALL = "all parts"
 EXAMPLE_COLUMNS = ("kind", "part_a", "story_a", "part_b", "story_b", "similarity", "group_stories", "text_a", "text_b")
 
 
-def overlapping_stories(train: object, val: object) -> np.ndarray:
+def overlapping_stories(train: Tokens, val: Tokens) -> np.ndarray:
     """Return which stories of `val` have the same ids as a story of `train`.
 
     Args:
-        train, val: `TokenFile` or `TokensInMemory`, of one tokenizer. Each is read once; 8 bytes per story are held.
+        train, val: of one tokenizer. Each is read once; 8 bytes per story are held.
 
     Returns:
         int64 (n, 2): index of each such story in `val`, and of a story of `train` with its ids.
@@ -73,7 +74,7 @@ def disjoint_by_construction(one: dict, other: dict) -> bool:
     return bool(one.get("split")) and origin(one) == origin(other) and None not in parts and parts[0] != parts[1]
 
 
-def _story_keys(data: object) -> np.ndarray:
+def _story_keys(data: Tokens) -> np.ndarray:
     """Return a 64-bit key of each story's ids, equal for equal ids of any integer type."""
     tokens, bounds = np.asarray(data.tokens), np.append(data.offsets, data.n_tokens).astype(np.int64).tolist()
     return np.array([_key(tokens[begin:end].astype("<u4")) for begin, end in zip(bounds, bounds[1:], strict=False)],

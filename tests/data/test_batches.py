@@ -55,6 +55,17 @@ def test_every_window_is_read_once_per_epoch_and_order_changes(kind):
     assert epochs[0] != epochs[1]
 
 
+@pytest.mark.parametrize("kind", ["stream", "stories"])
+def test_a_step_that_ends_an_epoch_begins_the_next(kind):
+    """Guards: windows left out, or read in the order of the wrong epoch, where the rows of a step are of two epochs."""
+    stories = data(*[[1] * n for n in range(1, 20)])
+    one, many = (Windows(stories, 16, kind, seed=3, rows_per_step=n) for n in (1, 29))
+    expected = [one.rows_of(step)[0] for step in range(3 * many.rows_per_step)]
+    assert [row for step in range(3) for row in many.rows_of(step)] == expected and one.per_epoch < 29
+    phases = {one.rows_of(epoch * one.per_epoch)[0][0] % 16 for epoch in range(4)}
+    assert kind == "stories" or len(phases) > 1  # a stream begins elsewhere in every epoch
+
+
 def test_windows_of_stories_begin_at_stories_and_cut_only_long_ones():
     """Guards: recalls trained without the story they refer to."""
     windows = Windows(data([1] * 3, [1] * 4, [1] * 20, [1] * 2), 10, "stories", seed=0, rows_per_step=1)
