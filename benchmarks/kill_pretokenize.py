@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Kill the pretokenizer at random moments after its first shard, start it again, and compare the bytes."""
+"""Kill the pretokenizer at random moments after it has saved once, start it again, and compare the bytes."""
 
 import argparse
 import hashlib
@@ -19,14 +19,14 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("x*.bin"))}
 
 
-# The tool's own shards are larger than the text of this benchmark.
+# The tool saves more rarely: its texts are larger than that of this benchmark.
 COMMAND = """
 import sys
-root, text, tokenizer, out, split, shard_bytes, force = sys.argv[1:]
+root, text, tokenizer, out, split, save_bytes, force = sys.argv[1:]
 sys.path.insert(0, root)
 from pathlib import Path
 from plotarmour.data.pretokenize import pre_tokenize
-pre_tokenize([Path(text)], tokenizer, Path(out), split or None, force=bool(force), shard_bytes=int(shard_bytes))
+pre_tokenize([Path(text)], tokenizer, Path(out), split or None, force=bool(force), save_bytes=int(save_bytes))
 """
 
 
@@ -37,7 +37,7 @@ def main() -> None:
                         default=[shared / "data" / "tinystories" / f"stories_{x}.txt" for x in "ab"])
     parser.add_argument("--tokenizer", default=str(shared / "gpt2"))
     parser.add_argument("--mb", type=float, default=50, help="size of the text, 10^6 bytes")
-    parser.add_argument("--shard-mb", type=float, default=5, help="size of a shard, 10^6 bytes of text")
+    parser.add_argument("--save-mb", type=float, default=5, help="text between two saves, 10^6 bytes")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--split", default="90:5:5", help="empty: one file")
     parser.add_argument("--seed", type=int, default=0)
@@ -48,19 +48,19 @@ def main() -> None:
         folder.mkdir()
         repeat(args.text, text, args.mb * 1e6)
         command = [sys.executable, "-c", COMMAND, str(ROOT), str(text), args.tokenizer, str(folder / "x.bin"),
-                   args.split, str(int(args.shard_mb * 1e6)), ""]
-        one_shard = [*command[:-2], str(2**40), ""]  # the expected bytes come from a single shard
-        subprocess.run(one_shard, check=True, capture_output=True)
-        expected, shards = digests(folder), folder / ".x.bin.unfinished" / "shards"
+                   args.split, str(int(args.save_mb * 1e6)), ""]
+        without_saves = [*command[:-2], str(2**40), ""]
+        subprocess.run(without_saves, check=True, capture_output=True)
+        expected, saved = digests(folder), folder / ".x.bin.unfinished" / "saved.json"
         start = time.perf_counter()
         subprocess.run([*command[:-1], "force"], check=True, capture_output=True)
         whole = time.perf_counter() - start
-        assert digests(folder) == expected, "the files depend on the size of shards"
+        assert digests(folder) == expected, "the files depend on the saves"
         for path in folder.glob("x*.bin"):
             path.unlink()
         while kills < args.kills:
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            while process.poll() is None and not any(shards.glob("00000.*.bin")):
+            while process.poll() is None and not saved.exists():
                 time.sleep(0.001)
             time.sleep(draw.random() * whole)
             process.send_signal(signal.SIGKILL)
@@ -79,7 +79,7 @@ def main() -> None:
             for path in folder.glob("x*.bin"):
                 path.unlink()
     print(f"{kills} kills, each followed by one start: {wrong} ended with other bytes or leftovers; {went_on} went on "
-          "from a shard, the others had been complete")
+          "from a save, the others had been complete")
 
 
 if __name__ == "__main__":

@@ -45,8 +45,7 @@ import json, sys, time
 root, text, vocabulary, library = sys.argv[1:]
 sys.path.insert(0, root)
 from pathlib import Path
-from plotarmour.data.chunks import Reading, read_chunks
-from plotarmour.data.readers import HashingReader, Source
+from plotarmour.data.readers import Source, read_whole
 source = Source(Path(text), "text")
 if library == "fastokens":
     import fastokens
@@ -66,15 +65,14 @@ elif library == "tiktoken":
 else:
     from tokenizers import Tokenizer
     encode = Tokenizer.from_file(vocabulary).encode_batch
-with HashingReader(source) as reader:
-    spent = done = 0
-    for chunk in read_chunks(source, reader, Reading()):
-        start = time.perf_counter()
-        encode(chunk.texts)
-        spent += time.perf_counter() - start
-        done += sum(chunk.sizes)
-        if library in ("tokenizers", "tiktoken") and done > 30e6:
-            break
+spent = done = 0
+for chunk in read_whole(source):
+    start = time.perf_counter()
+    encode(chunk.texts)
+    spent += time.perf_counter() - start
+    done += sum(chunk.sizes)
+    if library in ("tokenizers", "tiktoken") and done > 30e6:
+        break
 print(json.dumps({"mb_per_s": done / 1e6 / spent}))
 """
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pretokenize import ROOT
 
-from plotarmour.data import pretokenize, shards
+from plotarmour.data import pipeline, pretokenize
 from plotarmour.data.pretokenize import pre_tokenize
 from plotarmour.data.token_file import TokenFile
 from plotarmour.data.tokenizer import load_tokenizer
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=Path, default=shared / "gpt2")
     parser.add_argument("--drawn", type=int, default=500, help="texts drawn")
     args = parser.parse_args()
-    for module, name in ((pretokenize, "open_tokenizer"), (shards, "make_encoder")):
+    for module, name in ((pretokenize, "open_tokenizer"), (pipeline, "Encoder")):
         setattr(module, name, lru_cache(getattr(module, name)))  # loading takes longer than encoding a drawn text
     tokenizer, other = load_tokenizer(args.vocabulary), tiktoken_gpt2(args.vocabulary)
     with tempfile.TemporaryDirectory() as name:

@@ -1,7 +1,4 @@
-"""Atomic writes, downloads and the one lock.
-
-A file appears under its name only complete: written beside its place, flushed, fsynced, renamed, the folder fsynced.
-"""
+"""Atomic writes, downloads and the one lock: a file appears under its name only complete, fsynced and renamed."""
 
 import json
 import os
@@ -29,32 +26,26 @@ def unfinished(path: Path) -> Path:
 def publish(temporary: Path, path: Path) -> None:
     """Rename a complete, fsynced file or folder to its final name, and fsync the folder that holds it."""
     os.replace(temporary, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """fsync a folder where the system can (not on Windows)."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def sync_file(path: Path) -> None:
-    """fsync a closed file."""
-    with path.open("rb+") as file:  # Windows syncs only what is open for writing
-        os.fsync(file.fileno())
+def sync(path: Path) -> None:
+    """fsync a closed file, or a folder where the system can (not on Windows)."""
+    if path.is_dir() and os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs only what is open for writing
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager
 def complete_file(path: Path, mode: str = "w") -> Iterator[IO]:
     """Open a file that replaces `path` only if the block ends without an exception. Text is UTF-8 with "\\n"."""
     temporary = unfinished(path)
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
-        with temporary.open(mode, **text) as file:
+        with temporary.open(mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -78,12 +69,13 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def download(url: str, path: Path) -> None:
-    """Download a file with the optional package requests, unless `path` exists.
+def read_json(path: Path) -> dict:
+    """Return the content of a JSON file; {} if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
-    Raises:
-        UserError: the server does not have the file, or `ATTEMPTS` attempts fail.
-    """
+
+def download(url: str, path: Path) -> None:
+    """Download a file with the optional package requests, unless `path` exists; `ATTEMPTS` times unless refused."""
     if path.exists():
         return
     import requests
@@ -110,10 +102,7 @@ def download(url: str, path: Path) -> None:
 def locked(folder: Path, out: Path) -> Iterator[None]:
     """Hold a lock file in `folder` while this process writes `out`; afterwards remove the folder if it holds no more.
 
-    The operating system releases the lock when the process ends, also when it is killed.
-
-    Raises:
-        UserError: another process holds it (pid, since when).
+    The operating system releases it when the process ends or is killed. A `UserError` names who else holds it.
     """
     from filelock import FileLock, Timeout
 
@@ -125,8 +114,7 @@ def locked(folder: Path, out: Path) -> Iterator[None]:
         who = "another process"
         with suppress(OSError, ValueError):  # it has only just taken the lock
             who = "process {pid}, since {since}".format(**json.loads(owner.read_text(encoding="utf-8")))
-        raise UserError(f"{out} is being written by {who}; expected no other process. Wait for it, stop it, or use "
-                        "another --out.") from None
+        raise UserError(f"{out} is being written by {who}. Wait for it, stop it, or use another --out.") from None
     try:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         owner.write_text(json.dumps({"pid": os.getpid(), "since": since}), encoding="utf-8")

@@ -12,9 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from plotarmour.cli import HelpFormatter, UserError, add_common, run_command
-from plotarmour.data.encoders import BACKENDS
 from plotarmour.data.pretokenize import BPE_BYTES, pre_tokenize
 from plotarmour.data.token_file import TokenFile
+from plotarmour.data.tokenizer import BACKENDS
 
 BARS = 40  # characters
 

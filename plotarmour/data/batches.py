@@ -16,7 +16,6 @@ import warnings
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -26,13 +25,10 @@ from numpy.random import Philox
 from torch import Tensor
 
 from plotarmour.cli import UserError
-from plotarmour.data.chunks import Reading, read_stories
-from plotarmour.data.readers import Source, check_text
+from plotarmour.data.readers import Source, check_text, read_whole
 from plotarmour.data.token_file import TokenFile, check_largest_id
 from plotarmour.data.tokenizer import Tokenizer
 from plotarmour.loss import IGNORE
-
-STORIES_AT_ONCE = 1000  # for a tokenizer
 
 
 class Tokens(Protocol):
@@ -177,14 +173,15 @@ class TokensInMemory:
         path, tokenizer: of their text.
     """
 
-    n_tokens, n_stories, story = TokenFile.n_tokens, TokenFile.n_stories, TokenFile.story
+    story = TokenFile.story
 
     def __init__(self, stories: list[np.ndarray], header: dict, story_bytes: list[int], path: Path | None = None,
                  tokenizer: Tokenizer | None = None):
         self.tokens = np.concatenate(stories)
         self.offsets = np.cumsum([0, *map(len, stories[:-1])]).astype(np.uint64)
         self.story_bytes = np.array(story_bytes, dtype=np.uint32)
-        self.header = header | {"n_tokens": len(self.tokens), "n_stories": len(stories)}
+        self.n_tokens, self.n_stories = len(self.tokens), len(stories)
+        self.header = header | {"n_tokens": self.n_tokens, "n_stories": self.n_stories}
         self.path, self._tokenizer = path, tokenizer
 
     def tokenizer(self) -> Tokenizer:
@@ -205,11 +202,11 @@ def tokenize_in_memory(path: Path, tokenizer: Tokenizer, stories: str = "endofte
                   f"python tools/pre_tokenize.py {path} --tokenizer {tokenizer.kind} --out {path.stem}.bin",
                   stacklevel=2)
     check_text(path)
-    source, rows, sizes = Source.of(path), [], []
-    texts = read_stories(source, Reading(stories, in_pieces=tokenizer.takes_pieces))
-    while batch := list(islice(texts, STORIES_AT_ONCE)):
-        rows += [np.array([*ids, tokenizer.end_of_text_id], np.uint32) for ids in tokenizer.encode_batch(batch)]
-        sizes += [len(story.encode()) for story in batch]
+    source, rows, sizes = Source.of(path, stories=stories), [], []
+    for chunk in read_whole(source):
+        batch = tokenizer.encode_batch(chunk.texts)
+        rows += [np.array([*ids, tokenizer.end_of_text_id], np.uint32) for ids in batch]
+        sizes += chunk.sizes
     if not rows:
         raise UserError(f"{path} holds no story; expected at least one.")
     sha256 = source.sha256()

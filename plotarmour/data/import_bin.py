@@ -2,7 +2,6 @@
 
     raw      nothing but little-endian ids, such as nanoGPT's train.bin (uint16, GPT-2; end-of-text ends a document)
     llm.c    256 int32 (magic, version, number of tokens, zeros), then the ids; end-of-text begins a document
-             magic 20240520, version 1: uint16 ids of GPT-2;  magic 20240801, version 7: uint32 ids of Llama 3
 
 In both, end-of-text separates documents. Each document becomes a story; empty ones are dropped and counted. A file
 without end-of-text, such as nanoGPT's Shakespeare, is one story.
@@ -24,7 +23,7 @@ from plotarmour.data.tokenizer import Tokenizer
 
 DTYPES = ("uint16", "uint32", "int32", "int64")
 LLM_C_HEADER_BYTES = 1024
-LLM_C = {(20240520, 1): "uint16", (20240801, 7): "uint32"}  # (magic, version): dtype of the ids
+LLM_C = {(20240520, 1): "uint16", (20240801, 7): "uint32"}  # (magic, version): dtype of the ids; GPT-2, Llama 3
 BLOCK_TOKENS = 2**20
 STORIES_PER_BATCH = 1000
 
@@ -64,17 +63,21 @@ def import_bin(path: Path, tokenizer: str, out: Path, dtype: str | None = None, 
         while batch := list(islice(documents, STORIES_PER_BATCH)):
             stories = [story for story in batch if len(story)]
             n_empty += len(batch) - len(stories)
-            if stories:
-                _add(writer, stories, loaded)
+            if loaded.token_bytes is not None:
+                sizes = [int(loaded.token_bytes[ids].sum()) for ids in stories]
+            else:
+                sizes = [len(text.encode()) for text in loaded.decode_batch(stories)]
+            ids = [np.append(story, loaded.end_of_text_id) for story in stories]
+            writer.add(np.concatenate([np.zeros(0, np.int64), *ids]).astype(np.uint32), list(map(len, ids)), sizes)
         if not writer.n_stories:
             raise UserError(f"{path} holds no story: nothing but end-of-text; expected ids between them.")
         source = Source.of(path)
-        writer.publish([{**source.fingerprint(), "sha256": source.sha256()}], n_empty)
+        writer.publish([source.fingerprint() | {"sha256": source.sha256()}], n_empty)
     return TokenFile.open(out)
 
 
 def _open_ids(path: Path, dtype: str | None, format: str) -> np.memmap:
-    """Map the ids of a file, (n,). Raises `UserError` if its format, dtype or size is not the expected one."""
+    """Map the ids of a file, (n,), if its format, dtype and size are the expected ones."""
     if looks_like_token_file(path):
         raise UserError(f"{path} is a token file of this program already; use it as it is.")
     size, start = path.stat().st_size, 0
@@ -132,13 +135,3 @@ def split_documents(blocks: Iterator[np.ndarray], separator: int) -> Iterator[np
         pieces.append(ids[begin:])
     if any(map(len, pieces)):
         yield np.concatenate(pieces)
-
-
-def _add(writer: TokenFileWriter, stories: list[np.ndarray], tokenizer: Tokenizer) -> None:
-    """Append stories with the UTF-8 bytes of their text: summed by token where that is exact, else decoded."""
-    if tokenizer.token_bytes is not None:
-        sizes = [int(tokenizer.token_bytes[ids].sum()) for ids in stories]
-    else:
-        sizes = [len(text.encode()) for text in tokenizer.decode_batch(stories)]
-    ids = np.concatenate([np.append(story, tokenizer.end_of_text_id) for story in stories]).astype(np.uint32)
-    writer.add(ids, [len(story) + 1 for story in stories], sizes)

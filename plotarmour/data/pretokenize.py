@@ -1,4 +1,4 @@
-"""Texts to token files: one streaming pass that can be killed at any moment and continues after its last whole shard.
+"""Text files to token files: what the user asks for is checked, work is continued, results get their names at the end.
 
 Everything unfinished lies in one hidden folder beside the output:
 
@@ -6,13 +6,12 @@ Everything unfinished lies in one hidden folder beside the output:
     job.json           what was asked for, so that another job does not continue this one
     tokenizer.json     of bpe:N, once it is learned
     stream_0           standard input, or a FIFO
-    shards/            see plotarmour.data.shards
-    X.bin              final files, complete, before all of them are moved to their names
+    saved.json         where to continue: see plotarmour.data.pipeline
+    X.bin, X.bin.*     token files that grow, before all of them are moved to their names
 
 Final files that exist are taken as they are if they come from the same text with the same settings.
 """
 
-import dataclasses
 import errno
 import hashlib
 import json
@@ -21,35 +20,33 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace as changed
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 
 import plotarmour
 from plotarmour.cli import UserError, say
-from plotarmour.data.chunks import BLOCK, Reading, read_chunks
-from plotarmour.data.encoders import BACKENDS, Differs
-from plotarmour.data.readers import STDIN, HashingReader, Source, check_text, copy_stream, find_texts, is_stream
-from plotarmour.data.sample import sample_stories
-from plotarmour.data.shards import SHARD_BYTES, Job, Join, write_shards
-from plotarmour.data.stories import PARTS, POLICIES, parse_split
+from plotarmour.data.pipeline import SAVE_BYTES, SAVED, Job, described, joined_hash, targets_of, write_token_files
+from plotarmour.data.readers import BLOCK, STDIN, Source, check_text, copy_stream, find_texts, is_stream, read_whole
+from plotarmour.data.stories import PARTS, PIECE, SEPARATORS, parse_split, pieces, story_hash, story_hashes
 from plotarmour.data.token_file import TokenFile, open_tokenizer
-from plotarmour.data.tokenizer import Tokenizer, bpe_size, load_tokenizer, make_tokenizer
-from plotarmour.files import LOCK_FILES, locked, publish, write_json, write_text
+from plotarmour.data.tokenizer import BACKENDS, Differs, Tokenizer, load_tokenizer, make_tokenizer, vocab_size_of
+from plotarmour.files import LOCK_FILES, locked, publish, read_json, write_json, write_text
 
 BPE_BYTES = 64 * 10**6
-NAMED_SOURCES = 6  # texts with an entry of their own in a header of 4,096 bytes
-NAME_BYTES = 100  # of a text's name in a header
+OVERHEAD = 200  # bytes of memory for each text of a sample, beside its characters
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def pre_tokenize(texts: list[Path], tokenizer: str, out: Path, split: str | None = None, stories: str = "endoftext",
                  exclude: list[Path] = (), force: bool = False, replace: bool = False, verify: bool = False,
                  errors: str = "strict", text_column: str = "text", bpe_bytes: int = BPE_BYTES, backend: str = "auto",
-                 block: int = BLOCK, shard_bytes: int = SHARD_BYTES) -> list[Path]:
+                 block: int = BLOCK, save_bytes: int = SAVE_BYTES) -> list[Path]:
     """Write the token file, or with a split the three token files, of some texts, unless they exist already.
 
-    Killed at any moment, the same call continues after the last whole shard and ends with the same bytes.
+    Killed at any moment, the same call continues where it has saved last and ends with the same bytes.
 
     Args:
         texts: files or patterns, read in this order: UTF-8 text, .jsonl, each also with .gz, .parquet, "-" for standard
@@ -58,17 +55,13 @@ def pre_tokenize(texts: list[Path], tokenizer: str, out: Path, split: str | None
             tokenizer to use.
         out: X.bin; with a split X.train.bin, X.val.bin and X.test.bin are written instead.
         split: "train:val:test" in whole shares, or None for one file.
-        stories: what makes a story in plain text: "endoftext", "line" or "file".
+        stories, errors, text_column: see `readers.Source`.
         exclude: texts whose stories are left out and counted, also where case, punctuation or spacing differ.
-        force: replace existing files.
-        replace: replace existing files if they come from another text or other settings.
+        force, replace: replace existing files: all, or those that come from another text or other settings.
         verify: read existing files and the texts whole before taking the files as they are.
-        errors: "strict", or "replace" to put U+FFFD in place of bytes that are not UTF-8, counted in the header.
-        text_column: of .jsonl and .parquet.
         bpe_bytes: of text that bpe:N learns from, at most: a sample spread over the train part.
         backend: "auto", "fastokens" or "tokenizers".
-        block: bytes read at once. The files do not depend on it.
-        shard_bytes: of text, after which a killed start can continue. The files do not depend on it.
+        block, save_bytes: of text read at once; between two saves. The files do not depend on them.
 
     Returns:
         The paths, in the order train, val, test.
@@ -77,7 +70,7 @@ def pre_tokenize(texts: list[Path], tokenizer: str, out: Path, split: str | None
         UserError: text that cannot be read, a part without a story, existing files of something else, a full disk,
             another process that writes the same output.
     """
-    for name, value, known in (("--stories", stories, POLICIES), ("--errors", errors, ("strict", "replace")),
+    for name, value, known in (("--stories", stories, SEPARATORS), ("--errors", errors, ("strict", "replace")),
                                ("--backend", backend, BACKENDS)):
         if value not in known:
             raise UserError(f"{name} {value!r} is unknown; expected one of {', '.join(known)}.")
@@ -97,7 +90,7 @@ def pre_tokenize(texts: list[Path], tokenizer: str, out: Path, split: str | None
     for path in [*texts, *exclude]:
         check_text(path)
     if tokenizer.startswith("bpe:"):
-        bpe_size(tokenizer)  # refuses a wrong size
+        vocab_size_of(tokenizer)  # refuses a wrong size
     work = out.with_name(f".{out.name}.unfinished")
     sizes = sum(path.stat().st_size for path in texts if not is_stream(path))
     with locked(work, out), ExitStack() as stack:
@@ -107,21 +100,24 @@ def pre_tokenize(texts: list[Path], tokenizer: str, out: Path, split: str | None
                 stack.callback(copy.unlink, missing_ok=True)
                 copy_stream(path, copy)
                 check_text(copy, "standard input" if path == STDIN else path.name)
-        sources, excluded = ([Source.of(copies.get(path, path), "-" if path == STDIN else path.name, text_column)
+        options = {"stories": stories, "errors": errors, "text_column": text_column}
+        sources, excluded = ([Source.of(copies.get(path, path), "-" if path == STDIN else path.name, **options)
                               for path in paths] for paths in (texts, exclude))
         policies = {"stories": stories, "split": split, "newlines": "kept", "errors": errors,
                     "excluded": _identity([source.fingerprint() for source in excluded]) if excluded else None,
                     "bpe_bytes": bpe_bytes if tokenizer.startswith("bpe:") else None,
                     "text_column": text_column if any(s.kind != "text" for s in [*sources, *excluded]) else None}
-        reading = Reading(stories, errors, hashed=bool(shares or excluded), block=block)
-        job = Job(sources, targets, shares, reading, policies)
+        job = Job(sources, targets, shares, policies, block=block)
         known = None if tokenizer.startswith("bpe:") else open_tokenizer(tokenizer)
         # A changed text has another time of change; a copied stream always has, so its content decides.
         states = [s.sha256() if s.path in copies.values() else s.state for s in sources]
         wanted = _identity([states, policies, list(targets), tokenizer, known and known.sha256])
-        earlier = _read_json(work / "job.json")
+        earlier = read_json(work / "job.json")
         moving = earlier == {"wanted": wanted, "moving": True}  # killed while the final files got their names
-        if moving or force or not _is_there(job, tokenizer, known, replace, verify):
+        complete = moving and all(path.exists() or (work / path.name).exists() for path in targets.values())
+        if not complete and (moving or force or not _is_there(job, tokenizer, known, replace, verify)):
+            if moving:  # and somebody has removed a final file
+                (work / SAVED).unlink(missing_ok=True)
             if earlier.get("wanted") != wanted:
                 if earlier:
                     say("an earlier start was stopped and cannot be continued (the text or the settings are others "
@@ -129,27 +125,27 @@ def pre_tokenize(texts: list[Path], tokenizer: str, out: Path, split: str | None
                 _empty(work, copies.values())
                 write_json(work / "job.json", {"wanted": wanted})
             with _cleared_after_errors(work, out, sizes):
-                job = dataclasses.replace(job, excluded=_hashes(excluded, reading))
+                job = changed(job, excluded=_hashes(excluded))
                 known = known or _learned(job, work, tokenizer, bpe_bytes)
                 try:
-                    _make(job, work, known, backend, shard_bytes)
+                    write_token_files(job, work, known, backend, save_bytes)
                 except Differs as difference:
                     warnings.warn(f"{difference}: starting over with tokenizers, which is slower.", stacklevel=2)
-                    shutil.rmtree(work / "shards")
-                    _make(job, work, known, "tokenizers", shard_bytes)
+                    (work / SAVED).unlink(missing_ok=True)
+                    write_token_files(job, work, known, "tokenizers", save_bytes)
                 write_json(work / "job.json", {"wanted": wanted, "moving": True})
-                for path in targets.values():
-                    publish(work / path.name, path)
+            complete = True
+        for path in targets.values() if complete else ():
+            if (work / path.name).exists():
+                publish(work / path.name, path)
         _empty(work)
     return list(targets.values())
 
 
 def _check_target(path: Path, inputs: list[Path]) -> None:
-    if path.is_symlink():
-        raise UserError(f"{path} is a symbolic link to {os.readlink(path)}; expected a name for a plain file. Name the "
-                        "file itself with --out.")
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is a folder or device; expected a name for a token file, such as tokens.bin.")
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        found = f"symbolic link to {os.readlink(path)}" if path.is_symlink() else "folder or device"
+        raise UserError(f"{path} is a {found}; expected a name for a plain file, such as tokens.bin, with --out.")
     if path.exists() and any(other.exists() and other.samefile(path) for other in inputs):
         raise UserError(f"{path} is both read and written; expected another name for the token file with --out.")
 
@@ -161,17 +157,11 @@ def part_path(out: Path, part: str) -> Path:
 
 @contextmanager
 def _cleared_after_errors(work: Path, out: Path, n_bytes: int) -> Iterator[None]:
-    """Remove unfinished work after an error, but not when the user stops; name what a full disk needs.
-
-    Args:
-        work: folder of unfinished work.
-        out: for messages.
-        n_bytes: of the texts.
-    """
+    """Remove unfinished work after an error, but not when the user stops; name what `n_bytes` of text need on disk."""
     try:
         yield
     except KeyboardInterrupt:
-        say(f"stopped; the same command continues after the last whole shard. Unfinished work lies in {work}")
+        say(f"stopped; the same command continues where it has saved last. Unfinished work lies in {work}")
         raise
     except UserError:
         _empty(work)
@@ -181,9 +171,9 @@ def _cleared_after_errors(work: Path, out: Path, n_bytes: int) -> Iterator[None]
             raise
         free = shutil.disk_usage(work).free
         _empty(work)
-        # Shards and final files: two bytes for each token, and a token for each byte or about four.
-        raise UserError(f"{out.parent.resolve()}: {error.strerror}. Needed are about {1.1 * n_bytes / 1e6:,.1f} MB "
-                        f"(with --tokenizer bytes {4 * n_bytes / 1e6:,.1f} MB), free are {free / 1e6:,.1f} MB. Make "
+        # Two bytes for each token, and a token for each byte or about four; the index, for very short stories.
+        raise UserError(f"{out.parent.resolve()}: {error.strerror}. Needed are about {0.6 * n_bytes / 1e6:,.1f} MB "
+                        f"(with --tokenizer bytes {2.1 * n_bytes / 1e6:,.1f} MB), free are {free / 1e6:,.1f} MB. Make "
                         "room, or write to another disk with --out.") from None
 
 
@@ -192,30 +182,17 @@ def _identity(value: object) -> str:
     return hashlib.sha256(json.dumps([plotarmour.__version__, value], sort_keys=True).encode()).hexdigest()
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-
-
 def _empty(work: Path, keep: Iterable[Path] = ()) -> None:
     """Remove all but the lock; job.json first, so that nothing is continued that is half removed."""
     for path in sorted(work.iterdir(), key=lambda path: path.name != "job.json"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name not in LOCK_FILES and path not in keep:
+        if path.name not in LOCK_FILES and path not in keep:
             path.unlink()
 
 
-def _hashes(sources: list[Source], reading: Reading) -> np.ndarray:
+def _hashes(sources: list[Source]) -> np.ndarray:
     """Sorted uint64 hashes of the stories of some texts: 8 bytes a story."""
-    hashes = [np.zeros(0, np.uint64)]
-    for source in sources:
-        with HashingReader(source) as reader:
-            hashes += [np.array(c.hashes, np.uint64) for c in read_chunks(source, reader, reading) if c.hashes]
-            reader.finish()
-    return np.unique(np.concatenate(hashes))
+    hashes = [story_hashes(chunk.texts) for source in sources for chunk in read_whole(source)]
+    return np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes]))
 
 
 def _learned(job: Job, work: Path, spec: str, bpe_bytes: int) -> Tokenizer:
@@ -228,53 +205,47 @@ def _learned(job: Job, work: Path, spec: str, bpe_bytes: int) -> Tokenizer:
     return tokenizer
 
 
-def _make(job: Job, work: Path, tokenizer: Tokenizer, backend: str, shard_bytes: int) -> None:
-    """Write the final files into `work`, continuing after whole shards."""
-    shards = work / "shards"
-    shards.mkdir(exist_ok=True)
-    for leftover in work.glob(".*"):  # of final files that were not complete
-        leftover.unlink()
-    with Join(job, tokenizer, work) as join:
-        hashes = write_shards(job, shards, tokenizer, backend, shard_bytes, join)
-        sources = [{**source.fingerprint(), "sha256": sha256}
-                   for source, sha256 in zip(job.sources, hashes, strict=True)]
-        join.publish(described(sources))
+def sample_stories(job: Job, n_bytes: int) -> Iterator[str]:
+    """Yield what bpe:N learns from: stories, or pieces of long ones, spread over the train part (without a split, all).
 
-
-def described(sources: list[dict]) -> list[dict]:
-    """Return what a header states of some texts: an entry for each, or one for all where so many do not fit.
-
-    Args:
-        sources: `Source.fingerprint` of each, with or without `sha256`.
+    Those whose hash lies below a threshold, which is halved whenever they exceed `n_bytes` (UTF-8). So the sample
+    depends on the set of texts, not on their order.
     """
-    if len(sources) <= NAMED_SOURCES:
-        return [{**source, "name": _short(source["name"])} for source in sources]
-    hashes = {key: _joined(source[key] for source in sources) for key in sources[0] if key.startswith("sha256")}
-    return [{"name": f"{_short(sources[0]['name'])} and {len(sources) - 1} more files",
-             "bytes": sum(source["bytes"] for source in sources), **hashes}]
+    rows, threshold, size = {}, 2**64, 0  # text: mixed hash, bytes, copies
+    for text, hashed in _train_texts(job):
+        mixed = hashed * 0x9E3779B97F4A7C15 % 2**64  # the hash itself decides the part: its order is not independent
+        if mixed >= threshold:
+            continue
+        row = rows.setdefault(text, [mixed, len(text.encode()) + OVERHEAD, 0])
+        row[2] += 1
+        size += row[1] if row[2] == 1 else 0
+        while size > n_bytes and len(rows) > 1:
+            threshold //= 2
+            below = {text: row for text, row in rows.items() if row[0] < threshold}
+            rows = below or dict([min(rows.items(), key=lambda item: item[1][0])])
+            size = sum(row[1] for row in rows.values())
+    for text, (_, _, copies) in rows.items():
+        yield from repeat(text, copies)
 
 
-def _joined(hashes: Iterable[str]) -> str:
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
-def _short(name: str) -> str:
-    raw = name.encode()
-    return name if len(raw) <= NAME_BYTES else raw[:NAME_BYTES - 3].decode(errors="ignore") + "..."
+def _train_texts(job: Job) -> Iterator[tuple[str, int]]:
+    """Yield the stories of the first target, long ones in pieces, each with its `story_hash`."""
+    for source in job.sources:
+        for chunk in read_whole(source, job.block):
+            hashes = story_hashes(chunk.texts)
+            for i in np.flatnonzero(targets_of(hashes, job) == 0):
+                story = chunk.texts[i]
+                if len(story) <= PIECE:
+                    yield story, int(hashes[i])
+                else:
+                    yield from ((piece, story_hash(piece)) for piece in pieces(story))
 
 
 def _is_there(job: Job, spec: str, tokenizer: Tokenizer | None, replace: bool, verify: bool) -> bool:
     """Return whether all final files exist and come from these texts with these settings.
 
-    Args:
-        job: texts, files and settings.
-        spec: the user's name for the tokenizer.
-        tokenizer: of that name; None for bpe:N, which is not learned yet.
-        replace: whether files of something else are replaced; they are a mistake otherwise.
-        verify: whether files and texts are read whole; otherwise headers, sizes, beginnings and ends are compared.
-
-    Raises:
-        UserError: files of something else, a part missing, or, with `verify`, a damaged file.
+    Files of something else are replaced or a mistake. `verify` reads files and texts whole; otherwise headers, sizes,
+    beginnings and ends are compared. `tokenizer` is None for bpe:N, which is not learned yet.
     """
     paths = list(job.targets.values())
     missing = [path.name for path in paths if not path.exists()]
@@ -317,6 +288,6 @@ def _differences(path: Path, part: str, job: Job, spec: str, tokenizer: Tokenize
     if verify and not differences:
         data.verify()
         hashes, stored = [source.sha256() for source in job.sources], [s["sha256"] for s in data.header["source"]]
-        if hashes != stored and [_joined(hashes)] != stored:
+        if hashes != stored and [joined_hash(hashes)] != stored:
             differences.append("another text of the same size, beginning and end")
     return differences

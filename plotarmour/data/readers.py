@@ -1,11 +1,13 @@
-"""Texts as files: plain text, JSON lines (both also gzipped), Parquet, standard input; checked before they are read.
+"""Texts as files to stories, in chunks: plain text, JSON lines (both also gzipped), Parquet, standard input.
 
-Every file is hashed while it is read, so that a token file can state what it was made from.
+Every file is hashed while it is read, so that a token file can state what it was made from. Memory holds a block and
+the longest story; the stories do not depend on the size of the blocks.
 """
 
 import glob
 import gzip
 import hashlib
+import json
 import os
 import shutil
 import stat
@@ -17,51 +19,43 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plotarmour.cli import UserError
+from plotarmour.data.stories import BLANK, SEPARATORS
 
 MIB = 2**20
+BLOCK = MIB  # bytes read, cut, encoded and written at once; larger blocks leave the CPU's caches and are slower
+LONGEST_STORY = 2**30  # bytes
+PARQUET_ROWS = 100  # decoded at once
 STDIN = Path("-")
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+BLANK_BYTES = BLANK.encode()
 BOM = b"\xef\xbb\xbf"
-# Beginnings of files that are taken for text, what such a file is, and what to do.
-SIGNATURES = {b"\xff\xfe": ("UTF-16", "Convert it, e.g. with: iconv -f utf-16 -t utf-8"),
-              b"\xfe\xff": ("UTF-16", "Convert it, e.g. with: iconv -f utf-16 -t utf-8"),
-              b"\x1f\x8b": ("gzip data", "Name it .gz, or unpack it with zcat."),
-              b"PK\x03\x04": ("a zip archive", "Unpack it."), b"\x28\xb5\x2f\xfd": ("zstd data", "Unpack it."),
-              b"\xfd7zXZ": ("xz data", "Unpack it."), b"BZh9": ("bzip2 data", "Unpack it."),
-              b"%PDF-": ("a PDF", "Extract its text, e.g. with pdftotext."),
-              b"PAR1": ("Parquet", "Name it .parquet."), b"PLOTARM": ("a token file", "Use it as it is.")}
+# Beginnings of files that are taken for text, and what such a file is.
+SIGNATURES = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip data", b"PK\x03\x04": "a zip archive",
+              b"\x28\xb5\x2f\xfd": "zstd data", b"\xfd7zXZ": "xz data", b"BZh9": "bzip2 data", b"%PDF-": "a PDF",
+              b"PAR1": "Parquet", b"PLOTARM": "a token file"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """One text.
+    """One text, and how it is read."""
 
-    Attributes:
-        path: of the file that is read.
-        name: in headers and messages; "-" for standard input, which is copied to a file first.
-        text_column: of JSON lines and Parquet.
-        state: inode, size and time of change when the text was checked; None: as it is when it is opened.
-    """
-
-    path: Path
-    name: str
-    text_column: str = "text"
-    state: tuple[int, int, int] | None = None
+    path: Path  # of the file that is read
+    name: str  # in headers and messages; "-" for standard input, which is copied to a file first
+    text_column: str = "text"  # of JSON lines and Parquet
+    stories: str = "endoftext"  # what makes a story in plain text: "endoftext", "line" or "file"
+    errors: str = "strict"  # or "replace" to put U+FFFD in place of bytes that are not UTF-8
+    state: tuple[int, int, int] | None = None  # `file_state` when the text was checked; None: when it is opened
 
     @classmethod
-    def of(cls, path: Path, name: str | None = None, text_column: str = "text") -> "Source":
-        """Return the text as it is now."""
+    def of(cls, path: Path, name: str | None = None, **options: str) -> "Source":
+        """Return the text as it is now; the options are `text_column`, `stories` and `errors`."""
         shown = (name or path.name).encode("utf-8", "replace").decode()  # a file name may not be UTF-8, a header is
-        return cls(path, shown, text_column, file_state(path))
+        return cls(path, shown, **options, state=file_state(path))
 
     @property
     def kind(self) -> str:
         """"text", "jsonl" or "parquet", by the ending of the name."""
         return KINDS.get(Path(self.name.lower().removesuffix(".gz")).suffix, "text")
-
-    @property
-    def gzipped(self) -> bool:
-        return self.name.lower().endswith(".gz")
 
     def fingerprint(self) -> dict:
         """Return name, size and the hashes of the first and last MiB: fast, and most changes change it."""
@@ -93,10 +87,9 @@ def find_texts(names: list[str | Path]) -> list[Path]:
     """
     paths = []
     for name in map(str, names):
-        if not glob.has_magic(name) or Path(name).exists():
-            paths.append(Path(name))
-            continue
-        matches = sorted(filter(Path.is_file, map(Path, glob.glob(name, recursive=True))), key=Path.as_posix)
+        matches = [Path(name)]
+        if glob.has_magic(name) and not matches[0].exists():
+            matches = sorted(filter(Path.is_file, map(Path, glob.glob(name, recursive=True))), key=Path.as_posix)
         if not matches:
             raise UserError(f"{name} matches no file; expected at least one text. Check the pattern.")
         paths += matches
@@ -118,47 +111,34 @@ def check_text(path: Path, name: str | None = None) -> None:
     """Raise `UserError` unless `path` is a readable file that looks like text (or gzip, JSON lines, Parquet)."""
     if is_stream(path):
         return
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; expected a text file. Name the file, e.g. {path}/stories.txt.")
     if not path.is_file():
-        raise UserError(f"{path} {'is no plain file' if path.exists() else 'does not exist'}; expected a UTF-8 text "
-                        "file. Check the path.")
+        found = "is a folder" if path.is_dir() else "is no plain file" if path.exists() else "does not exist"
+        raise UserError(f"{path} {found}; expected a UTF-8 text file. Check the path.")
     source = Source(path, name or path.name)
     if source.kind == "parquet":
         return
-    try:
-        with HashingReader(source) as reader:
-            start = next(blocks(source, reader, 2**16), b"")
-    except PermissionError:
-        raise UserError(f"{path} cannot be read: permission denied. Allow reading it, or copy it.") from None
+    with HashingReader(source) as reader:
+        start = next(blocks(source, reader, 2**16), b"")
     if not start:
         raise UserError(f"{source.name} is empty (0 bytes of text); expected stories as UTF-8 text.")
-    for signature, (description, remedy) in SIGNATURES.items():
-        if start.startswith(signature):
-            raise UserError(f"{source.name} is {description}; expected UTF-8 text. {remedy}")
+    found = [found for signature, found in SIGNATURES.items() if start.startswith(signature)]
     if start.count(0) > len(start) / 4:
-        raise UserError(f"{source.name} has many zero bytes, as UTF-16 or binary data have; expected UTF-8 text. "
-                        "Convert it, e.g. with: iconv -f utf-16le -t utf-8")
+        found.append("full of zero bytes, as UTF-16 or binary data are")
+    if found:
+        raise UserError(f"{source.name} is {found[0]}; expected UTF-8 text. Convert it (UTF-16 with: iconv -f utf-16 "
+                        "-t utf-8) or unpack it; files named .gz and .parquet are read as they are.")
     if start.startswith(BOM):
         warnings.warn(f"{source.name} begins with a byte order mark (BOM): left out.", stacklevel=2)
 
 
 class HashingReader:
-    """A file that is hashed while it is read.
-
-    Args:
-        source: the text.
-        progress: called with the number of bytes of each read.
-
-    Attributes:
-        n_bytes: read so far.
-    """
+    """A file that is hashed while it is read; `progress` is called with the number of bytes of each read."""
 
     def __init__(self, source: Source, progress: Callable[[int], object] | None = None):
         self.source, self.progress = source, progress
         self.file = source.path.open("rb", buffering=0)
         self.before = source.state or file_state(source.path)
-        self._sha256, self.n_bytes = hashlib.sha256(), 0
+        self._sha256, self.n_bytes = hashlib.sha256(), 0  # of what was read so far
 
     def read(self, size: int = -1) -> bytes:
         data = self.file.read(size if size >= 0 else MIB)
@@ -196,10 +176,163 @@ def blocks(source: Source, reader: HashingReader, size: int) -> Iterator[bytes]:
     Raises:
         UserError: damaged or truncated gzip data.
     """
-    file = gzip.GzipFile(fileobj=reader, mode="rb") if source.gzipped else reader
+    file = gzip.GzipFile(fileobj=reader, mode="rb") if source.name.lower().endswith(".gz") else reader
     try:
         while block := file.read(size):
             yield block
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{source.name} is damaged or cut short ({error}); expected whole gzip data. Get it "
+        raise UserError(f"{source.name} is cut short ({error}); expected whole gzip data. Get it again.") from None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some whole stories."""
+
+    texts: list[str]  # without the blank space around them, none empty
+    sizes: list[int]  # UTF-8 bytes of each text
+    position: int  # where the next chunk begins: in bytes of the unpacked text, or in rows of a Parquet file
+    n_empty: int  # empty stories dropped
+    n_replaced: int  # U+FFFD put in
+
+
+def read_chunks(source: Source, reader: HashingReader, position: int = 0, block: int = BLOCK) -> Iterator[Chunk]:
+    """Stream the stories of one text.
+
+    Args:
+        source: the text.
+        reader: reads and hashes the file; call `reader.finish()` afterwards.
+        position: of an earlier chunk, to continue behind it. What lies before is read and hashed, too.
+        block: bytes read at once.
+
+    Raises:
+        UserError: text that is not UTF-8 (byte offset, line), a story above `LONGEST_STORY`, damaged records.
+    """
+    if source.kind == "parquet":
+        yield from _read_parquet(source, reader, position, block)
+        return
+    separator = b"\n" if source.kind == "jsonl" else SEPARATORS[source.stories]
+    # A story whose end is not read yet; its last bytes, in which a separator may begin, are in `tail`.
+    begun, tail, n_read = bytearray(), b"", 0
+    for data in blocks(source, reader, block):
+        skipped = min(len(data), max(0, position - n_read))
+        n_read += len(data)
+        *parts, rest = (tail + data[skipped:]).split(separator) if separator else [data[skipped:]]
+        if parts:
+            parts[0], begun = b"".join([begun, parts[0]]), bytearray()
+            chunk = _chunk_of(source, parts, position, separator)
+            position = chunk.position
+            yield chunk
+        cut = max(0, len(rest) - max(0, len(separator) - 1))
+        begun += rest[:cut]
+        tail = rest[cut:]
+        if len(begun) > LONGEST_STORY:
+            raise UserError(f"{source.name}: the story or line at byte {position:,} has more than "
+                            f"{LONGEST_STORY // MIB:,} MiB; expected shorter ones. Put separators between stories, or "
+                            "use --stories line.")
+    begun = b"".join([begun, tail])
+    if begun and not begun.isspace():  # nothing after the last separator is no story
+        yield _chunk_of(source, [begun], position, b"")
+
+
+def read_whole(source: Source, block: int = BLOCK) -> Iterator[Chunk]:
+    """Stream the stories of one text from its beginning; it must not change meanwhile."""
+    with HashingReader(source) as reader:
+        yield from read_chunks(source, reader, 0, block)
+        reader.finish()
+
+
+def _chunk_of(source: Source, parts: list[bytes], start: int, separator: bytes) -> Chunk:
+    """Decode complete stories, or lines of JSON, that begin at byte `start`, each followed by the separator."""
+    stories = [part.strip(BLANK_BYTES) for part in parts]
+    if start == 0:
+        stories[0] = stories[0].removeprefix(BOM).strip(BLANK_BYTES)
+    try:
+        texts, n_replaced = [story.decode("utf-8", source.errors) for story in stories], 0
+    except UnicodeDecodeError:
+        raise _not_utf8(source, start, separator.join(parts)) from None
+    if source.errors == "replace":
+        n_replaced = sum(text.count("\ufffd") - story.count(b"\xef\xbf\xbd")
+                         for text, story in zip(texts, stories, strict=True) if not text.isascii())
+    if source.kind == "jsonl":
+        texts = list(_texts_of_records(source, texts, parts, start))
+    position = start + sum(map(len, parts)) + len(separator) * len(parts)
+    return _chunk(source, texts, position, n_replaced)
+
+
+def _chunk(source: Source, texts: list[str], position: int, n_replaced: int = 0) -> Chunk:
+    """Return the chunk of some stories, of which the empty ones are dropped."""
+    told = [text for text in texts if text]
+    try:
+        sizes = [len(text) if text.isascii() else len(text.encode()) for text in told]
+    except UnicodeEncodeError as error:  # JSON can write what UTF-8 cannot
+        raise UserError(f"{source.name}: a text has a lone surrogate (U+{ord(error.object[error.start]):04X}); "
+                        "expected characters that UTF-8 has. Correct or remove that record.") from None
+    return Chunk(told, sizes, position, len(texts) - len(told), n_replaced)
+
+
+def _not_utf8(source: Source, start: int, raw: bytes) -> UserError:
+    """Return the message for bytes that begin at `start` in the text, with offset and line of the first wrong one."""
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        place, byte = error.start, raw[error.start]
+    line, left = 1, start + place
+    with HashingReader(source) as reader:
+        for block in blocks(source, reader, MIB):
+            line += block.count(b"\n", 0, left)
+            left -= min(left, len(block))
+            if not left:
+                break
+    return UserError(f"{source.name} is not UTF-8: byte 0x{byte:02x} at offset {start + place:,}, line {line:,}. Save "
+                     f"it as UTF-8, e.g. with: iconv -f latin1 -t utf-8 {source.name} > utf8.txt, or use --errors "
+                     "replace.")
+
+
+def _text_of(value: object, column: str) -> str:
+    """Return the text of a record; null is an empty one."""
+    if not isinstance(value, str | None):
+        raise TypeError(f"{column!r} holds {type(value).__name__}; expected text")
+    return (value or "").strip(BLANK)
+
+
+def _texts_of_records(source: Source, lines: list[str], parts: list[bytes], start: int) -> Iterator[str]:
+    """Yield the texts of JSON lines, which are `parts` of a file from byte `start` on, decoded; blank ones are none."""
+    for i, line in enumerate(lines):
+        try:
+            if line:
+                yield _text_of(json.loads(line)[source.text_column], source.text_column)
+        except (ValueError, RecursionError, LookupError, TypeError) as error:
+            offset = start + sum(map(len, parts[:i])) + i
+            raise UserError(f"{source.name}: the line at byte {offset:,} is no JSON object with text in "
+                            f"{source.text_column!r} ({type(error).__name__}: {error}). It begins {line[:60]!r}. "
+                            "Correct it, or name the column with --text-column.") from None
+
+
+def _read_parquet(source: Source, reader: HashingReader, position: int, block: int) -> Iterator[Chunk]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"{source.name} is Parquet and pyarrow is not installed; expected it for this format. Install "
+                        "it with: pip install pyarrow") from None
+    column = source.text_column
+    try:
+        with parquet.ParquetFile(source.path) as file:
+            if column not in file.schema_arrow.names:
+                raise LookupError(f"its columns are {', '.join(file.schema_arrow.names)}")
+            n_read, texts, size = 0, [], 0
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[column]):
+                n_read += len(batch)
+                # The file is hashed in step with the rows, so that a progress bar moves.
+                reader.read(reader.before[1] * n_read // file.metadata.num_rows - reader.n_bytes)
+                if n_read <= position:
+                    continue
+                texts += [_text_of(row, column) for row in batch.column(0).to_pylist()]
+                size += batch.nbytes
+                if size >= block or n_read == file.metadata.num_rows:
+                    yield _chunk(source, texts, n_read)
+                    texts, size = [], 0
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, LookupError, TypeError) as error:
+        raise UserError(f"{source.name} cannot be read as Parquet with text in column {column!r} "
+                        f"({str(error).partition(chr(10))[0]}). Name the column with --text-column, or get the file "
                         "again.") from None

@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import struct
-import tempfile
 import zlib
 from functools import cached_property
 from pathlib import Path
@@ -35,13 +34,13 @@ DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 HEADER_BYTES = 4096
 CRC_BLOCK = 4 * 2**20
 _FIXED = struct.Struct("<8sII")
+_AGAIN = "Make it again with tools/pre_tokenize.py."
 
 
 class TokenFile:
     """A token file, mapped read-only. Use `TokenFile.open`.
 
     Attributes:
-        path: of the file.
         header: as documented in the module.
         tokens: uint16 or uint32 (n_tokens,), read-only memmap.
         offsets: uint64 (n_stories,), token index where each story begins.
@@ -50,6 +49,7 @@ class TokenFile:
 
     def __init__(self, path: Path, header: dict):
         self.path, self.header, self._index_is_checked = path, header, False
+        self.n_tokens, self.n_stories = header["n_tokens"], header["n_stories"]
         self.tokens = self._map("tokens", DTYPES[header["dtype"]])
 
     @classmethod
@@ -64,8 +64,8 @@ class TokenFile:
         size = path.stat().st_size
         end = max(offset + length for offset, length in header["sections"].values())
         if size != end:  # reading past the end of a truncated mapped file kills the process
-            raise UserError(f"{path} is {'truncated' if size < end else 'too long'}: {size:,} bytes, its header says "
-                            f"{end:,}. Make it again with tools/pre_tokenize.py.")
+            found = "truncated" if size < end else "too long"
+            raise UserError(f"{path} is {found}: {size:,} bytes, its header says {end:,}. {_AGAIN}")
         return cls(path, header)
 
     @cached_property
@@ -76,34 +76,18 @@ class TokenFile:
     def story_bytes(self) -> np.ndarray:
         return self._map_index("lengths", np.dtype("<u4"))
 
-    @property
-    def n_tokens(self) -> int:
-        return self.header["n_tokens"]
-
-    @property
-    def n_stories(self) -> int:
-        return self.header["n_stories"]
-
     def story(self, i: int) -> np.ndarray:
-        """Return the ids of story `i`, without its end-of-text id, as stored (uint16 or uint32).
-
-        Raises:
-            UserError: an id outside the vocabulary: the file is damaged.
-        """
+        """Return the ids of story `i`, without its end-of-text id, as stored, after a check against the vocabulary."""
         end = int(self.offsets[i + 1]) if i + 1 < self.n_stories else self.n_tokens
         ids = self.tokens[int(self.offsets[i]):end - 1]
         check_largest_id(self, int(ids.max(initial=0)))
         return ids
 
     def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer that travels in the file.
-
-        Raises:
-            UserError: its bytes do not have the hash that the header states.
-        """
+        """Return the tokenizer that travels in the file; its bytes must have the hash that the header states."""
         text = bytes(self._map("tokenizer", np.dtype("u1"))).decode()
         if hashlib.sha256(text.encode()).hexdigest() != self.header["tokenizer"]["sha256"]:
-            raise UserError(f"{self.path}: the tokenizer inside is damaged. Make the file again.")
+            raise UserError(f"{self.path} is damaged: its tokenizer does not have its SHA-256. {_AGAIN}")
         return Tokenizer(text, self.header["tokenizer"]["kind"])
 
     def verify(self) -> None:
@@ -119,32 +103,28 @@ class TokenFile:
                 digest.update(block)
         if digest.hexdigest() == self.header["payload_sha256"]:
             return
-        crcs = self._checks()
-        for i in range(-(-self.tokens.nbytes // CRC_BLOCK)):
-            if zlib.crc32(self.tokens.view("u1")[i * CRC_BLOCK:(i + 1) * CRC_BLOCK]) != crcs[i]:
-                raise UserError(f"{self.path} is damaged: tokens in block {i} (4 MiB each) do not match their CRC-32. "
-                                "Make it again with tools/pre_tokenize.py.")
-        raise UserError(f"{self.path} is damaged: its content does not have the SHA-256 that the header states. "
-                        "Make it again with tools/pre_tokenize.py.")
+        damaged = _damaged_block(self.tokens.view("u1"), self._checks()[:self._n_token_blocks])
+        found = "its content does" if damaged is None else f"the tokens in block {damaged} (4 MiB each) do"
+        raise UserError(f"{self.path} is damaged: {found} not match the hash that the file states. {_AGAIN}")
+
+    @property
+    def _n_token_blocks(self) -> int:
+        return -(-self.tokens.nbytes // CRC_BLOCK)
 
     def _checks(self) -> np.ndarray:
         """CRC-32 of each block: first of the tokens, then of the index."""
         stored = self._map("checks", np.dtype("<u4"))
         if zlib.crc32(stored) != self.header["checks_crc32"]:
-            raise UserError(f"{self.path} is damaged: its checks do not match their own CRC-32. Make it again with "
-                            "tools/pre_tokenize.py.")
+            raise UserError(f"{self.path} is damaged: its checks do not match their own CRC-32. {_AGAIN}")
         return stored
 
     def _map_index(self, section: str, dtype: np.dtype) -> np.ndarray:
         """Map offsets or lengths, after one comparison of both (12 bytes a story) with their CRC-32."""
         if self.n_stories and not self._index_is_checked:
-            crcs = self._checks()[-(-self.tokens.nbytes // CRC_BLOCK):]
             start = self.header["sections"]["offsets"][0]
             index = np.memmap(self.path, mode="r", dtype="u1", offset=start, shape=(12 * self.n_stories,))
-            for i, crc in enumerate(crcs):
-                if zlib.crc32(index[i * CRC_BLOCK:(i + 1) * CRC_BLOCK]) != crc:
-                    raise UserError(f"{self.path} is damaged: its index of stories does not match its CRC-32. Make it "
-                                    "again with tools/pre_tokenize.py.")
+            if _damaged_block(index, self._checks()[self._n_token_blocks:]) is not None:
+                raise UserError(f"{self.path} is damaged: its index of stories does not match its CRC-32. {_AGAIN}")
             self._index_is_checked = True
         return self._map(section, dtype)
 
@@ -153,6 +133,11 @@ class TokenFile:
         if not length:  # an empty section cannot be mapped
             return np.zeros(0, dtype)
         return np.memmap(self.path, mode="r", dtype=dtype, offset=offset, shape=(length // dtype.itemsize,))
+
+
+def _damaged_block(data: np.ndarray, crcs: np.ndarray) -> int | None:
+    """Return the first block of some bytes that does not have its CRC-32."""
+    return next((i for i, crc in enumerate(crcs) if zlib.crc32(data[i * CRC_BLOCK:(i + 1) * CRC_BLOCK]) != crc), None)
 
 
 def check_largest_id(data, largest: int) -> None:
@@ -179,28 +164,21 @@ def read_header(path: Path) -> dict:
     Raises:
         UserError: missing, a folder, another kind of file, a newer format, or a damaged header.
     """
-    if path.is_dir() or not path.exists():
-        raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; expected a token file. "
-                        "Make one with tools/pre_tokenize.py.")
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {found}; expected a token file. Make one with tools/pre_tokenize.py.")
     with path.open("rb") as file:
         block = file.read(HEADER_BYTES)
     if block[:8] != MAGIC:
-        raise UserError(f"{path} is not a token file: it begins with {block[:8]!r}, expected {MAGIC!r}. "
-                        "Make one with tools/pre_tokenize.py.")
-    if len(block) < HEADER_BYTES:
-        raise UserError(f"{path} is truncated: {len(block)} bytes, a header alone has {HEADER_BYTES}. Make it again.")
-    if zlib.crc32(block[:-4]) != struct.unpack("<I", block[-4:])[0]:
-        raise UserError(f"{path}: the header is damaged (its CRC-32 does not match). Make the file again.")
+        raise UserError(f"{path} is not a token file: it begins with {block[:8]!r}, expected {MAGIC!r}. Make one with "
+                        "tools/pre_tokenize.py.")
+    if len(block) < HEADER_BYTES or zlib.crc32(block[:-4]) != struct.unpack("<I", block[-4:])[0]:
+        raise UserError(f"{path}: the header is damaged or truncated (its CRC-32 does not match). {_AGAIN}")
     _, version, length = _FIXED.unpack(block[:_FIXED.size])
-    if version == int.from_bytes(FORMAT_VERSION.to_bytes(4, "little"), "big"):
-        raise UserError(f"{path} is big-endian; this program reads little-endian token files. Make the file again.")
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format {version}; this program reads {FORMAT_VERSION}. Update plotarmour, or "
-                        "make the file again.")
-    header = json.loads(block[_FIXED.size:_FIXED.size + length])
+    header = json.loads(block[_FIXED.size:_FIXED.size + length]) if version == FORMAT_VERSION else {}
     if header.get("dtype") not in DTYPES:
-        raise UserError(f"{path} holds {header.get('dtype')}; this program reads {' or '.join(DTYPES)}. Make the file "
-                        "again.")
+        raise UserError(f"{path} has format {version} and holds {header.get('dtype')}; this program reads format "
+                        f"{FORMAT_VERSION} with {' or '.join(DTYPES)}. Update plotarmour, or make the file again.")
     return header
 
 
@@ -222,28 +200,45 @@ class TokenFileWriter:
         path: of the file.
         tokenizer: whose ids are written.
         policies: more entries of the header, such as `stories` and `split`.
+        saved: what `save` of an earlier writer of this path returned, or (0, 0): this one continues behind it, writes
+            to the path itself, and leaves it as it is after an error.
 
     Use as a context manager.
     """
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, policies: dict):
-        self.path, self.tokenizer, self.policies = path, tokenizer, policies
+    def __init__(self, path: Path, tokenizer: Tokenizer, policies: dict, saved: tuple[int, int] | None = None):
+        self.path, self.tokenizer, self.policies, self.is_kept = path, tokenizer, policies, saved is not None
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-        self.n_tokens = self.n_stories = self.n_indexed = 0  # n_indexed: tokens of the stories in the index
-        self.sha256, self.crcs = hashlib.sha256(), BlockCRCs()
-        self.temporary = unfinished(path)
-        self.body = self.temporary.open("w+b", buffering=0)
-        self.body.write(bytes(HEADER_BYTES))
+        self.n_tokens, self.n_stories = saved or (0, 0)
+        self.n_indexed = self.n_tokens  # tokens of the stories in the index
+        self.sha256, self.crcs, self.crc, self.filled = hashlib.sha256(), [], 0, 0  # of whole blocks; of the last one
         # The index comes behind the tokens, whose number is known only at the end.
-        self.index = {name: tempfile.TemporaryFile(dir=path.parent) for name in ("offsets", "lengths")}
+        temporary = path if self.is_kept else unfinished(path)
+        parts = {temporary: HEADER_BYTES + self.n_tokens * self.dtype.itemsize,
+                 temporary.with_name(f"{temporary.name}.offsets"): 8 * self.n_stories,
+                 temporary.with_name(f"{temporary.name}.lengths"): 4 * self.n_stories}
+        for part, size in parts.items():
+            part.touch()
+            if self.n_stories and part.stat().st_size < size:
+                raise UserError(f"{part} is truncated; expected what an earlier start has saved. Give the same command "
+                                "again: it starts over.")
+            os.truncate(part, size)  # what was written after the last save goes
+        self.files = [part.open("r+b") for part in parts]
+        self.body, self.offsets, self.lengths = self.files
+        self.body.seek(HEADER_BYTES)
+        while block := self.body.read(CRC_BLOCK):
+            self._count(block)
+        for file in self.files:
+            file.seek(0, os.SEEK_END)
 
     def __enter__(self) -> "TokenFileWriter":
         return self
 
     def __exit__(self, *exception) -> None:
-        for file in (self.body, *self.index.values()):
+        for file in self.files:
             file.close()
-        self.temporary.unlink(missing_ok=True)
+            if not self.is_kept:
+                Path(file.name).unlink(missing_ok=True)
 
     def add(self, ids: np.ndarray, counts: np.ndarray, sizes: np.ndarray) -> None:
         """Append ids, and the stories that end in them. Further calls may continue the last story.
@@ -268,11 +263,18 @@ class TokenFileWriter:
             raise UserError(f"story {self.n_stories} or one soon after has {sizes.max():,} bytes; expected less than "
                             f"{2**32:,}. Put separators into it.")
         ends = self.n_indexed + np.cumsum(counts)
-        self.index["offsets"].write((ends - counts).astype("<u8").data)
-        self.index["lengths"].write(sizes.astype("<u4").data)
+        self.offsets.write((ends - counts).astype("<u8").data)
+        self.lengths.write(sizes.astype("<u4").data)
         self.n_indexed, self.n_stories = self.n_indexed + int(counts.sum()), self.n_stories + len(counts)
-        self._append(ids.astype(self.dtype).view("u1").data, checked=True)
+        self._append(ids.astype(self.dtype).view("u1").data)
         self.n_tokens += len(ids)
+
+    def save(self) -> tuple[int, int]:
+        """fsync what was added, whole stories, and return the numbers of tokens and stories."""
+        for file in self.files:
+            file.flush()
+            os.fsync(file.fileno())
+        return self.n_tokens, self.n_stories
 
     def publish(self, sources: list[dict], n_empty_dropped: int = 0, n_excluded: int = 0, n_replaced: int = 0) -> None:
         """Add index, checks, tokenizer and header, and put the file under its name, atomically.
@@ -282,20 +284,20 @@ class TokenFileWriter:
             n_empty_dropped, n_excluded: stories of the whole text that no part holds.
             n_replaced: U+FFFD put in.
         """
-        self.crcs.end_block()
+        self._end_block()
         sections = {"tokens": [HEADER_BYTES, self.n_tokens * self.dtype.itemsize]}
-        self._append(bytes(-self.body.tell() % 8))  # offsets begin at a multiple of 8
-        for name, file in self.index.items():
+        self._append(bytes(-self.body.tell() % 8), checked=False)  # offsets begin at a multiple of 8
+        for name, file in (("offsets", self.offsets), ("lengths", self.lengths)):
             start = self.body.tell()
             file.seek(0)
             while block := file.read(2**20):
-                self._append(block, checked=True)
+                self._append(block)
             sections[name] = [start, self.body.tell() - start]
-        self.crcs.end_block()
-        checks = struct.pack(f"<{len(self.crcs.done)}I", *self.crcs.done)
+        self._end_block()
+        checks = struct.pack(f"<{len(self.crcs)}I", *self.crcs)
         for name, data in (("checks", checks), ("tokenizer", self.tokenizer.json.encode())):
             sections[name] = [self.body.tell(), len(data)]
-            self._append(data)
+            self._append(data, checked=False)
         self.body.seek(0)
         self.body.write(header_block({
             "dtype": "uint16" if self.dtype.itemsize == 2 else "uint32", "n_tokens": self.n_tokens,
@@ -305,35 +307,28 @@ class TokenFileWriter:
             "tokenizer": {"kind": self.tokenizer.kind, "sha256": self.tokenizer.sha256}, "source": sources,
             **self.policies, "payload_sha256": self.sha256.hexdigest(), "checks_crc32": zlib.crc32(checks),
             "sections": sections, "program": f"plotarmour {plotarmour.__version__}"}))
-        os.fsync(self.body.fileno())
+        self.save()
+        self.files.remove(self.body)
         self.body.close()
-        publish(self.temporary, self.path)
+        publish(Path(self.body.name), self.path)
 
-    def _append(self, data: bytes | memoryview, checked: bool = False) -> None:
+    def _append(self, data: bytes | memoryview, checked: bool = True) -> None:
+        self.body.write(data)
+        self._count(data, checked)
+
+    def _count(self, data: bytes | memoryview, checked: bool = True) -> None:
+        """Update the SHA-256 of the payload and the CRC-32 of each block."""
         self.sha256.update(data)
-        if checked:
-            self.crcs.update(data)
-        while data:
-            data = data[self.body.write(data):]  # an unbuffered file may take only a part
-
-
-class BlockCRCs:
-    """CRC-32 of every `CRC_BLOCK` bytes of a stream."""
-
-    def __init__(self):
-        self.done, self.crc, self.filled = [], 0, 0
-
-    def update(self, data: bytes | memoryview) -> None:
         data = memoryview(data)
-        while data:
-            piece, data = data[:CRC_BLOCK - self.filled], data[CRC_BLOCK - self.filled:]
-            self.crc, self.filled = zlib.crc32(piece, self.crc), self.filled + len(piece)
+        while checked and data:
+            part, data = data[:CRC_BLOCK - self.filled], data[CRC_BLOCK - self.filled:]
+            self.crc, self.filled = zlib.crc32(part, self.crc), self.filled + len(part)
             if self.filled == CRC_BLOCK:
-                self.end_block()
+                self._end_block()
 
-    def end_block(self) -> None:
+    def _end_block(self) -> None:
         if self.filled:
-            self.done.append(self.crc)
+            self.crcs.append(self.crc)
         self.crc, self.filled = 0, 0
 
 

@@ -2,6 +2,9 @@
 
 Every tokenizer is a `tokenizers.Tokenizer` (Hugging Face) and is stored as its JSON: in token files, in run folders. A
 literal `<|endoftext|>` inside a story is ordinary text: only the pretokenizer writes the end-of-text id.
+
+`fastokens` (Apache-2.0) gives the same ids about a hundred times faster; `Encoder` uses it where it is installed
+and checks it against `tokenizers` on the user's own text. benchmarks/pretokenize.py measures both.
 """
 
 import hashlib
@@ -9,18 +12,26 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from plotarmour.cli import UserError
+from plotarmour.data.stories import PIECE, pieces
+from plotarmour.limits import cores
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50257
 GPT2_SHA256 = "0f8c9d6ae8900a28603a84f9c4be747822b43891146b9d76e7d3faf936c34c0b"  # see `_is_gpt2`
 ROOT = Path(__file__).resolve().parents[2]
+BACKENDS = ("auto", "fastokens", "tokenizers")
+CHECKED_SHARE = 0.005  # of the characters that fastokens encodes are encoded by tokenizers as well, at most
+CHECKED_CHARACTERS = 2048  # of one text, at most
+WORTHWHILE = 2**20  # bytes of text: below, the reference has finished before fastokens is loaded
+UNCUT = 64 * 2**20  # characters that are encoded at once, at most
 
 
 class Tokenizer:
@@ -31,7 +42,7 @@ class Tokenizer:
         kind: the user's name for it: "gpt2", "bpe:4096", "bytes" or "file".
 
     Raises:
-        UserError: not a tokenizer, or one without `<|endoftext|>`.
+        UserError: not a tokenizer, or one without an end-of-text entry.
     """
 
     def __init__(self, json_text: str, kind: str):
@@ -42,14 +53,11 @@ class Tokenizer:
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"the {kind} tokenizer cannot be read ({error}); expected a Hugging Face "
                             "tokenizer.json.") from None
-        self.json = json_text
-        self.sha256 = hashlib.sha256(json_text.encode()).hexdigest()
-        self.vocab_size = self.backend.get_vocab_size()
-        end = self.backend.token_to_id(END_OF_TEXT)
-        if end is None:
+        self.json, self.sha256 = json_text, hashlib.sha256(json_text.encode()).hexdigest()
+        self.vocab_size, self.end_of_text_id = self.backend.get_vocab_size(), self.backend.token_to_id(END_OF_TEXT)
+        if self.end_of_text_id is None:
             raise UserError(f"the {kind} tokenizer has no {END_OF_TEXT} entry; expected one, it ends every story. "
                             "Add it as a special token.")
-        self.end_of_text_id = end
         self.kind = "gpt2" if kind == "file" and _is_gpt2(self) else kind
         self.backend.encode_special_tokens = True  # a literal <|endoftext|> in a story stays text
         self.backend.no_padding()
@@ -73,18 +81,16 @@ class Tokenizer:
 
     @cached_property
     def takes_pieces(self) -> bool:
-        """Whether the two parts of a text, cut by `cut_place`, have the same ids as the whole text.
+        """Whether the `pieces` of a story have the ids of the whole story.
 
-        True for byte-level BPE: its regular expression never matches across such a place. Other tokenizers may
-        normalise across it, mark the beginning of a text, or have entries that contain spaces.
+        True for byte-level BPE: its regular expression never matches across the cuts. Other tokenizers may normalise
+        across them, mark the beginning of a text, or have entries that contain spaces.
         """
         settings = json.loads(self.json)
         split, model = settings.get("pre_tokenizer") or {}, settings["model"]
-        byte_level = (split.get("type") == "ByteLevel" and split.get("use_regex", True)
-                      and not split.get("add_prefix_space", True))
-        bpe = model.get("type", "BPE") == "BPE" and "merges" in model and not model.get("dropout")
-        return (bpe and byte_level and settings.get("normalizer") is None
-                and all(token["special"] for token in settings.get("added_tokens", [])))
+        return (split.get("type") == "ByteLevel" and split.get("use_regex", True) and _changes_nothing(settings)
+                and not split.get("add_prefix_space", True) and model.get("type", "BPE") == "BPE"
+                and "merges" in model and not model.get("dropout"))
 
     @cached_property
     def token_bytes(self) -> np.ndarray | None:
@@ -93,8 +99,6 @@ class Tokenizer:
         Exact only for byte-level vocabularies: each character of an entry stands for one byte, no byte is missing, and
         the text is encoded unchanged. Others mark continuations (`##ed`), normalise, or put a space before the text.
         """
-        from tokenizers import pre_tokenizers
-
         settings, vocabulary = json.loads(self.json), self.backend.get_vocab(with_added_tokens=True)
         splits = settings.get("pre_tokenizer") or {}
         splits = splits.get("pretokenizers") or [splits]  # a sequence, or a single one
@@ -102,17 +106,17 @@ class Tokenizer:
                         or split.get("type") == "ByteLevel" and not split.get("add_prefix_space", True)
                         for split in splits)
         byte_level = (settings.get("decoder") or {}).get("type") == splits[-1].get("type") == "ByteLevel"
-        if not (byte_level and unchanged and settings.get("normalizer") is None
-                and all(token["special"] for token in settings.get("added_tokens", []))
-                and set(pre_tokenizers.ByteLevel.alphabet()) <= set(vocabulary)):
+        if not (byte_level and unchanged and _changes_nothing(settings) and set(_alphabet()) <= set(vocabulary)):
             return None
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
         for token, i in vocabulary.items():
             sizes[i] = 0 if token == END_OF_TEXT else len(token)
         return sizes
 
-    def save(self, path: Path) -> None:
-        path.write_text(self.json, encoding="utf-8")
+
+def _changes_nothing(settings: dict) -> bool:
+    """Whether a tokenizer.json neither normalises the text nor has entries of its own beside special ones."""
+    return settings.get("normalizer") is None and all(token["special"] for token in settings.get("added_tokens", []))
 
 
 def _is_gpt2(tokenizer: Tokenizer) -> bool:
@@ -136,12 +140,14 @@ def make_tokenizer(spec: str, train_stories: Iterable[str] | None = None) -> Tok
     Raises:
         UserError: an unknown name, a folder without a tokenizer, or GPT-2's vocabulary cannot be found.
     """
+    from tokenizers import models
+
     if spec == "gpt2":
         return _gpt2()
     if spec == "bytes":
-        return Tokenizer(_byte_level_json({}, []), "bytes")
+        return Tokenizer(_byte_level(models.BPE({c: i for i, c in enumerate(_alphabet())}, [])).to_str(), "bytes")
     if spec.startswith("bpe:"):
-        return _train_bpe(bpe_size(spec), train_stories)
+        return _train_bpe(vocab_size_of(spec), train_stories)
     path = Path(spec)
     if spec and path.exists():
         return load_tokenizer(path)
@@ -151,20 +157,18 @@ def make_tokenizer(spec: str, train_stories: Iterable[str] | None = None) -> Tok
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """Load a tokenizer.json, or the one of a folder, or vocab.json and merges.txt of a folder."""
+    from tokenizers import models
+
     file = path / "tokenizer.json" if path.is_dir() else path
-    if file.is_file():
-        try:
-            return Tokenizer(file.read_text(encoding="utf-8"), "file")
-        except UnicodeDecodeError:
-            raise UserError(f"{file} is no tokenizer: not UTF-8; expected a Hugging Face tokenizer.json.") from None
-        except UserError as error:
-            raise UserError(f"{file}: {error}") from None
-    if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-        vocab = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
-        lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-        return Tokenizer(_byte_level_json(vocab, merges), "file")
-    raise UserError(f"{path} holds no tokenizer; expected tokenizer.json, or vocab.json and merges.txt.")
+    vocab, merges = path / "vocab.json", path / "merges.txt"
+    if not file.is_file() and vocab.is_file() and merges.is_file():
+        return Tokenizer(_byte_level(models.BPE.from_file(str(vocab), str(merges))).to_str(), "file")
+    if not file.is_file():
+        raise UserError(f"{path} holds no tokenizer; expected tokenizer.json, or vocab.json and merges.txt.")
+    try:
+        return Tokenizer(file.read_text(encoding="utf-8", errors="replace"), "file")
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 def _gpt2() -> Tokenizer:
@@ -172,92 +176,170 @@ def _gpt2() -> Tokenizer:
         if folder.is_dir():
             tokenizer = load_tokenizer(folder)
             if tokenizer.kind != "gpt2":
-                raise UserError(f"{folder} holds another tokenizer, of {tokenizer.vocab_size:,} entries; expected "
-                                f"GPT-2's {GPT2_VOCAB_SIZE:,}. Put GPT-2's there, or name the folder: --tokenizer "
-                                f"{folder}.")
+                raise UserError(f"{folder} holds a tokenizer of {tokenizer.vocab_size:,} entries that is not GPT-2's. "
+                                f"Put GPT-2's there, or name the folder: --tokenizer {folder}.")
             return tokenizer
-    if os.environ.get("HF_HUB_OFFLINE") != "1":
-        try:
-            from huggingface_hub import hf_hub_download
+    try:
+        from huggingface_hub import hf_hub_download
 
-            return Tokenizer(Path(hf_hub_download("openai-community/gpt2", "tokenizer.json")).read_text("utf-8"),
-                             "gpt2")
-        except Exception as error:  # being offline raises many kinds of exceptions, with one remedy
-            reason = type(error).__name__
-    else:
-        reason = "HF_HUB_OFFLINE=1"
-    raise UserError(f"GPT-2's vocabulary is not in data/gpt2 and the Hugging Face hub cannot be reached ({reason}). "
-                    "Put tokenizer.json (or vocab.json and merges.txt) of huggingface.co/openai-community/gpt2 into "
-                    "data/gpt2, or name their folder: --tokenizer FOLDER, or use --tokenizer bpe:4096.")
-
-
-def bpe_size(spec: str) -> int:
-    """Return N of "bpe:N"; raise `UserError` where N is no number or too small."""
-    if not re.fullmatch(r"bpe:\d+", spec) or int(spec[4:]) < 257:
-        raise UserError(f"tokenizer {spec!r} has no usable size; expected bpe:N with N at least 257 (256 bytes and "
-                        f"{END_OF_TEXT}), such as bpe:4096.")
-    return int(spec[4:])
+        path = Path(hf_hub_download("openai-community/gpt2", "tokenizer.json"))
+    except Exception as error:  # being offline raises many kinds of exceptions, with one remedy
+        raise UserError("GPT-2's vocabulary is not in data/gpt2 and the Hugging Face hub cannot be reached "
+                        f"({type(error).__name__}). Put tokenizer.json (or vocab.json and merges.txt) of "
+                        "huggingface.co/openai-community/gpt2 into data/gpt2, or name their folder: --tokenizer "
+                        "FOLDER, or use --tokenizer bpe:4096.") from None
+    return Tokenizer(path.read_text(encoding="utf-8"), "gpt2")
 
 
 def vocab_size_of(spec: str) -> int:
     """Return the number of entries of "gpt2", "bpe:N" (a small text yields fewer) or "bytes" without loading it.
 
     Raises:
-        UserError: a folder or file, or an unknown name.
+        UserError: a folder or file, an unknown name, or an N that is no number or too small.
     """
-    if spec.startswith("bpe:"):
-        return bpe_size(spec)
-    if spec not in ("gpt2", "bytes"):
+    if spec in ("gpt2", "bytes"):
+        return GPT2_VOCAB_SIZE if spec == "gpt2" else 257  # 256 bytes and <|endoftext|>
+    if not spec.startswith("bpe:"):
         raise UserError(f"tokenizer {spec!r} does not tell its vocabulary's size; expected gpt2, bpe:N or bytes. Name "
                         "the size: --vocab-size N.")
-    return GPT2_VOCAB_SIZE if spec == "gpt2" else 257  # 256 bytes and <|endoftext|>
+    if not re.fullmatch(r"bpe:\d+", spec) or int(spec[4:]) < 257:
+        raise UserError(f"tokenizer {spec!r} has no usable size; expected bpe:N with N at least 257 (256 bytes and "
+                        f"{END_OF_TEXT}), such as bpe:4096.")
+    return int(spec[4:])
+
+
+def _alphabet() -> list[str]:
+    """The characters that stand for the 256 bytes."""
+    from tokenizers import pre_tokenizers
+
+    return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def _byte_level(model: object) -> object:
     """A `tokenizers.Tokenizer` that splits text as GPT-2 does and maps each byte to one character."""
-    from tokenizers import Tokenizer as Backend
+    import tokenizers
     from tokenizers import decoders, pre_tokenizers
 
-    backend = Backend(model)
+    backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True)])
     return backend
 
 
-def _byte_level_json(vocab: dict[str, int], merges: list[tuple[str, str]]) -> str:
-    """JSON of a byte-level BPE; an empty vocabulary stands for one entry per byte."""
-    from tokenizers import AddedToken, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = _byte_level(models.BPE(vocab=vocab or {c: i for i, c in enumerate(alphabet)}, merges=merges))
-    backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
-    return backend.to_str()
-
-
 def _train_bpe(size: int, stories: Iterable[str] | None) -> Tokenizer:
-    from tokenizers import models, pre_tokenizers, trainers
+    from tokenizers import models, trainers
 
     if stories is None:
         raise UserError(f"bpe:{size} learns from text and has none; give it a text, or name an existing tokenizer.")
     backend = _byte_level(models.BPE())
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END_OF_TEXT], show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    backend.train_from_iterator(stories, trainer)
+    backend.train_from_iterator(stories, trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[END_OF_TEXT], show_progress=False, initial_alphabet=_alphabet()))
     if backend.get_vocab_size() < size:
         warnings.warn(f"the text yields only {backend.get_vocab_size()} of bpe:{size} entries: every word of it is one "
                       "token already. A smaller N, more text or --bpe-bytes helps.", stacklevel=3)
     return Tokenizer(backend.to_str(), f"bpe:{size}")
 
 
-def cut_place(text: bytes, end: int) -> int:
-    """Return the last place before `end` where a space follows a character that is not blank; 0 if there is none.
+class Differs(Exception):
+    """fastokens gave other ids than `tokenizers`: none of its ids can be trusted."""
 
-    Example:
-        >>> cut_place(b"Tom ran.  Home", 14)
-        3
+
+class Encoder:
+    """Encodes texts in batches: by fastokens, with samples compared with `tokenizers`, or by `tokenizers` alone.
+
+    Args:
+        tokenizer: the reference.
+        backend: "auto" takes fastokens if it is installed, can read the tokenizer and the text is long enough; then
+            `name` is "fastokens", else "tokenizers".
+        n_bytes: size of the text.
     """
-    while (end := text.rfind(b" ", 1, end)) > 0:
-        before = text[max(0, end - 4):end].decode("utf-8", "replace")[-1]
-        if not before.isspace():
-            return end
-    return 0
+
+    def __init__(self, tokenizer: Tokenizer, backend: str, n_bytes: int):
+        self.tokenizer, self.name, self._fast = tokenizer, "tokenizers", None
+        self.n_seen = self.n_checked = self.n_calls = 0  # characters, characters, calls
+        if backend == "tokenizers" or (backend == "auto" and n_bytes < WORTHWHILE):
+            return
+        try:
+            self._fast, self.name = _fastokens(tokenizer), "fastokens"
+        except Exception as error:  # of any kind: the reference can read this tokenizer
+            if backend == "fastokens":
+                raise UserError(f"fastokens cannot be used ({error}); expected it for --backend fastokens. Install it "
+                                "with pip install fastokens, or use --backend auto.") from None
+
+    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encode some texts; raise `Differs` if ids of fastokens are not the reference's.
+
+        Returns:
+            All ids, uint32 (n,), each text followed by end-of-text; and how many ids each text has, end-of-text
+            included, int64 (len(texts),).
+        """
+        if self._fast:
+            ids, offsets = self._fast(texts)
+            ids, offsets = np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<u8").astype(np.int64)
+            self._check(texts, ids, offsets)
+            return ids, np.diff(offsets)
+        rows = [row + [self.tokenizer.end_of_text_id] for row in self.tokenizer.encode_batch(texts)]
+        counts = np.fromiter(map(len, rows), np.int64, len(rows))
+        return np.fromiter(chain.from_iterable(rows), np.uint32, int(counts.sum())), counts
+
+    def encode_stories(self, stories: list[str], name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Encode some stories of the text `name` in batches; a long story comes in pieces.
+
+        Yields:
+            Ids as `encode` returns them, and how many ids each story has that ends in them, earlier batches included.
+        """
+        if max(map(len, stories), default=0) <= PIECE:
+            yield self.encode(stories)
+            return
+        for story in stories:
+            left, n_ids = len(story), 0
+            for piece in pieces(story, PIECE) if self.tokenizer.takes_pieces else [story]:
+                if len(piece) > UNCUT:
+                    raise UserError(f"{name}: an unbroken run of {len(piece):,} characters, which begins "
+                                    f"{piece[:40]!r}; expected at most {UNCUT:,} between two spaces (in a whole story, "
+                                    "with any tokenizer but gpt2, bpe:N and bytes). Is it text? Put separators between "
+                                    "stories, or use --stories line.")
+                left -= len(piece)
+                ids, _ = self.encode([piece])
+                ids = ids[:-1] if left else ids  # end-of-text ends each piece
+                n_ids += len(ids)
+                yield ids, np.array([] if left else [n_ids], np.int64)
+
+    def _check(self, texts: list[str], ids: np.ndarray, offsets: np.ndarray) -> None:
+        """Compare the first texts, then one of every batch, with `tokenizers`."""
+        end = self.tokenizer.end_of_text_id
+        if len(offsets) != len(texts) + 1 or (ids[offsets[1:] - 1] != end).any() or (ids == end).sum() != len(texts):
+            raise Differs("fastokens does not end every text with one end-of-text, as tokenizers does")
+        self.n_seen += sum(map(len, texts))
+        self.n_calls += 1
+        first = self.n_calls * 7919 % max(1, len(texts))
+        for i in range(len(texts)) if self.n_calls == 1 else range(first, min(first + 1, len(texts))):
+            sample = next(pieces(texts[i], CHECKED_CHARACTERS), "")
+            whole = sample == texts[i]  # else the beginning of a text, whose ids are the first ids of the text
+            if len(sample) > CHECKED_CHARACTERS or not (whole or self.tokenizer.takes_pieces):
+                continue
+            if self.n_checked + len(sample) > CHECKED_SHARE * self.n_seen:
+                return
+            self.n_checked += len(sample)
+            expected = self.tokenizer.encode(sample)
+            actual = ids[offsets[i]:offsets[i + 1] - 1]
+            if actual[:None if whole else len(expected)].tolist() != expected:
+                raise Differs(f"fastokens gives other ids than tokenizers for {sample[:60]!r}")
+
+
+def _fastokens(tokenizer: Tokenizer) -> Callable[[list[str]], tuple[bytes, bytes]]:
+    """Return a function that encodes a batch by fastokens: ids, and the offset of each text, as bytes."""
+    os.environ.setdefault("FASTOKENS_BPE_THREADS", str(max(1, cores() - 1)))  # one core reads and writes
+    import fastokens
+
+    closing = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}]
+    template = {"type": "TemplateProcessing", "single": closing, "pair": closing, "special_tokens": {
+        END_OF_TEXT: {"id": END_OF_TEXT, "ids": [tokenizer.end_of_text_id], "tokens": [END_OF_TEXT]}}}
+    settings = json.loads(tokenizer.json) | {"post_processor": template, "truncation": None, "padding": None}
+    if "merges" in settings["model"]:
+        settings["model"].setdefault("type", "BPE")  # missing in GPT-2's own file
+    encode = partial(fastokens.Tokenizer.from_json_str(json.dumps(settings)).encode_batch_flat,
+                     add_special_tokens=True, split_special_tokens=True)
+    encode(["a"])  # an older release lacks the options
+    return encode

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from plotarmour.cli import UserError
 from plotarmour.config import TrainingConfig
-from plotarmour.files import publish, sync_file, sync_folder, unfinished, write_text
+from plotarmour.files import publish, sync, unfinished, write_text
 from plotarmour.training.ending import forget_ending
 
 FORMAT = 1
@@ -80,7 +80,7 @@ def rewind(run: Path, step: int) -> None:
     for folder in checkpoint_folders(run):
         if step_of(folder) > step:
             _remove(folder)
-    sync_folder(run / "checkpoints")
+    sync(run / "checkpoints")
     forget_ending(run)
 
 
@@ -240,11 +240,11 @@ def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> 
         for name in FILES:
             with suppress(OSError):  # safetensors writes files that only their owner can read
                 shutil.copymode(temporary / "state.json", temporary / name)
-            sync_file(temporary / name)
+            sync(temporary / name)
         write_manifest(temporary, state["step"])  # syncs the folder, too
         log = folder.parents[1] / "log.csv"
         if log.exists():
-            sync_file(log)  # so that, after a loss of power, its rows reach as far as the checkpoint
+            sync(log)  # so that, after a loss of power, its rows reach as far as the checkpoint
         if folder.exists():  # damaged, or the same step with another state
             _remove(folder)
         publish(temporary, folder)

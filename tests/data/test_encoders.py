@@ -7,23 +7,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plotarmour.cli import UserError
-from plotarmour.data import encoders
-from plotarmour.data.encoders import Differs, FastEncoder, ReferenceEncoder, make_encoder
+from plotarmour.data import tokenizer as tokenizer_module
 from plotarmour.data.pretokenize import pre_tokenize
 from plotarmour.data.token_file import TokenFile
-from plotarmour.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+from plotarmour.data.tokenizer import Differs, Encoder, Tokenizer, load_tokenizer, make_tokenizer
 
 pytest.importorskip("fastokens")
+BYTES = make_tokenizer("bytes")
 ODD = ["é", "e\u0301", "😀", "\r\n", "\x00", "<|endoftext|>", " ", "  ", "\u3000", "'s", "don't", "42", "\t", "ǅ", "。",
        "مرحبا"]
 TEXT = st.lists(st.one_of(st.sampled_from(ODD), st.text(max_size=8)), max_size=40).map("".join)
+
+
+def reference(tokenizer):
+    return Encoder(tokenizer, "tokenizers", 0)
 
 
 @pytest.fixture(scope="session")
 def tokenizers(shared):
     text = (shared / "data" / "tinyshakespeare" / "input.txt").read_text()[:200_000]
     own = make_tokenizer("bpe:600", [text, "Once upon a time, <|endoftext|> don't! été 😀 مرحبا " * 50])
-    return [(t, FastEncoder(t)) for t in (load_tokenizer(shared / "gpt2"), own, make_tokenizer("bytes"))]
+    return [(t, Encoder(t, "fastokens", 0)) for t in (load_tokenizer(shared / "gpt2"), own, make_tokenizer("bytes"))]
 
 
 @settings(max_examples=150, deadline=None)
@@ -31,7 +35,7 @@ def tokenizers(shared):
 def test_the_fast_ids_are_the_reference_ids(tokenizers, texts):
     """Guards: a backend that is quick and wrong: emoji, CRLF, NUL, combining marks, a literal end-of-text."""
     for tokenizer, fast in tokenizers:
-        ids, counts = ReferenceEncoder(tokenizer).encode(texts)
+        ids, counts = reference(tokenizer).encode(texts)
         fast_ids, fast_counts = fast.encode(texts)
         assert ids.tolist() == fast_ids.tolist() and counts.tolist() == fast_counts.tolist()
         ends = ids[np.cumsum(counts) - 1]
@@ -48,23 +52,19 @@ def test_both_give_the_same_file_of_real_text(shared, tmp_path, name):
 
 def test_a_difference_is_noticed_said_and_mended(shared, tmp_path, monkeypatch):
     """Guards: wrong ids taken on trust. Here the fast backend goes wrong in the middle of a text only."""
-    class Wrong(FastEncoder):
-        def encode(self, texts):
-            backend = self.backend
-            if self.n_calls > 3:
-                class Swapped:
-                    def encode_batch_flat(self, texts, **options):
-                        return backend.encode_batch_flat([t.replace("e", "a") for t in texts], **options)
-                self.backend = Swapped()
-            try:
-                return super().encode(texts)
-            finally:
-                self.backend = backend
+    encode, calls = Encoder.encode, []
 
-    monkeypatch.setattr(encoders, "FastEncoder", Wrong)
+    def wrong(encoder, texts):
+        calls.append(1)
+        if len(calls) == 5:
+            fast = encoder._fast
+            encoder._fast = lambda texts: fast([t.replace("e", "a") for t in texts])
+        return encode(encoder, texts)
+
+    monkeypatch.setattr(Encoder, "encode", wrong)
     text = shared / "data" / "tinystories" / "stories_b.txt"
     with pytest.warns(UserWarning, match="other ids than tokenizers .* starting over"):
-        [path] = pre_tokenize([text], str(shared / "gpt2"), tmp_path / "x.bin", block=2**16)
+        [path] = pre_tokenize([text], str(shared / "gpt2"), tmp_path / "x.bin", block=2**16, save_bytes=2**16)
     [expected] = pre_tokenize([text], str(shared / "gpt2"), tmp_path / "y.bin", backend="tokenizers")
     assert path.read_bytes() == expected.read_bytes()
 
@@ -77,13 +77,13 @@ def test_truncation_and_padding_of_a_tokenizer_json_do_not_count(tmp_path):
                        "pad_type_id": 0, "pad_token": "a"}
     tokenizer = Tokenizer(json.dumps(made), "file")
     texts = ["a word " * 1000, "short"]
-    ids, counts = FastEncoder(tokenizer).encode(texts)
-    assert counts.tolist() == ReferenceEncoder(tokenizer).encode(texts)[1].tolist() == [7001, 6]
+    ids, counts = Encoder(tokenizer, "fastokens", 0).encode(texts)
+    assert counts.tolist() == reference(tokenizer).encode(texts)[1].tolist() == [7001, 6]
 
 
 def test_what_goes_wrong_after_a_difference_leaves_nothing_either(shared, tmp_path, monkeypatch):
     """Guards: a work folder left behind by the second try."""
-    monkeypatch.setattr(FastEncoder, "_check", lambda *args: (_ for _ in ()).throw(Differs("other ids")))
+    monkeypatch.setattr(Encoder, "_check", lambda *args: (_ for _ in ()).throw(Differs("other ids")))
     text = tmp_path / "t.txt"
     text.write_bytes((shared / "data" / "tinystories" / "stories_b.txt").read_bytes() + b"\xff")
     with pytest.warns(UserWarning, match="starting over"), pytest.raises(UserError, match="not UTF-8"):
@@ -93,7 +93,7 @@ def test_what_goes_wrong_after_a_difference_leaves_nothing_either(shared, tmp_pa
 
 def test_at_most_half_a_percent_is_compared_from_the_beginning_on(shared):
     """Guards: a check that costs more than it saves, or that never looks behind the first texts."""
-    encoder = FastEncoder(load_tokenizer(shared / "gpt2"))
+    encoder = Encoder(load_tokenizer(shared / "gpt2"), "fastokens", 0)
     texts = (shared / "data" / "tinystories" / "stories_a.txt").read_text().split("<|endoftext|>")
     compared, shares = [], []
     encode = encoder.tokenizer.encode
@@ -107,18 +107,41 @@ def test_at_most_half_a_percent_is_compared_from_the_beginning_on(shared):
 
 def test_small_texts_and_tokenizers_that_it_cannot_read_go_to_the_reference(monkeypatch):
     """Guards: a start-up longer than the work; a crash where only the quick way is missing."""
-    tokenizer = make_tokenizer("bytes")
-    assert make_encoder(tokenizer, "auto", 1000).name == "tokenizers"
-    assert make_encoder(tokenizer, "auto", 2**30).name == "fastokens"
+    assert Encoder(BYTES, "auto", 1000).name == "tokenizers"
+    assert Encoder(BYTES, "auto", 2**30).name == "fastokens"
     with monkeypatch.context() as patch:  # as in release 0.3.1
-        patch.setattr(FastEncoder, "_encode", lambda *args: (_ for _ in ()).throw(TypeError("no such option")))
-        assert make_encoder(tokenizer, "auto", 2**30).name == "tokenizers"
+        patch.setattr("fastokens.Tokenizer", object)
+        assert Encoder(BYTES, "auto", 2**30).name == "tokenizers"
     monkeypatch.setitem(sys.modules, "fastokens", None)
-    assert make_encoder(tokenizer, "auto", 2**30).name == "tokenizers"
+    assert Encoder(BYTES, "auto", 2**30).name == "tokenizers"
     with pytest.raises(UserError, match="pip install fastokens"):
-        make_encoder(tokenizer, "fastokens", 1000)
-    with pytest.raises(UserError, match="expected one of"):
-        make_encoder(tokenizer, "quick", 1000)
+        Encoder(BYTES, "fastokens", 1000)
+
+
+@pytest.mark.parametrize("backend", ["fastokens", "tokenizers"])
+def test_a_long_story_is_encoded_in_pieces_to_the_ids_of_the_whole(shared, monkeypatch, backend):
+    """Guards: an end-of-text inside a story; counts of pieces; stories after a long one lost."""
+    encoder, whole = Encoder(load_tokenizer(shared / "gpt2"), backend, 0), reference(load_tokenizer(shared / "gpt2"))
+    texts = ["Tom ran.", "Tom saw a dog  and ran home. " * 30, "é" * 200, "The end. " * 9]
+    monkeypatch.setattr(tokenizer_module, "PIECE", 40)
+    batches = list(encoder.encode_stories(texts, "t.txt"))
+    assert len(batches) > len(texts)
+    expected = whole.encode(texts)
+    for got, wanted in zip(zip(*batches, strict=True), expected, strict=True):
+        assert np.concatenate(got).tolist() == wanted.tolist()
+
+
+def test_what_cannot_be_cut_is_refused_above_a_limit(shared, monkeypatch):
+    """Guards: memory without bound for a file that is no text, or for a tokenizer that takes no pieces."""
+    monkeypatch.setattr(tokenizer_module, "PIECE", 40)
+    monkeypatch.setattr(tokenizer_module, "UNCUT", 100)
+    encoder = Encoder(BYTES, "tokenizers", 0)
+    with pytest.raises(UserError, match="t.txt: an unbroken run of 101 characters, which begins ' xxx.*at most 100"):
+        list(encoder.encode_stories(["Is " * 50 + "x" * 100 + " text?"], "t.txt"))
+    encoder.tokenizer.__dict__["takes_pieces"] = False
+    with pytest.raises(UserError, match="run of 120 characters"):
+        list(encoder.encode_stories(["Is " * 40], "t.txt"))
+    encoder.tokenizer.__dict__.pop("takes_pieces")
 
 
 @pytest.mark.slow

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from plotarmour.cli import UserError
-from plotarmour.data import chunks, pretokenize, shards
-from plotarmour.data.pretokenize import pre_tokenize
-from plotarmour.data.sample import sample_stories
+from plotarmour.data import pipeline, pretokenize, readers
+from plotarmour.data.pipeline import Job, targets_of
+from plotarmour.data.pretokenize import pre_tokenize, sample_stories
+from plotarmour.data.readers import Source
 from plotarmour.data.stories import PARTS, parts_of, story_hash
 from plotarmour.data.token_file import TokenFile, TokenFileWriter
 from plotarmour.data.tokenizer import make_tokenizer
@@ -34,27 +35,36 @@ def text(tmp_path):
     return path
 
 
+def save_tokenizer(texts, path):
+    path.write_text(make_tokenizer("bpe:260", texts).json)
+
+
+def cut_at(size, monkeypatch):
+    """Cut stories of more characters into pieces."""
+    for module in ("stories", "tokenizer", "pretokenize"):
+        monkeypatch.setattr(f"plotarmour.data.{module}.PIECE", size)
+
+
 class Killed(BaseException):
     pass
 
 
 def stop_after(monkeypatch, n):
-    """Kill each start after its n-th shard."""
-    write, publish, left = pretokenize.write_shards, shards._Shard.publish, [n]
+    """Kill each start after it has saved n times."""
+    write, write_json, left = pretokenize.write_token_files, pipeline.write_json, [n]
 
     def begin(*args):
         left[0] = n
         return write(*args)
 
-    def end(shard, *args):
-        paths = publish(shard, *args)
+    def save(*args):
+        write_json(*args)
         left[0] -= 1
         if not left[0]:
             raise Killed
-        return paths
 
-    monkeypatch.setattr(pretokenize, "write_shards", begin)
-    monkeypatch.setattr(shards._Shard, "publish", end)
+    monkeypatch.setattr(pretokenize, "write_token_files", begin)
+    monkeypatch.setattr(pipeline, "write_json", save)
 
 
 def until_done(*args, **options):
@@ -68,16 +78,16 @@ def until_done(*args, **options):
 
 
 @pytest.mark.parametrize("spec", ["bytes", "bpe:300"])
-def test_a_start_killed_after_any_shard_continues_to_the_same_bytes(text, tmp_path, monkeypatch, capsys, spec):
+def test_a_start_killed_after_it_saved_continues_to_the_same_bytes(text, tmp_path, monkeypatch, capsys, spec):
     """Guards: stories lost or doubled where two starts meet; split, exclusion and counts carried over."""
     other, split = tmp_path / "other.txt", "80:10:10"
     other.write_text("STORY 7!\n<|endoftext|>\nstory 1899")
     expected = digest(pre_tokenize([text, other], spec, tmp_path / "a.bin", split, exclude=[other]))
-    for n, shard_bytes in ((1, 20_000), (2, 9000), (1, 100_000), (3, 1)):
+    for n, save_bytes in ((1, 20_000), (2, 9000), (1, 80_000), (3, 1)):
         with monkeypatch.context() as patch:
             stop_after(patch, n)
             made, kills = until_done([text, other], spec, tmp_path / "b.bin", split, exclude=[other], block=9000,
-                                     shard_bytes=shard_bytes)
+                                     save_bytes=save_bytes)
         assert kills >= 1 and digest(made) == expected
         assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
             [text.name, other.name, *(f"{n}.{part}.bin" for n in "ab" for part in ("train", "val", "test"))])
@@ -91,14 +101,14 @@ def test_every_kind_of_text_continues_where_it_was_stopped(tmp_path, monkeypatch
     """Guards: positions that count packed bytes, rows or pieces; replaced characters counted twice."""
     stories = [f"Story {i}. " + "The dog ran é. " * (i % 9) for i in range(300)]
     if kind == "long.txt":
-        monkeypatch.setattr(chunks, "PIECE", 200)
+        cut_at(200, monkeypatch)
         stories = [s * (1 + 30 * (i % 40 == 3)) for i, s in enumerate(stories)]
     plain = "<|endoftext|>".join(stories).encode()
     texts = [tmp_path / f"t.{kind}"]
     if kind == "parquet":
         pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         parquet.write_table(pyarrow.table({"text": stories}), texts[0])
-        monkeypatch.setattr(chunks, "PARQUET_ROWS", 10)
+        monkeypatch.setattr(readers, "PARQUET_ROWS", 10)
     elif kind == "two":
         texts = [tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "c.txt"]
         for path, part in zip(texts, (plain[:9000], b"Hi", plain[9000:]), strict=True):
@@ -114,14 +124,14 @@ def test_every_kind_of_text_continues_where_it_was_stopped(tmp_path, monkeypatch
     for n in (1, 3):
         with monkeypatch.context() as patch:
             stop_after(patch, n)
-            again, kills = until_done(texts, "bytes", tmp_path / "b.bin", **options, shard_bytes=2000)
+            again, kills = until_done(texts, "bytes", tmp_path / "b.bin", **options, save_bytes=2000)
         assert kills and digest(again) == digest(made)
         for path in again:
             path.unlink()
 
 
-def test_a_shard_whose_write_failed_is_not_published(text, tmp_path, monkeypatch):
-    """Guards: chunks queued behind one that could not be written, published without it: stories lost in silence."""
+def test_nothing_is_saved_behind_a_write_that_failed(text, tmp_path, monkeypatch):
+    """Guards: chunks queued behind one that could not be written, saved without it: stories lost in silence."""
     [expected] = pre_tokenize([text], "bytes", tmp_path / "y.bin")
     add, calls = TokenFileWriter.add, []
 
@@ -134,7 +144,7 @@ def test_a_shard_whose_write_failed_is_not_published(text, tmp_path, monkeypatch
 
     monkeypatch.setattr(TokenFileWriter, "add", fail)
     with pytest.raises(OSError, match="Input/output"):
-        pre_tokenize([text], "bytes", tmp_path / "x.bin", block=9000, shard_bytes=50_000)
+        pre_tokenize([text], "bytes", tmp_path / "x.bin", block=9000, save_bytes=50_000)
     monkeypatch.undo()
     [path] = pre_tokenize([text], "bytes", tmp_path / "x.bin", block=9000)
     assert path.read_bytes() == expected.read_bytes()
@@ -144,12 +154,12 @@ def test_a_tokenizer_that_changed_meanwhile_is_not_continued_with(text, tmp_path
     """Guards: a file whose halves have different vocabularies."""
     folder = tmp_path / "tokenizer"
     folder.mkdir()
-    make_tokenizer("bpe:260", ["the dog ran " * 50]).save(folder / "tokenizer.json")
+    save_tokenizer(["the dog ran " * 50], folder / "tokenizer.json")
     stop_after(monkeypatch, 5)
     with pytest.raises(Killed):
-        pre_tokenize([text], str(folder), tmp_path / "x.bin", block=9000, shard_bytes=9000)
+        pre_tokenize([text], str(folder), tmp_path / "x.bin", block=9000, save_bytes=9000)
     monkeypatch.undo()
-    make_tokenizer("bpe:260", ["Story number nine " * 50]).save(folder / "tokenizer.json")
+    save_tokenizer(["Story number nine " * 50], folder / "tokenizer.json")
     [path] = pre_tokenize([text], str(folder), tmp_path / "x.bin", block=9000)
     assert "starting over" in capsys.readouterr().err
     data = TokenFile.open(path)
@@ -160,8 +170,8 @@ def test_a_text_that_changes_before_its_turn_is_refused(text, tmp_path, monkeypa
     """Guards: a header with the size of the old and the hash of the new text; a BPE of a text that is gone."""
     second = tmp_path / "b.txt"
     second.write_text("old")
-    add = shards._Shard.add
-    monkeypatch.setattr(shards._Shard, "add", lambda *args: (add(*args), second.write_text("newer")))
+    add = TokenFileWriter.add
+    monkeypatch.setattr(TokenFileWriter, "add", lambda *args: (add(*args), second.write_text("newer")))
     with pytest.raises(UserError, match="b.txt changed while it was read"):
         pre_tokenize([text, second], "bytes", tmp_path / "x.bin", block=9000)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b.txt", "stories.txt"]
@@ -198,18 +208,18 @@ def test_what_is_read_is_not_written(text, tmp_path):
         pre_tokenize([text], "bytes", Path("."), "80:10:10")
 
 
-@pytest.mark.parametrize("damage", ["none", "shard", "middle", "text", "settings", "part"])
-def test_shards_of_something_else_are_not_continued(text, tmp_path, monkeypatch, capsys, damage):
-    """Guards: a file made of two texts or of two settings, or with a damaged shard."""
+@pytest.mark.parametrize("damage", ["none", "truncated", "middle", "text", "settings"])
+def test_unfinished_work_of_something_else_is_not_continued(text, tmp_path, monkeypatch, capsys, damage):
+    """Guards: a file made of two texts or of two settings, or with a hole; what came behind the last save kept."""
     stop_after(monkeypatch, 3)
     with pytest.raises(Killed):
-        pre_tokenize([text], "bytes", tmp_path / "x.bin", block=9000, shard_bytes=20_000)
+        pre_tokenize([text], "bytes", tmp_path / "x.bin", block=9000, save_bytes=20_000)
     monkeypatch.undo()
     work, stories = tmp_path / ".x.bin.unfinished", "endoftext"
-    shard = work / "shards" / "00001.all.bin"
-    (work / "shards" / ".00003.all.bin.7-abc.unfinished").write_text("of a killed start")
-    if damage == "shard":
-        shard.write_bytes(shard.read_bytes()[:-1])
+    body = work / "x.bin"
+    body.write_bytes(body.read_bytes() + b"written after the last save")
+    if damage == "truncated":
+        body.write_bytes(body.read_bytes()[:9000])
         with pytest.raises(UserError, match="truncated"):
             pre_tokenize([text], "bytes", tmp_path / "x.bin")
         assert not work.exists()
@@ -219,20 +229,37 @@ def test_shards_of_something_else_are_not_continued(text, tmp_path, monkeypatch,
         text.write_text(text.read_text() + "more")
     elif damage == "settings":
         stories = "line"
-    elif damage == "part":  # what follows a gap is written again
-        shard.unlink()
     [path] = pre_tokenize([text], "bytes", tmp_path / "x.bin", stories=stories, block=9000)
-    message = {"none": "going on", "part": "going on", "shard": ""}.get(damage, "starting over")
-    assert message in capsys.readouterr().err
+    assert {"none": "going on", "truncated": ""}.get(damage, "starting over") in capsys.readouterr().err
     [expected] = pre_tokenize([text], "bytes", tmp_path / "y.bin", stories=stories)
     assert path.read_bytes() == expected.read_bytes() and not work.exists()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_start_stopped_while_it_completes_its_files_continues(text, tmp_path, monkeypatch, capsys, n):
+    """Guards: a file with its index taken for tokens; an index removed with the first complete file."""
+    expected = digest(pre_tokenize([text], "bytes", tmp_path / "x.bin", "80:10:10"))
+    publish, calls = TokenFileWriter.publish, []
+
+    def stop(writer, *args):
+        publish(writer, *args)
+        calls.append(1)
+        if len(calls) == n:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TokenFileWriter, "publish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pre_tokenize([text], "bytes", tmp_path / "x.bin", "80:10:10", force=True, block=9000, save_bytes=20_000)
+    monkeypatch.undo()
+    assert digest(pre_tokenize([text], "bytes", tmp_path / "x.bin", "80:10:10", force=True)) == expected
+    assert "going on" in capsys.readouterr().err and len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_refused_command_leaves_unfinished_work(text, tmp_path, monkeypatch, capsys):
     """Guards: hours of work removed by a misspelt name."""
     stop_after(monkeypatch, 3)
     with pytest.raises(Killed):
-        pre_tokenize([text], "bytes", tmp_path / "x.bin", block=9000, shard_bytes=20_000)
+        pre_tokenize([text], "bytes", tmp_path / "x.bin", block=9000, save_bytes=20_000)
     monkeypatch.undo()
     before = sorted((tmp_path / ".x.bin.unfinished").rglob("*"))
     for wrong in ({"texts": [tmp_path / "none.txt"]}, {"tokenizer": "none"}, {"split": "1"}):
@@ -257,7 +284,7 @@ def test_a_start_killed_while_files_get_their_names_gives_the_others_theirs(text
 
     monkeypatch.setattr(pretokenize, "publish", once)
     with pytest.raises(KeyboardInterrupt):
-        pre_tokenize([text], "bytes", tmp_path / "x.bin", "80:10:10", force=True)
+        pre_tokenize([text], "bytes", tmp_path / "x.bin", "80:10:10", force=True, block=9000, save_bytes=20_000)
     monkeypatch.undo()
     if removed:
         named[0].unlink()
@@ -268,7 +295,7 @@ def test_a_start_killed_while_files_get_their_names_gives_the_others_theirs(text
     assert digest(pre_tokenize([text], "bytes", tmp_path / "x.bin", "80:10:10")) == expected
     assert len(list(tmp_path.iterdir())) == 4
     (tmp_path / ".y.bin.unfinished").mkdir()  # a tokenizer that nobody answers for
-    make_tokenizer("bpe:260", ["zyzzyva " * 50]).save(tmp_path / ".y.bin.unfinished" / "tokenizer.json")
+    save_tokenizer(["zyzzyva " * 50], tmp_path / ".y.bin.unfinished" / "tokenizer.json")
     [path] = pre_tokenize([text], "bpe:260", tmp_path / "y.bin")
     assert "zy" not in TokenFile.open(path).tokenizer().json
 
@@ -277,7 +304,7 @@ KILLED = """
 import sys; sys.path.insert(0, {root!r})
 from pathlib import Path
 from plotarmour.data.pretokenize import pre_tokenize
-pre_tokenize([Path({text!r})], "bpe:300", Path({out!r}), "80:10:10", block=20_000, shard_bytes=500_000)
+pre_tokenize([Path({text!r})], "bpe:300", Path({out!r}), "80:10:10", block=20_000, save_bytes=500_000)
 """
 
 
@@ -356,7 +383,7 @@ def test_verify_compares_the_whole_text(tmp_path, capsys):
 @pytest.mark.parametrize("split", [None, "50:25:25"])
 def test_a_long_story_is_one_story_whatever_the_split(tmp_path, monkeypatch, split):
     """Guards: pieces counted as stories, put into several parts, or held in memory until their part is known."""
-    monkeypatch.setattr(chunks, "PIECE", 500)
+    cut_at(500, monkeypatch)
     words = "Tom saw a dog and ran. "
     stories = [f"{i} " + words * n for i, n in enumerate((3, 900, 2, 0, 400, 1, 77))]
     text = tmp_path / "t.txt"
@@ -375,16 +402,16 @@ def test_a_long_story_is_one_story_whatever_the_split(tmp_path, monkeypatch, spl
 
 def test_two_processes_do_not_write_one_file(text, tmp_path, monkeypatch):
     """Guards: two starts of one command that tear each other's file."""
-    add, complaints = shards._Shard.add, []
+    add, complaints = TokenFileWriter.add, []
 
-    def second(shard, *args):
-        add(shard, *args)
+    def second(writer, *args):
+        add(writer, *args)
         if not complaints:
             with pytest.raises(UserError, match=f"is being written by process {os.getpid()}, since 20") as caught:
                 pre_tokenize([text], "bytes", tmp_path / "x.bin", block=9000)
             complaints.append(caught)
 
-    monkeypatch.setattr(shards._Shard, "add", second)
+    monkeypatch.setattr(TokenFileWriter, "add", second)
     pre_tokenize([text], "bytes", tmp_path / "x.bin", block=9000)
     assert complaints and sorted(p.name for p in tmp_path.iterdir()) == ["stories.txt", "x.bin"]
 
@@ -425,7 +452,7 @@ def test_bpe_learns_from_a_bounded_sample_spread_over_the_text(tmp_path):
                                               block=block)[0]).tokenizer() for block in (500, 2**20)]
     assert tokenizers[0].json == tokenizers[1].json
     assert {"Ġzyzzyva", "Ġhippopotamus"} <= set(tokenizers[0].backend.get_vocab())
-    job = shards.Job([pretokenize.Source(text, "t.txt")], {}, None, chunks.Reading(), {})
+    job = Job([Source(text, "t.txt")], {})
     sample = list(sample_stories(job, 40_000))
     assert 5_000 <= sum(map(len, sample)) <= 40_000
 
@@ -435,7 +462,6 @@ def test_stories_go_to_the_file_of_their_part_and_excluded_ones_nowhere():
     hashes = np.random.default_rng(0).integers(0, 2**64, 1000, dtype=np.uint64)
     for shares in ((90, 5, 5), (1, 0, 1), (7, 2, 0)):
         names = [part for part, share in zip(("train", "val", "test"), shares, strict=True) if share]
-        job = shards.Job([], dict.fromkeys(names), shares, chunks.Reading(), {}, np.sort(hashes[:10]))
-        targets = shards.targets_of(hashes, job)
+        targets = targets_of(hashes, Job([], dict.fromkeys(names), shares, {}, np.sort(hashes[:10])))
         assert targets[:10].tolist() == [-1] * 10
         assert [names[i] for i in targets[10:]] == [PARTS[i] for i in parts_of(hashes[10:], shares)]

@@ -6,9 +6,9 @@ import threading
 import pytest
 
 from plotarmour.cli import UserError
-from plotarmour.data.chunks import read_stories
+from plotarmour.data import readers
 from plotarmour.data.pretokenize import pre_tokenize
-from plotarmour.data.readers import HashingReader, Source, check_text, find_texts
+from plotarmour.data.readers import HashingReader, Source, check_text, find_texts, read_chunks
 from plotarmour.data.token_file import TokenFile
 
 STORIES = [f"Story {i}: été." for i in range(50)]
@@ -59,17 +59,17 @@ def test_several_texts_and_patterns_are_read_in_order(tmp_path):
 
 BAD = {
     "utf16.txt": ("Once upon a time.".encode("utf-16"), "is UTF-16"),
-    "utf16le.txt": (("Once upon a time. " * 10).encode("utf-16-le"), "many zero bytes, as UTF-16"),
+    "utf16le.txt": (("Once upon a time. " * 10).encode("utf-16-le"), "full of zero bytes, as UTF-16"),
     "noise.txt": (bytes(range(256)) * 40, "not UTF-8: byte 0x80 at offset 128"),
     "a.zip": (b"PK\x03\x04" + bytes(100), "a zip archive"),
     "cut.gz": (gzip.compress(b"Once upon a time." * 1000)[:-30], "cut short"),
     "not.gz": (b"Once upon a time.", "cut short"),
-    "gzip.txt": (gzip.compress(b"Once"), "gzip data; expected UTF-8 text. Name it .gz"),
+    "gzip.txt": (gzip.compress(b"Once"), "gzip data; expected UTF-8 text. .* named .gz"),
     "empty.gz": (gzip.compress(b""), "is empty"),
     "a.parquet": (b"PAR1 and nothing", "cannot be read as Parquet"),
-    "a.jsonl": (b'{"text": "one"}\nnonsense\n', "the line at byte 16 is not JSON"),
-    "b.jsonl": (b'{"story": "one"}\n', "no text in 'text' .it has: story.. Name the column with --text-column"),
-    "d.jsonl": (b"[" * 100_000, "the line at byte 0 is not JSON"),
+    "a.jsonl": (b'{"text": "one"}\nnonsense\n', "at byte 16 is no JSON .*Expecting value.*It begins .nonsense."),
+    "b.jsonl": (b'{"story": "one"}\n', "no JSON object with text in 'text' .* begins .*story.*--text-column"),
+    "d.jsonl": (b"[" * 100_000, "the line at byte 0 is no JSON"),
     "e.jsonl": (b'{"text": "caf\xe9"}\n', "not UTF-8: byte 0xe9 at offset 13"),
     "c.jsonl": (b'{"text": "\\ud800"}\n', "lone surrogate"),
 }
@@ -94,7 +94,7 @@ def test_a_column_that_is_no_text_is_refused_whatever_its_first_row(tmp_path):
     path = tmp_path / "t.parquet"
     parquet.write_table(pyarrow.table({"id": [0, 1], "raw": [b"", b"a"], "text": [None, "one"]}), path)
     for column in ("id", "raw"):
-        with pytest.raises(UserError, match=f"column '{column}' holds .*; expected text"):
+        with pytest.raises(UserError, match=f"'{column}' holds .*; expected text"):
             pre_tokenize([path], "bytes", tmp_path / "x.bin", text_column=column)
     [made] = pre_tokenize([path], "bytes", tmp_path / "x.bin")
     assert told(made) == ["one"] and TokenFile.open(made).header["n_empty_dropped"] == 1
@@ -103,7 +103,7 @@ def test_a_column_that_is_no_text_is_refused_whatever_its_first_row(tmp_path):
     [made] = pre_tokenize([rows], "bytes", tmp_path / "y.bin")
     assert told(made) == ["one"] and TokenFile.open(made).header["n_empty_dropped"] == 1
     rows.write_text('{"text": 7}\n')
-    with pytest.raises(UserError, match="the line at byte 0 has int in 'text'; expected text"):
+    with pytest.raises(UserError, match="the line at byte 0 .*'text' holds int; expected text"):
         pre_tokenize([rows], "bytes", tmp_path / "z.bin")
 
 
@@ -166,4 +166,79 @@ def test_folders_devices_and_token_files_are_no_texts(tmp_path):
     for path, expected in ((tmp_path, "is a folder"), (made, "a token file"), (tmp_path / "none", "does not exist")):
         with pytest.raises(UserError, match=expected):
             check_text(path)
-    assert list(read_stories(Source(tmp_path / "t.txt", "t.txt"))) == ["one"]
+
+
+TEXT = b"\xef\xbb\xbf \nOne  day,\r\n\tTom ran.\n<|endoftext|>\n\n<|endoftext|>Two: \xc3\xa9t\xc3\xa9\n<|endoftext|>\n"
+
+
+def read(path, policy="endoftext", **kinds):
+    """Stories, dropped empty ones, and the SHA-256 of the file."""
+    found, sha256 = chunks_of(path, stories=policy, **kinds)
+    return [t for c in found for t in c.texts], sum(c.n_empty for c in found), sha256
+
+
+def chunks_of(path, position=0, block=2**20, **options):
+    source = Source(path, path.name, **options)
+    with HashingReader(source) as reader:
+        return list(read_chunks(source, reader, position, block)), reader.finish()
+
+
+def test_blank_space_around_separators_goes_and_inside_stays(tmp_path):
+    """Guards: stories that begin with the line break after a separator; empty ones counted as stories."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(TEXT)
+    assert read(path)[:2] == (["One  day,\r\n\tTom ran.", "Two: été"], 1)
+    assert read(path, "line")[0] == ["One  day,", "Tom ran.", "<|endoftext|>", "<|endoftext|>Two: été", "<|endoftext|>"]
+    assert len(read(path, "file")[0]) == 1
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 13, 14, 1000])
+@pytest.mark.parametrize("policy", ["endoftext", "line", "file"])
+def test_stories_do_not_depend_on_the_size_of_blocks_read(tmp_path, block, policy):
+    """Guards: a separator, a character or a byte order mark cut by the edge of a block."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(TEXT * 3)
+    assert read(path, policy, block=block) == read(path, policy)
+
+
+def test_a_story_above_the_limit_is_refused_and_a_million_empty_stories_are_counted(tmp_path, monkeypatch):
+    """Guards: memory without bound for a file that is no text; empty stories that become end-of-text alone."""
+    path = tmp_path / "a.txt"
+    path.write_text("<|endoftext|>\n" * 10**6 + "end")
+    assert read(path)[:2] == (["end"], 10**6)
+    path.write_text("one<|endoftext|>" + "x y " * 1000)
+    monkeypatch.setattr(readers, "LONGEST_STORY", 3000)
+    with pytest.raises(UserError, match="story or line at byte 16 has more than .* --stories line"):
+        read(path, block=100)
+
+
+@pytest.mark.parametrize("block", [3, 10**6])
+def test_text_that_is_not_utf8_is_refused_with_offset_and_line_or_replaced_and_counted(tmp_path, block):
+    """Guards: replacement characters that slip into training."""
+    path = tmp_path / "latin.txt"
+    path.write_bytes(b"one\n<|endoftext|>\ntwo\nthr\xe9e\n<|endoftext|>\xef\xbf\xbd")
+    with pytest.raises(UserError, match="byte 0xe9 at offset 25, line 4"):
+        read(path, block=block)
+    found, _ = chunks_of(path, block=block, errors="replace")
+    assert [t for c in found for t in c.texts] == ["one", "two\nthr\ufffde", "\ufffd"]
+    assert sum(c.n_replaced for c in found) == 1
+    assert [s for c in found for s in c.sizes] == [3, 11, 3]
+
+
+def test_text_with_lone_surrogates_is_refused(tmp_path):
+    """Guards: text that no tokenizer can give back."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"a \xed\xa0\x80 b")
+    with pytest.raises(UserError, match="not UTF-8: byte 0xed at offset 2, line 1"):
+        read(path)
+
+
+def test_reading_goes_on_at_any_chunk(tmp_path):
+    """Guards: a resumed start that skips or repeats a story, or hashes another file."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(TEXT * 20)
+    whole, sha256 = chunks_of(path, block=50)
+    for i in range(len(whole) - 1):
+        rest, again = chunks_of(path, whole[i].position, 50)
+        assert [t for c in rest for t in c.texts] == [t for c in whole[i + 1:] for t in c.texts]
+        assert again == sha256

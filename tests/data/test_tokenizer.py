@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -147,3 +148,27 @@ def test_a_vocabulary_is_known_before_it_is_made():
     assert (vocab_size_of("bpe:4096"), vocab_size_of("gpt2")) == (4096, 50257)
     with pytest.raises(UserError, match="--vocab-size"):
         vocab_size_of("some/folder")
+
+
+def test_only_byte_level_tokenizers_take_pieces(shared):
+    """Guards: a tokenizer that marks a text's beginning, given a story in two."""
+    made = json.loads(load_tokenizer(shared / "gpt2").json)
+    assert Tokenizer(json.dumps(made), "file").takes_pieces
+    prefixed = {**made["pre_tokenizer"], "add_prefix_space": True}
+    for change in ({"normalizer": {"type": "NFC"}}, {"pre_tokenizer": prefixed}, {"pre_tokenizer": None}):
+        assert not Tokenizer(json.dumps({**made, **change}), "file").takes_pieces
+
+
+def test_ids_do_not_change_where_a_long_story_is_cut(shared):
+    """Guards: a cut inside a token. 3,000 cuts of the Bible, CRLF and odd blank space put in."""
+    tokenizer, draw = load_tokenizer(shared / "gpt2"), random.Random(0)
+    text = (shared / "data" / "kjv" / "kjv.tsv.txt").read_text()
+    odd = [" ", "  ", "\r\n ", "\u3000 ", " \u3000", "\xa0 ", "\x1c ", "\x00 ", "é ", "。 ", "'s ", "\t", "\x85 "]
+    for _ in range(300):
+        start = draw.randrange(len(text) - 2000)
+        words = text[start:start + 2000].split(" ")
+        story = "".join(word + (draw.choice(odd) if draw.random() < 0.3 else " ") for word in words)
+        cuts = [i for i in range(1, len(story)) if story[i] == " " and not story[i - 1].isspace()]
+        whole = tokenizer.encode(story)
+        for cut in draw.sample(cuts, min(10, len(cuts))):
+            assert tokenizer.encode(story[:cut]) + tokenizer.encode(story[cut:]) == whole

@@ -83,11 +83,11 @@ def test_a_reader_that_goes_away_and_ctrl_c_leave_no_traceback(root, shared, tmp
     reader.stderr.close()
     text, stories = tmp_path / "t.txt", (shared / "data" / "tinystories" / "stories_a.txt").read_bytes()
     command = [*tool, text, "--tokenizer", "bytes", "--out", tmp_path / "x.bin", "--backend", "tokenizers"]
-    shards = tmp_path / ".x.bin.unfinished" / "shards"
+    unfinished = tmp_path / ".x.bin.unfinished" / "x.bin"
     text.write_bytes(stories * 4)
     stopped = subprocess.Popen(command, stderr=subprocess.PIPE,  # a suite in the background inherits an ignored SIGINT
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    while stopped.poll() is None and not shards.exists():
+    while stopped.poll() is None and not unfinished.exists():
         time.sleep(0.01)
     stopped.send_signal(signal.SIGINT)
     said = stopped.communicate()[1].decode()
