@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=HelpFormatter,
         epilog="One WET file of a crawl is roughly 80 MB packed, with 30,000 pages, two in five of them English. The "
                "same command continues an interrupted run: it downloads and filters only what is missing. Needs: pip "
-               "install -r requirements-crawl.txt.")
+               "install datatrove warcio py3langid requests.")
     parser.add_argument("wet", nargs="+", help="a crawl's wet.paths or wet.paths.gz, or WET files (.wet, .wet.gz): "
                         "files or addresses")
     parser.add_argument("--out", type=Path, required=True, metavar="X.txt", help="text to write; X.counts.csv beside "
@@ -57,14 +57,15 @@ def main() -> None:
     from plotarmour.data.web_pages import PageRules
 
     rules = PageRules(args.language, args.min_probability, args.min_words)
-    wets = list_wets(args.wet, args.downloads or args.out.parent / "wet", args.base_url, args.limit)
-    crawl = Crawl(wets, args.out.absolute(), rules, not args.delete_downloads)
+    downloads = (args.downloads or args.out.parent / "wet").absolute()
+    wets = list_wets(args.wet, downloads, args.base_url, args.limit)
+    crawl = Crawl(wets, args.out.absolute(), rules, downloads, not args.delete_downloads)
     counts = prepare_common_crawl(crawl, args.executor, args.at_once, args.logging_dir and args.logging_dir.absolute(),
                                   {"partition": args.slurm_partition, "time": args.slurm_time}, args.force)
     if counts is None:
         print(f"submitted; {args.out} appears when job join_shards has ended (see: squeue)")
     else:
-        print(f"{args.out}: {counts['kept']:,} stories of {counts['pages']:,} pages "
+        print(f"{args.out}: {counts['kept']:,} stories of {counts['read']:,} pages "
               f"({args.out.stat().st_size / 1e6:,.1f} MB); dropped: {describe_dropped(counts)} "
               f"({args.out.stem}.counts.csv)")
     tool = Path(sys.argv[0]).with_name("pre_tokenize.py").as_posix()  # as it was typed: works from the same folder

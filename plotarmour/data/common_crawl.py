@@ -5,7 +5,7 @@ Then one process joins the shards in the order of the files, so the text has the
 number of workers. Until then the shards are in `.NAME.work` beside the text: an interrupted run repeats only the files
 that have no shard.
 
-This module needs the packages of requirements-crawl.txt.
+This module needs the packages of the extra `crawl` in pyproject.toml.
 """
 
 import gzip
@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 import pandas as pd
 from datatrove.data import DocumentsPipeline
+from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
@@ -31,58 +32,40 @@ from plotarmour.data.web_pages import REASONS, PageRules, read_wet, why_dropped
 from plotarmour.files import complete_file, download, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMON_CRAWL = "https://data.commoncrawl.org/"
-
-
-@dataclass(frozen=True)
-class Wet:
-    """One WET file.
-
-    Args:
-        path: where it is, or where it will be after the download.
-        url: address to download it from; None for a file of the user, which is never deleted.
-    """
-
-    path: Path
-    url: str | None = None
 
 
 @dataclass(frozen=True)
 class Crawl:
-    """A text to make from WET files.
+    """A text to make from WET files. Under Slurm and Ray, all machines must share its absolute paths."""
 
-    Args:
-        wets: the files, in the order of the stories.
-        out: the text to write: UTF-8, `<|endoftext|>` between stories.
-        rules: which pages to keep.
-        keep_downloads: False deletes each downloaded file after its shard is written.
-    """
-
-    wets: tuple[Wet, ...]
-    out: Path
-    rules: PageRules
-    keep_downloads: bool = True
+    wets: tuple[str, ...]  # addresses and absolute paths, as `list_wets` returns them, in the order of the stories
+    out: Path  # the text to write: UTF-8, `<|endoftext|>` between stories
+    rules: PageRules  # which pages to keep
+    downloads: Path  # folder for the files that have an address
+    keep_downloads: bool = True  # False deletes each of them after its shard is written
 
     @property
     def work(self) -> Path:
+        """Folder of the shards."""
         return self.out.with_name(f".{self.out.name}.work")
 
+    def wet(self, index: int) -> Path:
+        """Where a WET file is, or will be after its download."""
+        name = self.wets[index]
+        return self.downloads / name.rsplit("/", 1)[-1] if "://" in name else Path(name)
+
     def shard(self, index: int) -> Path:
-        """One story per line, as a JSON string."""
+        """One story per line, as a JSON string, and then the counts, as an object; the file exists only complete."""
         return self.work / f"{index:06d}.jsonl"
 
-    def shard_counts(self, index: int) -> Path:
-        """Written last: the shard is complete where this file exists."""
-        return self.work / f"{index:06d}.json"
-
     def missing(self) -> list[int]:
-        """Indices of the files that have no complete shard."""
-        return [index for index in range(len(self.wets)) if not self.shard_counts(index).exists()]
+        """Indices of the files that have no shard."""
+        return [index for index in range(len(self.wets)) if not self.shard(index).exists()]
 
 
-def list_wets(inputs: list[str], downloads: Path, base_url: str = COMMON_CRAWL, limit: int | None = None
-              ) -> tuple[Wet, ...]:
-    """List the WET files that some inputs name, each once, with absolute paths; download listings, but no WET file.
+def list_wets(inputs: list[str], downloads: Path, base_url: str = "https://data.commoncrawl.org/",
+              limit: int | None = None) -> tuple[str, ...]:
+    """Return the addresses or absolute paths of some WET files, each once; download listings, but no WET file.
 
     Args:
         inputs: paths or addresses of listings (names end in .paths or .paths.gz) and of WET files.
@@ -93,7 +76,7 @@ def list_wets(inputs: list[str], downloads: Path, base_url: str = COMMON_CRAWL, 
     Raises:
         UserError: no file is listed, or an address is not that of a WET file.
     """
-    downloads, names = downloads.absolute(), []
+    names = []
     for name in inputs:
         if not name.endswith((".paths", ".paths.gz")):
             names.append(name)
@@ -110,8 +93,7 @@ def list_wets(inputs: list[str], downloads: Path, base_url: str = COMMON_CRAWL, 
     if wrong := [name for name in names if "://" in name and not name.endswith((".wet", ".wet.gz"))]:
         raise UserError(f"{wrong[0][:160]} is no WET file; expected an address that ends in .warc.wet.gz, as in a "
                         "crawl's wet.paths.gz.")
-    return tuple(Wet(downloads / name.rsplit("/", 1)[-1], name) if "://" in name else Wet(Path(name).absolute())
-                 for name in names)
+    return tuple(name if "://" in name else str(Path(name).absolute()) for name in names)
 
 
 class FilterWet(PipelineStep):
@@ -133,22 +115,21 @@ class FilterWet(PipelineStep):
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
         crawl, index = self.crawl, self.missing[rank]
-        wet, counts = crawl.wets[index], Counter(pages=0, passed=0)
-        if wet.url:
-            download(wet.url, wet.path)
+        name, wet, counts = crawl.wets[index], crawl.wet(index), Counter(read=0, passed=0)
+        if "://" in name:
+            download(name, wet)
         with complete_file(crawl.shard(index)) as shard:
-            for page in read_wet(wet.path):
+            for page in read_wet(wet):
                 reason = why_dropped(page, crawl.rules)
-                counts.update(("pages", reason or "passed"))
+                counts.update(("read", reason or "passed"))
                 if reason is None:
                     shard.write(json.dumps(page) + "\n")
+            shard.write(json.dumps(counts) + "\n")
         for outcome, n in counts.items():
             self.stat_update(outcome, value=n)
-        write_json(crawl.shard_counts(index), counts)
-        if wet.url and not crawl.keep_downloads:
-            wet.path.unlink(missing_ok=True)
-        say(f"{wet.path.name} ({index + 1:,}/{len(crawl.wets):,}): {counts['passed']:,} of {counts['pages']:,} pages "
-            "passed")
+        if "://" in name and not crawl.keep_downloads:
+            wet.unlink(missing_ok=True)
+        say(f"{wet.name} ({index + 1:,}/{len(crawl.wets):,}): {counts['passed']:,} of {counts['read']:,} pages passed")
 
 
 def prepare_common_crawl(crawl: Crawl, executor: str = "local", workers: int | None = None,
@@ -157,8 +138,6 @@ def prepare_common_crawl(crawl: Crawl, executor: str = "local", workers: int | N
     """Download, filter and join by one of datatrove's executors.
 
     Args:
-        crawl: the WET files, the text to write and the rules. Slurm and Ray need absolute paths on a file system that
-            all machines share.
         executor: "local", "slurm" or "ray".
         workers: WET files at a time, -1: all; None: 1 for "local", else all.
         logging_dir: folder for datatrove's logs and statistics. None: none for "local", else NAME.logs beside the text.
@@ -166,13 +145,14 @@ def prepare_common_crawl(crawl: Crawl, executor: str = "local", workers: int | N
         force: replace an existing text.
 
     Returns:
-        Pages read ("pages"), kept ("kept"), and dropped by each key of `REASONS`; also written to NAME.counts.csv.
-        None for "slurm": the jobs were submitted, and the last one writes the text.
+        How many pages were "read", "kept", and dropped by each key of `REASONS`; also written to NAME.counts.csv. None
+        for "slurm": the jobs were submitted, and the last one writes the text.
 
     Raises:
         UserError: a WET file is missing or damaged, no page is kept, the text exists, or Slurm refuses a job.
     """
-    start_crawl(crawl, force)
+    refuse_existing(crawl.out, force)
+    _make_work_folder(crawl)
     n_missing, quiet = len(crawl.missing()), executor == "local" and not logging_dir
     steps = [FilterWet(crawl, quiet)]
     logs = logging_dir or (crawl.work / "logs" if quiet else crawl.out.with_name(f"{crawl.out.stem}.logs"))
@@ -188,35 +168,24 @@ def prepare_common_crawl(crawl: Crawl, executor: str = "local", workers: int | N
             with ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}, log_to_driver=False):
                 RayPipelineExecutor(steps, **options).run()
         elif n_missing:
-            from datatrove.executor.local import LocalPipelineExecutor
-
             if quiet:
                 logger.disable("datatrove")
-            start = "spawn" if os.name == "nt" else "forkserver"
-            LocalPipelineExecutor(steps, start_method=start, **options).run()
+            LocalPipelineExecutor(steps, start_method="spawn" if os.name == "nt" else "forkserver", **options).run()
         if left := crawl.missing():
             raise UserError(f"{len(left)} of {len(crawl.wets)} files were not filtered, first "
-                            f"{crawl.wets[left[0]].path.name}; expected all. See the logs in {logs}.")
+                            f"{crawl.wet(left[0]).name}; expected all. See the logs in {logs}.")
     except UserError as error:
         if len(crawl.missing()) < len(crawl.wets):
             raise UserError(f"{error} Finished files are kept: the same command continues.") from None
         shutil.rmtree(crawl.work)
         raise
-    return join_shards(crawl)
+    return _join_shards(crawl)
 
 
-def start_crawl(crawl: Crawl, force: bool = False) -> None:
-    """Check that the files exist and make the work folder; delete shards of other files or rules.
-
-    Raises:
-        UserError: the text exists, or a file is missing.
-    """
-    refuse_existing(crawl.out, force)
-    files = []  # what identifies each file: its address, or name, size and time of change
-    for wet in crawl.wets:
-        if not wet.url and not wet.path.is_file():
-            raise UserError(f"{wet.path} is not a file; expected a WET file. Check the path.")
-        files.append([wet.url] if wet.url else [str(wet.path), wet.path.stat().st_size, wet.path.stat().st_mtime_ns])
+def _make_work_folder(crawl: Crawl) -> None:
+    """Make the work folder; delete shards of other files or rules. Raise `OSError` where a file does not exist."""
+    files = [[name] if "://" in name else [name, (stat := Path(name).stat()).st_size, stat.st_mtime_ns]
+             for name in crawl.wets]  # what identifies each file
     settings, path = {"rules": asdict(crawl.rules), "wets": files}, crawl.work / "settings.json"
     if path.exists() and json.loads(path.read_text(encoding="utf-8")) == settings:
         say(f"continuing: {len(files) - len(crawl.missing()):,} of {len(files):,} files are filtered already "
@@ -230,54 +199,43 @@ def start_crawl(crawl: Crawl, force: bool = False) -> None:
 
 def _submit_to_slurm(crawl: Crawl, steps: list, logs: Path, options: dict, slurm: dict) -> None:
     """Submit the filters as one job per WET file, and a job that joins the shards after them."""
-    from datatrove.executor.slurm import SlurmPipelineExecutor
-
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # jobs inherit
     activate = Path(sys.prefix) / "bin" / "activate"
     slurm = slurm | {"qos": "", "venv_path": str(activate) if activate.exists() else None}
     filters = SlurmPipelineExecutor(steps, job_name="filter_wets", **options, **slurm) if options["tasks"] else None
     options |= {"tasks": 1, "logging_dir": str(logs / "join"), "mem_per_cpu_gb": 8}
     try:
-        SlurmPipelineExecutor([partial(join_shards, crawl)], job_name="join_shards", depends=filters, **options,
+        SlurmPipelineExecutor([partial(_join_shards, crawl)], job_name="join_shards", depends=filters, **options,
                               **slurm).run()
     except subprocess.CalledProcessError as error:
         raise UserError(f"sbatch refused a job (exit code {error.returncode}, its reason is above). Check "
                         "--slurm-partition and --slurm-time.") from None
 
 
-def join_shards(crawl: Crawl, *_task: object) -> Counter:
+def _join_shards(crawl: Crawl, *_of_datatrove: object) -> Counter:
     """Write the text from all shards in order, each story once (the first of its normalised copies); delete the shards.
 
     Memory grows by 70 bytes per kept story (an eight-byte hash in a Python set, measured for a million).
-
-    Args:
-        crawl: whose shards are complete.
-        _task: what datatrove passes to a step: data, rank and world size.
-
-    Returns:
-        The counts, as `prepare_common_crawl` does.
-
-    Raises:
-        UserError: no page was kept.
     """
     counts, seen = Counter(kept=0), set()
     with complete_file(crawl.out) as text:
         for index in range(len(crawl.wets)):
-            counts.update(json.loads(crawl.shard_counts(index).read_text(encoding="utf-8")))
             with crawl.shard(index).open(encoding="utf-8") as shard:
-                for story in map(json.loads, shard):
-                    key = story_hash(story)
-                    counts["duplicate" if key in seen else "kept"] += 1
-                    if key not in seen:
+                for line in map(json.loads, shard):
+                    if isinstance(line, dict):
+                        counts.update(line)
+                    elif (key := story_hash(line)) in seen:
+                        counts["duplicate"] += 1
+                    else:
+                        counts["kept"] += 1
                         seen.add(key)
-                        text.write(f"{story}\n{SEPARATOR.decode()}\n")
+                        text.write(f"{line}\n{SEPARATOR.decode()}\n")
         if not counts["kept"]:
             shutil.rmtree(crawl.work)
-            raise UserError(f"no page of {counts['pages']:,} was kept; expected at least one. Dropped: "
+            raise UserError(f"no page of {counts['read']:,} was kept; expected at least one. Dropped: "
                             f"{describe_dropped(counts)}. Use more files, another --language or a lower --min-words.")
-    rows = [("read", counts["pages"], "pages in the WET files"),
-            *((reason, counts[reason], meaning) for reason, meaning in REASONS.items()),
-            ("kept", counts["kept"], "stories written")]
+    meanings = {"read": "pages in the WET files"} | REASONS | {"kept": "stories written"}
+    rows = [(outcome, counts[outcome], meaning) for outcome, meaning in meanings.items()]
     write_text(crawl.out.with_name(f"{crawl.out.stem}.counts.csv"),
                pd.DataFrame(rows, columns=["outcome", "pages", "meaning"]).to_csv(index=False, lineterminator="\n"))
     shutil.rmtree(crawl.work)

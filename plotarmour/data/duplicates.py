@@ -6,8 +6,8 @@ A validation set that was trained on measures memory, not skill. Each kind inclu
     normalised   the same text except for case, punctuation and spacing (`plotarmour.data.stories.normalise`)
     near         Jaccard similarity of the word 5-grams (shared ones over all of both) of at least `threshold`
 
-Exact and normalised copies are found by 64-bit BLAKE2b keys: of two million stories, two different ones share a key in
-one of ten million token files. Near copies: MinHash signatures (the library rensa) in bands of an LSH index propose
+Exact and normalised copies are found by Python's 64-bit hashes: of two million stories, two different ones share a hash
+in one of ten million token files. Near copies: MinHash signatures (the library rensa) in bands of an LSH index propose
 pairs, and these are compared exactly. With b bands of r numbers a pair of similarity s is proposed with probability
 
     1 - (1 - s**r)**b        at s = 0.8 with 25 bands of 8:  0.990;  at 0.9:  1.000;  at 0.5:  0.093
@@ -19,10 +19,9 @@ Source: Broder (1997), On the resemblance and containment of documents; Leskovec
 Datasets, chapter 3; word 5-grams and 0.8 as in Lee et al. (2022), arXiv 2107.06499.
 """
 
-import hashlib
+import importlib.util
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import nsmallest
@@ -66,23 +65,16 @@ def overlapping_stories(train: Tokens, val: Tokens) -> np.ndarray:
 
 def disjoint_by_construction(one: dict, other: dict) -> bool:
     """Return whether two headers name different parts of one split of the same text: a story is in one part only."""
-    def origin(header: dict) -> tuple:
-        return ([source["sha256"] for source in header["source"]], header.get("split"), header.get("stories"),
-                header["tokenizer"]["sha256"])
-
-    parts = (one.get("part"), other.get("part"))
-    return bool(one.get("split")) and origin(one) == origin(other) and None not in parts and parts[0] != parts[1]
+    same = all(one.get(key) == other.get(key) for key in ("source", "split", "stories", "tokenizer"))
+    parts = {one.get("part"), other.get("part")} - {None}
+    return same and bool(one.get("split")) and len(parts) == 2
 
 
 def _story_keys(data: Tokens) -> np.ndarray:
-    """Return a 64-bit key of each story's ids, equal for equal ids of any integer type."""
+    """Return a 64-bit hash of each story's ids, equal in this process for equal ids of any integer type."""
     tokens, bounds = np.asarray(data.tokens), np.append(data.offsets, data.n_tokens).astype(np.int64).tolist()
-    return np.array([_key(tokens[begin:end].astype("<u4")) for begin, end in zip(bounds, bounds[1:], strict=False)],
-                    dtype=np.uint64)
-
-
-def _key(content: bytes | np.ndarray) -> int:
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    return np.array([hash(tokens[begin:end].astype("<u4").tobytes())
+                     for begin, end in zip(bounds, bounds[1:], strict=False)], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -132,13 +124,10 @@ def find_duplicates(files: dict[str, TokenFile], out: Path | None = None, thresh
     if not 0.7 <= threshold <= 1:
         raise UserError(f"--threshold {threshold} is too low or too high; expected 0.7 to 1.")
     corpus = _Corpus(files)
-    if near:
-        try:
-            import rensa  # noqa: F401
-        except ImportError:
-            warnings.warn("near copies are not searched: rensa is not installed. Install it with: pip install "
-                          "'rensa>=0.5,<0.6'", stacklevel=2)
-            near = False
+    if near and importlib.util.find_spec("rensa") is None:
+        warnings.warn("near copies are not searched: rensa is not installed. Install it with: pip install "
+                      "'rensa>=0.5,<0.6'", stacklevel=2)
+        near = False
     _, first, inverse = np.unique(np.concatenate([_story_keys(data) for data in corpus.files]), return_index=True,
                                   return_inverse=True)
     exact = first[inverse]  # for each story the first one with the same ids
@@ -174,9 +163,9 @@ class _Corpus:
         """Return the texts of some stories."""
         return self.tokenizer.decode_batch([self.files[self.part_of[i]].story(int(self.place[i])) for i in stories])
 
-    def batches(self, stories: np.ndarray) -> Iterator[np.ndarray]:
+    def batches(self, stories: np.ndarray) -> list[np.ndarray]:
         """Cut story numbers into batches of about `BATCH_TOKENS` tokens."""
-        yield from np.split(stories, np.flatnonzero(np.diff(np.cumsum(self.lengths[stories]) // BATCH_TOKENS)) + 1)
+        return np.split(stories, np.flatnonzero(np.diff(np.cumsum(self.lengths[stories]) // BATCH_TOKENS)) + 1)
 
 
 def _banding(threshold: float) -> tuple[int, int]:
@@ -199,15 +188,11 @@ def _jaccard(one: set, other: set) -> float:
 
 def _compare_texts(corpus: _Corpus, singles: np.ndarray, threshold: float | None
                    ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int, float]]]:
-    """Read each text once; return for each story the first one of its normalised and of its near group, and near pairs.
-
-    `singles` are the first stories of the exact groups; only these are read. A threshold of None joins no near copies.
-    """
+    """Return for each story the first of its normalised and of its near group, and near pairs; read only `singles`."""
     from scipy.cluster.hierarchy import DisjointSet
 
     normalised, joined, groups = np.arange(corpus.n), np.arange(corpus.n), DisjointSet()
-    first_of: dict[int, int] = {}
-    similar, indexed = [], []  # indexed: story number of each key of the LSH index
+    first_of, similar, indexed = {}, [], []  # indexed: story number of each key of the LSH index
     if threshold:
         from rensa import RMinHash, RMinHashLSH
 
@@ -231,20 +216,19 @@ def _compare_texts(corpus: _Corpus, singles: np.ndarray, threshold: float | None
 
     with progress(len(singles), "stories", "compare stories") as bar:
         for batch in corpus.batches(singles):
-            new, sets = [], []
+            sets = {}  # by story
             for i, text in zip(batch.tolist(), map(normalise, corpus.texts(batch)), strict=True):
                 if not text:  # "!!!" and "..." are no copies
                     continue
-                normalised[i] = first_of.setdefault(_key(text.encode()), i)
+                normalised[i] = first_of.setdefault(hash(text), i)
                 if threshold and normalised[i] == i:
-                    new.append(i)
-                    sets.append(_shingles(text))
-            if new:
-                signatures = RMinHash.from_token_sets(sets, bands * rows, SEED)
+                    sets[i] = _shingles(text)
+            if sets:
+                signatures = RMinHash.from_token_sets(list(sets.values()), bands * rows, SEED)
                 index.insert_many(signatures, len(indexed))
-                indexed += new
-                for i, own, signature in zip(new, sets, signatures, strict=True):
-                    join(i, own, index.query(signature))
+                indexed += sets
+                for i, signature in zip(sets, signatures, strict=True):
+                    join(i, sets[i], index.query(signature))
             bar.update(len(batch))
     for group in groups.subsets():
         joined[list(group)] = min(group)
@@ -278,7 +262,7 @@ def _examples(corpus: _Corpus, groups: dict[str, np.ndarray], normalised: np.nda
         n[kind, *parts] += 1
         if n[kind, *parts] <= examples:
             text_a, text_b = (" ".join(text.split())[:100] for text in corpus.texts([a, b]))
-            values = (kind, parts[0], int(corpus.place[a]), parts[1], int(corpus.place[b]), round(similarity, 4),
-                      int(sizes[kind][groups[kind][a]]), text_a, text_b)
-            rows.append(dict(zip(EXAMPLE_COLUMNS, values, strict=True)))
+            rows.append(dict(zip(EXAMPLE_COLUMNS, (
+                kind, parts[0], int(corpus.place[a]), parts[1], int(corpus.place[b]), round(similarity, 4),
+                int(sizes[kind][groups[kind][a]]), text_a, text_b), strict=True)))
     return rows

@@ -6,7 +6,7 @@ are those of `plotarmour.data.stories.normalise` (lower case, no punctuation); a
 repetition; rules for paragraphs (extracted text has none) and for English only are left out. Words are separated by
 spaces: languages written without spaces are refused.
 
-This module needs the packages of requirements-crawl.txt.
+This module needs the packages of the extra `crawl` in pyproject.toml.
 """
 
 import gzip
@@ -45,48 +45,30 @@ WITHOUT_SPACES = {"dz", "ja", "km", "lo", "my", "th", "wuu", "yue", "zh"}
 
 @dataclass(frozen=True)
 class PageRules:
-    """Which pages to keep.
+    """Which pages to keep. Raise `UserError` for a value out of range, and a language unknown or without spaces."""
 
-    Args:
-        language: code of py3langid, e.g. "en".
-        min_probability: least probability of the language, 0 to 1. FineWeb uses 0.65 with its (other) classifier.
-        min_words: least number of words.
-        max_words: largest number of words.
-
-    Raises:
-        UserError: a value is out of range, or the language is unknown or written without spaces.
-    """
-
-    language: str = "en"
-    min_probability: float = 0.65
+    language: str = "en"  # code of py3langid
+    min_probability: float = 0.65  # least probability of the language; FineWeb uses this with its (other) classifier
     min_words: int = 50
     max_words: int = 100_000
 
     def __post_init__(self) -> None:
-        if not 0 <= self.min_probability <= 1:
-            raise UserError(f"--min-probability {self.min_probability:g} is no probability; expected 0 to 1.")
-        if not 1 <= self.min_words <= self.max_words:
-            raise UserError(f"--min-words {self.min_words} is out of range; expected 1 to {self.max_words:,}.")
-        known = _identifier().labels
+        if not (0 <= self.min_probability <= 1 and 1 <= self.min_words <= self.max_words):
+            raise UserError(f"--min-probability {self.min_probability:g} or --min-words {self.min_words} is out of "
+                            f"range; expected 0 to 1, and 1 to {self.max_words:,}.")
+        known = set(_identifier().labels) - WITHOUT_SPACES
         if self.language not in known:
-            raise UserError(f"--language {self.language!r} is unknown; expected one of the {len(known)} codes of "
-                            "py3langid, e.g. en, de, es, fr, an.")
-        if self.language in WITHOUT_SPACES:
-            raise UserError(f"--language {self.language} is written without spaces between words, and the rules count "
-                            "words; expected a language with spaces.")
+            raise UserError(f"--language {self.language!r} is unknown, or is written without spaces between the words "
+                            f"that the rules count; expected one of {len(known)} codes of py3langid, e.g. en, de, an.")
 
 
 def read_wet(path: Path) -> Iterator[str]:
-    """Yield the stripped text of each page of a WET file; memory holds one page.
+    """Yield the stripped text of each page of a WET file, plain or gzip (recognised by content).
 
-    Args:
-        path: `.wet`, plain or gzip (recognised by content). Bytes that are not UTF-8 become replacement characters.
+    Memory holds one page. Bytes that are not UTF-8 become replacement characters.
 
     Raises:
         UserError: the file is no WET file (such as a WARC with HTML), truncated or damaged.
-
-    Source:
-        The WARC format, ISO 28500:2017; in WET files pages are records of type "conversion".
     """
     with path.open("rb") as raw:
         stream, kind = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw, None
@@ -99,7 +81,7 @@ def read_wet(path: Path) -> Iterator[str]:
                 content = record.content_stream().read()
                 if str(len(content)) != length:  # length is None where the header itself is truncated
                     raise EOFError("its last record is truncated")
-                if kind == "conversion":
+                if kind == "conversion":  # a page, in the WARC format of ISO 28500:2017
                     yield content.decode("utf-8", "replace").strip()
             stream.read(1)  # warcio takes the EOFError of a truncated gzip file for its end; this raises it again
             if kind is None:
@@ -110,29 +92,15 @@ def read_wet(path: Path) -> Iterator[str]:
 
 
 def why_dropped(page: str, rules: PageRules) -> str | None:
-    """Return the reason to drop a page.
-
-    Args:
-        page: its text, with line breaks between lines.
-        rules: language and lengths.
-
-    Returns:
-        The first key of `REASONS` that applies (never "duplicate", which depends on other pages), or None to keep it.
-
-    Example:
-        >>> why_dropped("Too short.", PageRules())
-        'short'
-    """
+    """Return why a page is dropped: the first key of `REASONS` (never "duplicate") that applies; None to keep it."""
     if SEPARATOR.decode() in page:
         return "separator"
     if "\ufffd" in page:
         return "undecoded"
     text = normalise(page)
     words = text.split()
-    if len(words) < rules.min_words:
-        return "short"
-    if len(words) > rules.max_words:
-        return "long"
+    if not rules.min_words <= len(words) <= rules.max_words:
+        return "short" if len(words) < rules.min_words else "long"
     if sum(word.isnumeric() for word in words) > (1 - LETTERS) * len(words):  # words hold only letters and digits
         return "few_letters"
     language, probability = _identifier().classify(page)
