@@ -226,6 +226,7 @@ def test_a_shared_story_is_found_and_a_beginning_is_not():
     assert overlapping_stories(train, data([8, 9], [5, 6])).tolist() == [[0, 1]]
     assert overlapping_stories(train, data([6, 5, 7], [5, 6, 7], [1], [5, 6, 7])).tolist() == [[1, 0], [3, 0]]
     assert overlapping_stories(train, data([6, 5, 7], [5, 6])).tolist() == []
+    assert overlapping_stories(data([1], [1], [8, 9]), data([8, 9])).tolist() == [[0, 2]]
 
 
 def test_the_overlap_is_that_of_comparing_all_stories_for_any_integer_type():
