@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import json
 import os
 import sys
@@ -10,10 +11,8 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
+from tqdm import tqdm
 
 LINE_EVERY_S = 30.0  # seconds between two lines of progress outside a terminal
 OTHERS_WAIT_S = 10.0  # seconds before a process of torchrun other than the first reports its error and ends
@@ -37,17 +36,17 @@ def add_common(parser: argparse.ArgumentParser, *names: str) -> None:
 
     With "set", --device is short for --set device=...; `overrides_of` returns both.
     """
-    if "device" in names:
-        parser.add_argument("--device", default=None if "set" in names else "auto", metavar="auto|cpu|cuda",
-                            help="where to compute" + ("; without it, the recipe's" if "set" in names else ""))
-    if "checkpoint" in names:
-        parser.add_argument("--checkpoint", default="best", type=_checkpoint, metavar="best|latest|STEP",
-                            help="checkpoint of a run: best by validation loss, latest, or a step that was kept")
-    if "force" in names:
-        parser.add_argument("--force", action="store_true", help="replace results that exist")
-    if "set" in names:
-        parser.add_argument("--set", action="append", default=[], metavar="key=value", dest="overrides",
-                            help="override a setting of the recipe; may be repeated")
+    options = {
+        "device": {"default": None if "set" in names else "auto", "metavar": "auto|cpu|cuda",
+                   "help": "where to compute" + ("; without it, the recipe's" if "set" in names else "")},
+        "checkpoint": {"default": "best", "type": _checkpoint, "metavar": "best|latest|STEP",
+                       "help": "checkpoint of a run: best by validation loss, latest, or a step that was kept"},
+        "force": {"action": "store_true", "help": "replace results that exist"},
+        "set": {"action": "append", "default": [], "metavar": "key=value", "dest": "overrides",
+                "help": "override a setting of the recipe; may be repeated"}}
+    for name in options:
+        if name in names:
+            parser.add_argument(f"--{name}", **options[name])
 
 
 def overrides_of(args: argparse.Namespace) -> list[str]:
@@ -62,10 +61,8 @@ def refuse_existing(path: Path, force: bool) -> None:
 
 
 def _checkpoint(text: str) -> str | int:
-    if text in ("best", "latest"):
-        return text
-    if text.isdecimal():
-        return int(text)
+    if text in ("best", "latest") or text.isdecimal():
+        return int(text) if text.isdecimal() else text
     raise argparse.ArgumentTypeError(f"{text!r} is not a checkpoint; expected best, latest or a step")
 
 
@@ -81,7 +78,10 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        message = _message_for_user(error)
+        message = str(error) if isinstance(error, UserError) else None
+        if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
+            where = f"{error.filename}: " if error.filename else ""
+            message = f"{where}{error.strerror}. Check the path, its permissions and the disk."
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun and suite/multi_gpu.py read it
             kind = "UserError" if message else type(error).__name__
             content = {"kind": kind, "message": message or traceback.format_exc(), "timestamp": int(time.time())}
@@ -98,81 +98,43 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
-def outwait_others() -> None:
-    """Wait before this process of torchrun ends because another one is lost, so that the other one can report why.
-
-    torchrun ends this wait as soon as it notices that the other process has failed or was killed.
-    """
-    time.sleep(OTHERS_WAIT_S + 5.0)
-
-
-def _message_for_user(error: Exception) -> str | None:
-    """Return the message of a `UserError`, or of the operating system about a file or a full disk."""
-    if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}. Check the path, its permissions and the disk."
-    return str(error) if isinstance(error, UserError) else None
-
-
 def say(message: str) -> None:
     """Print a line to stderr, above a progress bar if there is one."""
-    from tqdm import tqdm
-
     tqdm.write(message, file=sys.stderr)
 
 
 def progress(total: int, unit: str, description: str, initial: int = 0, is_timed: bool = True,
-             is_shown: bool = True) -> "tqdm | ProgressLines":
+             is_shown: bool = True) -> tqdm:
     """Show progress on stderr: a bar on a terminal; in a notebook, a pipe or a file a line at most every 30 seconds.
 
-    Args:
-        total: of the work, in units.
-        unit: plural, such as "tokens".
-        description: names the work.
-        initial: units done by an earlier start.
-        is_timed: whether speed and time left are added; training gives its own, by `set_postfix_str`.
-        is_shown: False shows nothing.
-
-    Returns:
-        A context manager with `update(n)` and `set_postfix_str(text)`.
+    `initial` units, such as "tokens", were done by an earlier start. Without `is_timed`, speed and time left are not
+    added: training gives its own, by `set_postfix_str`.
     """
-    if is_shown and not sys.stderr.isatty():
-        return ProgressLines(total, unit, description, initial, is_timed)
-    from tqdm import tqdm
-
     bar_format = None if is_timed else "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
-    return tqdm(total=total, unit=unit, desc=description, initial=initial, unit_scale=is_timed, mininterval=0.5,
-                bar_format=bar_format, disable=not is_shown)
+    return (tqdm if sys.stderr.isatty() else _Lines)(
+        total=total, unit=unit, desc=description, initial=initial, unit_scale=is_timed, mininterval=0.5,
+        bar_format=bar_format, disable=not is_shown)
 
 
-class ProgressLines:
-    """Progress in lines. It has the two methods of tqdm, and takes the arguments, that `progress` describes."""
+class _Lines(tqdm):
+    """Progress in lines: the first after 30 seconds, then one whenever as long or 1 % of the time so far has passed."""
 
-    def __init__(self, total: int, unit: str, description: str, initial: int, is_timed: bool):
-        self.total, self.unit, self.description, self.initial = total, unit, description, initial
-        self.is_timed, self.n, self.postfix = is_timed, initial, ""
-        self.begun = self.shown_at = time.monotonic()
+    def __init__(self, **settings):
+        # tqdm does not clear and redraw what is not on stderr; `say` prints the lines.
+        super().__init__(**settings | {"mininterval": LINE_EVERY_S}, delay=LINE_EVERY_S, miniters=1, leave=False,
+                         file=io.StringIO())
 
-    def __enter__(self) -> "ProgressLines":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        pass
-
-    def set_postfix_str(self, text: str, refresh: bool = False) -> None:
-        """Set what the next line ends with."""
-        self.postfix = text
-
-    def update(self, n: int = 1) -> None:
-        """Count units; print a line if the last one is older than 30 seconds and 1 % of the time so far."""
-        self.n, now = self.n + n, time.monotonic()
-        if now - self.shown_at < max(LINE_EVERY_S, 0.01 * (now - self.begun)):
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Print a line; tqdm calls this with a message only at the end, to remove a bar."""
+        if msg is not None:
             return
-        self.shown_at, parts = now, [f"{self.n / max(self.total, 1):.0%} of {self.total:,} {self.unit}"]
-        if self.is_timed:
-            rate = (self.n - self.initial) / (now - self.begun)
+        f = self.format_dict
+        self.mininterval = max(LINE_EVERY_S, 0.01 * f["elapsed"])
+        parts = [f"{self.n / max(self.total, 1):.0%} of {self.total:,} {self.unit}"]
+        if self.bar_format is None:
+            rate = (self.n - self.initial) / f["elapsed"]
             parts += [f"{rate:,.0f} {self.unit}/s", f"{duration((self.total - self.n) / max(rate, 1e-9))} left"]
-        say(f"{self.description}: {', '.join(parts + [self.postfix] * bool(self.postfix))}")
+        say(f"{self.desc}: {', '.join(parts + [self.postfix] * bool(self.postfix))}")
 
 
 def duration(seconds: float) -> str:

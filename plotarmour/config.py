@@ -28,8 +28,8 @@ from plotarmour.models import KINDS, LanguageModel, ModelConfig, architecture_fi
 RECIPES = Path(__file__).parent / "recipes"
 AUTO = "auto"  # the value of a setting that the program is to choose
 Auto = Literal["auto"]
+TYPE_NAMES = {int: "a whole number", float: "a number", str: "text"}
 Rule = tuple[str, Callable[[Any], bool]]  # the words of a message, and the test; every test is false for NaN
-
 AT_LEAST_1: Rule = ("must be at least 1", lambda value: value >= 1)
 POSITIVE: Rule = ("must be positive and finite", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE: Rule = ("must not be negative or infinite", lambda value: 0 <= value < math.inf)
@@ -154,9 +154,6 @@ class Recipe:
     architecture: dict[str, Any] = dataclasses.field(default_factory=dict)  # fields of the kind's config class
     overridden: tuple[str, ...] = ()  # keys that the user has overridden
 
-    def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
-
     def model_config(self, vocab_size: int) -> ModelConfig:
         """Return the config of this recipe's model. Raise `UserError` for an impossible shape."""
         try:
@@ -191,9 +188,8 @@ def load_recipe(name: str, model: str, overrides: Collection[str] = ()) -> Recip
     if model not in KINDS:
         raise UserError(f"unknown model {model!r}{_closest(model, KINDS)}; expected one of {', '.join(KINDS)}.")
     sections = _read_sections(path, model)
-    known = {section: {field.name: field for field in fields} for section, fields in (
-        ("data", dataclasses.fields(DataConfig)), ("training", dataclasses.fields(TrainingConfig)),
-        (model, architecture_fields(model)))}
+    known = {"data": DataConfig.__dataclass_fields__, "training": TrainingConfig.__dataclass_fields__,
+             model: architecture_fields(model)}
     overridden, wrong = _override(sections, known, overrides)
     complaints = {section: _check_values(section, sections[section], known[section]) for section in known}
     if not complaints[model]:
@@ -214,9 +210,8 @@ def load_recipe(name: str, model: str, overrides: Collection[str] = ()) -> Recip
 
 def warn_ignored(recipe: Recipe, keys: Collection[str], why: str) -> None:
     """Warn of each of `keys` that the user has overridden: it has no effect, for the reason `why`."""
-    for key in recipe.overridden:
-        if key in keys:
-            warnings.warn(f"{key} is ignored: {why}.", stacklevel=3)
+    for key in (key for key in recipe.overridden if key in keys):
+        warnings.warn(f"{key} is ignored: {why}.", stacklevel=3)
 
 
 def _read_sections(path: Path, model: str) -> dict[str, dict[str, Any]]:
@@ -228,15 +223,13 @@ def _read_sections(path: Path, model: str) -> dict[str, dict[str, Any]]:
         raise UserError(f"{path} is not TOML: {error}.") from None
     wrong = [f"the section [{section}] is missing" for section in ("data", "training", model)
              if not isinstance(table.get(section), dict)]
+    if not wrong and not isinstance(table[model].get("training", {}), dict):
+        wrong.append(f"training in [{model}] is not a section")
     wrong += [f"unknown section or key {key!r}{_closest(key, known)}" for key in table if key not in known]
     if wrong:
         raise UserError(f"{path}: {'; '.join(wrong)}; expected keys in the sections {', '.join(known)} only.")
-    architecture = dict(table[model])
-    own_training = architecture.pop("training", {})
-    if not isinstance(own_training, dict):
-        raise UserError(f"{path}: training = {own_training!r} in [{model}] is not a section; expected its keys in "
-                        f"[{model}.training].")
-    return {"data": table["data"], "training": table["training"] | own_training, model: architecture}
+    table["training"] |= table[model].pop("training", {})
+    return {section: table[section] for section in ("data", "training", model)}
 
 
 def _override(sections: dict, known: dict, overrides: Collection[str]) -> tuple[list[str], list[str]]:
@@ -265,12 +258,12 @@ def _check_values(section: str, values: dict[str, Any], known: dict[str, datacla
             wrong.append(f"unknown key {key!r} in [{section}]{_closest(key, known)}")
             continue
         (kind, may_be_auto), rule = _kind(known[key]), known[key].metadata.get("rule")
-        if may_be_auto and value == AUTO:
-            continue
         if kind is float and type(value) is int:
             value = values[key] = float(value)
+        if may_be_auto and value == AUTO:
+            continue
         if type(value) is not kind:
-            wrong.append(f"{key} = {value!r} is not {_TYPE_NAMES[kind]}" + (' or "auto"' if may_be_auto else ""))
+            wrong.append(f"{key} = {value!r} is not {TYPE_NAMES[kind]}" + (' or "auto"' if may_be_auto else ""))
         elif rule and not rule[1](value):
             wrong.append(f"{key} = {value!r} {rule[0]}")
     return wrong + [f"{key} is missing in [{section}]" for key, field in known.items()
@@ -279,29 +272,25 @@ def _check_values(section: str, values: dict[str, Any], known: dict[str, datacla
 
 def _check_together(recipe: Recipe) -> list[str]:
     """Return complaints about values that are impossible together."""
-    d, t, wrong = recipe.data, recipe.training, []
-    if t.warmup_steps >= t.max_steps:
-        wrong.append(f"warmup_steps = {t.warmup_steps} must be less than max_steps = {t.max_steps}")
-    if d.corpus_min_events > d.corpus_max_events:
-        wrong.append(f"corpus_min_events = {d.corpus_min_events} must not exceed "
-                     f"corpus_max_events = {d.corpus_max_events}")
-    if t.rows_per_step % t.micro_batch_rows:
-        wrong.append(f"rows_per_step = {t.rows_per_step} is not a multiple of micro_batch_size = {t.micro_batch_rows}: "
-                     f'set micro_batch_size to {largest_divisor(t.rows_per_step, t.micro_batch_rows)} or to "auto"')
-    return wrong
+    d, t = recipe.data, recipe.training
+    rules = (
+        (t.warmup_steps < t.max_steps,
+         f"warmup_steps = {t.warmup_steps} must be less than max_steps = {t.max_steps}"),
+        (d.corpus_min_events <= d.corpus_max_events,
+         f"corpus_min_events = {d.corpus_min_events} must not exceed corpus_max_events = {d.corpus_max_events}"),
+        (t.rows_per_step % t.micro_batch_rows == 0,
+         f"rows_per_step = {t.rows_per_step} is not a multiple of micro_batch_size = {t.micro_batch_rows}: set "
+         f'micro_batch_size to {largest_divisor(t.rows_per_step, t.micro_batch_rows)} or to "auto"'))
+    return [message for is_possible, message in rules if not is_possible]
 
 
 def _warn_unused(recipe: Recipe) -> None:
     """Warn of settings without effect that the user has overridden, or the recipe sets to another than the default."""
     for config in (recipe.data, recipe.training):
-        for field in dataclasses.fields(config):
-            used_if, key = field.metadata["used_if"], field.name
+        for key, field in config.__dataclass_fields__.items():
             is_set = key in recipe.overridden or getattr(config, key) != field.default
-            if used_if and is_set and not used_if[1](config):
+            if (used_if := field.metadata["used_if"]) and is_set and not used_if[1](config):
                 warnings.warn(f"{key} is ignored: it has an effect only where {used_if[0]}.", stacklevel=3)
-
-
-_TYPE_NAMES = {int: "a whole number", float: "a number", str: "text"}
 
 
 def _kind(field: dataclasses.Field) -> tuple[type, bool]:

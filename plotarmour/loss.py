@@ -1,7 +1,4 @@
-"""Nats from features, unembedding and targets, in chunks.
-
-The (B·T, vocab_size) logits never exist at once.
-"""
+"""Nats from features, unembedding and targets, in chunks: the (B·T, vocab_size) logits never exist at once."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +10,7 @@ SMALL_CHUNK_LOGITS = 2**21  # without gradients: 8 MiB, which the allocator reus
 
 
 def summed_nats(features: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
-    """Sum the negative log-probabilities of the targets.
+    """Sum the negative log-probabilities of the targets, differentiably.
 
     Args:
         features: float (B, T, C). Products have autocast's dtype if it is enabled, sums are in float32 or float64.
@@ -21,18 +18,11 @@ def summed_nats(features: Tensor, unembedding: Tensor, targets: Tensor) -> Tenso
         targets: int64 (B, T); `IGNORE` marks padding, which adds nothing.
 
     Returns:
-        float32 scalar, in nats, differentiable with respect to features and unembedding. The loss is this sum divided
-        by the number of targets other than `IGNORE`.
-
-    Raises:
-        ValueError: shapes that do not match.
+        float32 scalar, in nats. The loss is this sum divided by the number of targets other than `IGNORE`.
 
     Source: the forward pass computes the gradient (softmax minus one-hot) of each chunk together with its logits, as
     Liger-Kernel's fused linear cross entropy does (arXiv 2410.10989).
     """
-    if features.shape[:2] != targets.shape or features.shape[2] != unembedding.shape[1]:
-        raise ValueError(f"features {tuple(features.shape)}, unembedding {tuple(unembedding.shape)} and targets "
-                         f"{tuple(targets.shape)} do not match: expected (B, T, C), (V, C) and (B, T)")
     if torch.is_autocast_enabled(features.device.type):
         features = features.to(torch.get_autocast_dtype(features.device.type))
     unembedding = unembedding.to(features.dtype)
@@ -47,12 +37,9 @@ def summed_nats(features: Tensor, unembedding: Tensor, targets: Tensor) -> Tenso
 
 @torch.no_grad()
 def token_nats(features: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
-    """Compute the negative log-probability of each target, without gradient.
+    """Compute the negative log-probability of each target of `summed_nats`, without gradient.
 
     Products are in float32 or float64 also under autocast: the error of a half-precision logit of 16 is up to 0.06.
-
-    Args:
-        features, unembedding, targets: see `summed_nats`.
 
     Returns:
         float32 or float64 (B, T), in nats; 0 where the target is `IGNORE`.
@@ -68,13 +55,9 @@ def token_nats(features: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor
 
 
 def loss_bytes(n_tokens: int, n_embd: int, vocab_size: int, dtype: torch.dtype, with_gradient: bool = True) -> int:
-    """Return about how many bytes `summed_nats` holds at most, features and unembedding not included.
+    """Return about how many bytes `summed_nats` holds at most for B·T tokens, without features and unembedding.
 
-    Args:
-        n_tokens: B·T.
-        n_embd, vocab_size: C and V.
-        dtype: of products; half precision adds copies of features and unembedding.
-        with_gradient: whether gradients of features and unembedding are computed, too.
+    Half precision, the dtype of products, adds copies of both; `with_gradient` adds their gradients.
     """
     is_half = dtype.itemsize < 4
     rows = min(n_tokens, max(1, CHUNK_LOGITS // vocab_size))
@@ -123,10 +106,10 @@ class _SummedNats(torch.autograd.Function):
                     d_unembedding = part.to(wide) if d_unembedding is None else d_unembedding.add_(part)
                 d = part = None  # frees memory before the next chunk's logits
         ctx.save_for_backward(d_features, d_unembedding)
-        ctx.dtypes = features.dtype, unembedding.dtype
+        ctx.dtype = unembedding.dtype
         return total
 
     @staticmethod
     def backward(ctx, scale):
         d_features, d_unembedding = ctx.saved_tensors
-        return (d_features * scale.to(d_features.dtype)), (d_unembedding * scale).to(ctx.dtypes[1]), None, None, None
+        return (d_features * scale.to(d_features.dtype)), (d_unembedding * scale).to(ctx.dtype), None, None, None

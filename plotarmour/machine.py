@@ -1,40 +1,42 @@
-"""The machine: device, dtype with its reason, host, memory, versions, and a report of them."""
+"""The machine: device, dtype with its reason, cores and memory within a container's limits, versions. Without torch."""
 
+from __future__ import annotations
+
+import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 import plotarmour
 from plotarmour.cli import UserError
-from plotarmour.limits import available_memory
+
+if TYPE_CHECKING:
+    import torch
+
+CGROUP = Path("/sys/fs/cgroup")  # where Linux shows a container its own limits
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and in which dtype to compute.
-
-    Attributes:
-        device: that computes.
-        dtype: of forward passes.
-        reason: for the dtype.
-        hardware: name and size of the device.
-    """
+    """Where and in which dtype to compute."""
 
     device: torch.device
-    dtype: torch.dtype
-    reason: str
-    hardware: str
+    dtype: torch.dtype  # of forward passes
+    reason: str  # for the dtype
+    hardware: str  # name and size of the device
 
     @property
     def autocast(self) -> torch.autocast:
         """Return the context for forward passes. It does nothing in float32."""
+        import torch
+
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 
@@ -48,53 +50,51 @@ def find_machine(device: str = "auto", dtype: str = "auto") -> Machine:
     Raises:
         UserError: this machine has no such device, or this torch has no kernels for its GPU.
     """
+    import torch
+
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device {device!r} is unknown; expected auto, cpu or cuda.")
     has_gpu = torch.cuda.is_available()
     if device == "cuda" and not has_gpu:
         raise UserError("device cuda was asked for, but torch sees no GPU; use device=cpu, or turn the GPU on.")
     if device == "cpu" or not has_gpu:
+        if dtype == "float16":
+            raise UserError("dtype float16 needs a GPU; use float32 on the CPU.")
         machine = Machine(torch.device("cpu"), torch.float32, "the CPU computes float32 fastest",
                           f"CPU, threads: {torch.get_num_threads()} ({_processor()})")
     else:
         machine = _find_gpu()
-    if dtype == "auto":
-        return machine
-    if machine.device.type == "cpu" and dtype == "float16":
-        raise UserError("dtype float16 needs a GPU; use float32 on the CPU.")
-    return replace(machine, dtype=getattr(torch, dtype), reason="asked for")
+    return machine if dtype == "auto" else replace(machine, dtype=getattr(torch, dtype), reason="asked for")
 
 
 def _find_gpu() -> Machine:
     """Return the current GPU, or this process's own where torchrun started one process per GPU."""
-    processes, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    import torch
+    from torch import cuda
+
+    processes, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), cuda.device_count()
     if processes > count:  # every process raises this, so that the first one reports it
         raise UserError(f"{processes} processes were started for {count} GPUs; expected at most one each (torchrun "
                         f"--nproc-per-node {count}).")
     if "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    device = torch.device("cuda", torch.cuda.current_device())
-    name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    built = torch.cuda.get_arch_list()
+        cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    gpu, (major, minor), built = cuda.get_device_properties(), cuda.get_device_capability(), cuda.get_arch_list()
     numbers = [int(n) for arch in built if (n := arch.removeprefix("sm_").removeprefix("compute_")).isdigit()]
     if numbers and 10 * major + minor < min(numbers):
-        raise UserError(f"{name} is sm_{major}{minor}, but this torch was built for {', '.join(built)}: its first "
+        raise UserError(f"{gpu.name} is sm_{major}{minor}, but this torch was built for {', '.join(built)}: its first "
                         "kernel would fail. Install a torch with that architecture (for sm_60: a cu126 wheel).")
-    gib = torch.cuda.get_device_properties(device).total_memory / 2**30
-    return Machine(device, *dtype_for(major, minor), f"{name}, {gib:.0f} GiB")
+    dtype, reason = dtype_for(major, minor)
+    return Machine(torch.device("cuda", cuda.current_device()), getattr(torch, dtype), reason,
+                   f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
 
 
-def dtype_for(major: int, minor: int) -> tuple[torch.dtype, str]:
-    """Return the fastest dtype for a CUDA compute capability, and the reason.
-
-    A T4 (sm_75) emulates bfloat16 slowly, although `torch.cuda.is_bf16_supported` is True there.
-    """
-    sm = f"sm_{major}{minor}"
+def dtype_for(major: int, minor: int) -> tuple[str, str]:
+    """Return the name of the fastest dtype for a CUDA compute capability, and the reason."""
     if major >= 8:
-        return torch.bfloat16, f"{sm} computes bfloat16 in hardware"
-    if major >= 6:
-        return torch.float16, f"{sm} has float16 but no bfloat16 in hardware"
-    return torch.float32, f"{sm} has no fast float16"
+        return "bfloat16", f"sm_{major}{minor} computes bfloat16 in hardware"
+    if major >= 6:  # a T4 (sm_75) emulates bfloat16 slowly, although `torch.cuda.is_bf16_supported` is True there
+        return "float16", f"sm_{major}{minor} has float16 but no bfloat16 in hardware"
+    return "float32", f"sm_{major}{minor} has no fast float16"
 
 
 def host() -> str:
@@ -104,12 +104,38 @@ def host() -> str:
     return "colab" if "COLAB_RELEASE_TAG" in os.environ or "google.colab" in sys.modules else "own machine"
 
 
+def cores() -> int:
+    """Return how many CPU cores this process may use: by its affinity and its cgroup's quota, at least 1."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    version_1 = _cgroup_numbers("cpu/cpu.cfs_quota_us") + _cgroup_numbers("cpu/cpu.cfs_period_us")
+    quota = _cgroup_numbers("cpu.max") or version_1
+    has_quota = len(quota) == 2 and quota[0] > 0
+    return max(1, min(count, math.ceil(quota[0] / quota[1])) if has_quota else count)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Return bytes of memory: all of a GPU's, or what this process may still take of the machine's or cgroup's RAM."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    available = psutil.virtual_memory().available
+    for names in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        limit, used = map(_cgroup_numbers, names)
+        if limit and used:
+            available = min(available, max(0, limit[0] - used[0]))
+    return available
+
+
 def peak_memory_mib(device: torch.device) -> float | None:
     """Return the peak memory in MiB; None where the system does not count it.
 
     On a GPU: allocated by torch since the last reset. On a CPU: resident, since this process started.
     """
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
         import resource
@@ -121,23 +147,20 @@ def peak_memory_mib(device: torch.device) -> float | None:
 def peak_memory(device: torch.device) -> str:
     """Return the peak memory in words, with a GPU's memory; "" where the system does not count it."""
     peak = peak_memory_mib(device)
-    if peak is None:
-        return ""
     size = f" of {memory_bytes(device) / 2**30:.1f}" if device.type == "cuda" else ""
-    return f"peak memory {peak / 2**10:.1f}{size} GiB"
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Return bytes of memory: all of a GPU's, or what this process may still take of the machine's RAM."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return available_memory()
+    return "" if peak is None else f"peak memory {peak / 2**10:.1f}{size} GiB"
 
 
 def versions() -> dict[str, str | None]:
     """Return the versions that a result depends on, and the git commit of the checkout if there is one."""
+    import torch
+
+    root, commit = Path(__file__).resolve().parents[1], None
+    if (root / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     return {"plotarmour": plotarmour.__version__, "python": platform.python_version(), "torch": torch.__version__,
-            **{name: version(name) for name in ("transformers", "tokenizers", "numpy")}, "git_commit": _git_commit()}
+            **{name: version(name) for name in ("transformers", "tokenizers", "numpy")}, "git_commit": commit}
 
 
 def report() -> str:
@@ -152,15 +175,12 @@ def report() -> str:
     return "\n".join(f"{key:<9} {value}" for key, value in rows.items())
 
 
-def _git_commit() -> str | None:
-    folder = Path(__file__).resolve().parents[1]
-    if not (folder / ".git").exists():
-        return None
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+def _cgroup_numbers(name: str) -> list[int]:
+    """Read the numbers of a cgroup file (version 2, or a controller's file of version 1); [] without a limit."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
-    except OSError:  # git is not installed
-        return None
+        return [int(word) for word in (CGROUP / name).read_text(encoding="ascii").split()]
+    except (OSError, ValueError):  # there is no such file, or it begins with "max"
+        return []
 
 
 def _processor() -> str:

@@ -27,15 +27,10 @@ RESERVE = 2**30  # bytes left free for what the sums leave out: a CUDA context t
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that training holds at its fullest moment.
+    """Bytes that training holds at its fullest moment."""
 
-    Attributes:
-        moment: backward, loss or evaluation.
-        parts: bytes of the weights, the optimizer's states, and what else is held.
-    """
-
-    moment: str
-    parts: dict[str, int]
+    moment: str  # backward, loss or evaluation
+    parts: dict[str, int]  # bytes of the weights, the optimizer's states, and what else is held
 
     @property
     def total(self) -> int:
@@ -43,33 +38,26 @@ class MemoryPlan:
 
 
 def plan_training(recipe: Recipe, vocab_size: int, dtype: torch.dtype, device: str) -> MemoryPlan:
-    """Return what `training.loop.Session` holds at its fullest moment.
+    """Return what `training.loop.Session` holds at its fullest moment with a recipe of one model.
 
     Args:
-        recipe: of one model.
         vocab_size: entries of the tokenizer.
         dtype: float32, or float16 or bfloat16 under autocast.
         device: "cpu" or "cuda".
-
-    Raises:
-        UserError: impossible hyperparameters.
     """
     config, t = recipe.model_config(vocab_size), recipe.training
     weights, core = FLOAT32 * config.params, FLOAT32 * config.core_params
     earlier = weights if t.grad_accum_steps > 1 else 0  # gradients of earlier micro-batches; new ones come beside them
     activations = config.activation_bytes(t.micro_batch_rows, t.context_length, dtype, device)
     eval_rows = min(EVALUATION_ROWS, math.ceil(t.eval_tokens / t.context_length))
-
-    def loss(rows: int, with_gradient: bool) -> int:
-        return loss_bytes(rows * t.context_length, config.n_embd, vocab_size, dtype, with_gradient)
-
+    loss, eval_loss = (loss_bytes(rows * t.context_length, config.n_embd, vocab_size, dtype, with_gradient)
+                       for rows, with_gradient in ((t.micro_batch_rows, True), (eval_rows, False)))
     held = {"weights": weights, "optimizer state": 2 * weights}
     moments = [
-        MemoryPlan("backward", held | {"gradients": earlier + core if earlier else weights,
+        MemoryPlan("backward", held | {"gradients": weights + (core if earlier else 0),
                                        "activations": activations}),
-        MemoryPlan("loss", held | {"gradients": earlier, "activations": activations,
-                                   "loss": loss(t.micro_batch_rows, True)}),
-        MemoryPlan("evaluation", held | {"loss": loss(eval_rows, False)}),
+        MemoryPlan("loss", held | {"gradients": earlier, "activations": activations, "loss": loss}),
+        MemoryPlan("evaluation", held | {"loss": eval_loss}),
     ]
     return max(moments, key=lambda moment: moment.total)
 
@@ -77,11 +65,10 @@ def plan_training(recipe: Recipe, vocab_size: int, dtype: torch.dtype, device: s
 def largest_micro_batch(recipe: Recipe, vocab_size: int, dtype: torch.dtype, device: str, budget: float) -> int:
     """Return the most rows that divide rows_per_step and whose plan needs at most `budget` bytes; 0 if none do."""
     t = recipe.training
-    for rows in range(t.rows_per_step, 0, -1):
-        if t.rows_per_step % rows == 0:
-            smaller = replace(recipe, training=replace(t, micro_batch_size=rows))
-            if plan_training(smaller, vocab_size, dtype, device).total <= budget:
-                return rows
+    for rows in (n for n in range(t.rows_per_step, 0, -1) if t.rows_per_step % n == 0):
+        smaller = replace(recipe, training=replace(t, micro_batch_size=rows))
+        if plan_training(smaller, vocab_size, dtype, device).total <= budget:
+            return rows
     return 0
 
 
@@ -89,13 +76,10 @@ def describe_memory(recipe: Recipe, vocab_size: int, memory_gib: float | None = 
     """Return a description of the memory that training needs, and of the micro-batch that fits.
 
     Args:
-        recipe: of one model. Its device need not be in this machine.
+        recipe: of one model. If its GPU is not in this machine, its dtype and memory must be given (`UserError`).
         vocab_size: entries of the tokenizer.
         memory_gib: of the device; None for this GPU's memory, or the RAM available now.
         processes: that share every step's rows, one per GPU, or all on this CPU. The description is of each of them.
-
-    Raises:
-        UserError: the GPU is not in this machine, and its dtype or memory is not given.
     """
     t = recipe.training
     if t.device == "cuda" and not torch.cuda.is_available():
@@ -107,8 +91,7 @@ def describe_memory(recipe: Recipe, vocab_size: int, memory_gib: float | None = 
         machine = find_machine(t.device, t.dtype)
         device, dtype = machine.device.type, machine.dtype
     gib = memory_bytes(torch.device(device)) / 2**30 if memory_gib is None else memory_gib
-    if device == "cpu":
-        gib /= processes  # every GPU has its own memory
+    gib /= processes if device == "cpu" else 1  # every GPU has its own memory
     t, budget = replace(t, rows_per_step=t.rows_per_step // processes), gib * 2**30 - RESERVE
     largest = largest_micro_batch(replace(recipe, training=t), vocab_size, dtype, device, budget)
     rows = largest or 1 if t.micro_batch_size == AUTO else largest_divisor(t.rows_per_step, t.micro_batch_size)
@@ -120,11 +103,10 @@ def describe_memory(recipe: Recipe, vocab_size: int, memory_gib: float | None = 
     lines += [f"  {name:<15} {size / 2**20:>9,.0f} MiB" for name, size in (plan.parts | {"sum": plan.total}).items()]
     room = f"{gib:.3g} GiB less {RESERVE / 2**30:.1f} in reserve"
     if plan.total <= budget:
-        lines.append(f"fits {room}: the largest micro-batch of {t.rows_per_step} rows per step is {largest}; the "
-                     f"recipe's is {rows}")
+        advice = (f"fits {room}: the largest micro-batch of {t.rows_per_step} rows per step is {largest}; the recipe's "
+                  f"is {rows}")
     elif largest:
-        lines.append(f"does not fit {room}: set micro_batch_size={largest}, which keeps {t.tokens_per_step:,} tokens a "
-                     "step")
+        advice = f"does not fit {room}: set micro_batch_size={largest}, which keeps {t.tokens_per_step:,} tokens a step"
     else:
-        lines.append(f"does not fit {room}, not even a row at a time: set a shorter context_length or a smaller model")
-    return "\n".join(lines)
+        advice = f"does not fit {room}, not even a row at a time: set a shorter context_length or a smaller model"
+    return "\n".join([*lines, advice])

@@ -10,7 +10,7 @@
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -112,7 +112,7 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
     with joined(machine.device.type) as ranks, ExitStack() as lock:
         info = {
             "format": RUN_FORMAT, "started": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "recipe": recipe.to_dict(), "versions": versions(), "hardware": machine.hardware,
+            "recipe": asdict(recipe), "versions": versions(), "hardware": machine.hardware,
             "device": machine.device.type, "processes": ranks.size,
             "dtype": str(machine.dtype).removeprefix("torch."), "dtype_reason": machine.reason,
             "vocab_size": shared_tokenizer.vocab_size,

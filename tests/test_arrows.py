@@ -6,19 +6,19 @@ import sys
 
 import pytest
 
-BASIC = {"cli", "files", "limits"}
+BASIC = {"cli", "files", "machine"}
 MAY_KNOW = {
-    "cli": set(), "files": {"cli"}, "config": {"cli", "models"}, "limits": set(),
-    "machine": {"cli", "limits"}, "loss": set(),
+    "cli": set(), "files": {"cli"}, "config": {"cli", "models"},
+    "machine": {"cli"}, "loss": set(),
     "data": BASIC | {"loss"}, "models": set(),
-    "training": BASIC | {"config", "machine", "loss", "data", "evaluation"},  # of it metrics alone
-    "evaluation": BASIC | {"config", "machine", "loss", "data"},
+    "training": BASIC | {"config", "loss", "data", "evaluation"},  # of it metrics alone
+    "evaluation": BASIC | {"config", "loss", "data"},
     # follows their constants instead of copying them
     "memory": {"config", "cli", "loss", "machine", "models", "training"},
     "resume": {"cli", "config", "training"},
-    "run": BASIC | {"config", "machine", "memory", "resume", "data", "training"},
-    "report": BASIC | {"config", "machine", "data", "training", "evaluation", "run", "resume", "models"},
-    "suite": BASIC | {"config", "machine", "loss", "data", "models", "training", "evaluation", "report", "run",
+    "run": BASIC | {"config", "memory", "resume", "data", "training"},
+    "report": BASIC | {"config", "data", "training", "evaluation", "run", "resume", "models"},
+    "suite": BASIC | {"config", "loss", "data", "models", "training", "evaluation", "report", "run",
                       "resume", "memory"},
 }
 

@@ -7,12 +7,13 @@ On several GPUs: torchrun --standalone --nproc-per-node 2 tools/train.py ..., wi
 import argparse
 import os
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, add_common, outwait_others, overrides_of, run_command
+from plotarmour.cli import OTHERS_WAIT_S, HelpFormatter, add_common, overrides_of, run_command
 from plotarmour.config import DataConfig, load_recipe, recipe_names, warn_ignored
 from plotarmour.models import KINDS
 
@@ -54,7 +55,7 @@ def main() -> None:
     except LostProcess:
         if is_first:  # of a loss during training, `train` itself reports, and returns an ending
             print("another process of this run has died before training began", file=sys.stderr, flush=True)
-        outwait_others()
+        _outwait_others()
         sys.exit(1)
     except ToldElsewhere:
         sys.exit(0)  # a failure here would end the first process before it reports
@@ -65,9 +66,17 @@ def main() -> None:
             print(ending.advice())
     sys.stdout.flush()
     if is_first and ending.reason == Reason.LOST_PROCESS:
-        outwait_others()
+        _outwait_others()
     # A failure in another process would end the first one while it saves.
     sys.exit(ending.reason.exit_code if is_first else 0)
+
+
+def _outwait_others() -> None:
+    """Wait before this process of torchrun ends because another one is lost, so that the other one can report why.
+
+    torchrun ends this wait as soon as it notices that the other process has failed or was killed.
+    """
+    time.sleep(OTHERS_WAIT_S + 5.0)
 
 
 if __name__ == "__main__":

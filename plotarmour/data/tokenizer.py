@@ -21,7 +21,7 @@ import numpy as np
 
 from plotarmour.cli import UserError
 from plotarmour.data.stories import PIECE, pieces
-from plotarmour.limits import cores
+from plotarmour.machine import cores
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50257

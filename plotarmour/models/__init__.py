@@ -146,9 +146,9 @@ REFERENCE = "bdh"  # comparisons compare this kind with all others
 _FROM_DATA = ("vocab_size", "context_length")  # fields of a config class that a recipe's architecture does not set
 
 
-def architecture_fields(kind: str) -> tuple[dataclasses.Field, ...]:
-    """Return the fields of a kind's config class that a recipe sets."""
-    return tuple(f for f in dataclasses.fields(_import(KINDS[kind].config)) if f.name not in _FROM_DATA)
+def architecture_fields(kind: str) -> dict[str, dataclasses.Field]:
+    """Return the fields of a kind's config class that a recipe sets, by name."""
+    return {f.name: f for f in dataclasses.fields(_import(KINDS[kind].config)) if f.name not in _FROM_DATA}
 
 
 def model_config(kind: str, architecture: dict[str, Any], vocab_size: int, context_length: int) -> ModelConfig:

@@ -16,7 +16,7 @@ import torch
 from plotarmour.cli import UserError
 from plotarmour.config import DataConfig, Recipe, load_recipe
 from plotarmour.data.readers import check_text
-from plotarmour.limits import cores
+from plotarmour.machine import cores
 from plotarmour.models import KINDS
 from plotarmour.suite.multi_gpu import check_gpus
 from plotarmour.suite.notebooks import ROOT, Value, parameters_of

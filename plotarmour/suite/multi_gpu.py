@@ -22,7 +22,7 @@ import torch
 
 from plotarmour.cli import LAUNCHED, UserError
 from plotarmour.config import Recipe
-from plotarmour.limits import cores
+from plotarmour.machine import cores
 from plotarmour.training.distributed import check_share
 from plotarmour.training.ending import Ending, Reason, StopRequest, ask_to_stop
 

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -177,7 +177,7 @@ def _holds_run_of(row: Row) -> bool:
     except UserError:
         return False
     dtype = row.recipe.training.dtype
-    wanted = {"recipe": row.recipe.to_dict(), "tokenizer": headers["train"]["tokenizer"],
+    wanted = {"recipe": asdict(row.recipe), "tokenizer": headers["train"]["tokenizer"],
               "dtype": before["dtype"] if dtype == "auto" else dtype}
     return not differences(row.folder, before | wanted | headers)
 

@@ -1,3 +1,5 @@
+from dataclasses import asdict
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +11,7 @@ from plotarmour.evaluation.arms import compare_arms, group_runs, pairs_of
 
 def infos(**settings):
     """What run.json holds of runs; a run's name begins with its model."""
-    return {name: {"recipe": load_recipe("tiny", name.split("_")[0], each).to_dict(),
+    return {name: {"recipe": asdict(load_recipe("tiny", name.split("_")[0], each)),
                    "train": {"payload_sha256": "abc"}} for name, each in settings.items()}
 
 

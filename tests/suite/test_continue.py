@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -7,7 +8,7 @@ from plotarmour.config import load_recipe
 from plotarmour.suite import steps
 from plotarmour.suite.steps import train_recipe
 
-INFO = {"format": 1, "recipe": load_recipe("tiny", "bdh").to_dict(), "tokenizer": {"sha256": "0"}, "vocab_size": 1,
+INFO = {"format": 1, "recipe": asdict(load_recipe("tiny", "bdh")), "tokenizer": {"sha256": "0"}, "vocab_size": 1,
         "train": {"payload_sha256": "1"}, "val": {"payload_sha256": "2"}, "dtype": "float32"}
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from plotarmour.cli import UserError
 from plotarmour.data.token_file import TokenFile
-from plotarmour.limits import cores
+from plotarmour.machine import cores
 from plotarmour.suite.grid import plan_grid
 from plotarmour.suite.learning_rates import _compare, _describe, write_rates
 from plotarmour.suite.notebooks import Executed, read_executed
@@ -58,7 +58,7 @@ def end(row, name="DONE.json", **changes):
     train, val = (TokenFile.open(row.folder.parent / f"tokens.{part}.bin").header for part in ("train", "val"))
     row.folder.mkdir(exist_ok=True)
     (row.folder / "run.json").write_text(json.dumps({
-        "format": 1, "recipe": row.recipe.to_dict(), "tokenizer": train["tokenizer"], "vocab_size": 400,
+        "format": 1, "recipe": asdict(row.recipe), "tokenizer": train["tokenizer"], "vocab_size": 400,
         "train": {"payload_sha256": train["payload_sha256"]}, "val": {"payload_sha256": val["payload_sha256"]},
         "dtype": "float32", "params": 1000, "params_non_embedding": 600, "hardware": "CPU, 2 threads",
         "processes": 1, "versions": {}}))
