@@ -48,6 +48,6 @@ def test_memory_is_what_the_container_may_still_take(monkeypatch, tmp_path, file
 
 def test_the_machine_is_imported_without_torch(root):
     """Guards: `--help` that takes seconds; workers of the pretokenizer that each load torch to count cores."""
-    code = (f"import sys; sys.path.insert(0, {str(root)!r}); import plotarmour.machine as m, plotarmour.data.tokenizer; "
-            "m.cores(); sys.exit('torch' in sys.modules)")
+    code = (f"import sys; sys.path.insert(0, {str(root)!r}); import plotarmour.machine as m; "
+            "import plotarmour.data.tokenizer; m.cores(); sys.exit('torch' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
