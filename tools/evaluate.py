@@ -29,11 +29,11 @@ def main() -> None:
     args = build_parser().parse_args()
     refuse_existing(args.out / "totals.csv", args.force)
     from plotarmour.report.compare import compare_runs  # heavy: --help does without
-    from plotarmour.report.verdict import readable_table
+    from plotarmour.report.verdict import readable_table, text_table
 
     table = compare_runs([args.run], args.data, args.out, args.train, args.facts, args.stride, "",
                          args.checkpoint, args.device, args.unfinished)
-    print(readable_table(table).to_string(index=False))
+    print(text_table(readable_table(table)))
     print(f"per-story rows and totals.csv in {args.out}")
 
 

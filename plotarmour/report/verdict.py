@@ -38,6 +38,7 @@ COLUMNS = (("name", "name", ""), ("seeds", "seeds", ""), ("loss", "loss", "{:.4f
            ("train_tokens", "trained on", "{:,.0f} tokens"), ("train_flops", "FLOPs", "{:.2e}"),
            ("train_s", "seconds", "{:,.0f}"), ("peak_memory_mib", "MiB", "{:,.0f}"),
            ("checkpoint_step", "step scored", "{:,.0f}"))
+ONLY_IN_CSV = ["loss elsewhere", "all params", "params used per token", "FLOPs", "MiB", "step scored"]
 BUDGETS = ("params_non_embedding", "params", "params_per_token", "train_tokens", "flops_per_token", "train_flops",
            "train_s", "peak_memory_mib")
 
@@ -70,7 +71,7 @@ def write_verdict(c: Comparison, out: Path) -> None:
     denominators = (f"Loss is nats per token over {first['tokens']:,} tokens of {first['stories']:,} stories (with the "
                     f"closing end-of-text of each story), bits per byte over {first['bytes']:,} bytes of their text.")
     verdicts = [_describe(pair) for _, pair in pairs.iterrows()]
-    lines = [c.title, "", numbers.to_string(index=False), "", denominators]
+    lines = [c.title, "", text_table(numbers), "", denominators]
     lines += ["", headline(pairs), *verdicts] if verdicts else []
     lines += ["", *_calibration(c.table), f"{c.checks.passed.sum()} leak checks passed (checks.csv)."]
     lines += [f"Not equal between the runs: {difference}." for difference in c.unequal]
@@ -101,6 +102,15 @@ def readable_table(table: pd.DataFrame) -> pd.DataFrame:
     if "ended" in table and not table["ended"].dropna().isin(DONE).all():
         columns["ended"] = ["" if pd.isna(v) or v in DONE else f"NOT FINISHED: {v}" for v in table["ended"]]
     return pd.DataFrame(columns, index=table.index, dtype=object)
+
+
+def text_table(numbers: pd.DataFrame) -> str:
+    """Return a table of `readable_table` as text of at most 80 columns, without columns that only totals.csv has.
+
+    Columns that do not fit beside the others follow in a block below them.
+    """
+    shown = numbers.drop(columns=ONLY_IN_CSV, errors="ignore").set_index("name").rename_axis(None)
+    return "\n".join(line.rstrip(" \\") for line in shown.to_string(line_width=80).splitlines())
 
 
 def arm_table(arms: list[Arm], table: pd.DataFrame) -> pd.DataFrame:

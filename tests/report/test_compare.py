@@ -15,6 +15,7 @@ from plotarmour.config import load_recipe
 from plotarmour.data.pretokenize import pre_tokenize
 from plotarmour.data.token_file import TokenFile
 from plotarmour.report.compare import compare_runs, find_runs
+from plotarmour.report.verdict import readable_table, text_table
 from plotarmour.run import train_run
 
 SETTINGS = ["max_steps=2", "warmup_steps=0", "n_embd=16", "eval_tokens=100"]
@@ -96,6 +97,16 @@ def test_the_report_stands_alone(compared):
         assert said in page, said
     summary = (compared / "summary.txt").read_text(encoding="utf-8")
     assert "95 % interval" in summary and " leak checks passed" in summary
+
+
+@pytest.mark.parametrize("name", ["tiny", "finals/comparison"])
+def test_the_table_of_the_summary_fits_a_terminal(root, name):
+    """Guards: a table of 170 characters, which a terminal of 80 columns wraps into rubble."""
+    totals = pd.read_csv(root / "results" / "reference" / name / "totals.csv")
+    table = text_table(readable_table(totals))
+    assert max(map(len, table.splitlines())) <= 80 and "\\" not in table
+    assert all(table.count(run) == 2 for run in ("bdh_seed-2  ", "trigram baseline")), "a row in each of two blocks"
+    assert all(title in table for title in ("perplexity", "bits/byte", "core params", "trained on", "seconds"))
 
 
 def test_nothing_in_the_report_is_taken_for_markup(runs, token_files, tmp_path):
