@@ -117,4 +117,5 @@ def test_another_class_of_transformers_needs_a_config_only():
         features, state = model.features(piece, CacheState.from_tensors(state.tensors()))
         pieces.append(features)
     torch.testing.assert_close(torch.cat(pieces, 1), model.features(inputs)[0], rtol=1e-4, atol=1e-5)
-    assert state.tensors()["keys.1"].shape == (3, 2, 40, 6) and model.context_length is None
+    assert state.shape == (3, 2, 2, 6) and state.tensors()["keys.1"].shape == (3, 2, 40, 6)
+    assert model.context_length is None
