@@ -47,12 +47,14 @@ overrides = ""  # settings of the recipe to override, separated by ; (see tools/
 from pathlib import Path
 
 from plotarmour.config import load_recipe
-from plotarmour.suite.display import list_files
-from plotarmour.suite.steps import prepare, results_folder
+from plotarmour.suite.display import describe_recipe, list_files
+from plotarmour.suite.parameters import check_parameters, results_folder
+from plotarmour.suite.steps import prepare
 
-folder = results_folder(recipe, results)
-settings = load_recipe(recipe, "bdh", [o for o in overrides.split(";") if o.strip()])
-print(settings.data)
+given = check_parameters(globals(), recipe=str, text=Path, extra_text=Path, results=Path, overrides=list)
+folder = results_folder(given.recipe, given.results)
+settings = load_recipe(given.recipe, "bdh", given.overrides)
+print(describe_recipe(settings, "data"))
 
 # %% [markdown]
 # ## The work
@@ -61,7 +63,7 @@ print(settings.data)
 # train part only.
 
 # %%
-paths = prepare(settings, folder, Path(text) if text else None, Path(extra_text) if extra_text else None)
+paths = prepare(settings, folder, given.text, given.extra_text)
 print(list_files(folder))
 
 # %% [markdown]

@@ -56,12 +56,15 @@ from pathlib import Path
 from plotarmour.config import load_recipe
 from plotarmour.suite.display import describe_ending, describe_recipe, list_files
 from plotarmour.suite.multi_gpu import check_gpus
-from plotarmour.suite.steps import find_prepared, results_folder, train_recipe
+from plotarmour.suite.parameters import check_parameters, results_folder
+from plotarmour.suite.steps import find_prepared, train_recipe
 
-folder, changes = results_folder(recipe, results), [o for o in overrides.split(";") if o.strip()]
-data_folder, run_folder = Path(tokens) if tokens else folder, folder / (run or model)
-settings = load_recipe(recipe, model, changes)
-check_gpus(gpus, settings)
+given = check_parameters(globals(), model=str, recipe=str, results=Path, run=str, tokens=Path, continue_from=Path,
+                         overrides=list, gpus=int, extend=bool, from_step=int)
+folder = results_folder(given.recipe, given.results)
+data_folder, run_folder = given.tokens or folder, folder / (given.run or given.model)
+settings = load_recipe(given.recipe, given.model, given.overrides)
+check_gpus(given.gpus, settings)
 print(describe_recipe(settings))
 
 # %% [markdown]
@@ -76,8 +79,8 @@ from plotarmour.data.token_file import TokenFile
 data, t = TokenFile.open(find_prepared(data_folder)["train"]), settings.training
 windows = Windows(data, t.context_length, t.windows, t.seed, t.rows_per_step)
 inputs, targets = windows.micro_batch(windows.rows_of(0)[:1])
-for name, ids in (("inputs ", inputs), ("targets", targets)):
-    print(name, [data.tokenizer().decode([i]) for i in ids[0, :12].tolist()])
+for name, ids in (("inputs: ", inputs), ("targets:", targets)):
+    print(name, "|".join(data.tokenizer().decode([i]) for i in ids[0, :12].tolist()))
 
 # %% [markdown]
 # ## Will it fit?
@@ -87,7 +90,7 @@ for name, ids in (("inputs ", inputs), ("targets", targets)):
 # %%
 from plotarmour.memory import describe_memory
 
-print(describe_memory(settings, data.header["vocab_size"], processes=gpus))
+print(describe_memory(settings, data.header["vocab_size"], processes=given.gpus))
 
 # %% [markdown]
 # ## The work
@@ -99,8 +102,8 @@ print(describe_memory(settings, data.header["vocab_size"], processes=gpus))
 # never trains on the validation text, so a widening gap between the two is overfitting.
 
 # %%
-final = train_recipe(recipe, model, data_folder, run_folder, changes,
-                     Path(continue_from) if continue_from else None, gpus, extend, from_step)
+final = train_recipe(given.recipe, given.model, data_folder, run_folder, given.overrides, given.continue_from,
+                     given.gpus, given.extend, given.from_step)
 
 # %% [markdown]
 # ## How it ended

@@ -43,8 +43,9 @@ unfinished = False  # True: also compare runs that are not complete; they are la
 
 # %% [markdown]
 # ## One real example
-# The first test story, and how well each model predicted every token of it: the less probable a token, the more nats it
-# costs. One nat is a factor of 2.7 in probability.
+# How well each model predicted the first test story: the less probable a token, the more nats it costs. One nat is a
+# factor of 2.7 in probability. The table has the 16 tokens that cost most, in the order of the story, with their
+# position; the others cost little.
 
 # %%
 from pathlib import Path
@@ -55,12 +56,14 @@ from plotarmour.report.compare import check_together, compare_runs, find_runs
 from plotarmour.report.verdict import readable_table
 from plotarmour.run import load_run
 from plotarmour.suite.display import list_files
-from plotarmour.suite.steps import find_prepared, results_folder
+from plotarmour.suite.parameters import check_parameters, results_folder
+from plotarmour.suite.steps import find_prepared
 
-folder = results_folder(recipe, results)
-paths = find_prepared(Path(tokens) if tokens else folder)
-run_folders = find_runs(folder, runs)
-check_together(run_folders, unfinished)
+given = check_parameters(globals(), recipe=str, results=Path, tokens=Path, runs=list, unfinished=bool)
+folder = results_folder(given.recipe, given.results)
+paths = find_prepared(given.tokens or folder)
+run_folders = find_runs(folder, given.runs)
+check_together(run_folders, given.unfinished)
 test = TokenFile.open(paths["test"])
 
 # %%
@@ -71,7 +74,9 @@ example = {"token": pieces}
 for run in map(load_run, run_folders[:4]):
     [(_, nats)] = score_stories(run.model, test, run.context_length, run.machine, stories=[0], name=run.name)
     example[f"nats ({run.name})"] = nats.round(2)
-pd.DataFrame(example).head(40).T
+example = pd.DataFrame(example)
+costly = example.drop(columns="token").max(axis="columns").nlargest(16).index.sort_values()
+example.loc[costly].T
 
 # %% [markdown]
 # ## The work
@@ -82,7 +87,7 @@ pd.DataFrame(example).head(40).T
 
 # %%
 table = compare_runs(run_folders, paths["test"], folder / "comparison", paths["train"], paths.get("facts"),
-                     title=f"test stories of recipe {Path(recipe).stem}", unfinished=unfinished)
+                     title=f"test stories of recipe {Path(given.recipe).stem}", unfinished=given.unfinished)
 readable_table(table)
 
 # %%
@@ -108,7 +113,7 @@ pd.read_csv(folder / "comparison" / "checks.csv")
 # %%
 if "extra" in paths:
     extra = compare_runs(run_folders, paths["extra"], folder / "comparison_extra", paths["train"],
-                         title=f"second text, recipe {Path(recipe).stem}", unfinished=unfinished)
+                         title=f"second text, recipe {Path(given.recipe).stem}", unfinished=given.unfinished)
     display(readable_table(extra), Image(folder / "comparison_extra" / "perplexity.png"))
 
 # %% [markdown]

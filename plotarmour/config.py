@@ -29,6 +29,7 @@ RECIPES = Path(__file__).parent / "recipes"
 AUTO = "auto"  # the value of a setting that the program is to choose
 Auto = Literal["auto"]
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "text"}
+LARGEST = 2**53  # of whole numbers: exact as a float
 Rule = tuple[str, Callable[[Any], bool]]  # the words of a message, and the test; every test is false for NaN
 AT_LEAST_1: Rule = ("must be at least 1", lambda value: value >= 1)
 POSITIVE: Rule = ("must be positive and finite", lambda value: 0 < value < math.inf)
@@ -219,7 +220,7 @@ def _read_sections(path: Path, model: str) -> dict[str, dict[str, Any]]:
     known = ("data", "training", *KINDS)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of 5,000 digits and brackets in brackets
         raise UserError(f"{path} is not TOML: {error}.") from None
     wrong = [f"the section [{section}] is missing" for section in ("data", "training", model)
              if not isinstance(table.get(section), dict)]
@@ -264,6 +265,8 @@ def _check_values(section: str, values: dict[str, Any], known: dict[str, datacla
             continue
         if type(value) is not kind:
             wrong.append(f"{key} = {value!r} is not {TYPE_NAMES[kind]}" + (' or "auto"' if may_be_auto else ""))
+        elif (kind is int and value > LARGEST) or (kind is str and "\0" in value):
+            wrong.append(f"{key} = {value!r} {'is too large' if kind is int else 'holds a NUL'}")
         elif rule and not rule[1](value):
             wrong.append(f"{key} = {value!r} {rule[0]}")
     return wrong + [f"{key} is missing in [{section}]" for key, field in known.items()

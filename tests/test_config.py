@@ -44,6 +44,16 @@ def test_all_complaints_come_at_once():
                                                       "expected key=value"))
 
 
+@pytest.mark.parametrize(("override", "complaint"), [
+    (f"max_steps={10**30}", "is too large"), ("max_steps=1e309", "is not a whole number"),
+    ("learning_rate=1e309", "must be positive and finite"), ("tokenizer=a\0b", "tokenizer = 'a\\x00b' holds a NUL")])
+def test_values_that_no_run_can_have_are_refused(override, complaint):
+    """Guards: an OverflowError of numpy in the middle of a grid; a path with a NUL, which ends in a traceback."""
+    with pytest.raises(UserError) as refused:
+        load_recipe("tiny", "bdh", [override])
+    assert complaint in str(refused.value)
+
+
 @pytest.mark.parametrize(("name", "model", "message"), [("tyny", "bdh", "did you mean 'tiny'"),
                                                         ("tiny", "gpt", "did you mean 'gpt2'")])
 def test_unknown_names_are_refused_with_the_nearest(name, model, message):
@@ -216,6 +226,9 @@ def test_a_recipe_that_is_no_toml_is_refused(tmp_path):
     """Guards: a traceback about a byte or a type."""
     path = tmp_path / "own.toml"
     for content, complaint in ((b"\xff\xfe", "is not TOML: 'utf-8' codec"), (b"data", "is not TOML: Expected"),
+                               (b"data = 1" + b"0" * 5000, "is not TOML: Exceeds the limit"),
+                               (b"data = " + b"[" * 3000, "is not TOML: maximum recursion"),
+                               (b"data = 2026-02-30", "is not TOML: Invalid date"),
                                (b"data = 1", r"the section \[data\] is missing; the section \[training\] is missing")):
         path.write_bytes(content)
         with pytest.raises(UserError, match=complaint):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -161,19 +162,18 @@ def _differences(runs: list[Run], budgets: dict[str, dict], same_order: bool) ->
     return lines
 
 
-def find_runs(folder: Path, named: str = "") -> list[Path]:
+def find_runs(folder: Path, named: Sequence[str] = ()) -> list[Path]:
     """Return the run folders to compare.
 
     Args:
         folder: results folder.
-        named: paths or names in `folder`, separated by ";". Empty: every run folder in `folder`.
+        named: paths, or names in `folder`. Empty: every run folder in `folder`.
 
     Raises:
         UserError: no run folder.
     """
-    names = [name.strip() for name in named.split(";") if name.strip()]
-    if names:
-        return [folder / name if (folder / name).is_dir() else Path(name) for name in names]
+    if named:
+        return [folder / name if (folder / name).is_dir() else Path(name) for name in named]
     runs = sorted(path.parent for path in folder.glob("*/run.json"))
     if not runs:
         raise UserError(f"{folder} holds no run folder; expected one or more, of notebook 02_train. Name them.")

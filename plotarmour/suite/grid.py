@@ -11,8 +11,6 @@ import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import torch
-
 from plotarmour.cli import UserError
 from plotarmour.config import DataConfig, Recipe, load_recipe
 from plotarmour.data.readers import check_text
@@ -20,9 +18,8 @@ from plotarmour.machine import cores
 from plotarmour.models import KINDS
 from plotarmour.suite.multi_gpu import check_gpus
 from plotarmour.suite.notebooks import ROOT, Value, parameters_of
-from plotarmour.suite.steps import require_text
+from plotarmour.suite.parameters import require_text, typed
 
-EXPECTED = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 NO_COLUMNS = {"results", "tokens", "status", "reason"}  # --out sets two of them, and summary.csv has the others
 SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # a folder's name on every system, in every shell
 TRAIN = ROOT / "notebooks" / "02_train.ipynb"
@@ -91,7 +88,7 @@ def plan_grid(path: Path | None, recipe: str, out: Path, notebook: Path = TRAIN,
         try:
             if None in cells:
                 raise UserError("more cells than columns; put a cell that has a comma in double quotes.")
-            values = {column: _typed(column, cell.strip(), defaults[column]) for column, cell in cells.items()
+            values = {column: typed(column, cell, type(defaults[column])) for column, cell in cells.items()
                       if cell.strip()}
             run = values.pop("run", "") or _run_name(values, defaults)
             if not SAFE.fullmatch(run):
@@ -126,22 +123,13 @@ def _read_csv(path: Path, defaults: dict[str, Value | None]) -> tuple[list[str],
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{path}, line {reader.line_num + 1}: {error}; expected a CSV in UTF-8, with a comma "
                             "between two cells, and double quotes around a cell that has a comma or a quote.") from None
-    settable = [name for name, default in defaults.items() if name not in NO_COLUMNS and type(default) in EXPECTED]
+    settable = [name for name, default in defaults.items() if name not in NO_COLUMNS and isinstance(default, Value)]
     wrong = [name for name in columns if name not in settable or columns.count(name) > 1]
     if wrong or not rows:
         found = f"{', '.join(map(repr, wrong))} in the header" if wrong else "no row"
         raise UserError(f"{path}: {found}; expected a row for each run below a header of parameters of the notebook, "
                         f"between commas and each once: {', '.join(settable)}.")
     return columns, rows
-
-
-def _typed(column: str, text: str, default: Value) -> Value:
-    """Return a cell as the type of the notebook's default."""
-    kind = type(default)
-    try:
-        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError):
-        raise UserError(f"{column} = {text!r} is not {EXPECTED[kind]}.") from None
 
 
 def _run_name(values: dict[str, Value], defaults: dict[str, Value]) -> str:
@@ -186,6 +174,8 @@ def _share_machine(at_once: int, rows: list[Row]) -> list[dict[str, str]]:
     """Return environment variables for each of the rows that run at once: one GPU each, or a share of the CPU cores."""
     if at_once == 1:
         return [{}]
+    import torch  # seconds, in which a mistake in a grid is not reported
+
     n_gpus = torch.cuda.device_count()
     on_gpus = n_gpus > 0 and any(row.recipe is None or row.recipe.training.device != "cpu" for row in rows)
     if at_once < 1 or (on_gpus and at_once > n_gpus):

@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import TextIO
 
 import psutil
-import torch
 
 from plotarmour.cli import LAUNCHED, UserError
 from plotarmour.config import Recipe
 from plotarmour.machine import cores
-from plotarmour.training.distributed import check_share
 from plotarmour.training.ending import Ending, Reason, StopRequest, ask_to_stop
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "train.py"
@@ -33,6 +31,12 @@ LOOK_S = 0.5  # seconds between two looks at the processes
 
 def check_gpus(gpus: int, recipe: Recipe) -> None:
     """Raise `UserError` unless there is a GPU for each of `gpus` processes, or the recipe's device is the CPU."""
+    if gpus == 1:
+        return
+    import torch
+
+    from plotarmour.training.distributed import check_share
+
     n_gpus = torch.cuda.device_count()
     if gpus < 1 or (gpus > max(n_gpus, 1) and recipe.training.device != "cpu"):
         raise UserError(f"gpus = {gpus}, and torch sees {n_gpus} here; expected 1 to {max(n_gpus, 1)}. Set another "

@@ -6,13 +6,14 @@ from pathlib import Path
 from plotarmour.cli import UserError
 from plotarmour.config import Recipe, load_recipe, warn_ignored
 from plotarmour.data.pretokenize import part_path, pre_tokenize
+from plotarmour.data.readers import check_text
 from plotarmour.data.stories import PARTS, SEPARATOR, parse_split
 from plotarmour.data.tales import tell_stories, write_facts
 from plotarmour.files import publish, unfinished, write_text
-from plotarmour.machine import host
 from plotarmour.run import train_run
 from plotarmour.suite.display import LiveCurves
 from plotarmour.suite.multi_gpu import check_gpus, launch
+from plotarmour.suite.parameters import require_text
 from plotarmour.training.ending import Ending
 
 OPTIONAL = {"extra": "tokens.extra.bin", "facts": "built-in.facts.jsonl"}  # not every recipe has them
@@ -40,15 +41,6 @@ def tell_corpus(path: Path, n_stories: int, seed: int, events: tuple[int, int]) 
     return path, facts
 
 
-def require_text(recipe: Recipe, text: Path | None) -> None:
-    """Raise `UserError` where a recipe needs a text and none is given."""
-    if text is None and not recipe.data.corpus_stories:
-        raise UserError(
-            f"recipe {recipe.name} needs a text; expected --text FILE (in a notebook: the parameter text). "
-            "TinyStories: python tools/download_tinystories.py fetches 22 MB, enough for a laptop (--part train: 2.2 "
-            "GB). Without a text: --recipe tiny.")
-
-
 def prepare(recipe: Recipe, folder: Path, text: Path | None = None, extra_text: Path | None = None) -> dict[str, Path]:
     """Write the token files of a recipe; files of the same text and settings are kept.
 
@@ -65,17 +57,27 @@ def prepare(recipe: Recipe, folder: Path, text: Path | None = None, extra_text: 
         UserError: a text that cannot be used; earlier files stay as they are.
     """
     require_text(recipe, text)
+    if extra_text is not None:
+        check_text(extra_text)
     if 0 in parse_split(recipe.data.split):
         raise UserError(f"split {recipe.data.split} leaves a part empty; the suite needs train, val and test.")
-    paths = {}
-    if text is not None:
-        of_corpus = [name for name in vars(recipe.data) if name.startswith("corpus_")]
-        warn_ignored(recipe, of_corpus, f"{text} takes the place of the built-in corpus")
-    else:
-        text, paths["facts"] = tell_corpus(folder / "built-in.txt", recipe.data.corpus_stories, recipe.data.corpus_seed,
-                                           (recipe.data.corpus_min_events, recipe.data.corpus_max_events))
-    paths |= zip(PARTS, pre_tokenize([text], recipe.data.tokenizer, folder / "tokens.bin", recipe.data.split,
-                                     recipe.data.stories, replace=True), strict=True)
+    draft = unfinished(folder / "built-in") if text is None else None  # a start that is refused changes nothing
+    try:
+        if draft is not None:
+            text, _ = tell_corpus(draft / "built-in.txt", recipe.data.corpus_stories, recipe.data.corpus_seed,
+                                  (recipe.data.corpus_min_events, recipe.data.corpus_max_events))
+        else:
+            of_corpus = [name for name in vars(recipe.data) if name.startswith("corpus_")]
+            warn_ignored(recipe, of_corpus, f"{text} takes the place of the built-in corpus")
+        paths = dict(zip(PARTS, pre_tokenize([text], recipe.data.tokenizer, folder / "tokens.bin", recipe.data.split,
+                                             recipe.data.stories, replace=True), strict=True))
+        if draft is not None:
+            text, paths["facts"] = folder / text.name, folder / OPTIONAL["facts"]
+            for path in (text, paths["facts"]):
+                publish(draft / path.name, path)
+    finally:
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
     if extra_text is not None:
         [paths["extra"]] = pre_tokenize([extra_text], str(paths["train"]), folder / OPTIONAL["extra"], None,
                                         recipe.data.stories, exclude=[text], replace=True)
@@ -137,11 +139,3 @@ def _copy_run(run: Path, out: Path) -> None:
         publish(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def results_folder(recipe: str, given: str = "") -> Path:
-    """Return the folder of a recipe's results: `given`, or results/RECIPE in the checkout or /kaggle/working."""
-    if given:
-        return Path(given)
-    base = Path("/kaggle/working") if host() == "kaggle" else Path(__file__).resolve().parents[2]
-    return base / "results" / Path(recipe).stem

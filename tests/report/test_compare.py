@@ -170,6 +170,6 @@ def test_runs_are_found_by_name_path_or_all(runs, tmp_path):
     """Guards: notebook 3 comparing what nobody meant."""
     folder = runs[0].parent
     assert find_runs(folder) == sorted(runs)
-    assert find_runs(folder, f"gpt2_seed-2; {runs[0]}") == [runs[3], runs[0]]
+    assert find_runs(folder, ["gpt2_seed-2", str(runs[0])]) == [runs[3], runs[0]]
     with pytest.raises(UserError, match="holds no run folder"):
         find_runs(tmp_path)

@@ -73,6 +73,11 @@ def test_all_mistakes_are_reported_at_once(written, tmp_path):
     ("model;overrides\nbdh;seed=1\n", "'model;overrides' in the header; expected"),
     ("model,depth,model\nbdh,1,\n", "'model', 'depth', 'model' in the header; expected a row"),
     ("results\nx\n", "'results' in the header"), ("run\na b\n", "'a b' cannot be the name of a run folder"),
+    ("model,continue_from\nbdh,a\0b\n", "continue_from = 'a\\x00b' is not a text"),
+    ("model,overrides\nbdh,tokenizer=a\0b\n", "'tokenizer=a\\x00b' is not a text"),
+    ("model,overrides\nbdh,max_steps=1e309\n", "max_steps = '1e309' is not a whole number"),
+    (f"model,overrides\nbdh,max_steps={10**30}\n", f"max_steps = {10**30} is too large"),
+    ("model,overrides\nbdh,max_steps=2026-13-45\n", "max_steps = '2026-13-45' is not a whole number"),
     ("run,overrides\nA,seed=1\na,seed=2\n", "line 3: an earlier row has the same run, a; "),
 ])
 def test_a_file_that_is_no_grid_is_one_line(written, tmp_path, text, message):

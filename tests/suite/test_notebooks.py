@@ -1,4 +1,7 @@
 import ast
+import os
+import sys
+from pathlib import Path
 
 import jupytext
 import nbformat
@@ -35,6 +38,36 @@ def test_papermill_understands_every_parameter(script, tmp_path):
     names = {node.targets[0].id for node in ast.parse(cell.source).body}
     found = inspect_notebook(str(script.with_suffix(".ipynb")))
     assert set(found) == names and all(p["help"] for p in found.values())
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_every_parameter_is_checked_before_it_is_used(script):
+    """Guards: a text "false" that counts as True; a number as the name of a folder, which ends in a traceback."""
+    cells = [c for c in jupytext.read(script).cells if c.cell_type == "code"]
+    [position] = [i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", [])]
+    names = {node.targets[0].id for node in ast.parse(cells[position].source).body}
+    nodes = [node for cell in cells[position + 1:] for node in ast.walk(ast.parse(cell.source))]
+    [call] = [n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "check_parameters"]
+    assert {keyword.arg for keyword in call.keywords} == names
+    assert not {n.id for n in nodes if isinstance(n, ast.Name)} & names, "only as an attribute of what was checked"
+
+
+def test_a_folder_that_may_not_be_entered_does_not_hide_the_package(tmp_path, monkeypatch):
+    """Guards: lost+found of a data disk, before which the set-up cell of every notebook ends in a PermissionError."""
+    locked, stat = tmp_path / "disk" / "a", os.stat
+    locked.mkdir(parents=True)
+    (tmp_path / "disk" / "clone").symlink_to(ROOT)
+
+    def may_not_enter(path, *args, **options):
+        if locked in Path(os.fsdecode(path)).parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **options)
+
+    monkeypatch.chdir(tmp_path / "disk")
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(os, "stat", may_not_enter)
+    exec((ROOT / "notebooks" / "set_up.py").read_text(encoding="utf-8"), {})
+    assert Path(sys.path[0]).resolve() == ROOT
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)

@@ -21,6 +21,21 @@ def test_a_text_that_is_refused_removes_nothing(tmp_path):
     assert {path: path.read_bytes() for path in kept} == kept
 
 
+@pytest.mark.parametrize("wrong", ["a tokenizer", "a second text"])
+def test_a_refused_start_leaves_the_built_in_corpus_as_it_was(tmp_path, wrong):
+    """Guards: text and facts of another corpus written beside the token files of the first, before the tokenizer or
+    the second text is looked at."""
+    small = [*SMALL, "corpus_stories=60", "tokenizer=bytes", "split=8:1:1"]
+    prepare(load_recipe("tiny", "bdh", small), tmp_path)
+    kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {"built-in.txt", "built-in.facts.jsonl"} < {path.name for path in kept}
+    changes = ["corpus_seed=1", *["tokenizer=bpe:3"] * (wrong == "a tokenizer")]
+    with pytest.raises(UserError, match="bpe:3" if wrong == "a tokenizer" else "nowhere.txt does not exist"):
+        prepare(load_recipe("tiny", "bdh", [*small, *changes]), tmp_path,
+                extra_text=tmp_path / "nowhere.txt" if wrong == "a second text" else None)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == kept
+
+
 def test_settings_of_the_corpus_beside_a_text_are_warned_of(tmp_path, token_files):
     """Guards: a corpus asked for with --set of which no story is in the token files; warnings about a recipe."""
     prepare(load_recipe("tiny", "bdh", ["tokenizer=bytes", "split=8:1:1"]), tmp_path, token_files["text"])
