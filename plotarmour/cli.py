@@ -60,6 +60,12 @@ def refuse_existing(path: Path, force: bool) -> None:
         raise UserError(f"{path} exists already; expected a new --out. Use another --out, or --force to replace it.")
 
 
+def require_run(folder: Path) -> None:
+    """Raise `UserError` unless a folder is a run folder; tools check this before their heavy imports."""
+    if not (folder / "run.json").is_file():
+        raise UserError(f"{folder} is not a run folder: it has no run.json. Make one with tools/train.py.")
+
+
 def _checkpoint(text: str) -> str | int:
     if text in ("best", "latest") or text.isdecimal():
         return int(text) if text.isdecimal() else text

@@ -4,7 +4,7 @@ import json
 import warnings
 from pathlib import Path
 
-from plotarmour.cli import UserError
+from plotarmour.cli import UserError, require_run
 from plotarmour.config import training_settings
 from plotarmour.training.checkpoint import find_checkpoint, find_latest_whole, latest_whole_step, rewind, step_of
 from plotarmour.training.distributed import check_share
@@ -23,8 +23,7 @@ def read_info(folder: Path) -> dict:
         UserError: it is not a run folder, is damaged, or is of a newer version.
     """
     path = folder / "run.json"
-    if not path.is_file():
-        raise UserError(f"{folder} is not a run folder: it has no run.json. Make one with tools/train.py.")
+    require_run(folder)
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         version = info.get("format")

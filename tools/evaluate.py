@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, add_common, refuse_existing, run_command
+from plotarmour.cli import HelpFormatter, add_common, refuse_existing, require_run, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
+    require_run(args.run)
     refuse_existing(args.out / "totals.csv", args.force)
     from plotarmour.report.compare import compare_runs  # heavy: --help does without
     from plotarmour.report.verdict import readable_table, text_table

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, add_common, run_command
+from plotarmour.cli import HelpFormatter, add_common, require_run, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
+    require_run(args.run)
     from plotarmour.evaluation.generation import generate
     from plotarmour.run import load_run
 

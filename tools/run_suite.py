@@ -9,11 +9,12 @@ import argparse
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, UserError, add_common, duration, overrides_of, run_command
+from plotarmour.cli import HelpFormatter, UserError, add_common, duration, overrides_of, run_command, say
 from plotarmour.config import recipe_names
 
 
@@ -45,23 +46,32 @@ def main() -> None:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, signal.default_int_handler)
     from plotarmour.suite.grid import TRAIN, plan_grid
-    from plotarmour.suite.runner import compare_rows, run_grid
-    from plotarmour.suite.steps import results_folder
+    from plotarmour.suite.parameters import results_folder
 
     out, begun = args.out or results_folder(str(args.grid or args.recipe)), time.monotonic()
     grid = plan_grid(args.grid, args.recipe, out, args.notebook or TRAIN, args.text, args.extra_text,
                      overrides_of(args), args.gpus, args.at_once)
-    states = run_grid(grid)
-    if args.grid is not None:
-        print(f"{len(states)} runs: {out / 'summary.csv'}")
-    unfinished = [state for state in states if state.status != "done"]
-    if unfinished:
-        print("\n".join(state.advice for state in unfinished), file=sys.stderr)
-        sys.exit(2 if all(state.error == "UserError" for state in unfinished) else 1)
-    if args.grid is None:
-        compare_rows(grid)
-        print(f"suite {args.recipe} done in {duration(time.monotonic() - begun)}: {out}")
-        print((out / "comparison" / "summary.txt").read_text(encoding="utf-8"))
+    from plotarmour.suite.runner import compare_rows, describe_best, run_grid  # seconds, after the checks
+
+    try:
+        states = run_grid(grid)
+        if args.grid is not None:
+            best = describe_best(grid, states, Path(sys.argv[0]).with_name("compare.py").as_posix())
+            print(f"{len(states)} runs: {out / 'summary.csv'}", *filter(None, [best]), sep="\n", flush=True)
+        unfinished = [state for state in states if state.status != "done"]
+        if unfinished:
+            print("\n".join(state.advice for state in unfinished), file=sys.stderr)
+            sys.exit(2 if all(state.error == "UserError" for state in unfinished) else 1)
+        if args.grid is None:
+            compare_rows(grid)
+            print(f"suite {args.recipe} done in {duration(time.monotonic() - begun)}: {out}")
+            print((out / "comparison" / "summary.txt").read_text(encoding="utf-8"))
+            print(f"Open {out / 'comparison' / 'report.html'} in a browser: all results with their figures.")
+    except KeyboardInterrupt:
+        with suppress(OSError):  # the terminal may have been closed
+            say(f"stopped; {out} keeps what is done, and runs that trained have their checkpoints. The same command "
+                "continues.")
+        raise
 
 
 if __name__ == "__main__":

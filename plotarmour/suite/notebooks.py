@@ -13,11 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jupytext
 import nbformat
 import psutil
 
-from plotarmour.cli import UserError
+from plotarmour.cli import UserError, say
 from plotarmour.suite.multi_gpu import family, kill
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +35,8 @@ def generate_notebook(script: Path, root: Path = ROOT) -> str:
     A cell tagged `set-up` gets the text of notebooks/set_up.py. A cell's id depends on its text and on how often that
     text occurs before it, so that an edit of one cell leaves all other ids as they are.
     """
+    import jupytext
+
     notebook = jupytext.read(script, fmt="py:percent")
     if badges := _badges(script, root):
         notebook.cells[0].source += "\n\n" + badges
@@ -178,6 +179,9 @@ def stop_notebooks(processes: list[subprocess.Popen]) -> None:
     """
     members = family(processes)
     try:
+        with suppress(OSError):  # the terminal may have been closed
+            say("stopping: a run that trains finishes its step and saves, which takes some seconds; Ctrl-C once more "
+                "ends it at once")
         if os.name == "posix":  # no such signal on Windows
             for member in members:
                 with suppress(psutil.Error):

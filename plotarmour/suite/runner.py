@@ -4,6 +4,7 @@ What became of a row is read from its run folder (DONE.json or STOPPED.json, if 
 tokenizer and text) and, where it failed, from the error in its executed notebook.
 """
 
+import shlex
 import shutil
 import sys
 import time
@@ -81,6 +82,21 @@ def run_grid(grid: Grid) -> list[State]:
     return states
 
 
+def describe_best(grid: Grid, states: list[State], tool: str) -> str:
+    """Return which run of a grid is best on validation, and the command that compares its complete runs.
+
+    Empty where no run of a recipe is complete. `tool` is the path of tools/compare.py.
+    """
+    done = [state for state in states if state.status == "done" and state.row.recipe]
+    if not done:
+        return ""
+    best, paths = min(done, key=lambda state: state.ending.best_val_loss), find_prepared(grid.out)
+    facts = ["--facts", paths["facts"]] if "facts" in paths else []
+    command = ["python", tool, *(state.row.folder for state in done), "--data", paths["test"], "--train",
+               paths["train"], *facts, "--out", grid.out / "comparison"]
+    return f"best: {best.row.run}, {best.ending.best}\nnext: {shlex.join(map(str, command))}"
+
+
 def compare_rows(grid: Grid) -> None:
     """Compare the runs of a grid whose rows are all done, by notebook 3."""
     print("comparison ...", flush=True)
@@ -114,9 +130,12 @@ def _run_rows(grid: Grid) -> list[State]:
 
     def settle(i: int, state: State) -> None:
         states[i] = state
-        loss = state.ending.best_val_loss if state.status == "done" and state.ending else None
+        ending, reason = state.ending, state.reason
+        loss = ending.best_val_loss if state.status == "done" and ending else None
+        if state.status == "stopped" and ending and ending.last_checkpoint is not None:
+            reason += f", saved at step {ending.last_checkpoint:,}"
         report(i, f"{state.status} in {duration(time.monotonic() - running.pop(i)[2])}, "
-               + (state.reason if loss is None else f"validation loss {loss:.4f}"))
+               + (reason if loss is None else f"validation loss {loss:.4f}"))
 
     _write_summary(states, grid)
     print(_progress_line(states, 0, 0.0), flush=True)

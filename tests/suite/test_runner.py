@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,7 +20,15 @@ from plotarmour.machine import cores
 from plotarmour.suite.grid import plan_grid
 from plotarmour.suite.learning_rates import _compare, _describe, write_rates
 from plotarmour.suite.notebooks import Executed, read_executed
-from plotarmour.suite.runner import State, _find_state, _judge, _progress_line, _write_summary, run_grid
+from plotarmour.suite.runner import (
+    State,
+    _find_state,
+    _judge,
+    _progress_line,
+    _write_summary,
+    describe_best,
+    run_grid,
+)
 from plotarmour.suite.steps import prepare
 from plotarmour.training.checkpoint import FILES, write_manifest
 from plotarmour.training.ending import Ending, Reason
@@ -152,6 +161,21 @@ def test_the_summary_has_a_tidy_row_for_every_run(grid):
     assert (table[2]["reason"], table[2]["best_val_loss"]) == ("the cable came out", "")
     assert states[1].advice == "bdh_learning_rate-0.01 stopped: time budget (the same command continues it)"
     assert states[2].advice.startswith("bdh_learning_rate-0.1 failed: the cable came out (see ")
+
+
+def test_the_end_of_a_grid_names_the_best_run_and_the_comparison(grid):
+    """Guards: a grid whose user must find out by himself which run is best, and how runs are compared."""
+    end(grid.rows[0])
+    end(grid.rows[1], best_val_loss=1.125)
+    end(grid.rows[2], "STOPPED.json", reason="time budget", best_val_loss=0.5)
+    states = [_find_state(row) for row in grid.rows]
+    best, following = describe_best(grid, states, "tools/compare.py").splitlines()
+    assert best.startswith(f"best: {grid.rows[1].run}, validation loss 1.1250 ")
+    runs = [str(row.folder) for row in grid.rows[:2]]
+    assert shlex.split(following)[:9] == ["next:", "python", "tools/compare.py", *runs, "--data",
+                                          str(grid.out / "tokens.test.bin"), "--train",
+                                          str(grid.out / "tokens.train.bin")]
+    assert describe_best(grid, states[2:], "tools/compare.py") == ""
 
 
 def test_one_line_tells_how_far_a_grid_is(grid):
@@ -310,6 +334,8 @@ def test_an_interrupt_lets_the_row_save_and_leaves_nobody_behind(command, tmp_pa
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, out + err
+    assert err.startswith("stopping: a run that trains finishes its step and saves") and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("stopped; ") and err.endswith("The same command continues.\n")
     assert [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE] == []
     assert [(row["status"], row["reason"]) for row in rows_of(tmp_path)] == [("stopped", "signal SIGINT"),
                                                                              ("waiting", "")]

@@ -36,6 +36,19 @@ def test_help_imports_nothing_heavy(root, tool):
     assert done.stdout.endswith("imported []\n")
 
 
+@pytest.mark.parametrize(("tool", "arguments"), [
+    ("run_suite", ["--recipe", "tinny"]), ("run_suite", ["--text", "nowhere.txt"]), ("generate", ["nowhere"]),
+    ("evaluate", ["nowhere", "--data", "x.bin", "--out", "e"]), ("compare", ["nowhere", "--data", "x", "--out", "c"])])
+def test_a_mistake_is_reported_before_anything_heavy_is_imported(root, tool, arguments, tmp_path):
+    """Guards: five seconds of imports before one line about a name that is mistyped."""
+    code = (f"import runpy, sys\nsys.argv = {[tool, *arguments]}\n"
+            f"try:\n    runpy.run_path({str(root / 'tools' / f'{tool}.py')!r}, run_name='__main__')\n"
+            f"except SystemExit as end:\n    print(end.code, sorted(set({HEAVY}) & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout == "2 []\n" and done.stderr.count("\n") <= 2, done.stdout + done.stderr
+    assert all(line.startswith("error: ") for line in done.stderr.splitlines()) and list(tmp_path.iterdir()) == []
+
+
 def test_from_text_to_comparison(run_main, tmp_path):
     """Guards: a tool whose output the next one cannot read."""
     text, x, runs = tmp_path / "t.txt", tmp_path / "x.bin", [tmp_path / "b", tmp_path / "g"]
