@@ -21,7 +21,7 @@ def shared() -> Path:
     """Real texts and reference numbers; tests that need them skip where they are not at hand."""
     folder = Path(os.environ.get("PLOTARMOUR_TEST_DATA", ROOT.parent / "shared"))
     if not folder.is_dir():
-        pytest.skip("no reference data: set PLOTARMOUR_TEST_DATA to their folder")
+        pytest.skip("needs texts and numbers of others: set PLOTARMOUR_TEST_DATA to their folder (see CONTRIBUTING.md)")
     return folder
 
 

@@ -20,7 +20,6 @@ Datasets, chapter 3; word 5-grams and 0.8 as in Lee et al. (2022), arXiv 2107.06
 """
 
 import importlib.util
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -92,6 +91,7 @@ class Duplicates:
 
     counts: list[dict]
     examples: list[dict]
+    note: str = ""  # what was not searched, and why
 
     def table(self) -> str:
         """Return the rows of `counts` with copies, and always those about copies in the first part, as text."""
@@ -102,7 +102,7 @@ class Duplicates:
             where = f"surplus in {part}" if part == other else f"{part} also in {other}"
             if row["copies"] or other == first:
                 lines.append(f"{row['kind']:<12}{row['stories']:>12,}{row['copies']:>12,}{row['share']:>9.2%}  {where}")
-        return "\n".join(lines)
+        return "\n".join(lines + [self.note] * bool(self.note))
 
 
 def find_duplicates(files: dict[str, TokenFile], out: Path | None = None, threshold: float = 0.8, near: bool = True,
@@ -115,7 +115,7 @@ def find_duplicates(files: dict[str, TokenFile], out: Path | None = None, thresh
         files: by the name of their part, of one tokenizer. Name train first: examples then lead there.
         out: X.csv gets the examples, X.counts.csv the counts.
         threshold: least Jaccard similarity of near copies, 0.7 to 1.
-        near: search near copies; without rensa a warning says how to install it.
+        near: search near copies; without rensa the table says how to install it.
         examples: maximum number per kind and two parts.
 
     Raises:
@@ -123,11 +123,9 @@ def find_duplicates(files: dict[str, TokenFile], out: Path | None = None, thresh
     """
     if not 0.7 <= threshold <= 1:
         raise UserError(f"--threshold {threshold} is too low or too high; expected 0.7 to 1.")
-    corpus = _Corpus(files)
+    corpus, note = _Corpus(files), ""
     if near and importlib.util.find_spec("rensa") is None:
-        warnings.warn("near copies are not searched: rensa is not installed. Install it with: pip install "
-                      "'rensa>=0.5,<0.6'", stacklevel=2)
-        near = False
+        near, note = False, "near copies were not searched: they need pip install 'rensa>=0.5,<0.6'"
     _, first, inverse = np.unique(np.concatenate([_story_keys(data) for data in corpus.files]), return_index=True,
                                   return_inverse=True)
     exact = first[inverse]  # for each story the first one with the same ids
@@ -135,7 +133,7 @@ def find_duplicates(files: dict[str, TokenFile], out: Path | None = None, thresh
     groups = {"exact": exact, "normalised": normalised[exact]}
     if near:
         groups["near"] = joined[groups["normalised"]]
-    result = Duplicates(_counts(corpus, groups), _examples(corpus, groups, normalised, similar, examples))
+    result = Duplicates(_counts(corpus, groups), _examples(corpus, groups, normalised, similar, examples), note)
     if out is not None:
         import pandas as pd
 
