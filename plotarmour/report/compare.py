@@ -1,6 +1,7 @@
 """Comparison of runs: scores every story under each run, checks for leaks, and writes tables, figures and a report."""
 
 import dataclasses
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from plotarmour.cli import UserError
 from plotarmour.data.tales import read_facts
 from plotarmour.data.token_file import TokenFile
 from plotarmour.evaluation.arms import compare_arms, group_runs, nats_of, pairs_of
-from plotarmour.evaluation.leak_checks import check_run, require
+from plotarmour.evaluation.leak_checks import check_run, check_stories, require
 from plotarmour.evaluation.ngrams import ORDERS, counted_tokens, evaluate_baselines
 from plotarmour.evaluation.scoring import UNBOUNDED, check_stride, comparison_table, evaluate_run, story_tokens
 from plotarmour.evaluation.statistics import win_share_by_length
@@ -22,6 +23,7 @@ from plotarmour.report.examples import different_stories, samples_of
 from plotarmour.report.verdict import Comparison, arm_table, write_verdict
 from plotarmour.resume import read_info
 from plotarmour.run import Run, check_same_tokenizer, load_run
+from plotarmour.training.checkpoint import find_checkpoint
 from plotarmour.training.ending import Ending, is_complete
 from plotarmour.training.log import read_log
 
@@ -44,7 +46,7 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
         out: folder for report.html, summary.txt, totals.csv (a row per run), arms.csv, pairs.csv (differences with
             intervals), checks.csv, stories_NAME.csv for runs and baselines, positions.csv, win_shares.csv,
             different_stories.csv, samples.csv and figures.
-        train: training token file; None skips the n-gram baselines and the check that stories are held out.
+        train: training token file; None skips the n-gram baselines and the checks that stories are held out.
         facts: .facts.jsonl of the built-in corpus, or None.
         stride: stride of sliding windows, in tokens; None: half a context.
         title: title of figures and report; by default the names of token file and checkpoint.
@@ -56,8 +58,8 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
         The table of totals.csv.
 
     Raises:
-        UserError: the same run twice, different tokenizers, stories that a run was trained on, a training file that is
-            not the runs' own, a run that is not complete, or a failed leak check.
+        UserError: the same run or the same weights twice, different tokenizers, stories that a run was trained on, a
+            training file that is not the runs' own, a run that is not complete, or a failed leak check.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; expected a folder for --out.")
@@ -72,11 +74,17 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
         check_same_tokenizer(test, info["tokenizer"]["sha256"], str(folder))
         check_stride(stride, info["recipe"]["training"]["context_length"])
         _check_unseen(folder.name, info, data, test, train, train_data)
+    _check_different_weights(folders, checkpoint)
     _clear(out)
+    checks = []
+    if train_data is not None:
+        checks.append(check_stories(train_data, test))
+        write_csv(checks[0], out / "checks.csv")
+        require(checks[0])
     pairs = pairs_of(arms, REFERENCE)
     arm_of_first_run = {arm.runs[0]: arm.name for arm in arms} if pairs else {}
     first_pair = [arm.runs[0] for arm in pairs[0]] if pairs else []  # for the examples
-    scores, positions, budgets, runs, checks, token_nats, samples = {}, [], {}, [], [], {}, {}
+    scores, positions, budgets, runs, token_nats, samples = {}, [], {}, [], {}, {}
     for folder in folders:
         run = load_run(folder, checkpoint, device)
         budgets[run.name] = _budget_of(run)
@@ -87,7 +95,7 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
             positions.append(by_position.assign(run=name))
             if name in first_pair:
                 token_nats[name] = nats
-            checks.append(check_run(run, test, scores[name], train_data, stride, unbounded))
+            checks.append(check_run(run, test, scores[name], stride, unbounded))
             write_csv(pd.concat(checks), out / "checks.csv")
             require(checks[-1])
         if run.name in arm_of_first_run:
@@ -242,6 +250,17 @@ def _same_order(runs: list[Run]) -> bool:
     """Return whether runs of one seed have the same hash of the order of their training tokens."""
     orders = {(run.config.training.seed, run.info["train"]["order_sha256"]) for run in runs}
     return len({seed for seed, _ in orders}) == len(orders)
+
+
+def _check_different_weights(folders: list[Path], checkpoint: str | int) -> None:
+    """Raise `UserError` where two runs have the same weights: one of them is a copy, whatever its run.json says."""
+    names: dict[str, str] = {}  # by SHA-256 of the weights, which loading compares with the file's
+    for folder in folders:
+        manifest = json.loads((find_checkpoint(folder, checkpoint, []) / "MANIFEST.json").read_text(encoding="utf-8"))
+        first = names.setdefault(manifest["files"]["model.safetensors"], folder.name)
+        if first != folder.name:
+            raise UserError(f"{first} and {folder.name} have the same weights; expected runs that were trained "
+                            "separately. Name only one of them.")
 
 
 def _check_unseen(name: str, info: dict, data: Path, test: TokenFile, train: Path | None,

@@ -12,6 +12,7 @@ import jinja2
 import pandas as pd
 
 from plotarmour.evaluation.arms import MATCHINGS, Arm
+from plotarmour.evaluation.leak_checks import LONG_OVERLAP
 from plotarmour.evaluation.metrics import totals
 from plotarmour.evaluation.scoring import UNBOUNDED
 from plotarmour.files import write_text
@@ -71,9 +72,10 @@ def write_verdict(c: Comparison, out: Path) -> None:
     denominators = (f"Loss is nats per token over {first['tokens']:,} tokens of {first['stories']:,} stories (with the "
                     f"closing end-of-text of each story), bits per byte over {first['bytes']:,} bytes of their text.")
     verdicts = [_describe(pair) for _, pair in pairs.iterrows()]
-    lines = [c.title, "", text_table(numbers), "", denominators]
-    lines += ["", headline(pairs), *verdicts] if verdicts else []
-    lines += ["", *_calibration(c.table), f"{c.checks.passed.sum()} leak checks passed (checks.csv)."]
+    answer = headline(pairs) if verdicts else "One arm only: there is no comparison."
+    answer = " ".join([*_reservations(c, labels), answer])
+    lines = [c.title, "", text_table(numbers), "", denominators, "", answer, *verdicts]
+    lines += ["", *_calibration(c, labels), f"{c.checks.passed.sum()} leak checks passed (checks.csv)."]
     lines += [f"Not equal between the runs: {difference}." for difference in c.unequal]
     write_text(out / "summary.txt", "\n".join(lines) + "\n")
 
@@ -82,7 +84,7 @@ def write_verdict(c: Comparison, out: Path) -> None:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         zip=zip, c=c, heading=" and ".join(labels.values() if len(labels) < 3 else kind_labels),
-        headline=headline(pairs) if verdicts else "", verdicts=verdicts, numbers=numbers, denominators=denominators,
+        headline=answer, verdicts=verdicts, numbers=numbers, denominators=denominators,
         figures={path.name: base64.b64encode(path.read_bytes()).decode() for path in out.glob("*.png")},
         matchings=_matchings(pairs), several_kinds=len(kind_labels) > 1, several_seeds=several_seeds,
         labels=labels, colors={name: kind.colors[0] for name, kind in kinds.items()},
@@ -181,20 +183,44 @@ def _describe(pair: pd.Series) -> str:
     return f"{difference} {SPEAKS_OF[pair['speaks_of']].format(**pair)} {wins}"
 
 
-def _calibration(table: pd.DataFrame) -> list[str]:
-    """Return sentences that compare the runs with the corpus, whose nats are exact, and with the best baseline."""
-    runs, baselines, lines = table[table["model"].notna()], table[table["name"].str.endswith(" baseline")], []
-    if "over_corpus" in table:
-        low, high = runs["over_corpus"].min(), runs["over_corpus"].max()
+def _reservations(c: Comparison, labels: dict[str, str]) -> list[str]:
+    """Return the sentences that stand before the differences, because they decide what these are worth."""
+    lines, (baseline, _, others) = [], _against_counting(c, labels)
+    for check in c.checks[(c.checks["check"] == LONG_OVERLAP) & ~c.checks["passed"].fillna(True)].itertuples():
+        lines.append(f"NOT HELD OUT: {check.found} have half of their tokens, in one piece, in one training story, so "
+                     "a model can recall them.")
+    if others:
+        lines.append(f"NO BETTER THAN COUNTING: {_join(others)} {'are' if len(others) > 1 else 'is'} not better than "
+                     f"{baseline}.")
+    return lines
+
+
+def _against_counting(c: Comparison, labels: dict[str, str]) -> tuple[str | None, list[str], list[str]]:
+    """Return the best n-gram baseline, and the labels of the arms that are better and of those that are not."""
+    baselines = c.table[c.table["name"].str.endswith(" baseline")]
+    if baselines.empty:
+        return None, [], []
+    best = baselines.iloc[0]  # the table is sorted by loss
+    arms = c.by_arm[c.by_arm["name"].isin(labels)].sort_values("loss")
+    sides = ([labels[name] for name in arms.loc[is_better, "name"]]
+             for is_better in (arms["loss"] < best["loss"], arms["loss"] >= best["loss"]))
+    return f"the {best['name']} (perplexity {best['perplexity']:.2f})", *sides
+
+
+def _calibration(c: Comparison, labels: dict[str, str]) -> list[str]:
+    """Return sentences that compare the arms with the corpus, whose nats are exact, and with the best baseline."""
+    lines, (baseline, better, _) = [], _against_counting(c, labels)
+    if "over_corpus" in c.table:
+        of_runs = c.table.loc[c.table["model"].notna(), "over_corpus"]
+        low, high = of_runs.min(), of_runs.max()
         lines.append(f"The models need {low:.1%} to {high:.1%} more nats than the corpus, whose nats are exact."
                      + (" A model with fewer nats than the corpus sees what it must predict: this is a LEAK."
                         if low < 0 else ""))
-    if len(baselines):
-        best = baselines.iloc[0]  # the table is sorted by loss
-        above = runs.loc[runs["loss"] >= best["loss"], "name"]
-        baseline = f"the {best['name']} (perplexity {best['perplexity']:.2f})"
-        lines.append(f"Not better than {baseline}: {', '.join(above)}." if len(above) else
-                     f"Every run is better than {baseline}.")
+    if better:
+        lines.append(f"Better than {baseline}: {', '.join(better)}.")
+    if baseline is None:
+        lines.append("Without a training file (--train), nothing says whether the models are better than counting, or "
+                     "whether the stories stand in the training text.")
     return lines
 
 

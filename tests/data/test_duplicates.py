@@ -14,7 +14,6 @@ from plotarmour.data.duplicates import (
     _jaccard,
     _shingles,
     _story_keys,
-    disjoint_by_construction,
     find_duplicates,
     overlapping_stories,
 )
@@ -239,23 +238,38 @@ def test_the_overlap_is_that_of_comparing_all_stories_for_any_integer_type():
     assert len(overlapping_stories(train, val)) == sum(tuple(ids) in known for ids in stories[200:]) > 0
 
 
-def header(**changes):
-    return {"source": [{"sha256": "a"}], "split": "90:5:5", "stories": "line", "part": "train",
-            "tokenizer": {"sha256": "t"}} | changes
+def test_a_story_with_half_of_its_tokens_in_one_training_story_overlaps(monkeypatch):
+    """Guards: test stories that differ from training stories in one token, and count as held out.
+
+    Of a story of 40 tokens, a piece of 20 counts, and one of 19 does not; nor do two pieces of 19, or pieces of two
+    training stories.
+    """
+    monkeypatch.setattr(duplicates, "BLOCK", 50)  # pieces that begin in one block and end in the next
+    ids = np.arange(1000, 3000).reshape(50, 40)
+    train = data(*ids[:40])
+    changed, twice = ids[7].copy(), ids[8].copy()
+    changed[20], twice[[19, 20]] = 5, (5, 6)
+    halves = np.concatenate([ids[11, :19], [5, 6], ids[12, :19]])
+    found = duplicates.long_overlaps(train, data(changed, ids[45], twice, halves, ids[20, :13], ids[20, :12]))
+    assert found.tolist() == [0, 4]
+    assert duplicates.long_overlaps(train, data(changed, dtype=np.uint32)).tolist() == [0]
+    assert duplicates.long_overlaps(data(ids[0, :3]), data(ids[0])).tolist() == []
 
 
-@pytest.mark.parametrize(("changes", "disjoint"), [
-    ({"part": "val"}, True), ({}, False), ({"part": "val", "split": "80:10:10"}, False),
-    ({"part": "val", "source": [{"sha256": "b"}]}, False), ({"part": "val", "stories": "file"}, False),
-    ({"part": "val", "tokenizer": {"sha256": "u"}}, False), ({"part": "val", "split": None}, False),
-])
-def test_only_parts_of_one_split_are_disjoint_by_construction(changes, disjoint):
-    """Guards: a scan that is left out although the parts were cut differently."""
-    assert disjoint_by_construction(header(), header(**changes)) is disjoint
+def test_long_overlaps_are_those_of_comparing_all_pieces():
+    """Guards: a hash that two n-grams share, or that depends on where a piece begins."""
+    random = np.random.default_rng(0)
+    pieces = random.integers(1, 6, (30, 11))
+    stories = [np.concatenate(pieces[random.integers(0, 30, random.integers(1, 8))])[random.integers(0, 5):]
+               for _ in range(300)]
+    text = [" ".join(map(str, story)) + " " for story in stories]
 
+    def overlaps(story):
+        n = max(13, len(story) // 2)
+        n -= n % 2 ** max(0, n.bit_length() - 4)
+        parts = ["".join(f"{i} " for i in story[k:k + n]) for k in range(len(story) - n + 1)]
+        return any(part in other for part in parts for other in text[:200])
 
-def test_whole_files_are_not_disjoint_by_construction():
-    """Guards: two headers without a split taken for parts; headers of texts, which name no part."""
-    assert not disjoint_by_construction(header(split=None), header(split=None, part="val"))
-    texts = [{k: v for k, v in header().items() if k not in ("part", "split")} for _ in range(2)]
-    assert not disjoint_by_construction(*texts)
+    expected = [i for i, story in enumerate(stories[200:]) if overlaps(story)]
+    assert 10 < len(expected) < 90
+    assert duplicates.long_overlaps(data(*stories[:200]), data(*stories[200:])).tolist() == expected

@@ -10,7 +10,7 @@ from in_memory import data
 from torch import nn
 
 from plotarmour.cli import UserError
-from plotarmour.evaluation.leak_checks import check_run, require
+from plotarmour.evaluation.leak_checks import check_run, check_stories, require
 from plotarmour.evaluation.scoring import score_stories
 from plotarmour.machine import find_machine
 from plotarmour.models.bdh import BDH, BDHConfig
@@ -110,7 +110,8 @@ def test_honest_models_pass(small_model, stories):
     """Guards: checks that refuse everybody."""
     for model in (small_model, SeesOneAhead(honest=True)):
         run = run_of(model)
-        assert failed(run, stories, scored(run, stories), train_data=data([1, 2], vocab_size=V)) == set()
+        assert failed(run, stories, scored(run, stories)) == set()
+    assert check_stories(data([1, 2], vocab_size=V), stories)["passed"].all()
 
 
 def test_a_model_that_sees_one_token_ahead_is_refused_by_name(stories):
@@ -174,9 +175,12 @@ def test_a_wrong_byte_count_is_refused(small_model, stories):
     assert failed(run, stories, scores) == {"bytes"}
 
 
-def test_stories_of_the_training_text_are_counted(small_model, stories):
-    """Guards: a verdict on stories that were learned by heart."""
-    run, train = run_of(small_model), data(stories.story(1), [7, 8], vocab_size=V)
-    checks = check_run(run, stories, scored(run, stories), train_data=train)
-    row = checks[checks["check"] == "held out"].iloc[0]
-    assert row["found"] == "1 stories of 7" and not row["passed"]
+def test_stories_of_the_training_text_are_counted(stories):
+    """Guards: a verdict on stories that were learned by heart, whole or but for one token."""
+    changed = stories.story(6).copy()
+    changed[50] = changed[50] % 49 + 1
+    checks = check_stories(data(stories.story(1), [7, 8], changed, vocab_size=V), stories)
+    assert checks["found"].tolist() == ["1 stories of 7", "2 stories of 7 (28.6%)"] and not checks["passed"].any()
+    with pytest.raises(UserError, match="failed: all runs, held out: found 1 stories of 7, expected 0 stories. Do not"):
+        require(checks)
+    require(checks[1:])  # a long overlap is for the verdict

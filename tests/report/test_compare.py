@@ -1,6 +1,8 @@
 """Comparisons as their reader gets them: arms, intervals, checks, one page."""
 
+import json
 import re
+import shutil
 
 import pandas as pd
 import pytest
@@ -13,7 +15,7 @@ from plotarmour import run
 from plotarmour.cli import UserError
 from plotarmour.config import load_recipe
 from plotarmour.data.pretokenize import pre_tokenize
-from plotarmour.data.token_file import TokenFile
+from plotarmour.data.token_file import HEADER_BYTES, TokenFile, header_block, read_header
 from plotarmour.report.compare import compare_runs, find_runs
 from plotarmour.report.verdict import readable_table, text_table
 from plotarmour.run import train_run
@@ -155,15 +157,57 @@ def test_too_few_stories_to_compare_on_are_refused(token_files, runs, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_with_training_stories_is_refused_by_name(token_files, runs, tmp_path):
-    """Guards: held-out stories that were not."""
+@pytest.fixture(scope="module")
+def near_train(token_files, tmp_path_factory):
+    """A test file of 20 training stories with another first word, whose header says that it is the test part."""
+    data, folder = TokenFile.open(token_files["train"]), tmp_path_factory.mktemp("near")
+    texts = [data.tokenizer().decode(data.story(i)).replace("Once", "Twice", 1) for i in range(20)]
+    (folder / "near.txt").write_text("\n<|endoftext|>\n".join(texts))
+    return pre_tokenize([folder / "near.txt"], str(token_files["train"]), folder / "near.bin")[0]
+
+
+def as_test_part(path, train, out):
+    """Copy a token file with the header's source, split and part of the test part that belongs to `train`."""
+    header = {key: read_header(train)[key] for key in ("source", "split", "stories")} | {"part": "test"}
+    out.write_bytes(header_block(read_header(path) | header) + path.read_bytes()[HEADER_BYTES:])
+    return out
+
+
+def test_training_stories_are_refused_whatever_the_header_says(token_files, runs, tmp_path):
+    """Guards: held-out stories that were not; a header that claims another part of the same split."""
     data = TokenFile.open(token_files["train"])
-    text = tmp_path / "mixed.txt"
-    text.write_text("\n<|endoftext|>\n".join(["A new tale."] * 3 + [data.tokenizer().decode(data.story(7))]))
-    [mixed] = pre_tokenize([text], str(token_files["train"]), tmp_path / "mixed.bin")
-    with pytest.raises(UserError, match="bdh_seed-1, held out: found 1 stories of 4, expected 0 stories"):
-        compare_runs(runs[:1], mixed, tmp_path / "out", token_files["train"])
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checks.csv"]
+    (tmp_path / "mixed.txt").write_text("\n<|endoftext|>\n".join(
+        ["A new tale."] * 3 + [data.tokenizer().decode(data.story(7))]))
+    [mixed] = pre_tokenize([tmp_path / "mixed.txt"], str(token_files["train"]), tmp_path / "mixed.bin")
+    for path in (mixed, as_test_part(mixed, token_files["train"], tmp_path / "forged.bin")):
+        with pytest.raises(UserError, match="all runs, held out: found 1 stories of 4, expected 0 stories"):
+            compare_runs(runs[:1], path, tmp_path / "out", token_files["train"])
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["checks.csv"]
+    with pytest.raises(UserError, match="1 of 4 stories of .*forged.bin are also in"):
+        train({"train": token_files["train"], "val": tmp_path / "forged.bin"}, tmp_path / "run", "bdh")
+
+
+def test_the_verdict_begins_with_what_makes_it_worthless(token_files, runs, near_train, tmp_path):
+    """Guards: a difference in bold type on stories that differ from training stories in one word, or between models
+    that are no better than counting."""
+    compare_runs(runs[:3:2], near_train, tmp_path, token_files["train"])
+    first = re.search(r"<strong>(.*?)</strong>", (tmp_path / "report.html").read_text(encoding="utf-8"))[1]
+    assert first.startswith("NOT HELD OUT: 20 stories of 20 (100.0%) have half of their tokens, in one piece, in one "
+                            "training story, so a model can recall them. NO BETTER THAN COUNTING: ")
+    assert re.search(r"COUNTING: .*BDH.* and .*GPT-2.* are not better than the trigram baseline \(perplexity [\d.]+\). "
+                     r"BDH.* perplexity on held-out stories is ", first)
+    assert first.replace("&#39;", "'") in (tmp_path / "summary.txt").read_text(encoding="utf-8")
+
+
+def test_a_run_and_its_copy_are_refused_whatever_run_json_says(token_files, runs, tmp_path):
+    """Guards: an interval over "seeds" that are copies of one run."""
+    shutil.copytree(runs[0], tmp_path / "copy")
+    info = json.loads((tmp_path / "copy" / "run.json").read_text())
+    info["recipe"]["training"]["seed"] = 7
+    (tmp_path / "copy" / "run.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match="bdh_seed-1 and copy have the same weights; expected runs that were trained"):
+        compare_runs([*runs, tmp_path / "copy"], token_files["test"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_runs_are_found_by_name_path_or_all(runs, tmp_path):
