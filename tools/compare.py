@@ -17,7 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True, help="token file to score, best the test part")
     parser.add_argument("--out", type=Path, required=True, help="folder for the CSVs and figures")
     parser.add_argument("--train", type=Path, help="training token file: adds baselines, and checks that stories are "
-                        "held out")
+                        "held out and do not overlap with it")
     parser.add_argument("--facts", type=Path, help=".facts.jsonl of the built-in corpus")
     parser.add_argument("--stride", type=int, help="tokens scored per sliding window in stories longer than the "
                         "context (default: half a context)")

@@ -16,7 +16,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True, help="token file made with the run's tokenizer")
     parser.add_argument("--out", type=Path, required=True, help="folder for the CSVs and figures")
     parser.add_argument("--train", type=Path, help="training token file: adds baselines, and checks that stories are "
-                        "held out")
+                        "held out and do not overlap with it")
     parser.add_argument("--facts", type=Path, help=".facts.jsonl of the built-in corpus")
     parser.add_argument("--stride", type=int, help="tokens scored per sliding window in stories longer than the "
                         "context (default: half a context)")
@@ -30,11 +30,10 @@ def main() -> None:
     require_run(args.run)
     refuse_existing(args.out / "totals.csv", args.force)
     from plotarmour.report.compare import compare_runs  # heavy: --help does without
-    from plotarmour.report.verdict import readable_table, text_table
 
-    table = compare_runs([args.run], args.data, args.out, args.train, args.facts, args.stride, "",
-                         args.checkpoint, args.device, args.unfinished)
-    print(text_table(readable_table(table)))
+    compare_runs([args.run], args.data, args.out, args.train, args.facts, args.stride, "", args.checkpoint, args.device,
+                 args.unfinished)
+    print((args.out / "summary.txt").read_text(encoding="utf-8"))
     print(f"per-story rows and totals.csv in {args.out}")
 
 

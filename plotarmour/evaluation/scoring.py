@@ -25,6 +25,8 @@ from plotarmour.machine import Machine
 TOKENS_PER_BATCH = 4096
 PIECE = 4096  # tokens per forward pass if the context is not limited: memory does not grow with the story
 UNBOUNDED = " unbounded"  # suffix of a run's name in rows where each token has its whole story as context
+BASELINE = " baseline"  # suffix of the name of an n-gram order
+CORPUS = "the corpus itself"
 STORY_COLUMNS = ["story", "tokens", "bytes", "nats"]
 FACT_COLUMNS = ["recall_tokens", "recall_nats", "corpus_nats"]  # tokens of recalled words and their nats, exact nats
 WHOLE_NUMBERS = ("params", "params_non_embedding", "params_per_token", "train_tokens", "steps", "checkpoint_step",
@@ -125,7 +127,7 @@ def comparison_table(scores: dict[str, pd.DataFrame], budgets: dict[str, dict]) 
     """
     name_of_first, first = next(iter(scores.items()))
     if "corpus_nats" in first:  # the corpus determines recalled words: they cost it nothing
-        scores = scores | {"the corpus itself": first.assign(nats=first["corpus_nats"], recall_nats=0.0)}
+        scores = scores | {CORPUS: first.assign(nats=first["corpus_nats"], recall_nats=0.0)}
     rows = []
     for name, frame in scores.items():
         if not frame[["story", "tokens", "bytes"]].equals(first[["story", "tokens", "bytes"]]):

@@ -14,7 +14,15 @@ from plotarmour.data.token_file import TokenFile
 from plotarmour.evaluation.arms import compare_arms, group_runs, nats_of, pairs_of
 from plotarmour.evaluation.leak_checks import check_run, check_stories, require
 from plotarmour.evaluation.ngrams import ORDERS, counted_tokens, evaluate_baselines
-from plotarmour.evaluation.scoring import UNBOUNDED, check_stride, comparison_table, evaluate_run, story_tokens
+from plotarmour.evaluation.scoring import (
+    BASELINE,
+    CORPUS,
+    UNBOUNDED,
+    check_stride,
+    comparison_table,
+    evaluate_run,
+    story_tokens,
+)
 from plotarmour.evaluation.statistics import win_share_by_length
 from plotarmour.files import write_text
 from plotarmour.models import REFERENCE
@@ -45,7 +53,8 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
         data: token file to score.
         out: folder for report.html, summary.txt, totals.csv (a row per run), arms.csv, pairs.csv (differences with
             intervals), checks.csv, stories_NAME.csv for runs and baselines, positions.csv, win_shares.csv,
-            different_stories.csv, samples.csv and figures.
+            different_stories.csv, samples.csv and figures; docs/tables.md describes the columns. With one arm, there
+            are no files about pairs.
         train: training token file; None skips the n-gram baselines and the checks that stories are held out.
         facts: .facts.jsonl of the built-in corpus, or None.
         stride: stride of sliding windows, in tokens; None: half a context.
@@ -106,8 +115,8 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
     checks = pd.concat(checks, ignore_index=True)
     print(f"{checks.passed.sum()} leak checks passed", flush=True)
     if train_data is not None:
-        scores |= {f"{name} baseline": frame for name, frame in evaluate_baselines(train_data, test).items()}
-        budgets |= {f"{order} baseline": {"train_tokens": counted_tokens(train_data)} for order in ORDERS}
+        scores |= {f"{name}{BASELINE}": frame for name, frame in evaluate_baselines(train_data, test).items()}
+        budgets |= {f"{order}{BASELINE}": {"train_tokens": counted_tokens(train_data)} for order in ORDERS}
     table, same_order = comparison_table(scores, budgets), _same_order(runs)
     step = checkpoint if isinstance(checkpoint, str) else f"step-{checkpoint}"
     comparison = Comparison(
@@ -116,15 +125,16 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
         different_stories(first_pair, scores, token_nats, test, runs[0].tokenizer),
         pd.concat([samples[arm.name] for arm in arms]) if pairs else pd.DataFrame(),
         runs, stride, same_order, test.header.get("part"))
-    tables = {f"stories_{name.replace(' ', '_')}": frame for name, frame in scores.items()}
-    tables |= {"totals": table, "arms": comparison.by_arm, "pairs": comparison.pairs,
-               "positions": pd.concat(positions)[["run", "position", "tokens", "nats"]],
-               "different_stories": comparison.examples, "samples": comparison.samples}
+    tables = {_file_of(name): frame for name, frame in scores.items()}
+    tables |= {"totals.csv": table, "arms.csv": comparison.by_arm,
+               "positions.csv": pd.concat(positions)[["run", "position", "tokens", "nats"]]}
     if pairs:
-        tables["win_shares"] = pd.concat([win_share_by_length(*nats_of(a, b, scores))
-                                          .assign(pair=f"{a.name} against {b.name}") for a, b in pairs])
+        tables |= {"pairs.csv": comparison.pairs, "different_stories.csv": comparison.examples,
+                   "samples.csv": comparison.samples, "win_shares.csv": pd.concat(
+                       [win_share_by_length(*nats_of(a, b, scores)).assign(pair=f"{a.name} against {b.name}")
+                        for a, b in pairs])}
     for name, frame in tables.items():
-        write_csv(frame, out / f"{name}.csv")
+        write_csv(frame, out / name)
     _draw(comparison, tables, budgets, out)
     write_verdict(comparison, out)
     return table
@@ -199,13 +209,14 @@ def check_together(folders: list[Path], unfinished: bool = False) -> dict[str, d
         By run name, the content of run.json.
 
     Raises:
-        UserError: two folders of one name, no run folder, a run that is not complete, different tokenizers.
+        UserError: names that lead to the same files, no run folder, a run that is not complete, different tokenizers.
     """
     folders = [folder.resolve() for folder in folders]
     infos = {folder.name: read_info(folder) for folder in folders}
     if len(infos) < len(folders):
         raise UserError(f"found runs {', '.join(folder.name for folder in folders)}; expected different names. Name "
                         "each run once, and rename folders of the same name.")
+    _check_names(list(infos))
     waiting = [folder.name for folder in folders if not is_complete(folder)]
     if waiting and not unfinished:
         raise UserError(f"{', '.join(waiting)}: not finished, no DONE.json; expected complete runs. Continue them with "
@@ -226,18 +237,18 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
 
 def _draw(c: Comparison, tables: dict[str, pd.DataFrame], budgets: dict[str, dict], out: Path) -> None:
     """Draw the figures of a comparison."""
-    baselines = c.table.loc[c.table["name"].str.endswith(" baseline"), ["name", "loss"]]  # sorted by loss
+    baselines = c.table.loc[c.table["name"].str.endswith(BASELINE), ["name", "loss"]]  # sorted by loss
     contexts = {run.context_length for run in c.runs}
     figures.perplexities(c.arms, c.by_arm, c.table, out / "perplexity.png", c.title)
     figures.training_curves(c.arms, {run.name: read_log(run.folder / "log.csv") for run in c.runs},
                             out / "training_curves.png",
                             {arm.name: 3 * budgets[arm.runs[0]]["flops_per_token"] for arm in c.arms},
                             None if baselines.empty else tuple(baselines.iloc[0]))
-    figures.loss_by_position(c.arms, tables["positions"], out / "loss_by_position.png",
+    figures.loss_by_position(c.arms, tables["positions.csv"], out / "loss_by_position.png",
                              contexts.pop() if len(contexts) == 1 else None)
     if len(c.pairs):
         figures.differences_forest(c.arms, c.pairs, out / "differences.png")
-        figures.win_shares(tables["win_shares"], out / "win_shares.png")
+        figures.win_shares(tables["win_shares.csv"], out / "win_shares.png")
 
 
 def _clear(out: Path) -> None:
@@ -250,6 +261,26 @@ def _same_order(runs: list[Run]) -> bool:
     """Return whether runs of one seed have the same hash of the order of their training tokens."""
     orders = {(run.config.training.seed, run.info["train"]["order_sha256"]) for run in runs}
     return len({seed for seed, _ in orders}) == len(orders)
+
+
+def _check_names(names: list[str]) -> None:
+    """Raise `UserError` where the rows or files of a run could be taken for those of another run or of a baseline."""
+    for name in names:
+        if name.casefold().endswith((UNBOUNDED, BASELINE)) or name == CORPUS:
+            raise UserError(f"found a run named {name!r}, like a row of the tables; expected a name without "
+                            f"{UNBOUNDED!r} or {BASELINE!r} at its end. Rename its folder.")
+    by_file: dict[str, str] = {}  # on some disks, file names that differ only in case are the same
+    others = [*(f"{name}{UNBOUNDED}" for name in names), *(f"{order}{BASELINE}" for order in ("uniform", *ORDERS))]
+    for name in [*names, *others]:
+        first = by_file.setdefault(_file_of(name).casefold(), name)
+        if first != name:
+            raise UserError(f"found {first!r} and {name!r}, whose files would have one name; expected names that "
+                            "differ in more than blanks and case. Rename a run folder.")
+
+
+def _file_of(name: str) -> str:
+    """Return the name of the CSV of a run's or baseline's rows per story."""
+    return f"stories_{'_'.join(name.split())}.csv"
 
 
 def _check_different_weights(folders: list[Path], checkpoint: str | int) -> None:

@@ -14,7 +14,7 @@ import pandas as pd
 from plotarmour.evaluation.arms import MATCHINGS, Arm
 from plotarmour.evaluation.leak_checks import LONG_OVERLAP
 from plotarmour.evaluation.metrics import totals
-from plotarmour.evaluation.scoring import UNBOUNDED
+from plotarmour.evaluation.scoring import BASELINE, UNBOUNDED
 from plotarmour.files import write_text
 from plotarmour.models import KINDS
 from plotarmour.report.figures import arm_label
@@ -197,7 +197,7 @@ def _reservations(c: Comparison, labels: dict[str, str]) -> list[str]:
 
 def _against_counting(c: Comparison, labels: dict[str, str]) -> tuple[str | None, list[str], list[str]]:
     """Return the best n-gram baseline, and the labels of the arms that are better and of those that are not."""
-    baselines = c.table[c.table["name"].str.endswith(" baseline")]
+    baselines = c.table[c.table["name"].str.endswith(BASELINE)]
     if baselines.empty:
         return None, [], []
     best = baselines.iloc[0]  # the table is sorted by loss

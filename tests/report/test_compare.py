@@ -16,7 +16,7 @@ from plotarmour.cli import UserError
 from plotarmour.config import load_recipe
 from plotarmour.data.pretokenize import pre_tokenize
 from plotarmour.data.token_file import HEADER_BYTES, TokenFile, header_block, read_header
-from plotarmour.report.compare import compare_runs, find_runs
+from plotarmour.report.compare import check_together, compare_runs, find_runs
 from plotarmour.report.verdict import readable_table, text_table
 from plotarmour.run import train_run
 
@@ -208,6 +208,30 @@ def test_a_run_and_its_copy_are_refused_whatever_run_json_says(token_files, runs
     with pytest.raises(UserError, match="bdh_seed-1 and copy have the same weights; expected runs that were trained"):
         compare_runs([*runs, tmp_path / "copy"], token_files["test"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("one", "other", "message"), [
+    ("my run", "my_run", "found 'my run' and 'my_run'"), ("Run", "run", "found 'Run' and 'run'"),
+    ("bdh", "bdh_unbounded", "found 'bdh_unbounded' and 'bdh unbounded'"), ("bdh", "gpt2  Unbounded", "like a row of"),
+    ("bdh", "trigram baseline", "like a row of"), ("Uniform_baseline", "bdh", "'Uniform_baseline' and 'uniform base"),
+    ("the corpus itself", "bdh", "like a row of")])
+def test_names_that_lead_to_the_same_rows_or_files_are_refused(runs, tmp_path, one, other, message):
+    """Guards: a file that two runs share; a run whose scores are those of another run's unbounded row."""
+    for name in (one, other):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        shutil.copy(runs[0] / "run.json", tmp_path / "runs" / name)
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_together([tmp_path / "runs" / name for name in (one, other)])
+
+
+def test_one_run_has_no_tables_about_pairs(runs, token_files, tmp_path):
+    """Guards: pairs.csv and samples.csv of one byte, which pandas refuses to read."""
+    compare_runs(runs[:1], token_files["test"], tmp_path)
+    tables = sorted(path.name for path in tmp_path.glob("*.csv"))
+    assert tables == ["arms.csv", "checks.csv", "positions.csv", "stories_bdh_seed-1.csv", "totals.csv"]
+    assert all(len(pd.read_csv(tmp_path / name)) for name in tables)
+    summary = (tmp_path / "summary.txt").read_text(encoding="utf-8")
+    assert "One arm only" in summary and "Without a training file (--train), nothing says" in summary
 
 
 def test_runs_are_found_by_name_path_or_all(runs, tmp_path):
