@@ -132,7 +132,7 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
                                 for data in (train_data, val_data))
         model = within_memory("the model", lambda: recipe.build_model(shared_tokenizer.vocab_size))
         info |= {"params": sum(p.numel() for p in model.parameters()),
-                 "params_non_embedding": model.config.core_params}
+                 "core_params": model.config.core_params}
         info["train"]["order_sha256"] = windows.order_sha256()
 
         def claim() -> tuple[Path | None, int | None]:

@@ -19,6 +19,13 @@ def pages(root):
     return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
+def described_tables(root):
+    """The columns of each CSV that docs/tables.md describes, by the name of the file."""
+    page = (root / "docs" / "tables.md").read_text(encoding="utf-8")
+    return {name: re.findall(r"^\| `(\w+)` \|", section, re.M)
+            for name, section in re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", page, re.M | re.S)}
+
+
 def commands(readme):
     """Every `python tools/...` in a code block, continuation lines joined."""
     for block in re.findall(r"```(?:sh|bash)\n(.*?)```", readme, re.S):
@@ -124,6 +131,19 @@ def test_tables_and_help_are_as_rendered(root):
     command = [sys.executable, root / "tools" / "render_docs.py", "--check"]
     check = subprocess.run(command, capture_output=True, text=True)
     assert check.returncode == 0, check.stderr
+
+
+def test_the_columns_of_other_tables_are_documented(root, token_files, tmp_path):
+    """Guards: a column of a CSV that only the code knows, or a unit that readers must guess."""
+    from plotarmour.data.duplicates import EXAMPLE_COLUMNS, find_duplicates
+    from plotarmour.data.token_file import TokenFile
+    from plotarmour.suite import learning_rates, runner
+
+    counts = find_duplicates({"val": TokenFile.open(token_files["val"])}, near=False).counts
+    of = described_tables(root)
+    assert of["summary.csv"] == ["run", "status", "reason", *runner.MEASURED]
+    assert of["learning_rates.csv"] == learning_rates.COLUMNS and of["X.csv"] == list(EXAMPLE_COLUMNS)
+    assert of["X.counts.csv"] == list(counts[0])
 
 
 def test_the_columns_of_the_log_are_documented(root):

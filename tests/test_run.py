@@ -40,17 +40,6 @@ def test_texts_are_looked_through_too(token_files, overlapping, small_recipe, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_parts_of_one_split_are_not_looked_through(token_files, small_recipe, tmp_path, monkeypatch):
-    """Guards: seconds at every start for what cannot be. Other files are looked through."""
-    looked = []
-    monkeypatch.setattr(runs, "overlapping_stories", lambda *files: looked.append(files) or 1 / 0)
-    train_run(small_recipe, token_files["train"], token_files["val"], tmp_path / "run")
-    assert looked == []
-    [other] = pre_tokenize([token_files["text"]], str(token_files["train"]), tmp_path / "whole.bin")
-    with pytest.raises(ZeroDivisionError):
-        train_run(small_recipe, other, token_files["val"], tmp_path / "other")
-
-
 def test_of_a_complete_run_nothing_is_built_and_searched(token_files, overlapping, small_recipe, tmp_path, monkeypatch):
     """Guards: a minute of work, and a model in memory, to find out that there is nothing to do."""
     [whole] = pre_tokenize([token_files["text"]], str(token_files["train"]), tmp_path / "whole.bin")

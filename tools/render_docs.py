@@ -27,7 +27,7 @@ FINALS = {"bdh": "**BDH**", "gpt2-time": "**GPT-2**, same time", "gpt2": "**GPT-
 TINY = {"gpt2-long_seed-1": "**GPT-2**, 18,000 steps, one seed", "bdh-long_seed-1": "**BDH**, 18,000 steps, one seed",
         "gpt2": "**GPT-2**, five seeds", "bdh": "**BDH**, five seeds"}
 # Column of arms.csv -> its title and its format.
-COLUMNS = {"params_non_embedding": ("core params", "{:,.0f}"), "params": ("all params", "{:,.0f}"),
+COLUMNS = {"core_params": ("core params", "{:,.0f}"), "params": ("all params", "{:,.0f}"),
            "train_tokens": ("training tokens", "{:,.0f}"), "train_flops": ("training TFLOPs", "{:.1f}"),
            "train_s": ("time, s", "{:,.0f}"), "loss": ("loss", "{:.3f}"), "perplexity": ("perplexity", "{:,.2f}"),
            "bits_per_byte": ("bits/byte", "{:.3f}"), "over_corpus": ("over the corpus", "{:+.1%}"),

@@ -14,7 +14,7 @@ from plotarmour.config import training_settings
 from plotarmour.evaluation.statistics import compare_losses, sign_test
 
 # Budgets in which two arms can match: label, column of the budget, largest relative difference that counts as equal.
-MATCHINGS = (("core parameters", "params_non_embedding", 0.05), ("parameters in all", "params", 0.05),
+MATCHINGS = (("core parameters", "core_params", 0.05), ("parameters in all", "params", 0.05),
              ("training tokens", "train_tokens", 0.02), ("FLOPs per token", "flops_per_token", 0.05),
              ("training FLOPs", "train_flops", 0.05), ("time", "train_s", 0.10))
 
@@ -87,7 +87,7 @@ def compare_arms(pairs: list[tuple[Arm, Arm]], scores: dict[str, pd.DataFrame], 
         - speaks_of: what the interval covers: "recipes" (other seeds and stories), "checkpoints" (other stories), or
           "a recipe and a checkpoint" (one of the arms has one seed).
         - seeds_a, seeds_b, stories: numbers of seeds and stories.
-        - difference (loss of a - loss of b, nats per token), perplexity_ratio, bits_per_byte_ratio (a / b), each with
+        - loss_difference (a - b, nats per token), perplexity_ratio, bits_per_byte_ratio (a / b), each with
           its interval in _low and _high.
         - a_better, b_better, ties, sign_p: sign test over stories.
         - COLUMN_ratio (a / b) for each budget, and matched: the labels of those that are equal.
@@ -102,7 +102,8 @@ def compare_arms(pairs: list[tuple[Arm, Arm]], scores: dict[str, pd.DataFrame], 
             row = {"a": one.name, "b": other.name, "is_arms": one is a,
                    "speaks_of": ("checkpoints", "a recipe and a checkpoint", "recipes")[several_seeds],
                    "seeds_a": len(one.runs), "seeds_b": len(other.runs), "stories": len(tokens)}
-            for name, interval in (("difference", result.difference), ("perplexity_ratio", result.perplexity_ratio),
+            for name, interval in (("loss_difference", result.difference),
+                                   ("perplexity_ratio", result.perplexity_ratio),
                                    ("bits_per_byte_ratio", result.ratio)):
                 row |= zip((name, f"{name}_low", f"{name}_high"), interval, strict=True)
             rows.append(row | sign_test(tokens, *nats) | _budget_ratios(one, other, budgets))

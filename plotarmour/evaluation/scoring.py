@@ -29,7 +29,7 @@ BASELINE = " baseline"  # suffix of the name of an n-gram order
 CORPUS = "the corpus itself"
 STORY_COLUMNS = ["story", "tokens", "bytes", "nats"]
 FACT_COLUMNS = ["recall_tokens", "recall_nats", "corpus_nats"]  # tokens of recalled words and their nats, exact nats
-WHOLE_NUMBERS = ("params", "params_non_embedding", "params_per_token", "train_tokens", "steps", "checkpoint_step",
+WHOLE_NUMBERS = ("params", "core_params", "params_per_token", "train_tokens", "steps", "checkpoint_step",
                  "seed", "recall_tokens")
 
 

@@ -148,7 +148,7 @@ def _budget_of(run: Run) -> dict:
     ending, shape = Ending.read(run.folder), run.model.config
     flops, tokens = shape.flops_per_token(run.context_length), ending and ending.tokens_seen
     return {"model": run.config.model, "seed": run.config.training.seed, "params": run.info["params"],
-            "params_non_embedding": run.info["params_non_embedding"], "params_per_token": shape.weights_per_token,
+            "core_params": shape.core_params, "params_per_token": shape.weights_per_token,
             "train_tokens": tokens, "flops_per_token": flops,
             # The backward pass has two products for each product of the forward pass.
             "train_flops": None if tokens is None else 3 * flops * tokens,

@@ -34,13 +34,13 @@ SPEAKS_OF = {
 COLUMNS = (("name", "name", ""), ("seeds", "seeds", ""), ("loss", "loss", "{:.4f}"),
            ("perplexity", "perplexity", "{:,.3f}"), ("bits_per_byte", "bits/byte", "{:.4f}"),
            ("over_corpus", "over corpus", "{:+.1%}"), ("recall_loss", "loss on facts", "{:.3f}"),
-           ("other_loss", "loss elsewhere", "{:.3f}"), ("params_non_embedding", "core params", "{:,.0f}"),
+           ("other_loss", "loss elsewhere", "{:.3f}"), ("core_params", "core params", "{:,.0f}"),
            ("params", "all params", "{:,.0f}"), ("params_per_token", "params used per token", "{:,.0f}"),
            ("train_tokens", "trained on", "{:,.0f} tokens"), ("train_flops", "FLOPs", "{:.2e}"),
            ("train_s", "seconds", "{:,.0f}"), ("peak_memory_mib", "MiB", "{:,.0f}"),
            ("checkpoint_step", "step scored", "{:,.0f}"))
 ONLY_IN_CSV = ["loss elsewhere", "all params", "params used per token", "FLOPs", "MiB", "step scored"]
-BUDGETS = ("params_non_embedding", "params", "params_per_token", "train_tokens", "flops_per_token", "train_flops",
+BUDGETS = ("core_params", "params", "params_per_token", "train_tokens", "flops_per_token", "train_flops",
            "train_s", "peak_memory_mib")
 
 
@@ -53,7 +53,7 @@ class Comparison:
     table: pd.DataFrame  # totals, a row per run, baseline and corpus
     by_arm: pd.DataFrame  # totals, a row per arm, baseline and corpus
     pairs: pd.DataFrame  # of `compare_arms`
-    checks: pd.DataFrame  # leak checks, a row per run and check; all passed
+    checks: pd.DataFrame  # leak checks, a row per run and check; none failed, but a long overlap is possible
     unequal: list[str]  # differences between the runs' settings and budgets
     examples: pd.DataFrame  # stories with the largest differences between the first pair
     samples: pd.DataFrame  # continuations by each arm, from the same prompts and seeds
@@ -174,8 +174,8 @@ def headline(pairs: pd.DataFrame) -> str:
 
 def _describe(pair: pd.Series) -> str:
     """Return the difference of a pair of arms in nats, what its interval covers, and its sign test."""
-    difference = (f"{pair['a']} against {pair['b']}: {pair['difference']:+.4f} nats per token (95 % interval "
-                  f"{pair['difference_low']:+.4f} to {pair['difference_high']:+.4f}).")
+    difference = (f"{pair['a']} against {pair['b']}: {pair['loss_difference']:+.4f} nats per token (95 % interval "
+                  f"{pair['loss_difference_low']:+.4f} to {pair['loss_difference_high']:+.4f}).")
     means = " over stories, on means over seeds" if max(pair["seeds_a"], pair["seeds_b"]) > 1 else ""
     p = "below 1e-06" if pair["sign_p"] < 1e-6 else f"= {pair['sign_p']:.2g}"
     wins = (f"Of {pair['stories']:,} stories, {pair['a_better']:,} have fewer nats under {pair['a']} and "
@@ -201,10 +201,10 @@ def _against_counting(c: Comparison, labels: dict[str, str]) -> tuple[str | None
     if baselines.empty:
         return None, [], []
     best = baselines.iloc[0]  # the table is sorted by loss
-    arms = c.by_arm[c.by_arm["name"].isin(labels)].sort_values("loss")
-    sides = ([labels[name] for name in arms.loc[is_better, "name"]]
-             for is_better in (arms["loss"] < best["loss"], arms["loss"] >= best["loss"]))
-    return f"the {best['name']} (perplexity {best['perplexity']:.2f})", *sides
+    losses = c.by_arm.set_index("name")["loss"]
+    better = [label for name, label in labels.items() if losses[name] < best["loss"]]
+    others = [label for label in labels.values() if label not in better]
+    return f"the {best['name']} (perplexity {best['perplexity']:.2f})", better, others
 
 
 def _calibration(c: Comparison, labels: dict[str, str]) -> list[str]:
@@ -247,8 +247,9 @@ def _protocol(c: Comparison) -> pd.DataFrame:
                      "shape": ", ".join(f"{name} {value}" for name, value in config.architecture.items()),
                      "learning rate": f"{t.learning_rate:g}", "schedule": t.schedule, "steps": f"{t.max_steps:,}",
                      "tokens per step": f"{t.tokens_per_step:,}", "context": f"{t.context_length:,}",
-                     "seeds": ", ".join(map(str, arm.seeds)), "order of the data (hash)": ", ".join(orders),
-                     "dtype": info["dtype"], "hardware": info["hardware"]})
+                     "seeds": f"{len(arm.seeds)} ({', '.join(map(str, arm.seeds))})",
+                     "order of the data (hash)": ", ".join(orders), "dtype": info["dtype"],
+                     "hardware": info["hardware"]})
     return pd.DataFrame(rows)
 
 

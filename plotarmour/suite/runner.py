@@ -28,7 +28,7 @@ from plotarmour.training.ending import Ending, Reason
 from plotarmour.training.log import last_step
 
 LOOK_S = 0.2  # seconds between two looks at the processes
-MEASURED = ("model", "params", "params_non_embedding", "seed", "learning_rate", "max_steps", "step", "tokens_seen",
+MEASURED = ("model", "params", "core_params", "seed", "learning_rate", "max_steps", "step", "tokens_seen",
             "best_step", "best_val_loss", "val_loss", "elapsed_s", "peak_memory_mib", "hardware")
 
 

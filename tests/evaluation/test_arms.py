@@ -41,17 +41,17 @@ def test_pairs_say_what_is_matched_and_what_the_interval_speaks_of():
     nats = {"bdh_1": [20, 22], "bdh_2": [24, 26], "gpt2_1": [30, 30], "gpt2_2": [30, 30]}
     scores = {name: pd.DataFrame({"story": [0, 1], "tokens": 10, "bytes": 40, "nats": np.array(each, float)})
               for name, each in nats.items()}
-    cheap = {"params_non_embedding": 100, "train_tokens": 1000, "flops_per_token": 10, "train_flops": 1e4,
+    cheap = {"core_params": 100, "train_tokens": 1000, "flops_per_token": 10, "train_flops": 1e4,
              "train_s": 60}
-    dear = cheap | {"params_non_embedding": 102, "flops_per_token": 20, "train_flops": 2e4, "train_s": None}
+    dear = cheap | {"core_params": 102, "flops_per_token": 20, "train_flops": 2e4, "train_s": None}
     budgets = {name: dear if name.startswith("bdh") else cheap for name in nats}
     pairs = compare_arms(pairs_of(arms, "bdh"), scores, budgets, same_order=True)
     assert pairs["speaks_of"].tolist() == ["recipes", "checkpoints", "checkpoints"]
     assert pairs["is_arms"].tolist() == [True, False, False]
     whole = pairs.iloc[0]
-    assert whole["difference"] == pytest.approx(-0.7) and whole["bits_per_byte_ratio"] == pytest.approx(2.3 / 3)
+    assert whole["loss_difference"] == pytest.approx(-0.7) and whole["bits_per_byte_ratio"] == pytest.approx(2.3 / 3)
     assert whole["perplexity_ratio"] == pytest.approx(np.exp(-0.7)) and whole["a_better"] == 2
     assert whole["matched"] == "core parameters, training tokens"
     assert whole["flops_per_token_ratio"] == 2 and np.isnan(whole["train_s_ratio"])
     assert pairs.iloc[1][["a", "b"]].tolist() == ["bdh_1", "gpt2_1"]
-    assert pairs.iloc[1]["difference"] == pytest.approx(-0.9)
+    assert pairs.iloc[1]["loss_difference"] == pytest.approx(-0.9)

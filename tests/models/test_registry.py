@@ -41,7 +41,7 @@ def test_a_third_kind_needs_one_entry_and_a_recipe(bigram, token_files, tmp_path
     final = train_run(bigram, token_files["train"], token_files["val"], tmp_path / "run")
     run = load_run(tmp_path / "run")
     assert final.step == 2 and run.config.model == "bigram"
-    assert run.info["params_non_embedding"] == run.model.config.core_params == 72
+    assert run.info["core_params"] == run.model.config.core_params == 72
 
 
 def test_a_third_kind_has_a_memory_plan(bigram):

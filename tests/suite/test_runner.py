@@ -69,7 +69,7 @@ def end(row, name="DONE.json", **changes):
     (row.folder / "run.json").write_text(json.dumps({
         "format": 1, "recipe": asdict(row.recipe), "tokenizer": train["tokenizer"], "vocab_size": 400,
         "train": {"payload_sha256": train["payload_sha256"]}, "val": {"payload_sha256": val["payload_sha256"]},
-        "dtype": "float32", "params": 1000, "params_non_embedding": 600, "hardware": "CPU, 2 threads",
+        "dtype": "float32", "params": 1000, "core_params": 600, "hardware": "CPU, 2 threads",
         "processes": 1, "versions": {}}))
     (row.folder / name).write_text(json.dumps(asdict(ENDING) | changes))
     checkpoint = row.folder / "checkpoints" / f"step_{ENDING.step:08d}"

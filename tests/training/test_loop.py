@@ -136,7 +136,7 @@ def test_training_learns_and_leaves_what_the_design_lists(small_recipe, token_fi
     assert {p.name for p in folder.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json",
                                                   "MANIFEST.json"}
     info = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert info["params_non_embedding"] > 0 and info["dtype_reason"] and info["train"]["payload_sha256"]
+    assert info["core_params"] > 0 and info["dtype_reason"] and info["train"]["payload_sha256"]
     assert run(small_recipe, token_files, tmp_path / "run", max_steps=40, eval_interval=20) == final  # done stays done
 
 
