@@ -3,17 +3,21 @@
 `HFModel` wraps any causal language model of `transformers`. A kind adds a config class to this file: hyperparameters,
 arithmetic, and `build_hf`, which returns the `transformers` model with random weights and attention through
 `scaled_dot_product_attention`. The state is the key/value cache, which grows with every token.
+
+`transformers` takes seconds to import, so it is imported where a model is built: a recipe is checked without it.
 """
 
 import inspect
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GPT2LMHeadModel
-from transformers import GPT2Config as HFGPT2Config
 
 from plotarmour.models import State, check_dimensions, check_ids, check_state, product_dtype
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,11 @@ class GPT2Config:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} must be divisible by n_head = {self.n_head}")
 
-    def build_hf(self) -> GPT2LMHeadModel:
+    def build_hf(self) -> "PreTrainedModel":
         """Return the `transformers` model with random weights."""
+        from transformers import GPT2Config as HFGPT2Config
+        from transformers import GPT2LMHeadModel
+
         return GPT2LMHeadModel(HFGPT2Config(
             vocab_size=self.vocab_size, n_positions=self.context_length, n_embd=self.n_embd, n_layer=self.n_layer,
             n_head=self.n_head, resid_pdrop=self.dropout, embd_pdrop=self.dropout, attn_pdrop=self.dropout,
@@ -83,12 +90,18 @@ class GPT2Config:
         return self.n_layer * layer + 5 * 4 * n_values + scores
 
 
+def _empty_cache() -> "DynamicCache":
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
 @dataclass
 class CacheState(State):
     """The keys and values of all tokens read so far."""
 
     shape: tuple[int, ...]  # (B, n_layer, heads of keys, head width); an empty cache does not know them
-    cache: DynamicCache = field(default_factory=DynamicCache)  # per layer keys, values (B, heads, position, head width)
+    cache: "DynamicCache" = field(default_factory=_empty_cache)  # per layer keys, values (B, heads, T, head width)
 
     @property
     def position(self) -> int:
@@ -138,7 +151,7 @@ class HFModel(nn.Module):
         """The (vocab_size, n_embd) matrix that gives logits."""
         return self.hf.get_output_embeddings().weight
 
-    def initial_state(self, batch_size: int) -> CacheState:
+    def initial_state(self, batch_size: int) -> "CacheState":
         """Return the state before the first token: an empty cache."""
         return CacheState((batch_size, *self._sizes))
 
