@@ -269,8 +269,6 @@ def _compare_texts(corpus: _Corpus, singles: np.ndarray, threshold: float | None
         for batch in corpus.batches(singles):
             sets = {}  # by story
             for i, text in zip(batch.tolist(), map(normalise, corpus.texts(batch)), strict=True):
-                if not text:  # "!!!" and "..." are no copies
-                    continue
                 normalised[i] = first_of.setdefault(hash(text), i)
                 if threshold and normalised[i] == i:
                     sets[i] = _shingles(text)

@@ -8,6 +8,7 @@ are always in the same part, and the order of reading does not matter.
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,40 +21,74 @@ PARTS = ("train", "val", "test")
 BLANK = " \t\r\n\x0b\x0c"
 PIECE = 2**20  # characters of a long story that are hashed or encoded at once
 
-# `_normalised` for ASCII, as two tables of bytes.translate: ten times faster, and most stories are ASCII.
-_SPACES = b" \t\r\n\x0b\x0c\x1c\x1d\x1e\x1f"
-_KEPT = bytes(range(ord("0"), ord("9") + 1)) + bytes(range(ord("a"), ord("z") + 1)) + bytes(
-    range(ord("A"), ord("Z") + 1)) + _SPACES
-_DROPPED = bytes(set(range(128)) - set(_KEPT))
-_FOLDED = bytes(32 if i in _SPACES else i + 32 if 65 <= i <= 90 else i for i in range(256))
+# Two tables of bytes.translate for the ASCII characters of a text in UTF-8: faster than a regular expression.
+_SPACES, _LETTERS, _DIGITS = b" \t\r\n\x0b\x0c\x1c\x1d\x1e\x1f", bytes(range(ord("a"), ord("z") + 1)), b"0123456789"
+_SYMBOLS = b"$+<=>^`|~" + b"%&*/"  # Unicode's symbols, and operators that Unicode counts as punctuation
+_FOLDED = bytes.maketrans(_SPACES + _LETTERS.upper(), b" " * len(_SPACES) + _LETTERS)
+_DROPPED = bytes(set(range(128)) - set(_SPACES + _LETTERS + _LETTERS.upper() + _DIGITS + _SYMBOLS))
+_LETTERS_AND_SPACE = _LETTERS + b" "
+_ODD = re.compile(r"[\W\d]")  # all but letters
+PROSE = 4  # a text is prose while less than one byte in so many is a digit or, counted three times, a symbol
 
 
 def normalise(story: str) -> str:
     """Lower-case, drop punctuation, fold blank space: normalised copies of a story become equal.
 
+    Letters, vowel signs and other combining marks, digits, symbols and the operators % & * / remain. Case and
+    punctuation distinguish sums, code and chess: where digits and symbols (these count three times) are a quarter of
+    what remains, or nothing remains, only blank space is folded. What remains of copies is the same, so one
+    rule applies to all of them.
+
     Example:
         >>> normalise('"Hello,"  said Tom.')
         'hello said tom'
+        >>> normalise("x = A[0] -  1")
+        'x = A[0] - 1'
     """
-    return _normalised(story).decode()
+    words, n_odd = _words(story)
+    return (words if PROSE * n_odd < len(words) else _folded(story)).decode()
 
 
-def _normalised(story: str) -> bytes:
-    if not story.isascii():
-        return " ".join(re.sub(r"[^\w\s]|_", "", story.lower()).split()).encode()
-    folded = story.encode().translate(_FOLDED, _DROPPED)
-    while b"  " in folded:
-        folded = folded.replace(b"  ", b" ")
-    return folded.strip(b" ")
+def _words(story: str) -> tuple[bytes, int]:
+    """Return a story as prose, and the number of its digits plus three times that of its symbols."""
+    words = (story if story.isascii() else story.lower()).encode().translate(_FOLDED, _DROPPED)
+    odd = words.translate(None, _LETTERS_AND_SPACE)
+    if odd.isascii():
+        n_odd = len(odd) + 2 * len(odd.translate(None, _DIGITS)) if odd else 0
+    else:
+        text, odd, n_odd = words.decode(), odd.decode(), 0
+        for character in set(_ODD.findall(odd)):
+            kind = unicodedata.category(character)
+            if character.isspace():
+                text = text.replace(character, " ")
+            elif character.encode() not in _SYMBOLS and (kind[0] == "P" or kind in ("Cc", "Cf")):
+                text = text.replace(character, "")
+            elif kind[0] != "M":
+                n_odd += odd.count(character) * (1 if kind == "Nd" else 3)
+        words = text.encode()
+    while b"  " in words:
+        words = words.replace(b"  ", b" ")
+    return words.strip(b" "), n_odd
+
+
+def _folded(story: str) -> bytes:
+    """Return a story with one space for each run of blank space."""
+    return " ".join(story.split()).encode()
 
 
 def story_hash(story: str) -> int:
     """Return the first 64 bits of the SHA-256 of the normalised story: equal for normalised copies."""
     if len(story) <= PIECE:
-        return int.from_bytes(hashlib.sha256(_normalised(story)).digest()[:8], "little")
-    sha256 = hashlib.sha256()
-    for i, normalised in enumerate(filter(None, map(_normalised, pieces(story, PIECE)))):  # bounds memory
-        sha256.update(b" " + normalised if i else normalised)
+        words, n_odd = _words(story)
+        sha256 = hashlib.sha256(words if PROSE * n_odd < len(words) else _folded(story))
+    else:  # in pieces, which bounds memory
+        counts = [(len(words), n_odd) for words, n_odd in map(_words, pieces(story, PIECE)) if words]
+        n_bytes, n_odd = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
+        is_prose = PROSE * n_odd < n_bytes + len(counts) - 1  # and a space between two pieces
+        parts = (_words(piece)[0] if is_prose else _folded(piece) for piece in pieces(story, PIECE))
+        sha256 = hashlib.sha256()
+        for i, part in enumerate(filter(None, parts)):
+            sha256.update(b" " + part if i else part)
     return int.from_bytes(sha256.digest()[:8], "little")
 
 

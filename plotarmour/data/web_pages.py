@@ -101,7 +101,7 @@ def why_dropped(page: str, rules: PageRules) -> str | None:
     words = text.split()
     if not rules.min_words <= len(words) <= rules.max_words:
         return "short" if len(words) < rules.min_words else "long"
-    if sum(word.isnumeric() for word in words) > (1 - LETTERS) * len(words):  # words hold only letters and digits
+    if sum(any(map(str.isalpha, word)) for word in words) < LETTERS * len(words):
         return "few_letters"
     language, probability = _identifier().classify(page)
     if language != rules.language or probability < rules.min_probability:

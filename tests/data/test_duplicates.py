@@ -21,7 +21,7 @@ from plotarmour.data.pretokenize import pre_tokenize
 from plotarmour.data.stories import normalise
 from plotarmour.data.token_file import TokenFile
 
-WORDS = np.array([f"word{i}" for i in range(3000)])
+WORDS = np.array(["word" + "".join(chr(ord("a") + int(digit)) for digit in str(i)) for i in range(3000)])
 
 
 def tale(seed, words=60):
