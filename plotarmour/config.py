@@ -66,8 +66,8 @@ class DataConfig:
     """Where stories come from and how they become tokens. The hashes of the token files identify a run, not these."""
 
     tokenizer: str = _field("The tokenizer: gpt2, bytes, or bpe:N, which learns N entries.")
-    stories: str = _field("What makes a story: endoftext, line or file.", "endoftext",
-                          _one_of("endoftext", "line", "file"))
+    stories: str = _field("What makes a story: endoftext, line, paragraph or file.", "endoftext",
+                          _one_of("endoftext", "line", "paragraph", "file"))
     split: str = _field("Shares of train, val and test.", "90:5:5")
     corpus_stories: int = _field("Stories of the built-in corpus; 0: the user brings a text.", 0, NOT_NEGATIVE)
     corpus_seed: int = _field("Seed of the built-in corpus.", 0, SEED, used_if=HAS_CORPUS)

@@ -12,9 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from plotarmour.cli import HelpFormatter, UserError, add_common, run_command
+from plotarmour.data.pipeline import BACKENDS
 from plotarmour.data.pretokenize import BPE_BYTES, pre_tokenize
 from plotarmour.data.token_file import TokenFile
-from plotarmour.data.tokenizer import BACKENDS
 
 BARS = 40  # characters
 
@@ -30,8 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
                         "tokenizer.json, a run folder, or a token file whose tokenizer to use")
     parser.add_argument("--out", type=Path, help="token file to write, X.bin")
     parser.add_argument("--split", help="shares of train:val:test by story, e.g. 90:5:5 (default: no split)")
-    parser.add_argument("--stories", default="endoftext", help="what makes a story in plain text: endoftext, line or "
-                        "file; a row of .jsonl or .parquet always is one")
+    parser.add_argument("--stories", default="endoftext", help="what makes a story in plain text: endoftext, line, "
+                        "paragraph (between blank lines) or file; a row of .jsonl or .parquet always is one")
     parser.add_argument("--text-column", default="text", help="column that holds the text, in .jsonl and .parquet")
     parser.add_argument("--exclude", nargs="+", type=Path, default=[], metavar="TEXT",
                         help="leave out stories that also stand in these texts, compared without case, punctuation and "
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", default="auto", help=f"encoder: {', '.join(BACKENDS)}; the ids are the same")
     parser.add_argument("--workers", type=int, default=0, help="threads that encode; 0: one per core")
     add_common(parser, "force")
-    parser.add_argument("--info", type=Path, metavar="X.bin", help="print header, sizes, first story and lengths")
+    parser.add_argument("--info", type=Path, metavar="X.bin", help="print sizes, first story, lengths and header")
     parser.add_argument("--verify", nargs="?", const=True, metavar="X.bin",
                         help="read the whole file and compare its hashes; without a name and with texts: read existing "
                         "files and the texts whole before the files are kept")
@@ -88,12 +88,21 @@ def verify(data: TokenFile) -> None:
 
 
 def show(data: TokenFile) -> None:
-    """Print header, sizes, first story and lengths of a token file."""
-    print(json.dumps(data.header, indent=2, ensure_ascii=False))
-    size, text = data.path.stat().st_size, int(data.story_bytes.sum(dtype=np.int64))
-    print(f"\n{data.path}: {size:,} bytes; {data.n_stories:,} stories of {text:,} UTF-8 bytes, "
-          f"{text / data.n_tokens:.2f} bytes per token")
-    print(f"\nfirst story: {data.tokenizer().decode(data.story(0)[:200])}")
+    """Print what a token file holds, its first story, lengths and header."""
+    header, size, n_bytes = data.header, data.path.stat().st_size, int(data.story_bytes.sum(dtype=np.int64))
+    print(f"{data.path}: {size:,} bytes; {data.n_stories:,} stories, {data.n_tokens:,} tokens, {n_bytes:,} UTF-8 "
+          f"bytes; {n_bytes / max(1, data.n_tokens):.2f} bytes per token")
+    texts = ", ".join(f"{source['name']} ({source['bytes']:,} bytes)" for source in header["source"])
+    print(f"text: {texts}; a story by {header.get('stories')}; part {header.get('part')}, split {header.get('split')}")
+    print(f"tokenizer: {header['tokenizer']['kind']}, {header['vocab_size']:,} entries")
+    if data.n_stories:
+        print(f"\nfirst story: {data.tokenizer().decode(data.story(0)[:200])}")
+        show_lengths(data)
+    print(f"\nheader: {json.dumps(header, indent=2, ensure_ascii=False)}")
+
+
+def show_lengths(data: TokenFile) -> None:
+    """Print how long the stories of a token file are."""
     lengths = np.diff(np.append(data.offsets, np.uint64(data.n_tokens)).astype(np.int64)) - 1
     marks = np.percentile(lengths, (0, 5, 25, 50, 75, 95, 100))
     print("\ntokens per story: " + ", ".join(f"{name} {value:,.0f}" for name, value in zip(

@@ -27,7 +27,7 @@ from torch import Tensor
 from plotarmour.cli import UserError
 from plotarmour.data.readers import Source, check_text, read_whole
 from plotarmour.data.token_file import TokenFile, check_largest_id
-from plotarmour.data.tokenizer import Tokenizer
+from plotarmour.data.tokenizer import Spelling, Tokenizer
 from plotarmour.loss import IGNORE
 
 
@@ -193,7 +193,7 @@ def tokenize_in_memory(path: Path, tokenizer: Tokenizer, stories: str = "endofte
 
     Args:
         path, tokenizer: of the text, and for its ids.
-        stories: what makes a story: "endoftext", "line" or "file".
+        stories: what makes a story: "endoftext", "line", "paragraph" or "file".
 
     Raises:
         UserError: no text, or one without a story.
@@ -202,8 +202,9 @@ def tokenize_in_memory(path: Path, tokenizer: Tokenizer, stories: str = "endofte
                   f"python tools/pre_tokenize.py {path} --tokenizer {tokenizer.kind} --out {path.stem}.bin",
                   stacklevel=2)
     check_text(path)
-    source, rows, sizes = Source.of(path, stories=stories), [], []
+    source, spelling, rows, sizes = Source.of(path, stories=stories), Spelling(tokenizer), [], []
     for chunk in read_whole(source):
+        spelling.check(chunk.texts)
         batch = tokenizer.encode_batch(chunk.texts)
         rows += [np.array([*ids, tokenizer.end_of_text_id], np.uint32) for ids in batch]
         sizes += chunk.sizes

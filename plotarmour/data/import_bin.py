@@ -18,7 +18,8 @@ import numpy as np
 
 from plotarmour.cli import UserError, progress, refuse_existing
 from plotarmour.data.readers import Source
-from plotarmour.data.token_file import TokenFile, TokenFileWriter, looks_like_token_file, open_tokenizer
+from plotarmour.data.token_file import TokenFile, looks_like_token_file, open_tokenizer
+from plotarmour.data.token_writer import TokenFileWriter
 from plotarmour.data.tokenizer import Tokenizer
 
 DTYPES = ("uint16", "uint32", "int32", "int64")
@@ -82,6 +83,10 @@ def _open_ids(path: Path, dtype: str | None, format: str) -> np.memmap:
         raise UserError(f"{path} is a token file of this program already; use it as it is.")
     size, start = path.stat().st_size, 0
     with path.open("rb") as file:
+        if file.read(6) == b"\x93NUMPY":
+            raise UserError(f"{path} is a .npy file of NumPy; expected bare ids, without its header. Write them with: "
+                            f"python -c \"import numpy; numpy.load({str(path)!r}).tofile('ids.bin')\"")
+        file.seek(0)
         magic, version, n_tokens = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4").tolist()
     if format == "llm.c" or (format == "auto" and (magic, version) in LLM_C):
         if (magic, version) not in LLM_C:

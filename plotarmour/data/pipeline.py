@@ -2,29 +2,42 @@
 
 Every `SAVE_BYTES` of text the unfinished files are synced, and saved.json gets their lengths and the place in the
 texts. A later start cuts the files to these lengths and continues there. The files do not depend on where that was.
+
+`fastokens` (Apache-2.0) gives the same ids as `tokenizers` about a hundred times faster; `Encoder` uses it where it is
+installed and checks it against `tokenizers` on the user's own text. benchmarks/pretokenize.py measures both.
 """
 
 import hashlib
+import json
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from plotarmour.cli import UserError, progress, say
-from plotarmour.data.readers import BLOCK, Chunk, HashingReader, Source, read_chunks
-from plotarmour.data.stories import parts_of, story_hashes
-from plotarmour.data.token_file import TokenFileWriter
-from plotarmour.data.tokenizer import Encoder, Tokenizer
+from plotarmour.data.readers import BLOCK, Chunk, HashingReader, Source, likely_stories, read_chunks
+from plotarmour.data.stories import PIECE, parts_of, pieces, story_hashes
+from plotarmour.data.token_writer import TokenFileWriter
+from plotarmour.data.tokenizer import END_OF_TEXT, Spelling, Tokenizer
 from plotarmour.files import read_json, write_json
+from plotarmour.machine import cores
 
 SAVE_BYTES = 256 * 10**6  # of text
 SAVED = "saved.json"
 WAITING = 2  # chunks between two threads
+BACKENDS = ("auto", "fastokens", "tokenizers")
+CHECKED_SHARE = 0.005  # of the characters that fastokens encodes are encoded by tokenizers as well, at most
+CHECKED_CHARACTERS = 2048  # of one text, at most
+WORTHWHILE = 2**20  # bytes of text: below, the reference has finished before fastokens is loaded
+UNCUT = 64 * 2**20  # characters that are encoded at once, at most
 NAMED_SOURCES = 6  # texts with an entry of their own in a header of 4,096 bytes
 NAME_BYTES = 100  # of a text's name in a header
 
@@ -64,7 +77,7 @@ def write_token_files(job: Job, work: Path, tokenizer: Tokenizer, backend: str, 
     Args:
         job: texts and targets.
         work: folder of unfinished work, where the files get the names of the targets.
-        tokenizer, backend: see `tokenizer.Encoder`.
+        tokenizer, backend: see `Encoder`.
         save_bytes: of text between two saves, at least.
 
     Raises:
@@ -76,7 +89,7 @@ def write_token_files(job: Job, work: Path, tokenizer: Tokenizer, backend: str, 
     if saved:
         say(f"going on where an earlier start was stopped: {position:,} bytes or rows into {job.sources[first].name}")
     n_bytes = sum(source.path.stat().st_size for source in job.sources)
-    encoder, hashes, size, writing = Encoder(tokenizer, backend, n_bytes), [], 0, deque()
+    encoder, spelling, hashes, size, writing = Encoder(tokenizer, backend, n_bytes), Spelling(tokenizer), [], 0, deque()
     bar = progress(n_bytes, "bytes", f"pretokenize ({tokenizer.kind}, {encoder.name})")
     with bar, _frequent_switches(), ExitStack() as stack:
         writers = [stack.enter_context(TokenFileWriter(work / path.name, tokenizer, {**job.policies, "part": part},
@@ -84,6 +97,7 @@ def write_token_files(job: Job, work: Path, tokenizer: Tokenizer, backend: str, 
                    for part, path in job.targets.items()]
         thread = stack.enter_context(ThreadPoolExecutor(1))
         for i, chunk, targets in _ahead(_chunks(job, first, position, bar.update, hashes)):
+            spelling.check(chunk.texts)
             counts += (chunk.n_empty, np.count_nonzero(targets < 0), chunk.n_replaced)
             n_done, sizes = 0, np.array(chunk.sizes)
             for ids, ends in encoder.encode_stories(chunk.texts, job.sources[i].name):
@@ -108,6 +122,8 @@ def write_token_files(job: Job, work: Path, tokenizer: Tokenizer, backend: str, 
                              for source, sha256 in zip(job.sources, hashes, strict=True)])
         for writer in writers:
             writer.publish(sources, n_empty, n_excluded, n_replaced)
+    if lost := spelling.summary():
+        say(f"{lost}; models learn and are scored on what remains")
 
 
 def _add(writers: list[TokenFileWriter], ids: np.ndarray, counts: np.ndarray, sizes: np.ndarray,
@@ -190,6 +206,119 @@ def _no_story(job: Job, part: str, n_stories: int, n_excluded: int) -> str:
     if n_excluded and not n_stories:
         remedy = f"All its {n_excluded:,} stories are left out by --exclude"
     elif n_stories < 10 and job.policies["stories"] == "endoftext" and any(s.kind == "text" for s in job.sources):
-        remedy = ("Is there no <|endoftext|> between the stories? Then use --stories line (in a suite: --set "
-                  "stories=line), or more text")
+        likely = likely_stories(job.sources)
+        remedy = (f"Is there no <|endoftext|> between the stories? Then use --stories {likely} (in a suite: --set "
+                  f"stories={likely}), or more text")
     return f"{where}; expected at least one story{' in each part' if job.shares else ''}. {remedy}."
+
+
+class Differs(Exception):
+    """fastokens gave other ids than `tokenizers`: none of its ids can be trusted."""
+
+
+class Encoder:
+    """Encodes texts in batches: by fastokens, with samples compared with `tokenizers`, or by `tokenizers` alone.
+
+    Args:
+        tokenizer: the reference.
+        backend: "auto" takes fastokens if it is installed, can read the tokenizer and the text is long enough; then
+            `name` is "fastokens", else "tokenizers".
+        n_bytes: size of the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, backend: str, n_bytes: int):
+        self.tokenizer, self.name, self._fast = tokenizer, "tokenizers", None
+        self.n_seen = self.n_checked = self.n_calls = 0  # characters, characters, calls
+        if backend == "tokenizers" or (backend == "auto" and n_bytes < WORTHWHILE):
+            return
+        try:
+            self._fast, self.name = _fastokens(tokenizer), "fastokens"
+        except Exception as error:  # of any kind: the reference can read this tokenizer
+            if backend == "fastokens":
+                raise UserError(f"fastokens cannot be used ({error}); expected it for --backend fastokens. Install it "
+                                "with pip install fastokens, or use --backend auto.") from None
+
+    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encode some texts; raise `Differs` if ids of fastokens are not the reference's.
+
+        Returns:
+            All ids, uint32 (n,), each text followed by end-of-text; and how many ids each text has, end-of-text
+            included, int64 (len(texts),).
+        """
+        if self._fast:
+            ids, offsets = self._fast_ids(texts)
+            ids, offsets = np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<u8").astype(np.int64)
+            self._check(texts, ids, offsets)
+            return ids, np.diff(offsets)
+        rows = [row + [self.tokenizer.end_of_text_id] for row in self.tokenizer.encode_batch(texts)]
+        counts = np.fromiter(map(len, rows), np.int64, len(rows))
+        return np.fromiter(chain.from_iterable(rows), np.uint32, int(counts.sum())), counts
+
+    def encode_stories(self, stories: list[str], name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Encode some stories of the text `name` in batches; a long story comes in pieces.
+
+        Yields:
+            Ids as `encode` returns them, and how many ids each story has that ends in them, earlier batches included.
+        """
+        if max(map(len, stories), default=0) <= PIECE:
+            yield self.encode(stories)
+            return
+        for story in stories:
+            left, n_ids = len(story), 0
+            for piece in pieces(story, PIECE) if self.tokenizer.takes_pieces else [story]:
+                if len(piece) > UNCUT:
+                    raise UserError(f"{name}: an unbroken run of {len(piece):,} characters, which begins "
+                                    f"{piece[:40]!r}; expected at most {UNCUT:,} between two spaces (in a whole story, "
+                                    "with any tokenizer but gpt2, bpe:N and bytes). Is it text? Put separators between "
+                                    "stories, or use --stories line.")
+                left -= len(piece)
+                ids, _ = self.encode([piece])
+                ids = ids[:-1] if left else ids  # end-of-text ends each piece
+                n_ids += len(ids)
+                yield ids, np.array([] if left else [n_ids], np.int64)
+
+    def _fast_ids(self, texts: list[str]) -> tuple[bytes, bytes]:
+        try:
+            return self._fast(texts)
+        except BaseException as error:  # of any kind, panics of Rust included: the reference may do better
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            raise Differs(f"fastokens fails ({' '.join(str(error).split())[:200]})") from None
+
+    def _check(self, texts: list[str], ids: np.ndarray, offsets: np.ndarray) -> None:
+        """Compare the first texts, then one of every batch, with `tokenizers`."""
+        end = self.tokenizer.end_of_text_id
+        if len(offsets) != len(texts) + 1 or (ids[offsets[1:] - 1] != end).any() or (ids == end).sum() != len(texts):
+            raise Differs("fastokens does not end every text with one end-of-text, as tokenizers does")
+        self.n_seen += sum(map(len, texts))
+        self.n_calls += 1
+        first = self.n_calls * 7919 % max(1, len(texts))
+        for i in range(len(texts)) if self.n_calls == 1 else range(first, min(first + 1, len(texts))):
+            sample = next(pieces(texts[i], CHECKED_CHARACTERS), "")
+            whole = sample == texts[i]  # else the beginning of a text, whose ids are the first ids of the text
+            if len(sample) > CHECKED_CHARACTERS or not (whole or self.tokenizer.takes_pieces):
+                continue
+            if self.n_checked + len(sample) > CHECKED_SHARE * self.n_seen:
+                return
+            self.n_checked += len(sample)
+            expected = self.tokenizer.encode(sample)
+            actual = ids[offsets[i]:offsets[i + 1] - 1]
+            if actual[:None if whole else len(expected)].tolist() != expected:
+                raise Differs(f"fastokens gives other ids than tokenizers for {sample[:60]!r}")
+
+
+def _fastokens(tokenizer: Tokenizer) -> Callable[[list[str]], tuple[bytes, bytes]]:
+    """Return a function that encodes a batch by fastokens: ids, and the offset of each text, as bytes."""
+    os.environ.setdefault("FASTOKENS_BPE_THREADS", str(max(1, cores() - 1)))  # one core reads and writes
+    import fastokens
+
+    closing = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}]
+    template = {"type": "TemplateProcessing", "single": closing, "pair": closing, "special_tokens": {
+        END_OF_TEXT: {"id": END_OF_TEXT, "ids": [tokenizer.end_of_text_id], "tokens": [END_OF_TEXT]}}}
+    settings = json.loads(tokenizer.json) | {"post_processor": template, "truncation": None, "padding": None}
+    if "merges" in settings["model"]:
+        settings["model"].setdefault("type", "BPE")  # missing in GPT-2's own file
+    encode = partial(fastokens.Tokenizer.from_json_str(json.dumps(settings)).encode_batch_flat,
+                     add_special_tokens=True, split_special_tokens=True)
+    encode(["a"])  # an older release lacks the options
+    return encode

@@ -13,10 +13,12 @@ Final files that exist are taken as they are if they come from the same text wit
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,11 +30,21 @@ import numpy as np
 
 import plotarmour
 from plotarmour.cli import UserError, say
-from plotarmour.data.pipeline import SAVE_BYTES, SAVED, Job, described, joined_hash, targets_of, write_token_files
-from plotarmour.data.readers import BLOCK, STDIN, Source, check_text, copy_stream, find_texts, is_stream, read_whole
+from plotarmour.data.pipeline import (
+    BACKENDS,
+    SAVE_BYTES,
+    SAVED,
+    Differs,
+    Job,
+    described,
+    joined_hash,
+    targets_of,
+    write_token_files,
+)
+from plotarmour.data.readers import BLOCK, MIB, STDIN, Source, check_text, is_stream, read_whole
 from plotarmour.data.stories import PARTS, PIECE, SEPARATORS, parse_split, pieces, story_hash, story_hashes
 from plotarmour.data.token_file import TokenFile, open_tokenizer
-from plotarmour.data.tokenizer import BACKENDS, Differs, Tokenizer, load_tokenizer, make_tokenizer, vocab_size_of
+from plotarmour.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, vocab_size_of
 from plotarmour.files import LOCK_FILES, locked, publish, read_json, write_json, write_text
 
 BPE_BYTES = 64 * 10**6
@@ -140,6 +152,29 @@ def pre_tokenize(texts: list[Path], tokenizer: str, out: Path, split: str | None
                 publish(work / path.name, path)
         _empty(work)
     return list(targets.values())
+
+
+def find_texts(names: list[str | Path]) -> list[Path]:
+    """Expand patterns such as data/*.txt, which some shells do not expand; sorted by name.
+
+    Raises:
+        UserError: a pattern that matches nothing.
+    """
+    paths = []
+    for name in map(str, names):
+        matches = [Path(name)]
+        if glob.has_magic(name) and not matches[0].exists():
+            matches = sorted(filter(Path.is_file, map(Path, glob.glob(name, recursive=True))), key=Path.as_posix)
+        if not matches:
+            raise UserError(f"{name} matches no file; expected at least one text. Check the pattern.")
+        paths += matches
+    return paths
+
+
+def copy_stream(path: Path, to: Path) -> None:
+    """Copy standard input or a FIFO to a file, which can be checked, and read again for a tokenizer."""
+    with sys.stdin.buffer if path == STDIN else path.open("rb") as stream, to.open("wb") as file:
+        shutil.copyfileobj(stream, file, MIB)
 
 
 def _check_target(path: Path, inputs: list[Path]) -> None:

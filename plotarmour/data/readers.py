@@ -4,14 +4,13 @@ Every file is hashed while it is read, so that a token file can state what it wa
 the longest story; the stories do not depend on the size of the blocks.
 """
 
-import glob
 import gzip
 import hashlib
 import json
 import os
-import shutil
+import re
+import shlex
 import stat
-import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,7 +25,9 @@ BLOCK = MIB  # bytes read, cut, encoded and written at once; larger blocks leave
 LONGEST_STORY = 2**30  # bytes
 PARQUET_ROWS = 100  # decoded at once
 STDIN = Path("-")
-KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".json": "json", ".csv": "csv",
+         ".tsv": "table"}  # those that pandas reads are refused
+BLANK_LINES = re.compile(rb"\n[ \t\r\n\x0b\x0c]*\n")
 BLANK_BYTES = BLANK.encode()
 BOM = b"\xef\xbb\xbf"
 # Beginnings of files that are taken for text, and what such a file is.
@@ -42,7 +43,7 @@ class Source:
     path: Path  # of the file that is read
     name: str  # in headers and messages; "-" for standard input, which is copied to a file first
     text_column: str = "text"  # of JSON lines and Parquet
-    stories: str = "endoftext"  # what makes a story in plain text: "endoftext", "line" or "file"
+    stories: str = "endoftext"  # what makes a story in plain text: a key of `SEPARATORS`
     errors: str = "strict"  # or "replace" to put U+FFFD in place of bytes that are not UTF-8
     state: tuple[int, int, int] | None = None  # `file_state` when the text was checked; None: when it is opened
 
@@ -54,7 +55,7 @@ class Source:
 
     @property
     def kind(self) -> str:
-        """"text", "jsonl" or "parquet", by the ending of the name."""
+        """"text", or what `KINDS` says of the ending of the name."""
         return KINDS.get(Path(self.name.lower().removesuffix(".gz")).suffix, "text")
 
     def fingerprint(self) -> dict:
@@ -79,32 +80,9 @@ def file_state(path: Path) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def find_texts(names: list[str | Path]) -> list[Path]:
-    """Expand patterns such as data/*.txt, which some shells do not expand; sorted by name.
-
-    Raises:
-        UserError: a pattern that matches nothing.
-    """
-    paths = []
-    for name in map(str, names):
-        matches = [Path(name)]
-        if glob.has_magic(name) and not matches[0].exists():
-            matches = sorted(filter(Path.is_file, map(Path, glob.glob(name, recursive=True))), key=Path.as_posix)
-        if not matches:
-            raise UserError(f"{name} matches no file; expected at least one text. Check the pattern.")
-        paths += matches
-    return paths
-
-
 def is_stream(path: Path) -> bool:
     """Return whether a text can be read only once: standard input or a FIFO."""
     return path == STDIN or (path.exists() and stat.S_ISFIFO(path.stat().st_mode))
-
-
-def copy_stream(path: Path, to: Path) -> None:
-    """Copy standard input or a FIFO to a file, which can be checked, and read again for a tokenizer."""
-    with sys.stdin.buffer if path == STDIN else path.open("rb") as stream, to.open("wb") as file:
-        shutil.copyfileobj(stream, file, MIB)
 
 
 def check_text(path: Path, name: str | None = None) -> None:
@@ -117,6 +95,12 @@ def check_text(path: Path, name: str | None = None) -> None:
     source = Source(path, name or path.name)
     if source.kind == "parquet":
         return
+    if source.kind in ("json", "csv", "table"):
+        table = f"pandas.read_{source.kind}({str(path)!r})"
+        code = f"import pandas; {table}.to_json('rows.jsonl', orient='records', lines=True)"
+        raise UserError(f"{source.name} is a table by its name; expected text, JSON lines or Parquet. If its lines are "
+                        "JSON objects, name it .jsonl (.jsonl.gz if packed); if it is prose, .txt; else convert it: "
+                        f'python -c "{code}"')
     with HashingReader(source) as reader:
         start = next(blocks(source, reader, 2**16), b"")
     if not start:
@@ -124,6 +108,9 @@ def check_text(path: Path, name: str | None = None) -> None:
     found = [found for signature, found in SIGNATURES.items() if start.startswith(signature)]
     if start.count(0) > len(start) / 4:
         found.append("full of zero bytes, as UTF-16 or binary data are")
+    if found[:1] == ["gzip data"] and source.name.lower().endswith(".gz"):
+        raise UserError(f"{source.name} is gzip data inside gzip data; expected text inside. Unpack it once more: zcat "
+                        f"{shlex.quote(str(path))} > once.txt.gz, and read once.txt.gz.")
     if found:
         raise UserError(f"{source.name} is {found[0]}; expected UTF-8 text. Convert it (UTF-16 with: iconv -f utf-16 "
                         "-t utf-8) or unpack it; files named .gz and .parquet are read as they are.")
@@ -216,7 +203,11 @@ def read_chunks(source: Source, reader: HashingReader, position: int = 0, block:
     for data in blocks(source, reader, block):
         skipped = min(len(data), max(0, position - n_read))
         n_read += len(data)
-        *parts, rest = (tail + data[skipped:]).split(separator) if separator else [data[skipped:]]
+        data, held = tail + data[skipped:], b""
+        if source.stories == "paragraph" and source.kind == "text":
+            held = data[len(data.rstrip(BLANK_BYTES)):]  # may go on in the next block
+            data = BLANK_LINES.sub(lambda blank: separator.rjust(len(blank[0])), data.removesuffix(held))
+        *parts, rest = data.split(separator) if separator else [data]
         if parts:
             parts[0], begun = b"".join([begun, parts[0]]), bytearray()
             chunk = _chunk_of(source, parts, position, separator)
@@ -224,7 +215,7 @@ def read_chunks(source: Source, reader: HashingReader, position: int = 0, block:
             yield chunk
         cut = max(0, len(rest) - max(0, len(separator) - 1))
         begun += rest[:cut]
-        tail = rest[cut:]
+        tail = rest[cut:] + held
         if len(begun) > LONGEST_STORY:
             raise UserError(f"{source.name}: the story or line at byte {position:,} has more than "
                             f"{LONGEST_STORY // MIB:,} MiB; expected shorter ones. Put separators between stories, or "
@@ -283,9 +274,18 @@ def _not_utf8(source: Source, start: int, raw: bytes) -> UserError:
             left -= min(left, len(block))
             if not left:
                 break
+    path = shlex.quote(source.name if source.name == str(STDIN) else str(source.path))
+    packed = source.name.lower().endswith(".gz")
+    command = f"zcat {path} | iconv -f cp1252 -t utf-8" if packed else f"iconv -f cp1252 -t utf-8 {path}"
     return UserError(f"{source.name} is not UTF-8: byte 0x{byte:02x} at offset {start + place:,}, line {line:,}. Save "
-                     f"it as UTF-8, e.g. with: iconv -f latin1 -t utf-8 {source.name} > utf8.txt, or use --errors "
-                     "replace.")
+                     f"it as UTF-8, e.g. text of Western Windows with: {command} > utf8.txt, or use --errors replace.")
+
+
+def likely_stories(sources: list[Source]) -> str:
+    """Return what probably makes a story in a text without separators: "paragraph" where it has blank lines."""
+    with HashingReader(sources[0]) as reader:
+        start = next(blocks(sources[0], reader, MIB), b"")
+    return "paragraph" if len(BLANK_LINES.findall(start.strip(BLANK_BYTES))) >= 2 else "line"
 
 
 def _text_of(value: object, column: str) -> str:

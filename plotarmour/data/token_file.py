@@ -1,4 +1,4 @@
-"""Token files (`*.bin`): the tokens of a text, self-describing and memory-mapped; reading and writing.
+"""Token files (`*.bin`): the tokens of a text, self-describing and memory-mapped; `token_writer` writes them.
 
     bytes      what
     0..4096    magic "PLOTARM\\x01", format version (uint32), length of the JSON header (uint32), the header padded
@@ -15,25 +15,23 @@ everything after the first 4,096 bytes. A file appears under its name only compl
 
 import hashlib
 import json
-import os
 import struct
 import zlib
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-import plotarmour
 from plotarmour.cli import UserError
 from plotarmour.data.tokenizer import Tokenizer, make_tokenizer
-from plotarmour.files import publish, unfinished
 
 MAGIC = b"PLOTARM\x01"
 FORMAT_VERSION = 1
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 HEADER_BYTES = 4096
 CRC_BLOCK = 4 * 2**20
-_FIXED = struct.Struct("<8sII")
+FIXED = struct.Struct("<8sII")
 _AGAIN = "Make it again with tools/pre_tokenize.py."
 
 
@@ -57,16 +55,9 @@ class TokenFile:
         """Check header and sizes, then map the file, in milliseconds.
 
         Raises:
-            UserError: no token file, a damaged or truncated one, or one of a newer format.
+            UserError: no token file, a damaged, truncated or impossible one, or one of a newer format.
         """
-        path = Path(path)
-        header = read_header(path)
-        size = path.stat().st_size
-        end = max(offset + length for offset, length in header["sections"].values())
-        if size != end:  # reading past the end of a truncated mapped file kills the process
-            found = "truncated" if size < end else "too long"
-            raise UserError(f"{path} is {found}: {size:,} bytes, its header says {end:,}. {_AGAIN}")
-        return cls(path, header)
+        return cls(Path(path), read_header(Path(path)))
 
     @cached_property
     def offsets(self) -> np.ndarray:
@@ -84,28 +75,55 @@ class TokenFile:
         return ids
 
     def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer that travels in the file; its bytes must have the hash that the header states."""
-        text = bytes(self._map("tokenizer", np.dtype("u1"))).decode()
-        if hashlib.sha256(text.encode()).hexdigest() != self.header["tokenizer"]["sha256"]:
-            raise UserError(f"{self.path} is damaged: its tokenizer does not have its SHA-256. {_AGAIN}")
-        return Tokenizer(text, self.header["tokenizer"]["kind"])
+        """Return the tokenizer that travels in the file; hash and vocabulary must be those that the header states."""
+        raw, header = bytes(self._map("tokenizer", np.dtype("u1"))), self.header
+        if hashlib.sha256(raw).hexdigest() != header["tokenizer"]["sha256"]:
+            raise self._damaged("its tokenizer does not have its SHA-256")
+        try:
+            tokenizer = Tokenizer(raw.decode("utf-8", "replace"), header["tokenizer"]["kind"])
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from None
+        if (tokenizer.vocab_size, tokenizer.end_of_text_id) != (header["vocab_size"], header["end_of_text_id"]):
+            raise self._damaged("its tokenizer has another vocabulary than its header says")
+        return tokenizer
 
     def verify(self) -> None:
-        """Read everything and compare it with its hash and checks.
+        """Read everything: compare it with its hash, then offsets, end-of-text ids, byte lengths and tokenizer.
+
+        Byte lengths are compared where the tokenizer has `token_bytes`; others may lose text, and so bytes.
 
         Raises:
-            UserError: which 4 MiB block is damaged, or that another part is.
+            UserError: which 4 MiB block is damaged, or what is wrong.
         """
         digest = hashlib.sha256()
         with self.path.open("rb") as file:
             file.seek(HEADER_BYTES)
             while block := file.read(CRC_BLOCK):
                 digest.update(block)
-        if digest.hexdigest() == self.header["payload_sha256"]:
-            return
-        damaged = _damaged_block(self.tokens.view("u1"), self._checks()[:self._n_token_blocks])
-        found = "its content does" if damaged is None else f"the tokens in block {damaged} (4 MiB each) do"
-        raise UserError(f"{self.path} is damaged: {found} not match the hash that the file states. {_AGAIN}")
+        if digest.hexdigest() != self.header["payload_sha256"]:
+            damaged = _damaged_block(self.tokens.view("u1"), self._checks()[:self._n_token_blocks])
+            found = "its content does" if damaged is None else f"the tokens in block {damaged} (4 MiB each) do"
+            raise self._damaged(f"{found} not match the hash that the file states")
+        bounds = np.append(self.offsets, np.uint64(self.n_tokens))
+        if bounds[0] or (bounds[1:] <= bounds[:-1]).any():
+            raise self._damaged("its offsets do not ascend from 0 to the number of tokens")
+        bounds, token_bytes = bounds.astype(np.int64), self.tokenizer().token_bytes
+        n_bytes, step = np.zeros(self.n_stories, np.int64), CRC_BLOCK // self.tokens.itemsize
+        for begin in range(0, self.n_tokens, step):
+            ids = self.tokens[begin:begin + step]
+            check_largest_id(self, int(ids.max()))
+            first, end = np.searchsorted(bounds[:-1], [begin + 1, begin + len(ids)]) - (1, 0)  # stories in these ids
+            ends = bounds[1:][slice(*np.searchsorted(bounds[1:], [begin + 1, begin + len(ids) + 1]))] - 1 - begin
+            if not np.array_equal(np.flatnonzero(ids == self.header["end_of_text_id"]), ends):
+                raise self._damaged("end-of-text is elsewhere than at the end of each story")
+            if token_bytes is not None:
+                n_bytes[first:end] += np.add.reduceat(token_bytes[ids], np.maximum(bounds[first:end] - begin, 0))
+        if token_bytes is not None and len(wrong := np.flatnonzero(n_bytes != self.story_bytes)):
+            raise self._damaged(f"story {wrong[0]} has {n_bytes[wrong[0]]:,} bytes and its index says "
+                                f"{self.story_bytes[wrong[0]]:,}")
+
+    def _damaged(self, found: str) -> UserError:
+        return UserError(f"{self.path} is damaged: {found}. {_AGAIN}")
 
     @property
     def _n_token_blocks(self) -> int:
@@ -115,7 +133,7 @@ class TokenFile:
         """CRC-32 of each block: first of the tokens, then of the index."""
         stored = self._map("checks", np.dtype("<u4"))
         if zlib.crc32(stored) != self.header["checks_crc32"]:
-            raise UserError(f"{self.path} is damaged: its checks do not match their own CRC-32. {_AGAIN}")
+            raise self._damaged("its checks do not match their own CRC-32")
         return stored
 
     def _map_index(self, section: str, dtype: np.dtype) -> np.ndarray:
@@ -124,7 +142,7 @@ class TokenFile:
             start = self.header["sections"]["offsets"][0]
             index = np.memmap(self.path, mode="r", dtype="u1", offset=start, shape=(12 * self.n_stories,))
             if _damaged_block(index, self._checks()[self._n_token_blocks:]) is not None:
-                raise UserError(f"{self.path} is damaged: its index of stories does not match its CRC-32. {_AGAIN}")
+                raise self._damaged("its index of stories does not match its CRC-32")
             self._index_is_checked = True
         return self._map(section, dtype)
 
@@ -158,11 +176,50 @@ def token_counts(data: TokenFile) -> np.ndarray:
     return counts
 
 
+def _sections(header: dict) -> dict[str, list[int]]:
+    """Return offset and bytes that each section must have; the tokenizer's bytes are those that the header states."""
+    n_tokens, n_stories = header["n_tokens"], header["n_stories"]
+    sizes = {"tokens": n_tokens * DTYPES[header["dtype"]].itemsize, "offsets": 8 * n_stories, "lengths": 4 * n_stories}
+    n_blocks = -(-sizes["tokens"] // CRC_BLOCK) - (-12 * n_stories // CRC_BLOCK)
+    sizes |= {"checks": 4 * n_blocks, "tokenizer": header["sections"]["tokenizer"][1]}
+    sections, place = {}, HEADER_BYTES
+    for name, size in sizes.items():
+        place += -place % 8 if name == "offsets" else 0
+        sections[name], place = [place, size], place + size
+    return sections
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+# What must hold of a header, in this order: key, what is expected, and the check of its value and the whole header.
+_RULES = (
+    ("dtype", "uint16 or uint32", lambda value, header: value in DTYPES),
+    ("n_tokens", "a number", lambda value, header: _is_count(value)),
+    ("n_stories", "a number up to n_tokens", lambda value, header: _is_count(value) and value <= header["n_tokens"]),
+    ("sections", "those that the numbers of tokens and stories give, one behind the other",
+     lambda value, header: _is_count(value["tokenizer"][1])
+     and json.dumps(value) == json.dumps(_sections(header))),  # 4096.0 is equal to 4096, its text is not
+    ("vocab_size", "a number that the bytes of the tokenizer can hold",
+     lambda value, header: _is_count(value) and value <= header["sections"]["tokenizer"][1]),
+    ("end_of_text_id", "an id of the vocabulary",
+     lambda value, header: _is_count(value) and value < header["vocab_size"]),
+    ("tokenizer", "its kind and sha256", lambda value, header: {type(value["kind"]), type(value["sha256"])} == {str}),
+    ("source", "name, bytes and sha256 of each text", lambda value, header: type(value) is list and all(
+        type(s["name"]) is type(s["sha256"]) is str and _is_count(s["bytes"]) for s in value)),
+    ("payload_sha256", "text", lambda value, header: type(value) is str),
+    ("checks_crc32", "a number", lambda value, header: _is_count(value)),
+    *((key, "a number", lambda value, header: value is None or _is_count(value))
+      for key in ("n_empty_dropped", "n_excluded", "n_replaced")),
+    *((key, "text", lambda value, header: isinstance(value, str | None)) for key in ("stories", "split", "part")))
+
+
 def read_header(path: Path) -> dict:
     """Return the checked header of a token file.
 
     Raises:
-        UserError: missing, a folder, another kind of file, a newer format, or a damaged header.
+        UserError: missing, a folder, another kind or size of file, a newer format, or a header that cannot be.
     """
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
@@ -174,11 +231,26 @@ def read_header(path: Path) -> dict:
                         "tools/pre_tokenize.py.")
     if len(block) < HEADER_BYTES or zlib.crc32(block[:-4]) != struct.unpack("<I", block[-4:])[0]:
         raise UserError(f"{path}: the header is damaged or truncated (its CRC-32 does not match). {_AGAIN}")
-    _, version, length = _FIXED.unpack(block[:_FIXED.size])
-    header = json.loads(block[_FIXED.size:_FIXED.size + length]) if version == FORMAT_VERSION else {}
-    if header.get("dtype") not in DTYPES:
-        raise UserError(f"{path} has format {version} and holds {header.get('dtype')}; this program reads format "
-                        f"{FORMAT_VERSION} with {' or '.join(DTYPES)}. Update plotarmour, or make the file again.")
+    _, version, length = FIXED.unpack(block[:FIXED.size])
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format {version}; this program reads format {FORMAT_VERSION}. Update plotarmour, "
+                        "or make the file again.")
+    try:
+        header = json.loads(block[FIXED.size:FIXED.size + length])
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise UserError(f"{path} has a header that is no JSON object; expected one. {_AGAIN}")
+    for key, expected, holds in _RULES:
+        with suppress(TypeError, LookupError):
+            if holds(header.get(key), header):
+                continue
+        raise UserError(f"{path} has a header that cannot be: {key} is {header.get(key)!r:.60}; expected "
+                        f"{expected}. {_AGAIN}")
+    size, expected = path.stat().st_size, sum(header["sections"]["tokenizer"])
+    if size != expected:  # reading past the end of a truncated mapped file kills the process
+        found = "truncated" if size < expected else "too long"
+        raise UserError(f"{path} is {found}: {size:,} bytes, its header says {expected:,}. {_AGAIN}")
     return header
 
 
@@ -191,152 +263,3 @@ def looks_like_token_file(path: Path) -> bool:
 def open_tokenizer(spec: str | Path) -> Tokenizer:
     """Return the tokenizer of a token file (`*.bin`), or `make_tokenizer(spec)` for any other name."""
     return TokenFile.open(spec).tokenizer() if str(spec).endswith(".bin") else make_tokenizer(str(spec))
-
-
-class TokenFileWriter:
-    """Write a token file batch by batch; it appears under its name only when `publish` succeeds.
-
-    Args:
-        path: of the file.
-        tokenizer: whose ids are written.
-        policies: more entries of the header, such as `stories` and `split`.
-        saved: what `save` of an earlier writer of this path returned, or (0, 0): this one continues behind it, writes
-            to the path itself, and leaves it as it is after an error.
-
-    Use as a context manager.
-    """
-
-    def __init__(self, path: Path, tokenizer: Tokenizer, policies: dict, saved: tuple[int, int] | None = None):
-        self.path, self.tokenizer, self.policies, self.is_kept = path, tokenizer, policies, saved is not None
-        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-        self.n_tokens, self.n_stories = saved or (0, 0)
-        self.n_indexed = self.n_tokens  # tokens of the stories in the index
-        self.sha256, self.crcs, self.crc, self.filled = hashlib.sha256(), [], 0, 0  # of whole blocks; of the last one
-        # The index comes behind the tokens, whose number is known only at the end.
-        temporary = path if self.is_kept else unfinished(path)
-        parts = {temporary: HEADER_BYTES + self.n_tokens * self.dtype.itemsize,
-                 temporary.with_name(f"{temporary.name}.offsets"): 8 * self.n_stories,
-                 temporary.with_name(f"{temporary.name}.lengths"): 4 * self.n_stories}
-        for part, size in parts.items():
-            part.touch()
-            if self.n_stories and part.stat().st_size < size:
-                raise UserError(f"{part} is truncated; expected what an earlier start has saved. Give the same command "
-                                "again: it starts over.")
-            os.truncate(part, size)  # what was written after the last save goes
-        self.files = [part.open("r+b") for part in parts]
-        self.body, self.offsets, self.lengths = self.files
-        self.body.seek(HEADER_BYTES)
-        while block := self.body.read(CRC_BLOCK):
-            self._count(block)
-        for file in self.files:
-            file.seek(0, os.SEEK_END)
-
-    def __enter__(self) -> "TokenFileWriter":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for file in self.files:
-            file.close()
-            if not self.is_kept:
-                Path(file.name).unlink(missing_ok=True)
-
-    def add(self, ids: np.ndarray, counts: np.ndarray, sizes: np.ndarray) -> None:
-        """Append ids, and the stories that end in them. Further calls may continue the last story.
-
-        Args:
-            ids: unsigned integers (n,); each story ends with end-of-text.
-            counts: integers (m,): ids of each story, end-of-text and ids of earlier calls included.
-            sizes: integers (m,): UTF-8 bytes of each story.
-
-        Raises:
-            UserError: an id outside the vocabulary, or a story of 4 GiB or more.
-
-        Example:
-            `add([5, 6, 0, 7], [3], [2])`, then `add([8, 0], [3], [4])`: the stories 5 6 0 of 2 bytes, 7 8 0 of 4.
-        """
-        ids, counts, sizes = np.asarray(ids), np.asarray(counts, np.int64), np.asarray(sizes, np.int64)
-        if ids.max(initial=0) >= self.tokenizer.vocab_size:  # astype would wrap silently
-            bad = ids[ids >= self.tokenizer.vocab_size][0]
-            raise UserError(f"story {self.n_stories} or one soon after: id {bad} is outside the vocabulary of "
-                            f"{self.tokenizer.vocab_size:,} entries; the tokenizer is inconsistent.")
-        if sizes.max(initial=0) >= 2**32:
-            raise UserError(f"story {self.n_stories} or one soon after has {sizes.max():,} bytes; expected less than "
-                            f"{2**32:,}. Put separators into it.")
-        ends = self.n_indexed + np.cumsum(counts)
-        self.offsets.write((ends - counts).astype("<u8").data)
-        self.lengths.write(sizes.astype("<u4").data)
-        self.n_indexed, self.n_stories = self.n_indexed + int(counts.sum()), self.n_stories + len(counts)
-        self._append(ids.astype(self.dtype).view("u1").data)
-        self.n_tokens += len(ids)
-
-    def save(self) -> tuple[int, int]:
-        """fsync what was added, whole stories, and return the numbers of tokens and stories."""
-        for file in self.files:
-            file.flush()
-            os.fsync(file.fileno())
-        return self.n_tokens, self.n_stories
-
-    def publish(self, sources: list[dict], n_empty_dropped: int = 0, n_excluded: int = 0, n_replaced: int = 0) -> None:
-        """Add index, checks, tokenizer and header, and put the file under its name, atomically.
-
-        Args:
-            sources: name, bytes and hashes of the texts, for the header.
-            n_empty_dropped, n_excluded: stories of the whole text that no part holds.
-            n_replaced: U+FFFD put in.
-        """
-        self._end_block()
-        sections = {"tokens": [HEADER_BYTES, self.n_tokens * self.dtype.itemsize]}
-        self._append(bytes(-self.body.tell() % 8), checked=False)  # offsets begin at a multiple of 8
-        for name, file in (("offsets", self.offsets), ("lengths", self.lengths)):
-            start = self.body.tell()
-            file.seek(0)
-            while block := file.read(2**20):
-                self._append(block)
-            sections[name] = [start, self.body.tell() - start]
-        self._end_block()
-        checks = struct.pack(f"<{len(self.crcs)}I", *self.crcs)
-        for name, data in (("checks", checks), ("tokenizer", self.tokenizer.json.encode())):
-            sections[name] = [self.body.tell(), len(data)]
-            self._append(data, checked=False)
-        self.body.seek(0)
-        self.body.write(header_block({
-            "dtype": "uint16" if self.dtype.itemsize == 2 else "uint32", "n_tokens": self.n_tokens,
-            "n_stories": self.n_stories, "n_empty_dropped": n_empty_dropped, "n_excluded": n_excluded,
-            "n_replaced": n_replaced, "vocab_size": self.tokenizer.vocab_size,
-            "end_of_text_id": self.tokenizer.end_of_text_id,
-            "tokenizer": {"kind": self.tokenizer.kind, "sha256": self.tokenizer.sha256}, "source": sources,
-            **self.policies, "payload_sha256": self.sha256.hexdigest(), "checks_crc32": zlib.crc32(checks),
-            "sections": sections, "program": f"plotarmour {plotarmour.__version__}"}))
-        self.save()
-        self.files.remove(self.body)
-        self.body.close()
-        publish(Path(self.body.name), self.path)
-
-    def _append(self, data: bytes | memoryview, checked: bool = True) -> None:
-        self.body.write(data)
-        self._count(data, checked)
-
-    def _count(self, data: bytes | memoryview, checked: bool = True) -> None:
-        """Update the SHA-256 of the payload and the CRC-32 of each block."""
-        self.sha256.update(data)
-        data = memoryview(data)
-        while checked and data:
-            part, data = data[:CRC_BLOCK - self.filled], data[CRC_BLOCK - self.filled:]
-            self.crc, self.filled = zlib.crc32(part, self.crc), self.filled + len(part)
-            if self.filled == CRC_BLOCK:
-                self._end_block()
-
-    def _end_block(self) -> None:
-        if self.filled:
-            self.crcs.append(self.crc)
-        self.crc, self.filled = 0, 0
-
-
-def header_block(header: dict) -> bytes:
-    """Return the first 4,096 bytes of a token file."""
-    text = json.dumps(header, ensure_ascii=False).encode()
-    room = HEADER_BYTES - _FIXED.size - 4
-    if len(text) > room:
-        raise UserError(f"the header needs {len(text)} bytes, {room} fit; join the source files into one.")
-    block = _FIXED.pack(MAGIC, FORMAT_VERSION, len(text)) + text.ljust(room)
-    return block + struct.pack("<I", zlib.crc32(block))

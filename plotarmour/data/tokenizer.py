@@ -3,35 +3,30 @@
 Every tokenizer is a `tokenizers.Tokenizer` (Hugging Face) and is stored as its JSON: in token files, in run folders. A
 literal `<|endoftext|>` inside a story is ordinary text: only the pretokenizer writes the end-of-text id.
 
-`fastokens` (Apache-2.0) gives the same ids about a hundred times faster; `Encoder` uses it where it is installed
-and checks it against `tokenizers` on the user's own text. benchmarks/pretokenize.py measures both.
+A tokenizer that cannot be relied on is refused when it is loaded: one with BPE dropout (other ids at every start), with
+ids beyond its vocabulary, or a byte-level one that lacks bytes. Failures of the library become one line.
 """
 
 import hashlib
 import json
-import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property, partial
-from itertools import chain
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from plotarmour.cli import UserError
-from plotarmour.data.stories import PIECE, pieces
-from plotarmour.machine import cores
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50257
 GPT2_SHA256 = "0f8c9d6ae8900a28603a84f9c4be747822b43891146b9d76e7d3faf936c34c0b"  # see `_is_gpt2`
+LOST_SHARE = 0.2  # of the characters that a tokenizer may lose
+SAMPLED_CHARACTERS = 2048  # of one story, at most
 ROOT = Path(__file__).resolve().parents[2]
-BACKENDS = ("auto", "fastokens", "tokenizers")
-CHECKED_SHARE = 0.005  # of the characters that fastokens encodes are encoded by tokenizers as well, at most
-CHECKED_CHARACTERS = 2048  # of one text, at most
-WORTHWHILE = 2**20  # bytes of text: below, the reference has finished before fastokens is loaded
-UNCUT = 64 * 2**20  # characters that are encoded at once, at most
 
 
 class Tokenizer:
@@ -42,42 +37,86 @@ class Tokenizer:
         kind: the user's name for it: "gpt2", "bpe:4096", "bytes" or "file".
 
     Raises:
-        UserError: not a tokenizer, or one without an end-of-text entry.
+        UserError: not a tokenizer, one without an end-of-text entry, or one that cannot be relied on.
     """
 
     def __init__(self, json_text: str, kind: str):
         import tokenizers
 
-        try:
+        self.kind = kind
+        with self._failures("be read"):
             self.backend = tokenizers.Tokenizer.from_str(json_text)
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"the {kind} tokenizer cannot be read ({error}); expected a Hugging Face "
-                            "tokenizer.json.") from None
         self.json, self.sha256 = json_text, hashlib.sha256(json_text.encode()).hexdigest()
         self.vocab_size, self.end_of_text_id = self.backend.get_vocab_size(), self.backend.token_to_id(END_OF_TEXT)
-        if self.end_of_text_id is None:
-            raise UserError(f"the {kind} tokenizer has no {END_OF_TEXT} entry; expected one, it ends every story. "
-                            "Add it as a special token.")
+        if complaint := self._complaint():
+            raise UserError(f"the {kind} tokenizer {complaint}")
         self.kind = "gpt2" if kind == "file" and _is_gpt2(self) else kind
         self.backend.encode_special_tokens = True  # a literal <|endoftext|> in a story stays text
         self.backend.no_padding()
         self.backend.no_truncation()
 
+    def _complaint(self) -> str | None:
+        """Return why the tokenizer cannot be used."""
+        vocabulary, model = self.backend.get_vocab(with_added_tokens=True), json.loads(self.json)["model"]
+        if self.end_of_text_id is None:
+            return f"has no {END_OF_TEXT} entry; expected one, it ends every story. Add it as a special token."
+        if model.get("dropout"):
+            return (f"has BPE dropout {model['dropout']}: it gives other ids at every start; expected none. Set "
+                    '"dropout" to null in its tokenizer.json.')
+        if (largest := max(vocabulary.values())) >= self.vocab_size:
+            return (f"has an entry with id {largest:,}, beyond its {self.vocab_size:,} entries; expected ids from 0 on "
+                    "without gaps. Number them anew.")
+        missing = [byte for byte, character in enumerate(byte_characters()) if character not in vocabulary]
+        missing = [byte for byte in missing if byte not in (0xC0, 0xC1, *range(0xF5, 0x100))]  # never in UTF-8
+        if missing and self._is_byte_level and not model.get("unk_token"):
+            return (f"is a byte-level one without an entry for {len(missing)} of the bytes, such as "
+                    f"0x{missing[0]:02x}: it would lose them; expected all 256. Learn it again with all bytes.")
+        return None
+
+    @property
+    def _is_byte_level(self) -> bool:
+        """Whether the text becomes one character for each byte before a BPE reads it."""
+        settings = json.loads(self.json)
+        steps = [settings.get("pre_tokenizer") or {}, settings.get("normalizer") or {}]
+        steps += [step for parent in steps for key in ("pretokenizers", "normalizers") for step in parent.get(key, [])]
+        return settings["model"].get("type", "BPE") == "BPE" and any(step.get("type") == "ByteLevel" for step in steps)
+
+    @contextmanager
+    def _failures(self, action: str) -> Iterator[None]:
+        """Raise `UserError` for a failure or panic of the library: it knows plain Exception, and PanicException."""
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise UserError(f"the {self.kind} tokenizer cannot {action} ({' '.join(str(error).split())[:200]}); "
+                            "expected a Hugging Face tokenizer.json that the package tokenizers can use.") from None
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without any end-of-text id."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        with self._failures("encode"):
+            return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text, computed on all cores."""
-        return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        with self._failures("encode"):
+            return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; the end-of-text id becomes `<|endoftext|>`."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        with self._failures("decode"):
+            return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def decode_batch(self, rows: list[np.ndarray]) -> list[str]:
         """Return the text of each row of ids, as `decode` does, computed on all cores."""
-        return self.backend.decode_batch([row.tolist() for row in rows], skip_special_tokens=False)
+        with self._failures("decode"):
+            return self.backend.decode_batch([row.tolist() for row in rows], skip_special_tokens=False)
+
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """The id that stands for what the vocabulary lacks."""
+        model = json.loads(self.json)["model"]
+        return model.get("unk_id", self.backend.token_to_id(model.get("unk_token") or ""))
 
     @cached_property
     def takes_pieces(self) -> bool:
@@ -90,7 +129,7 @@ class Tokenizer:
         split, model = settings.get("pre_tokenizer") or {}, settings["model"]
         return (split.get("type") == "ByteLevel" and split.get("use_regex", True) and _changes_nothing(settings)
                 and not split.get("add_prefix_space", True) and model.get("type", "BPE") == "BPE"
-                and "merges" in model and not model.get("dropout"))
+                and "merges" in model)
 
     @cached_property
     def token_bytes(self) -> np.ndarray | None:
@@ -106,12 +145,48 @@ class Tokenizer:
                         or split.get("type") == "ByteLevel" and not split.get("add_prefix_space", True)
                         for split in splits)
         byte_level = (settings.get("decoder") or {}).get("type") == splits[-1].get("type") == "ByteLevel"
-        if not (byte_level and unchanged and _changes_nothing(settings) and set(_alphabet()) <= set(vocabulary)):
+        if not (byte_level and unchanged and _changes_nothing(settings) and set(byte_characters()) <= set(vocabulary)):
             return None
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
         for token, i in vocabulary.items():
             sizes[i] = 0 if token == END_OF_TEXT else len(token)
         return sizes
+
+
+class Spelling:
+    """How well a tokenizer gives a text back, counted over the first stories and one of every later chunk.
+
+    Tokenizers with `token_bytes` lose nothing and are not looked at.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.n_chunks, self.example = tokenizer, 0, ""
+        self.n_characters = self.n_lost = self.n_ids = self.n_unknown = 0
+
+    def check(self, texts: list[str]) -> None:
+        """Encode and decode some stories of a chunk; raise `UserError` if more than `LOST_SHARE` is lost so far."""
+        if self.tokenizer.token_bytes is not None or not texts:
+            return
+        sample = texts[:20] if self.n_chunks == 0 else texts[self.n_chunks % len(texts):][:1]
+        self.n_chunks += 1
+        for text in (text[:SAMPLED_CHARACTERS] for text in sample):
+            ids = self.tokenizer.encode(text)
+            lost = (Counter(text) - Counter(self.tokenizer.decode(ids))).total()  # whatever their order is
+            self.example = self.example or (text[:40] if lost else "")
+            self.n_characters, self.n_lost = self.n_characters + len(text), self.n_lost + lost
+            self.n_ids, self.n_unknown = self.n_ids + len(ids), self.n_unknown + ids.count(self.tokenizer.unknown_id)
+        if self.n_lost > LOST_SHARE * self.n_characters:
+            raise UserError(f"{self.summary()}; expected one that gives it back. Use another --tokenizer, such as "
+                            "bpe:4096, which learns from the text.")
+
+    def summary(self) -> str:
+        """Return in a line what is lost; "" if it is nothing."""
+        if not self.n_lost:
+            return ""
+        unknown = f", {self.n_unknown / self.n_ids:.1%} of the tokens are its unknown token" if self.n_unknown else ""
+        return (f"the {self.tokenizer.kind} tokenizer does not give the text back: "
+                f"{self.n_lost / self.n_characters:.1%} of {self.n_characters:,} characters looked at are lost"
+                f"{unknown} (as in {self.example!r})")
 
 
 def _changes_nothing(settings: dict) -> bool:
@@ -145,7 +220,8 @@ def make_tokenizer(spec: str, train_stories: Iterable[str] | None = None) -> Tok
     if spec == "gpt2":
         return _gpt2()
     if spec == "bytes":
-        return Tokenizer(_byte_level(models.BPE({c: i for i, c in enumerate(_alphabet())}, [])).to_str(), "bytes")
+        vocabulary = {character: i for i, character in enumerate(sorted(byte_characters()))}
+        return Tokenizer(_byte_level(models.BPE(vocabulary, [])).to_str(), "bytes")
     if spec.startswith("bpe:"):
         return _train_bpe(vocab_size_of(spec), train_stories)
     path = Path(spec)
@@ -208,11 +284,13 @@ def vocab_size_of(spec: str) -> int:
     return int(spec[4:])
 
 
-def _alphabet() -> list[str]:
-    """The characters that stand for the 256 bytes."""
-    from tokenizers import pre_tokenizers
+def byte_characters() -> list[str]:
+    """Return the characters that stand for the bytes 0 to 255, as GPT-2 has them.
 
-    return sorted(pre_tokenizers.ByteLevel.alphabet())
+    Printable bytes of Latin-1 stand for themselves, the others for U+0100 and the following, in order.
+    """
+    others = iter(range(0x100, 0x200))
+    return [chr(i if chr(i).isprintable() and i != 0x20 else next(others)) for i in range(256)]
 
 
 def _byte_level(model: object) -> object:
@@ -234,112 +312,8 @@ def _train_bpe(size: int, stories: Iterable[str] | None) -> Tokenizer:
         raise UserError(f"bpe:{size} learns from text and has none; give it a text, or name an existing tokenizer.")
     backend = _byte_level(models.BPE())
     backend.train_from_iterator(stories, trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[END_OF_TEXT], show_progress=False, initial_alphabet=_alphabet()))
+        vocab_size=size, special_tokens=[END_OF_TEXT], show_progress=False, initial_alphabet=byte_characters()))
     if backend.get_vocab_size() < size:
         warnings.warn(f"the text yields only {backend.get_vocab_size()} of bpe:{size} entries: every word of it is one "
                       "token already. A smaller N, more text or --bpe-bytes helps.", stacklevel=3)
     return Tokenizer(backend.to_str(), f"bpe:{size}")
-
-
-class Differs(Exception):
-    """fastokens gave other ids than `tokenizers`: none of its ids can be trusted."""
-
-
-class Encoder:
-    """Encodes texts in batches: by fastokens, with samples compared with `tokenizers`, or by `tokenizers` alone.
-
-    Args:
-        tokenizer: the reference.
-        backend: "auto" takes fastokens if it is installed, can read the tokenizer and the text is long enough; then
-            `name` is "fastokens", else "tokenizers".
-        n_bytes: size of the text.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, backend: str, n_bytes: int):
-        self.tokenizer, self.name, self._fast = tokenizer, "tokenizers", None
-        self.n_seen = self.n_checked = self.n_calls = 0  # characters, characters, calls
-        if backend == "tokenizers" or (backend == "auto" and n_bytes < WORTHWHILE):
-            return
-        try:
-            self._fast, self.name = _fastokens(tokenizer), "fastokens"
-        except Exception as error:  # of any kind: the reference can read this tokenizer
-            if backend == "fastokens":
-                raise UserError(f"fastokens cannot be used ({error}); expected it for --backend fastokens. Install it "
-                                "with pip install fastokens, or use --backend auto.") from None
-
-    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Encode some texts; raise `Differs` if ids of fastokens are not the reference's.
-
-        Returns:
-            All ids, uint32 (n,), each text followed by end-of-text; and how many ids each text has, end-of-text
-            included, int64 (len(texts),).
-        """
-        if self._fast:
-            ids, offsets = self._fast(texts)
-            ids, offsets = np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<u8").astype(np.int64)
-            self._check(texts, ids, offsets)
-            return ids, np.diff(offsets)
-        rows = [row + [self.tokenizer.end_of_text_id] for row in self.tokenizer.encode_batch(texts)]
-        counts = np.fromiter(map(len, rows), np.int64, len(rows))
-        return np.fromiter(chain.from_iterable(rows), np.uint32, int(counts.sum())), counts
-
-    def encode_stories(self, stories: list[str], name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Encode some stories of the text `name` in batches; a long story comes in pieces.
-
-        Yields:
-            Ids as `encode` returns them, and how many ids each story has that ends in them, earlier batches included.
-        """
-        if max(map(len, stories), default=0) <= PIECE:
-            yield self.encode(stories)
-            return
-        for story in stories:
-            left, n_ids = len(story), 0
-            for piece in pieces(story, PIECE) if self.tokenizer.takes_pieces else [story]:
-                if len(piece) > UNCUT:
-                    raise UserError(f"{name}: an unbroken run of {len(piece):,} characters, which begins "
-                                    f"{piece[:40]!r}; expected at most {UNCUT:,} between two spaces (in a whole story, "
-                                    "with any tokenizer but gpt2, bpe:N and bytes). Is it text? Put separators between "
-                                    "stories, or use --stories line.")
-                left -= len(piece)
-                ids, _ = self.encode([piece])
-                ids = ids[:-1] if left else ids  # end-of-text ends each piece
-                n_ids += len(ids)
-                yield ids, np.array([] if left else [n_ids], np.int64)
-
-    def _check(self, texts: list[str], ids: np.ndarray, offsets: np.ndarray) -> None:
-        """Compare the first texts, then one of every batch, with `tokenizers`."""
-        end = self.tokenizer.end_of_text_id
-        if len(offsets) != len(texts) + 1 or (ids[offsets[1:] - 1] != end).any() or (ids == end).sum() != len(texts):
-            raise Differs("fastokens does not end every text with one end-of-text, as tokenizers does")
-        self.n_seen += sum(map(len, texts))
-        self.n_calls += 1
-        first = self.n_calls * 7919 % max(1, len(texts))
-        for i in range(len(texts)) if self.n_calls == 1 else range(first, min(first + 1, len(texts))):
-            sample = next(pieces(texts[i], CHECKED_CHARACTERS), "")
-            whole = sample == texts[i]  # else the beginning of a text, whose ids are the first ids of the text
-            if len(sample) > CHECKED_CHARACTERS or not (whole or self.tokenizer.takes_pieces):
-                continue
-            if self.n_checked + len(sample) > CHECKED_SHARE * self.n_seen:
-                return
-            self.n_checked += len(sample)
-            expected = self.tokenizer.encode(sample)
-            actual = ids[offsets[i]:offsets[i + 1] - 1]
-            if actual[:None if whole else len(expected)].tolist() != expected:
-                raise Differs(f"fastokens gives other ids than tokenizers for {sample[:60]!r}")
-
-
-def _fastokens(tokenizer: Tokenizer) -> Callable[[list[str]], tuple[bytes, bytes]]:
-    """Return a function that encodes a batch by fastokens: ids, and the offset of each text, as bytes."""
-    os.environ.setdefault("FASTOKENS_BPE_THREADS", str(max(1, cores() - 1)))  # one core reads and writes
-    import fastokens
-
-    closing = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}]
-    template = {"type": "TemplateProcessing", "single": closing, "pair": closing, "special_tokens": {
-        END_OF_TEXT: {"id": END_OF_TEXT, "ids": [tokenizer.end_of_text_id], "tokens": [END_OF_TEXT]}}}
-    settings = json.loads(tokenizer.json) | {"post_processor": template, "truncation": None, "padding": None}
-    if "merges" in settings["model"]:
-        settings["model"].setdefault("type", "BPE")  # missing in GPT-2's own file
-    encode = partial(fastokens.Tokenizer.from_json_str(json.dumps(settings)).encode_batch_flat,
-                     add_special_tokens=True, split_special_tokens=True)
-    encode(["a"])  # an older release lacks the options
-    return encode

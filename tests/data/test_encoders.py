@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plotarmour.cli import UserError
-from plotarmour.data import tokenizer as tokenizer_module
+from plotarmour.data import pipeline
+from plotarmour.data.pipeline import Differs, Encoder
 from plotarmour.data.pretokenize import pre_tokenize
 from plotarmour.data.token_file import TokenFile
-from plotarmour.data.tokenizer import Differs, Encoder, Tokenizer, load_tokenizer, make_tokenizer
+from plotarmour.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 pytest.importorskip("fastokens")
 BYTES = make_tokenizer("bytes")
@@ -123,7 +124,7 @@ def test_a_long_story_is_encoded_in_pieces_to_the_ids_of_the_whole(shared, monke
     """Guards: an end-of-text inside a story; counts of pieces; stories after a long one lost."""
     encoder, whole = Encoder(load_tokenizer(shared / "gpt2"), backend, 0), reference(load_tokenizer(shared / "gpt2"))
     texts = ["Tom ran.", "Tom saw a dog  and ran home. " * 30, "é" * 200, "The end. " * 9]
-    monkeypatch.setattr(tokenizer_module, "PIECE", 40)
+    monkeypatch.setattr(pipeline, "PIECE", 40)
     batches = list(encoder.encode_stories(texts, "t.txt"))
     assert len(batches) > len(texts)
     expected = whole.encode(texts)
@@ -133,8 +134,8 @@ def test_a_long_story_is_encoded_in_pieces_to_the_ids_of_the_whole(shared, monke
 
 def test_what_cannot_be_cut_is_refused_above_a_limit(shared, monkeypatch):
     """Guards: memory without bound for a file that is no text, or for a tokenizer that takes no pieces."""
-    monkeypatch.setattr(tokenizer_module, "PIECE", 40)
-    monkeypatch.setattr(tokenizer_module, "UNCUT", 100)
+    monkeypatch.setattr(pipeline, "PIECE", 40)
+    monkeypatch.setattr(pipeline, "UNCUT", 100)
     encoder = Encoder(BYTES, "tokenizers", 0)
     with pytest.raises(UserError, match="t.txt: an unbroken run of 101 characters, which begins ' xxx.*at most 100"):
         list(encoder.encode_stories(["Is " * 50 + "x" * 100 + " text?"], "t.txt"))

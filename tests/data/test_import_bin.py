@@ -1,3 +1,7 @@
+import shlex
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -124,6 +128,16 @@ def test_token_files_and_existing_files_are_refused(write, tmp_path):
     with pytest.raises(UserError, match="is both read and written"):
         import_bin(ids, "bytes", ids, "uint16", force=True)
     assert ids.stat().st_size == 4
+
+
+def test_a_numpy_file_is_refused_in_one_line(tmp_path):
+    """Guards: the header of a .npy file imported as the first story. The command in the message writes bare ids."""
+    np.save(tmp_path / "my ids.npy", np.array([1, 2, END], np.uint16))
+    with pytest.raises(UserError, match="is a .npy file of NumPy; .* python -c ") as refused:
+        import_bin(tmp_path / "my ids.npy", "bytes", tmp_path / "x.bin", "uint16")
+    subprocess.run([sys.executable, *shlex.split(str(refused.value).partition("python ")[2])], cwd=tmp_path, check=True)
+    import_bin(tmp_path / "ids.bin", "bytes", tmp_path / "x.bin", "uint16")
+    assert ids_of(tmp_path / "x.bin") == [[1, 2]]
 
 
 def test_bytes_of_imported_stories_are_those_of_their_text(tmp_path, write):

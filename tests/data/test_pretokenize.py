@@ -19,7 +19,8 @@ from plotarmour.data.pipeline import Job, targets_of
 from plotarmour.data.pretokenize import pre_tokenize, sample_stories
 from plotarmour.data.readers import Source
 from plotarmour.data.stories import PARTS, parts_of, story_hash
-from plotarmour.data.token_file import TokenFile, TokenFileWriter
+from plotarmour.data.token_file import TokenFile
+from plotarmour.data.token_writer import TokenFileWriter
 from plotarmour.data.tokenizer import make_tokenizer
 
 
@@ -41,7 +42,7 @@ def save_tokenizer(texts, path):
 
 def cut_at(size, monkeypatch):
     """Cut stories of more characters into pieces."""
-    for module in ("stories", "tokenizer", "pretokenize"):
+    for module in ("stories", "pipeline", "pretokenize"):
         monkeypatch.setattr(f"plotarmour.data.{module}.PIECE", size)
 
 
@@ -191,6 +192,9 @@ def test_a_text_without_separators_is_told_what_helps(tmp_path):
     plain = tmp_path / "t.txt"
     plain.write_text("One line.\nAnother.\n" * 50)
     with pytest.raises(UserError, match="t.txt, with 1 stories in all, leaves the .* part empty; .* --stories line"):
+        pre_tokenize([plain], "bytes", tmp_path / "x.bin", "80:10:10")
+    plain.write_text("First Citizen:\nSpeak.\n\n" * 50)
+    with pytest.raises(UserError, match="Then use --stories paragraph .in a suite: --set stories=paragraph.,"):
         pre_tokenize([plain], "bytes", tmp_path / "x.bin", "80:10:10")
     with pytest.raises(UserError, match="All its 1 stories are left out by --exclude"):
         pre_tokenize([plain], "bytes", tmp_path / "x.bin", exclude=[plain])

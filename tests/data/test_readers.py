@@ -7,8 +7,8 @@ import pytest
 
 from plotarmour.cli import UserError
 from plotarmour.data import readers
-from plotarmour.data.pretokenize import pre_tokenize
-from plotarmour.data.readers import HashingReader, Source, check_text, find_texts, read_chunks
+from plotarmour.data.pretokenize import find_texts, pre_tokenize
+from plotarmour.data.readers import HashingReader, Source, check_text, read_chunks
 from plotarmour.data.token_file import TokenFile
 
 STORIES = [f"Story {i}: été." for i in range(50)]
@@ -65,6 +65,13 @@ BAD = {
     "cut.gz": (gzip.compress(b"Once upon a time." * 1000)[:-30], "cut short"),
     "not.gz": (b"Once upon a time.", "cut short"),
     "gzip.txt": (gzip.compress(b"Once"), "gzip data; expected UTF-8 text. .* named .gz"),
+    "twice.txt.gz": (gzip.compress(gzip.compress(b"Once") + bytes(99)), r"inside gzip.* zcat /\S*/twice.txt.gz"),
+    "a.json": (b'[{"text": "one"}]', "a table by its name; .* name it .jsonl .* convert it: python -c .*read_json"),
+    "a.json.gz": (gzip.compress(b'{"text": "one"}\n'), "a table by its name; .* name it .jsonl .*gz if packed"),
+    "a.csv": (b"text\none\n", "a table by its name; .*read_csv.*/a.csv.*to_json.'rows.jsonl'"),
+    "a.tsv": (b"text\none\n", "a table by its name; .*read_table"),
+    "my notes.txt": (b"It\x92s a \x93story\x94.", "byte 0x92 .* iconv -f cp1252 -t utf-8 '/.*/my notes.txt' >"),
+    "packed.gz": (gzip.compress(b"It\x92s"), r"zcat /.*/packed.gz \| iconv -f cp1252 -t utf-8 > utf8.txt"),
     "empty.gz": (gzip.compress(b""), "is empty"),
     "a.parquet": (b"PAR1 and nothing", "cannot be read as Parquet"),
     "a.jsonl": (b'{"text": "one"}\nnonsense\n', "at byte 16 is no JSON .*Expecting value.*It begins .nonsense."),
@@ -105,6 +112,18 @@ def test_a_column_that_is_no_text_is_refused_whatever_its_first_row(tmp_path):
     rows.write_text('{"text": 7}\n')
     with pytest.raises(UserError, match="the line at byte 0 .*'text' holds int; expected text"):
         pre_tokenize([rows], "bytes", tmp_path / "z.bin")
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 1000])
+def test_paragraphs_are_stories(tmp_path, newline, block):
+    """Guards: blank lines that join stories; paragraphs or counts that depend on the size of a block."""
+    text = tmp_path / "t.txt"
+    lines = ["", "Citizen:", "Speak.", "", "All:", "  So\u3000", "", " \t", "", "Last.", ""]
+    text.write_bytes(newline.join(lines).encode())
+    [made] = pre_tokenize([text], "bytes", tmp_path / "x.bin", stories="paragraph", block=block)
+    assert told(made) == [f"Citizen:{newline}Speak.", f"All:{newline}  So\u3000", "Last."]
+    assert TokenFile.open(made).header["n_empty_dropped"] == 0
 
 
 def test_a_byte_order_mark_is_left_out_and_said(tmp_path):

@@ -19,7 +19,7 @@ def by_the_rule(story):
             words += " "
         elif kind[0] in "LMNS" or kind in ("Co", "Cn") or character in "%&*/":
             words += character
-            n_odd += {"Nd": 1, "Nl": 0, "No": 0}.get(kind, 0 if kind[0] in "LM" else 3)
+            n_odd += 1 if character.isdecimal() else 0 if kind[0] in "LMN" else 3
     words = " ".join(words.split())
     return words if 4 * n_odd < len(words.encode()) else " ".join(story.split())
 

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import random
 import struct
@@ -5,6 +6,8 @@ import zlib
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from plotarmour.cli import UserError
 from plotarmour.data import token_file
@@ -12,7 +15,8 @@ from plotarmour.data.batches import tokenize_in_memory
 from plotarmour.data.pretokenize import pre_tokenize
 from plotarmour.data.readers import Source, read_whole
 from plotarmour.data.stories import PARTS, normalise, parts_of, story_hash
-from plotarmour.data.token_file import HEADER_BYTES, TokenFile, TokenFileWriter, header_block
+from plotarmour.data.token_file import FIXED, HEADER_BYTES, TokenFile
+from plotarmour.data.token_writer import TokenFileWriter, header_block
 from plotarmour.data.tokenizer import make_tokenizer
 
 
@@ -108,7 +112,8 @@ def test_a_damaged_index_is_found_when_it_is_first_read(small, tmp_path):
         data.story(0)
 
 
-@pytest.mark.parametrize("change, found", [({"dtype": "int8"}, "holds int8"), (b"\x00\x00\x00\x01", "format 16777216"),
+@pytest.mark.parametrize("change, found", [({"dtype": "int8"}, "dtype is 'int8'; expected uint16"),
+                                           (b"\x00\x00\x00\x01", "format 16777216"),
                                            (b"\x09\x00\x00\x00", "format 9")])
 def test_a_file_of_another_version_dtype_or_byte_order_is_refused(small, tmp_path, change, found):
     """Guards: tokens read in the wrong width or order, which look like tokens."""
@@ -121,6 +126,129 @@ def test_a_file_of_another_version_dtype_or_byte_order_is_refused(small, tmp_pat
     copy.write_bytes(block + raw[HEADER_BYTES:])
     with pytest.raises(UserError, match=found):
         TokenFile.open(copy)
+
+
+def forged(path, change, **sections):
+    """Write a token file anew with another header or other sections and checksums that are right again."""
+    raw = path.read_bytes()
+    header = TokenFile.open(path).header
+    at = {name: raw[begin:begin + size] for name, (begin, size) in header["sections"].items()} | sections
+    gap = bytes(-len(at["tokens"]) % 8)
+    index = at["offsets"] + at["lengths"]
+    at["checks"] = struct.pack("<2I", zlib.crc32(at["tokens"]), zlib.crc32(index))
+    payload = at["tokens"] + gap + index + at["checks"] + at["tokenizer"]
+    header |= {"payload_sha256": hashlib.sha256(payload).hexdigest(), "checks_crc32": zlib.crc32(at["checks"])}
+    text = json.dumps(change(header)).encode().ljust(HEADER_BYTES - FIXED.size - 4)
+    block = FIXED.pack(b"PLOTARM\x01", 1, len(text)) + text
+    path.write_bytes(block + struct.pack("<I", zlib.crc32(block)) + payload)
+
+
+def changed(section, place, value):
+    def change(header):
+        header["sections"][section][place] = value
+        return header
+
+    return change
+
+
+IMPOSSIBLE = {
+    "list": lambda header: [header], "number": lambda header: 7, "empty": lambda header: {},
+    **{f"no {key}": lambda header, key=key: {k: v for k, v in header.items() if k != key} for key in (
+        "dtype", "n_tokens", "n_stories", "sections", "vocab_size", "end_of_text_id", "tokenizer", "source",
+        "payload_sha256", "checks_crc32")},
+    **{f"{key} {value}": lambda header, key=key, value=value: {**header, key: value} for key, value in (
+        ("dtype", ["uint16"]), ("n_tokens", 10**18), ("n_tokens", 5.0), ("n_tokens", True), ("n_stories", 10**18),
+        ("n_stories", -1), ("n_stories", "2"), ("vocab_size", 10**12), ("end_of_text_id", 257), ("end_of_text_id", -1),
+        ("tokenizer", "bytes"), ("tokenizer", {"kind": 1, "sha256": "a"}), ("source", {}), ("source", [{"name": "a"}]),
+        ("payload_sha256", 1), ("checks_crc32", None), ("sections", []), ("sections", {}), ("part", []), ("split", 1),
+        ("n_excluded", "many"))},
+    "aligned otherwise": changed("offsets", 0, 4108), "overlapping": changed("lengths", 0, 4112),
+    "outside": changed("tokenizer", 0, 10**9), "too long": changed("tokenizer", 1, 10**9),
+    "no number": changed("tokens", 0, 4096.0), "negative": changed("tokenizer", 1, -1),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_a_header_that_cannot_be_is_refused_in_one_line(small, case):
+    """Guards: 10^18 stories that --verify calls whole; a traceback for a list; a map beyond the end of the file."""
+    forged(small, IMPOSSIBLE[case])
+    with pytest.raises(UserError, match="expected|header says") as refused:
+        TokenFile.open(small)
+    assert "\n" not in str(refused.value) and str(small) in str(refused.value)
+
+
+JSON = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(-2, 2**70), st.floats(), st.text(max_size=5)),
+                    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner,
+                                                                                         max_size=3)), max_leaves=6)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_whatever_a_header_says_is_refused_in_one_line_or_whole(small, data):
+    """Guards: tracebacks and memory without bound for fields that nobody thought of. Checksums are right."""
+    raw = small.read_bytes()
+    place = data.draw(st.sampled_from(["header", "tokenizer", "sections", "source"]))
+
+    def change(header):
+        target = {"header": header, "source": header["source"][0]}.get(place, header.get(place))
+        target[data.draw(st.sampled_from(sorted(target)))] = data.draw(JSON)
+        return header
+
+    try:
+        forged(small, change)
+        found = TokenFile.open(small)
+        found.verify()
+        assert [found.tokenizer().decode(found.story(i)) for i in range(found.n_stories)] == ["ab", "c"]
+    except UserError as error:
+        assert "\n" not in str(error)
+    finally:
+        small.write_bytes(raw)
+
+
+def ids(*values):
+    return np.array(values, "<u2").tobytes()
+
+
+A, B, C, END = (*make_tokenizer("bytes").encode("abc"), 256)
+MEANINGLESS = {  # sections of a file with the tokens a b END c END, and what is found
+    "backwards": ({"offsets": np.array([3, 0], "<u8").tobytes()}, "offsets do not ascend"),
+    "not from 0": ({"offsets": np.array([1, 3], "<u8").tobytes()}, "offsets do not ascend"),
+    "beyond the tokens": ({"offsets": np.array([0, 2**63], "<u8").tobytes()}, "offsets do not ascend"),
+    "a story without end": ({"tokens": ids(A, B, C, C, END)}, "end-of-text is elsewhere"),
+    "no end at the end": ({"tokens": ids(A, B, END, C, C)}, "end-of-text is elsewhere"),
+    "an end inside": ({"tokens": ids(END, B, END, C, END)}, "end-of-text is elsewhere"),
+    "ends elsewhere": ({"offsets": np.array([0, 2], "<u8").tobytes()}, "end-of-text is elsewhere"),
+    "an id beyond the vocabulary": ({"tokens": ids(A, 300, END, C, END)}, "found id 300"),
+    "byte lengths": ({"lengths": np.array([2, 9], "<u4").tobytes()}, "story 1 has 1 bytes and its index says 9"),
+    "another tokenizer": ({"tokenizer": b"{}"}, "header|SHA-256"),
+}
+
+
+@pytest.mark.parametrize("block", [2, 4, 4 * 2**20])
+@pytest.mark.parametrize("case", MEANINGLESS)
+def test_verify_reads_what_the_sections_mean(small, monkeypatch, case, block):
+    """Guards: "whole" for a file whose checksums are right and whose content is not; stories cut at block edges."""
+    TokenFile.open(small).verify()
+    sections, found = MEANINGLESS[case]
+    if "tokenizer" in sections:
+        sections["tokenizer"] = sections["tokenizer"].ljust(TokenFile.open(small).header["sections"]["tokenizer"][1])
+    forged(small, lambda header: header, **sections)
+    monkeypatch.setattr(TokenFile, "_checks", lambda data: np.zeros(0, "u4"))
+    monkeypatch.setattr(token_file, "_damaged_block", lambda *args: None)
+    data = TokenFile.open(small)
+    monkeypatch.setattr(token_file, "CRC_BLOCK", block)
+    with pytest.raises(UserError, match=found) as refused:
+        data.verify()
+    assert "\n" not in str(refused.value)
+
+
+def test_verify_passes_a_whole_file_of_many_blocks(token_files, monkeypatch):
+    """Guards: a story that lies across blocks counted twice or not at all."""
+    data = TokenFile.open(token_files["train"])
+    assert data.offsets[0] == 0 and data.story_bytes.any()
+    monkeypatch.setattr(token_file, "CRC_BLOCK", 14)
+    data.verify()
 
 
 def test_an_id_outside_the_vocabulary_is_refused_and_leaves_nothing(tmp_path):

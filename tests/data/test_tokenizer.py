@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plotarmour.cli import UserError
-from plotarmour.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer, vocab_size_of
+from plotarmour.data.batches import tokenize_in_memory
+from plotarmour.data.pretokenize import pre_tokenize
+from plotarmour.data.tokenizer import (
+    END_OF_TEXT,
+    Tokenizer,
+    byte_characters,
+    load_tokenizer,
+    make_tokenizer,
+    vocab_size_of,
+)
 
 BYTES = make_tokenizer("bytes")
 LEARNED = make_tokenizer("bpe:270", ["the cat sat on the mat. the cat ran. the mat"] * 3)
@@ -39,13 +48,86 @@ def changed(**settings):
 
 @pytest.mark.parametrize(("settings", "exact"), [
     ({}, True), ({"pre_tokenizer": {"add_prefix_space": True}}, False), ({"normalizer": {"type": "Lowercase"}}, False),
-    ({"decoder": {"type": "Fuse"}}, False), ({"model": {"vocab": {"a": 0}, "merges": []}}, False)])
+    ({"decoder": {"type": "Fuse"}}, False), ({"model": {"vocab": {"a": 0}, "merges": [], "unk_token": "a"}}, False)])
 def test_ids_have_a_number_of_bytes_only_where_the_text_is_encoded_as_it_is(settings, exact):
     """Guards: a space put before every story counted as its own byte: 9 for "the cat?", and comparisons refused."""
     tokenizer = changed(**settings)
     assert (tokenizer.token_bytes is not None) == exact
     if exact:
         assert tokenizer.token_bytes[tokenizer.encode("the cat?")].sum() == 8
+
+
+def without(*bytes_):
+    """The byte tokenizer without some bytes, as JSON."""
+    made = json.loads(BYTES.json)
+    kept = [c for byte, c in enumerate(byte_characters()) if byte not in bytes_]
+    made["model"]["vocab"] = {c: i for i, c in enumerate(kept)}
+    made["added_tokens"][0]["id"] = len(kept)
+    return made
+
+
+@pytest.mark.parametrize(("change", "found"), [
+    (lambda made: made["model"].update(dropout=0.5), "has BPE dropout 0.5: it gives other ids at every start"),
+    (lambda made: made["model"]["vocab"].update(a=10**6), "an entry with id 1,000,000, beyond its 257 entries"),
+    (lambda made: made.update(without(0x33)), "without an entry for 1 of the bytes, such as 0x33"),
+    (lambda made: made.update(version="x"), "cannot be read")])
+def test_a_tokenizer_that_cannot_be_relied_on_is_refused_when_it_is_loaded(change, found):
+    """Guards: other tokens at every start; an IndexError in training; characters that vanish without a word."""
+    made = json.loads(BYTES.json)
+    change(made)
+    with pytest.raises(UserError, match=found) as refused:
+        Tokenizer(json.dumps(made), "file")
+    assert "\n" not in str(refused.value)
+
+
+def test_bytes_that_utf8_never_has_may_be_missing():
+    """Guards: a released tokenizer refused for the lack of what no text holds."""
+    assert Tokenizer(json.dumps(without(0xC0, 0xFF)), "file").token_bytes is None
+
+
+def test_a_panic_of_the_library_is_one_line():
+    """Guards: 221 lines of Rust for a normalizer whose regular expression gives up on the text."""
+    backtracking = {"type": "Replace", "pattern": {"Regex": r"(x+x+)+(?<!q)y\1"}, "content": ""}
+    tokenizer = Tokenizer(json.dumps({**json.loads(BYTES.json), "normalizer": backtracking}), "file")
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(UserError, match="the file tokenizer cannot encode") as refused:
+            encode("x" * 4000)
+        assert "\n" not in str(refused.value)
+
+
+WORDS = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
+         "pre_tokenizer": {"type": "Whitespace"}, "decoder": None, "added_tokens": [
+             {"id": 0, "content": END_OF_TEXT, "single_word": False, "lstrip": False, "rstrip": False,
+              "normalized": False, "special": True}],
+         "model": {"type": "WordLevel", "unk_token": "?", "vocab": {END_OF_TEXT: 0, "?": 1, "the": 2, "dog": 3}}}
+LOWER = {**json.loads(BYTES.json), "normalizer": {"type": "Lowercase"}}
+
+
+def test_a_tokenizer_that_does_not_give_the_text_back_is_refused_or_said(tmp_path, capsys):
+    """Guards: a model that predicts [UNK] with perplexity 1.00, and nothing is said."""
+    text, words, lower = tmp_path / "t.txt", tmp_path / "words.json", tmp_path / "lower.json"
+    words.write_text(json.dumps(WORDS))
+    lower.write_text(json.dumps(LOWER))
+    text.write_text("\n".join(f"кот спал {i}" for i in range(50)), encoding="utf-8")
+    with pytest.raises(UserError, match=r"give the text back: \d+.\d% of .* lost, 100.0% of the tokens are its unk"):
+        pre_tokenize([text], str(words), tmp_path / "x.bin", stories="line")
+    with pytest.warns(UserWarning, match="in memory"), pytest.raises(UserError, match="does not give the text back"):
+        tokenize_in_memory(text, load_tokenizer(words), "line")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lower.json", "t.txt", "words.json"]
+    text.write_text("The dog ran home.")
+    pre_tokenize([text], str(lower), tmp_path / "x.bin")
+    assert "5.9% of 17 characters looked at are lost (as in 'The dog ran home.')" in capsys.readouterr().err
+    pre_tokenize([text], "bytes", tmp_path / "y.bin")
+    assert "lost" not in capsys.readouterr().err
+
+
+def test_stories_behind_the_first_are_looked_at_too(tmp_path):
+    """Guards: a text whose first stories are English, and whose others are lost."""
+    text, words = tmp_path / "t.txt", tmp_path / "words.json"
+    words.write_text(json.dumps(WORDS))
+    text.write_text("\n".join(["the dog"] * 100 + ["кот спал"] * 1900), encoding="utf-8")
+    with pytest.raises(UserError, match="does not give the text back"):
+        pre_tokenize([text], str(words), tmp_path / "x.bin", stories="line", block=500)
 
 
 def test_bytes_are_bytes():
