@@ -129,7 +129,7 @@ from plotarmour.run import load_run
 
 best = load_run(run_folder)
 prompt = best.tokenizer.encode("Once upon a time")
-new = generate(best.model, prompt, best.tokenizer.end_of_text_id, best.machine, max_new_tokens=160, top_p=0.95, seed=1)
+new = generate(best.model, prompt, best.tokenizer.end_of_text_id, best.machine, max_new_tokens=120, top_p=0.95, seed=1)
 print(best.tokenizer.decode([*prompt, *new]))
 
 # %% [markdown]
