@@ -13,8 +13,9 @@
 #
 # **Time:** seconds for the built-in corpus, minutes for the two gigabytes of TinyStories on two CPU cores. Token files
 # of the same text and settings are kept, and a new session continues where the last one was cut. **Hardware:** any; no
-# GPU. **Needs:** nothing, or a UTF-8 text with `<|endoftext|>` between stories, as in TinyStories; gzipped text, .jsonl
-# and .parquet work too. **Leaves behind:** `tokens.train.bin`, `tokens.val.bin`, `tokens.test.bin` and `duplicates.csv`
+# GPU. **Needs:** nothing, or a UTF-8 text with `<|endoftext|>` between stories, as in TinyStories. For prose with
+# blank lines between paragraphs, set `overrides = "stories=paragraph"`. Gzipped text, .jsonl and .parquet work too.
+# **Leaves behind:** `tokens.train.bin`, `tokens.val.bin`, `tokens.test.bin` and `duplicates.csv`
 # in the results folder.
 
 # %% [markdown]
