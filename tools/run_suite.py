@@ -51,7 +51,8 @@ def main() -> None:
     out, begun = args.out or results_folder(str(args.grid or args.recipe)), time.monotonic()
     grid = plan_grid(args.grid, args.recipe, out, args.notebook or TRAIN, args.text, args.extra_text,
                      overrides_of(args), args.gpus, args.at_once)
-    from plotarmour.suite.runner import compare_rows, describe_best, run_grid  # seconds, after the checks
+    print(f"{len(grid.rows)} run{'s' * (len(grid.rows) > 1)}; results go to {out}", flush=True)
+    from plotarmour.suite.runner import compare_rows, describe_best, run_grid  # seconds of imports
 
     try:
         states = run_grid(grid)

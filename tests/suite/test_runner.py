@@ -334,6 +334,7 @@ def test_an_interrupt_lets_the_row_save_and_leaves_nobody_behind(command, tmp_pa
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, out + err
+    assert out.startswith(f"2 runs; results go to {tmp_path / 'out'}\n"), "before the imports"
     assert err.startswith("stopping: a run that trains finishes its step and saves") and "Traceback" not in err
     assert err.splitlines()[-1].startswith("stopped; ") and err.endswith("The same command continues.\n")
     assert [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE] == []
