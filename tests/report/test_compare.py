@@ -16,7 +16,8 @@ from plotarmour import run
 from plotarmour.cli import UserError
 from plotarmour.config import load_recipe
 from plotarmour.data.pretokenize import pre_tokenize
-from plotarmour.data.token_file import HEADER_BYTES, TokenFile, header_block, read_header
+from plotarmour.data.token_file import HEADER_BYTES, TokenFile, read_header
+from plotarmour.data.token_writer import header_block
 from plotarmour.report.compare import check_together, compare_runs, find_runs
 from plotarmour.report.verdict import readable_table, text_table
 from plotarmour.run import train_run
