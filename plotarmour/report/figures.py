@@ -1,17 +1,20 @@
 """Figures (PNG) of a run's log, of story lengths, and of a comparison's tables.
 
 Each function writes a figure to `path`. An arm has the same colour and dash in all figures of a comparison. Text is
-drawn as it is: `$` does not begin a formula. Figures use no global matplotlib state.
+drawn as it is: `$` does not begin a formula, and `_` hides no name. Figures use no global matplotlib state.
 """
 
 import html
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from plotarmour.evaluation.arms import Arm
 from plotarmour.models import KINDS
@@ -21,6 +24,8 @@ SKY_BLUE, GRAY, LIGHT_GRAY, DARK_GRAY = "#56B4E9", "#8A8A8A", "#C4C4C4", "#55555
 TINTS = ("#CFE3F1", "#FBE3C8", "#CFEDE3", "#F0D9E8")  # backgrounds of tokens, light enough for black text
 DASHES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")  # distinguish arms of one kind
 DOTTED = (0, (1, 2))
+FONTS = ("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS",
+         "Nirmala UI", "Noto Sans Devanagari")  # those installed are tried in this order for each character
 MIN_STORIES = 20  # a curve by position ends where fewer stories (or less than a quarter of them) have a token
 
 
@@ -240,8 +245,8 @@ def _label(arm: Arm) -> str:
 
 
 def _escape(text: str) -> str:
-    """Escape text for matplotlib, which renders text between two `$` as a formula."""
-    return text.replace("$", r"\$")
+    """Escape text for matplotlib, which takes text between two `$` for a formula, and leaves `_names` out of legends."""
+    return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")  # a space of no width
 
 
 def new_figure(width: float, height: float, title: str, x_label: str, y_label: str = "", columns: int = 1, **options):
@@ -262,5 +267,10 @@ def new_figure(width: float, height: float, title: str, x_label: str, y_label: s
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write a figure as PNG, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    installed = set(font_manager.get_font_names())
+    for text in figure.findobj(Text):
+        text.set_fontfamily([font for font in FONTS if font in installed])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a character that no font has is drawn as a box
+        figure.savefig(path, dpi=130)
     return path

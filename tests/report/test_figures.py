@@ -1,5 +1,6 @@
 import pandas as pd
 import pytest
+from matplotlib.legend import Legend
 from matplotlib.text import Text
 
 from plotarmour.evaluation.arms import Arm
@@ -44,6 +45,20 @@ def test_text_in_figures_is_text(tmp_path, monkeypatch, name):
     draw_all(tmp_path, name)
     assert len(list(tmp_path.iterdir())) == 6
     assert sum(name in text and not is_math for text, is_math in shown) >= 5  # curves, bars and title, pair, positions
+
+
+@pytest.mark.parametrize("name", ["_bdh", "狼_run", "हिन्दी"])
+def test_no_name_is_left_out_of_a_figure(tmp_path, monkeypatch, name):
+    """Guards: a run whose name begins with `_` is missing from legends; a character without a glyph is a warning."""
+    legends, save = [], figures.save_figure
+
+    def record(figure, path):
+        legends.extend(text.get_text() for legend in figure.findobj(Legend) for text in legend.get_texts())
+        return save(figure, path)
+
+    monkeypatch.setattr(figures, "save_figure", record)
+    draw_all(tmp_path, name)
+    assert sum(name in text for text in legends) == 3  # curves, positions, shares
 
 
 def test_one_run_shows_its_training_loss_and_no_flops_unless_given(tmp_path, monkeypatch):
