@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Write result tables, command help and the map between the markers of README.md and docs/."""
+"""Write result tables, command help and the map between the markers of README.md and docs/, and the example report."""
 
 import argparse
 import ast
 import csv
 import dataclasses
 import importlib.util
+import json
 import math
 import re
 import statistics
@@ -21,11 +22,14 @@ from plotarmour.cli import HelpFormatter, UserError, run_command
 from plotarmour.config import DataConfig, TrainingConfig
 
 REFERENCE = ROOT / "results" / "reference"
+EXAMPLE_REPORT = REFERENCE / "example" / "comparison" / "report.html"
 MARKER = re.compile(r"(<!-- BEGIN ([\w-]+) -->\n)(.*?)(<!-- END \2 -->)", re.S)
 FINALS = {"bdh": "**BDH**", "gpt2-time": "**GPT-2**, same time", "gpt2": "**GPT-2**, same tokens",
           "gpt2-flops": "**GPT-2**, same FLOPs per token"}
 TINY = {"gpt2-long_seed-1": "**GPT-2**, 18,000 steps, one seed", "bdh-long_seed-1": "**BDH**, 18,000 steps, one seed",
         "gpt2": "**GPT-2**, five seeds", "bdh": "**BDH**, five seeds"}
+EXAMPLE_RUNS = ("bdh", "gpt2")
+EXAMPLE_TABLES = ("totals", "arms", "pairs", "checks", "different_stories", "samples", "positions")
 # Column of arms.csv -> its title and its format.
 COLUMNS = {"core_params": ("core params", "{:,.0f}"), "params": ("all params", "{:,.0f}"),
            "train_tokens": ("training tokens", "{:,.0f}"), "train_flops": ("training TFLOPs", "{:.1f}"),
@@ -172,6 +176,36 @@ def over_corpus() -> str:
     return f"{sentence('bdh', 'BDH')}\n{sentence('gpt2', 'GPT-2')}"
 
 
+def copy_example(results: Path) -> None:
+    """Copy tables, figures, logs and run.json of the suite's results to results/reference/example."""
+    names = [f"comparison/{name}.csv" for name in EXAMPLE_TABLES] + ["comparison/win_shares.csv"]
+    names += [path.relative_to(results).as_posix() for path in sorted((results / "comparison").glob("*.png"))]
+    for name in [*names, *(f"{run}/{file}" for run in EXAMPLE_RUNS for file in ("run.json", "log.csv"))]:
+        path = REFERENCE / "example" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((results / name).read_bytes())
+
+
+def example_report() -> str:
+    """Return results/reference/example/comparison/report.html, from the tables and with the figures beside it."""
+    import pandas as pd
+
+    from plotarmour.evaluation.arms import group_runs
+    from plotarmour.report.verdict import Comparison, render_page
+    from plotarmour.run import Run, recipe_of
+
+    folder = REFERENCE / "example"
+    infos = {name: json.loads((folder / name / "run.json").read_text(encoding="utf-8")) for name in EXAMPLE_RUNS}
+    table, by_arm, pairs, checks, examples, samples, _ = (pd.read_csv(folder / "comparison" / f"{name}.csv")
+                                                          for name in EXAMPLE_TABLES)
+    runs = [Run(folder / name, None, None, recipe_of(info), info, 0, None) for name, info in infos.items()]
+    same_order = len({info["train"]["order_sha256"] for info in infos.values()}) == 1
+    comparison = Comparison("test stories of recipe tiny", group_runs(infos), table, by_arm, pairs, checks, [],
+                            examples, samples, runs, None, same_order, "test")
+    figures = sorted(path.name for path in (folder / "comparison").glob("*.png"))
+    return render_page(comparison, folder / "comparison", {name: name for name in figures})
+
+
 def draw_figures() -> None:
     """Draw the figures of results/reference that follow from committed tables."""
     import pandas as pd
@@ -290,6 +324,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a file differs")
     parser.add_argument("--figures", action="store_true", help="also draw the figures of results/reference that follow "
                         "from committed tables")
+    parser.add_argument("--example", type=Path, metavar="FOLDER", help="results of python tools/run_suite.py, to be "
+                        "copied to results/reference/example first")
     return parser
 
 
@@ -297,11 +333,12 @@ def main() -> None:
     args = build_parser().parse_args()
     if args.figures:
         draw_figures()
-    differing = []
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        text = path.read_text(encoding="utf-8")
-        rendered = render(text)
-        if rendered != text:
+    if args.example:
+        copy_example(args.example)
+    pages, differing = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], []
+    for path, rendered in [*((page, render(page.read_text(encoding="utf-8"))) for page in pages),
+                           (EXAMPLE_REPORT, example_report())]:
+        if not path.exists() or rendered != path.read_text(encoding="utf-8"):
             differing.append(path.relative_to(ROOT).as_posix())
             if not args.check:
                 path.write_text(rendered, encoding="utf-8", newline="\n")

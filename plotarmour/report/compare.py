@@ -131,8 +131,8 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
     if pairs:
         tables |= {"pairs.csv": comparison.pairs, "different_stories.csv": comparison.examples,
                    "samples.csv": comparison.samples, "win_shares.csv": pd.concat(
-                       [win_share_by_length(*nats_of(a, b, scores)).assign(pair=f"{a.name} against {b.name}")
-                        for a, b in pairs])}
+                       [win_share_by_length(*nats_of(a, b, scores)).assign(
+                           pair=f"{comparison.labels[a.name]} against {comparison.labels[b.name]}") for a, b in pairs])}
     for name, frame in tables.items():
         write_csv(frame, out / name)
     _draw(comparison, tables, budgets, out)

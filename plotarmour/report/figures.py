@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from plotarmour.evaluation.arms import Arm
+from plotarmour.evaluation.scoring import UNBOUNDED
 from plotarmour.models import KINDS
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -60,7 +61,7 @@ def training_curves(arms: list[Arm], logs: dict[str, pd.DataFrame], path: Path,
     if flops_per_token is None:
         del x_axes["training FLOPs (10¹²)"]
     faint = " (faint: training)" if any(len(arm.runs) == 1 for arm in arms) else ""
-    figure, panels = new_figure(1 + 4.2 * len(x_axes), 4.4, f"Validation loss{faint}", "",
+    figure, panels = new_figure(1 + 3.2 * len(x_axes), 3.8, f"Validation loss{faint}", "",
                                 "validation loss (nats per token)", columns=len(x_axes), sharey=True)
     style, losses = styles(arms), [baseline[1]] if baseline else []
     for arm in arms:
@@ -90,12 +91,12 @@ def training_curves(arms: list[Arm], logs: dict[str, pd.DataFrame], path: Path,
         panel.set_xlabel(label)
         panel.set_xlim(left=0)
     if baseline:
-        panels[0].annotate(f"{baseline[0]} (test)", (0.99, baseline[1]), xycoords=("axes fraction", "data"), ha="right",
-                           va="bottom", color=DARK_GRAY, fontsize=9)
+        panels[-1].annotate(f"{baseline[0]} (test)", (0.99, baseline[1]), xycoords=("axes fraction", "data"),
+                            ha="right", va="bottom", color=DARK_GRAY, fontsize=9)
     margin = 0.08 * (max(losses) - min(losses)) + 0.01 if losses else 1.0
     panels[0].set_ylim(min(losses, default=0.0) - margin, max(losses, default=0.0) + margin)
-    if panels[-1].get_legend_handles_labels()[0]:
-        panels[-1].legend(frameon=False, loc="upper right", fontsize=9)
+    if panels[0].get_legend_handles_labels()[0]:
+        panels[0].legend(frameon=False, loc="upper right", fontsize=9)
     return save_figure(figure, path)
 
 
@@ -103,12 +104,12 @@ def perplexities(arms: list[Arm], by_arm: pd.DataFrame, by_run: pd.DataFrame, pa
     """Draw the perplexity of arms, baselines and corpus as bars, in the order of the table, and each seed as a point.
 
     Args:
-        by_arm: name and perplexity of arms, baselines and corpus.
+        by_arm: name, model and perplexity of arms, baselines and corpus.
         by_run: name and perplexity of the runs.
     """
-    figure, axes = new_figure(8, 1.0 + 0.5 * len(by_arm),
+    figure, axes = new_figure(6.4, 1.1 + 0.42 * len(by_arm),
                               _escape(title) or "Perplexity: models in colour, n-gram baselines in gray",
-                              "perplexity on held-out stories (logarithmic; lower is better; points: seeds)")
+                              "perplexity on held-out stories\n(logarithmic; lower is better; points: seeds)")
     style, arm_of = styles(arms), {arm.name: arm for arm in arms}
     points = by_run.set_index("name")["perplexity"]
     colors = [style[name]["color"] if name in style else GREEN if "corpus" in name else
@@ -119,8 +120,7 @@ def perplexities(arms: list[Arm], by_arm: pd.DataFrame, by_run: pd.DataFrame, pa
         if name in arm_of and len(arm_of[name].runs) > 1:
             values = points[list(arm_of[name].runs)]
             axes.plot(values, [i] * len(values), "o", color="black", markersize=3.5)
-    axes.set_yticks(range(len(by_arm)), [_label(arm_of[name]) if name in arm_of else _escape(name)
-                                         for name in by_arm["name"]])
+    axes.set_yticks(range(len(by_arm)), map(_escape, row_labels(by_arm)))
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlim(1, by_arm["perplexity"].max() * 2.2)
@@ -134,8 +134,8 @@ def differences_forest(arms: list[Arm], pairs: pd.DataFrame, path: Path) -> Path
         arms: arms of the comparison.
         pairs: table of `compare_arms`.
     """
-    figure, axes = new_figure(9, 1.3 + 0.42 * len(pairs), "Differences and their intervals",
-                              "difference in perplexity (%), 95 % interval; below 0 the first of a pair is better")
+    figure, axes = new_figure(6.4, 1.4 + 0.42 * len(pairs), "Differences and their intervals",
+                              "difference in perplexity (%), 95 % interval\nbelow 0 the first of a pair is better")
     names = {arm.name: _label(arm) for arm in arms}
     several_seeds = pairs["speaks_of"] == "recipes"
     for i, (_, row) in enumerate(pairs.iterrows()):
@@ -162,7 +162,7 @@ def loss_by_position(arms: list[Arm], positions: pd.DataFrame, path: Path, conte
         positions: table with run, position, tokens, nats.
         context_length: drawn as a line, if given.
     """
-    figure, axes = new_figure(8, 4.2, "Loss by position in a story",
+    figure, axes = new_figure(6.4, 3.8, "Loss by position in a story",
                               f"position of the token in its story (at least {MIN_STORIES} stories)",
                               "loss (nats per token)")
     style = styles(arms)
@@ -190,7 +190,7 @@ def win_shares(shares: pd.DataFrame, path: Path) -> Path:
     Args:
         shares: for every pair, the table of `win_share_by_length` and the column pair, "A against B".
     """
-    figure, axes = new_figure(8, 3.8, "Share of stories for which the first of a pair has fewer nats",
+    figure, axes = new_figure(6.4, 3.8, "Share of stories for which the first of a pair has fewer nats",
                               "tokens in the story", "stories won (%)")
     colors = (BLUE, ORANGE, GREEN, PURPLE)
     tables = list(shares.groupby("pair", sort=False))
@@ -204,13 +204,13 @@ def win_shares(shares: pd.DataFrame, path: Path) -> Path:
                                         zip(table["min_tokens"], table["max_tokens"], strict=True)])
     axes.axhline(50, color=DARK_GRAY, linewidth=1)
     axes.set_ylim(-3, 103)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(frameon=False, fontsize=9, loc="outside lower left")  # a curve can be anywhere in the axes
     return save_figure(figure, path)
 
 
 def story_lengths(tokens_per_story: Sequence[int], path: Path, context_length: int | None = None) -> Path:
     """Draw a histogram of story lengths in tokens, with the context length as a line if given."""
-    figure, axes = new_figure(8, 3.2, "Story lengths", "tokens per story", "stories")
+    figure, axes = new_figure(6.4, 3.2, "Story lengths", "tokens per story", "stories")
     axes.hist(tokens_per_story, bins=min(60, max(10, len(tokens_per_story) // 50)), color=BLUE)
     if context_length:
         axes.axvline(context_length, color=ORANGE, linewidth=2)
@@ -239,13 +239,23 @@ def arm_label(name: str, kind: str) -> str:
     return label if name in (kind, label) else f"{name} ({label})"
 
 
+def row_labels(table: pd.DataFrame) -> list[str]:
+    """Return the label of each row of a table of totals: of runs and arms by `arm_label`, of others their name."""
+    kinds = table.dropna(subset="model").set_index("name")["model"] if "model" in table else {}
+    labels = []
+    for name in table["name"]:
+        base = name.removesuffix(UNBOUNDED)
+        labels.append(arm_label(base, kinds[base]) + name[len(base):] if base in kinds else name)
+    return labels
+
+
 def _label(arm: Arm) -> str:
     """Return the label of an arm, escaped for matplotlib."""
     return _escape(arm_label(arm.name, arm.model))
 
 
 def _escape(text: str) -> str:
-    """Escape text for matplotlib, which takes text between two `$` for a formula, and leaves `_names` out of legends."""
+    """Escape text for matplotlib, which takes text between two `$` as a formula and leaves `_names` out of legends."""
     return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")  # a space of no width
 
 

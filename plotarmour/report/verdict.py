@@ -17,9 +17,10 @@ from plotarmour.evaluation.metrics import totals
 from plotarmour.evaluation.scoring import BASELINE, UNBOUNDED
 from plotarmour.files import write_text
 from plotarmour.models import KINDS
-from plotarmour.report.figures import arm_label
+from plotarmour.report.figures import arm_label, row_labels
 from plotarmour.run import Run
 from plotarmour.training.ending import DONE
+from plotarmour.training.log import read_log
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 SPEAKS_OF = {
@@ -62,37 +63,53 @@ class Comparison:
     same_order: bool  # whether runs of one seed were trained on the same tokens in the same order
     part: str | None  # of a split that was scored: "train", "val" or "test"; None: unknown
 
+    @property
+    def labels(self) -> dict[str, str]:
+        """The label of each arm by its name."""
+        return {arm.name: arm_label(arm.name, arm.model) for arm in self.arms}
+
+    @property
+    def several_seeds(self) -> bool:
+        return any(len(arm.runs) > 1 for arm in self.arms)
+
 
 def write_verdict(c: Comparison, out: Path) -> None:
     """Write summary.txt and report.html, which shows the figures in `out`."""
-    labels = {arm.name: arm_label(arm.name, arm.model) for arm in c.arms}
-    pairs = arm_pairs(c.pairs, labels) if len(c.pairs) else c.pairs
-    several_seeds = any(len(arm.runs) > 1 for arm in c.arms)
-    numbers, first = readable_table(c.by_arm if several_seeds else c.table), c.table.iloc[0]
-    denominators = (f"Loss is nats per token over {first['tokens']:,} tokens of {first['stories']:,} stories (with the "
-                    f"closing end-of-text of each story), bits per byte over {first['bytes']:,} bytes of their text.")
-    verdicts = [_describe(pair) for _, pair in pairs.iterrows()]
-    answer = headline(pairs) if verdicts else "One arm only: there is no comparison."
-    answer = " ".join([*_reservations(c, labels), answer])
-    lines = [c.title, "", text_table(numbers), "", denominators, "", answer, *verdicts]
-    lines += ["", *_calibration(c, labels), f"{c.checks.passed.sum()} leak checks passed (checks.csv)."]
+    pairs, numbers = arm_pairs(c.pairs, c.labels), readable_table(c.by_arm if c.several_seeds else c.table)
+    lines = [c.title, "", text_table(numbers), "", _denominators(c.table), "", _answer(c, pairs)]
+    lines += [*(_describe(pair) for _, pair in pairs.iterrows()), "", *_calibration(c),
+              f"{c.checks.passed.sum()} leak checks passed (checks.csv)."]
     lines += [f"Not equal between the runs: {difference}." for difference in c.unequal]
     write_text(out / "summary.txt", "\n".join(lines) + "\n")
+    images = {path.name: f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+              for path in out.glob("*.png")}
+    write_text(out / "report.html", render_page(c, out, images))
 
+
+def render_page(c: Comparison, out: Path, images: dict[str, str]) -> str:
+    """Return report.html.
+
+    Args:
+        out: folder with positions.csv and win_shares.csv.
+        images: by the name of a figure's file, where the page finds it: the image itself as a data URL, or a path.
+    """
+    labels, pairs = c.labels, arm_pairs(c.pairs, c.labels)
     kinds = {arm.name: KINDS[arm.model] for arm in c.arms}
     kind_labels = dict.fromkeys(kind.label for kind in kinds.values())
+    results, costs = _results_and_costs(c.by_arm if c.several_seeds else c.table)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         zip=zip, c=c, heading=" and ".join(labels.values() if len(labels) < 3 else kind_labels),
-        headline=answer, verdicts=verdicts, numbers=numbers, denominators=denominators,
-        figures={path.name: base64.b64encode(path.read_bytes()).decode() for path in out.glob("*.png")},
-        matchings=_matchings(pairs), several_kinds=len(kind_labels) > 1, several_seeds=several_seeds,
-        labels=labels, colors={name: kind.colors[0] for name, kind in kinds.items()},
+        answer=_answer(c, pairs), verdicts=[_describe(pair) for _, pair in pairs.iterrows()],
+        results=results, costs=costs, denominators=_denominators(c.table), images=images,
+        findings=_findings(c, pairs, out), matchings=_matchings(pairs), several_kinds=len(kind_labels) > 1,
+        several_seeds=c.several_seeds, labels=labels,
+        colors={name: kind.colors[0] for name, kind in kinds.items()},
+        run_labels={run: labels[arm.name] for arm in c.arms for run in arm.runs},
         examples=list(c.examples.itertuples()), protocol=_protocol(c), info=c.runs[0].info,
         strides=sorted({c.stride or run.context_length // 2 for run in c.runs}),
         checks=c.checks.assign(passed=c.checks["passed"].map({True: "yes", False: "NO"}).fillna("not checked")),
-        every_run=readable_table(c.table))
-    write_text(out / "report.html", page)
+        every_run=_results_and_costs(c.table))
 
 
 def readable_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -100,10 +117,52 @@ def readable_table(table: pd.DataFrame) -> pd.DataFrame:
     columns = {}
     for column, title, form in COLUMNS:
         if column in table:
-            columns[title] = ["" if pd.isna(v) else form.format(v) if form else v for v in table[column]]
+            values = row_labels(table) if column == "name" else table[column]
+            columns[title] = ["" if pd.isna(v) else form.format(v) if form else v for v in values]
     if "ended" in table and not table["ended"].dropna().isin(DONE).all():
         columns["ended"] = ["" if pd.isna(v) or v in DONE else f"NOT FINISHED: {v}" for v in table["ended"]]
     return pd.DataFrame(columns, index=table.index, dtype=object)
+
+
+def _results_and_costs(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the columns of `readable_table` as two tables that fit on a page: metrics, and budgets where known."""
+    numbers = readable_table(table)
+    titles = [title for column, title, _ in COLUMNS if column in (*BUDGETS, "checkpoint_step") and title in numbers]
+    costs = numbers[["name", *titles]]
+    return numbers.drop(columns=titles), costs[(numbers[titles] != "").any(axis=1)]
+
+
+def _denominators(table: pd.DataFrame) -> str:
+    """Return a sentence with the tokens, stories and bytes that losses are means over."""
+    first = table.iloc[0]
+    return (f"Loss is nats per token over {first['tokens']:,} tokens of {first['stories']:,} stories (with the "
+            f"closing end-of-text of each story), bits per byte over {first['bytes']:,} bytes of their text.")
+
+
+def _findings(c: Comparison, pairs: pd.DataFrame, out: Path) -> dict[str, str]:
+    """Return what each figure shows, as a sentence for readers who cannot see it, by the name of its file."""
+    rows = zip(row_labels(c.by_arm), c.by_arm["perplexity"], strict=True)
+    findings = {"perplexity.png": "Perplexity: " + ", ".join(f"{name} {value:,.3f}" for name, value in rows)}
+    logs = {run.name: read_log(run.folder / "log.csv")["val_loss"].dropna() for run in c.runs}
+    last = {arm.name: [logs[run].iloc[-1] for run in arm.runs if len(logs[run])] for arm in c.arms}
+    findings["training_curves.png"] = "Last validation loss: " + ", ".join(
+        f"{c.labels[name]} {sum(values) / len(values):.3f}" for name, values in last.items() if values)
+    positions = pd.read_csv(out / "positions.csv")
+    tokens = positions.groupby("position")["tokens"].sum().cumsum()
+    middle = tokens.index[tokens >= tokens.iloc[-1] / 2][0]  # half of all tokens are at positions up to this one
+    parts = []
+    for arm in c.arms:
+        own = positions[positions["run"].isin(arm.runs)]
+        halves = own.groupby(own["position"] > middle)[["nats", "tokens"]].sum()
+        losses = [f"{loss:.3f}" for loss in halves["nats"] / halves["tokens"]]
+        parts.append(f"{c.labels[arm.name]} {', then '.join(losses)}")
+    findings["loss_by_position.png"] = f"Mean loss up to position {middle}, and after it: {'; '.join(parts)}"
+    if len(pairs):
+        shares = pd.read_csv(out / "win_shares.csv").groupby("pair", sort=False)["share"].agg(["min", "max"])
+        findings |= {"differences.png": headline(pairs).removesuffix("."), "win_shares.png":
+                     "Stories won by the first of a pair, from the lowest to the highest share: " + "; ".join(
+                         f"{pair} {100 * low:.0f} to {100 * high:.0f} %" for pair, low, high in shares.itertuples())}
+    return findings
 
 
 def text_table(numbers: pd.DataFrame) -> str:
@@ -151,7 +210,7 @@ def arm_table(arms: list[Arm], table: pd.DataFrame) -> pd.DataFrame:
 
 def arm_pairs(pairs: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
     """Return the rows of pairs.csv that compare arms, with labels in place of their names."""
-    return pairs[pairs["is_arms"]].replace({"a": labels, "b": labels})
+    return pairs[pairs["is_arms"]].replace({"a": labels, "b": labels}) if len(pairs) else pairs
 
 
 def headline(pairs: pd.DataFrame) -> str:
@@ -183,9 +242,14 @@ def _describe(pair: pd.Series) -> str:
     return f"{difference} {SPEAKS_OF[pair['speaks_of']].format(**pair)} {wins}"
 
 
-def _reservations(c: Comparison, labels: dict[str, str]) -> list[str]:
+def _answer(c: Comparison, pairs: pd.DataFrame) -> str:
+    """Return the sentences that a report opens with."""
+    return " ".join([*_reservations(c), headline(pairs) if len(pairs) else "One arm only: there is no comparison."])
+
+
+def _reservations(c: Comparison) -> list[str]:
     """Return the sentences that stand before the differences, because they decide what these are worth."""
-    lines, (baseline, _, others) = [], _against_counting(c, labels)
+    lines, (baseline, _, others) = [], _against_counting(c)
     for check in c.checks[(c.checks["check"] == LONG_OVERLAP) & ~c.checks["passed"].fillna(True)].itertuples():
         lines.append(f"NOT HELD OUT: {check.found} have half of their tokens, in one piece, in one training story, so "
                      "a model can recall them.")
@@ -195,21 +259,21 @@ def _reservations(c: Comparison, labels: dict[str, str]) -> list[str]:
     return lines
 
 
-def _against_counting(c: Comparison, labels: dict[str, str]) -> tuple[str | None, list[str], list[str]]:
+def _against_counting(c: Comparison) -> tuple[str | None, list[str], list[str]]:
     """Return the best n-gram baseline, and the labels of the arms that are better and of those that are not."""
     baselines = c.table[c.table["name"].str.endswith(BASELINE)]
     if baselines.empty:
         return None, [], []
     best = baselines.iloc[0]  # the table is sorted by loss
     losses = c.by_arm.set_index("name")["loss"]
-    better = [label for name, label in labels.items() if losses[name] < best["loss"]]
-    others = [label for label in labels.values() if label not in better]
+    better = [label for name, label in c.labels.items() if losses[name] < best["loss"]]
+    others = [label for label in c.labels.values() if label not in better]
     return f"the {best['name']} (perplexity {best['perplexity']:.2f})", better, others
 
 
-def _calibration(c: Comparison, labels: dict[str, str]) -> list[str]:
+def _calibration(c: Comparison) -> list[str]:
     """Return sentences that compare the arms with the corpus, whose nats are exact, and with the best baseline."""
-    lines, (baseline, better, _) = [], _against_counting(c, labels)
+    lines, (baseline, better, _) = [], _against_counting(c)
     if "over_corpus" in c.table:
         of_runs = c.table.loc[c.table["model"].notna(), "over_corpus"]
         low, high = of_runs.min(), of_runs.max()
@@ -225,32 +289,32 @@ def _calibration(c: Comparison, labels: dict[str, str]) -> list[str]:
 
 
 def _matchings(pairs: pd.DataFrame) -> pd.DataFrame:
-    """Return the budgets in which each pair of arms matches, and the ratios of all budgets."""
-    rows = []
+    """Return the budgets in which each pair of arms matches, and the ratios of all budgets: a column per pair."""
+    columns = {}
     for _, pair in pairs.iterrows():
         ratios = {label: pair[f"{column}_ratio"] for label, column, _ in MATCHINGS}
         change, low, high = (pair[f"perplexity_ratio{end}"] - 1 for end in ("", "_low", "_high"))
-        rows.append({"pair": f"{pair['a']} against {pair['b']}", "the same": pair["matched"] or "nothing",
-                     **{label: "" if pd.isna(ratio) else f"× {ratio:.2f}" for label, ratio in ratios.items()},
-                     "perplexity": f"{change:+.1%} ({low:+.1%} to {high:+.1%})"})
-    return pd.DataFrame(rows)
+        columns[f"{pair['a']} against {pair['b']}"] = {
+            "the same": pair["matched"] or "nothing",
+            **{label: "" if pd.isna(ratio) else f"× {ratio:.2f}" for label, ratio in ratios.items()},
+            "perplexity": f"{change:+.1%} ({low:+.1%} to {high:+.1%})"}
+    return pd.DataFrame(columns).rename_axis("").reset_index()
 
 
 def _protocol(c: Comparison) -> pd.DataFrame:
-    """Return the settings of each arm."""
-    rows = []
+    """Return the settings: a column per arm."""
+    columns = {}
     for arm in c.arms:
         runs = [run for run in c.runs if run.name in arm.runs]
         config, t, info = runs[0].config, runs[0].config.training, runs[0].info
         orders = sorted({run.info["train"]["order_sha256"][:12] for run in runs})
-        rows.append({"arm": arm.name, "recipe": config.name,
-                     "shape": ", ".join(f"{name} {value}" for name, value in config.architecture.items()),
-                     "learning rate": f"{t.learning_rate:g}", "schedule": t.schedule, "steps": f"{t.max_steps:,}",
-                     "tokens per step": f"{t.tokens_per_step:,}", "context": f"{t.context_length:,}",
-                     "seeds": f"{len(arm.seeds)} ({', '.join(map(str, arm.seeds))})",
-                     "order of the data (hash)": ", ".join(orders), "dtype": info["dtype"],
-                     "hardware": info["hardware"]})
-    return pd.DataFrame(rows)
+        columns[c.labels[arm.name]] = {
+            "recipe": config.name, "shape": ", ".join(f"{name} {value}" for name, value in config.architecture.items()),
+            "learning rate": f"{t.learning_rate:g}", "schedule": t.schedule, "steps": f"{t.max_steps:,}",
+            "tokens per step": f"{t.tokens_per_step:,}", "context": f"{t.context_length:,}",
+            "seeds": f"{len(arm.seeds)} ({', '.join(map(str, arm.seeds))})",
+            "order of the data (hash)": ", ".join(orders), "dtype": info["dtype"], "hardware": info["hardware"]}
+    return pd.DataFrame(columns).rename_axis("").reset_index()
 
 
 def _change(pair: pd.Series) -> str:

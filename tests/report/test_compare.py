@@ -103,13 +103,45 @@ def test_the_report_stands_alone(compared):
     assert "95 % interval" in summary and " leak checks passed" in summary
 
 
+def test_the_report_explains_its_words_and_says_what_its_figures_show(compared):
+    """Guards: "over corpus" explained nowhere; an alt text that repeats the caption; a caption against its curve."""
+    page = (compared / "report.html").read_text(encoding="utf-8")
+    for said in ("&#34;Over corpus&#34; is", "&#34;Loss on facts&#34; is", "A baseline predicts from counts",
+                 "Core params are"):
+        assert said in page.replace('"', "&#34;"), said
+    alts = dict(zip(("differences", "curves", "perplexity", "positions", "shares"), re.findall('alt="([^"]*)"', page),
+                    strict=True))
+    by_arm = pd.read_csv(compared / "arms.csv").set_index("name")
+    positions = pd.read_csv(compared / "positions.csv")
+    assert "perplexity on held-out stories is" in alts["differences"]
+    assert f"BDH {by_arm.loc['bdh', 'perplexity']:,.3f}" in alts["perplexity"]
+    assert re.fullmatch(r"Last validation loss: BDH \d+\.\d{3}, GPT-2 \d+\.\d{3}\.", alts["curves"])
+    assert re.search(r"BDH against GPT-2 \d+ to \d+ %\.", alts["shares"])
+    middle, early, late = re.match(r"Mean loss up to position (\d+), and after it: BDH ([\d.]+), then ([\d.]+);",
+                                   alts["positions"]).groups()
+    own = positions[positions["run"].str.startswith("bdh_") & (positions["position"] <= int(middle))]
+    assert float(early) == pytest.approx(own["nats"].sum() / own["tokens"].sum(), abs=1e-3) and float(late) > 0
+    assert "harder to predict" not in page
+
+
+def test_the_report_fits_screens_and_has_one_name_for_an_arm(compared):
+    """Guards: a table cut without a cue; `gpt2` in a table and "GPT-2" in a figure; a white page at night."""
+    page = (compared / "report.html").read_text(encoding="utf-8")
+    assert "@media (prefers-color-scheme: dark)" in page and "min-width: 34rem" not in page
+    tables = re.findall(r'<div class="scroll"><table><thead>(.*?)</thead>', page)
+    assert len(tables) == page.count("<table>") == 7 and all(header.count("<th") <= 9 for header in tables)
+    assert ">BDH</td>" in page and ">bdh</td>" not in page and ">GPT-2</th>" in page and ">gpt2</t" not in page
+    assert pd.read_csv(compared / "win_shares.csv")["pair"].unique().tolist() == ["BDH against GPT-2"]
+
+
 @pytest.mark.parametrize("name", ["tiny", "finals/comparison"])
 def test_the_table_of_the_summary_fits_a_terminal(root, name):
     """Guards: a table of 170 characters, which a terminal of 80 columns wraps into rubble."""
     totals = pd.read_csv(root / "results" / "reference" / name / "totals.csv")
     table = text_table(readable_table(totals))
     assert max(map(len, table.splitlines())) <= 80 and "\\" not in table
-    assert all(table.count(run) == 2 for run in ("bdh_seed-2  ", "trigram baseline")), "a row in each of two blocks"
+    blocks = 2  # a row in each
+    assert all(table.count(run) == blocks for run in ("bdh_seed-2 (BDH)  ", "trigram baseline"))
     assert all(title in table for title in ("perplexity", "bits/byte", "core params", "trained on", "seconds"))
 
 

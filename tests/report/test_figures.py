@@ -20,7 +20,8 @@ def arms(*names):
 
 def draw_all(folder, name):
     own = arms(name, "plain")
-    table = pd.DataFrame({"name": [name, "plain", "trigram baseline"], "perplexity": [9.0, 11.0, 30.0]})
+    table = pd.DataFrame({"name": [name, "plain", "trigram baseline"], "model": ["bdh", "bdh", None],
+                          "perplexity": [9.0, 11.0, 30.0]})
     positions = pd.DataFrame({"run": [name] * 3, "position": range(3), "tokens": [9, 9, 9], "nats": [9.0, 8.0, 7.0]})
     figures.training_curves(own, {name: LOG, "plain": LOG}, folder / "curves.png", {name: 1e9, "plain": 1e9},
                             ("trigram baseline", 2.2))
@@ -59,6 +60,24 @@ def test_no_name_is_left_out_of_a_figure(tmp_path, monkeypatch, name):
     monkeypatch.setattr(figures, "save_figure", record)
     draw_all(tmp_path, name)
     assert sum(name in text for text in legends) == 3  # curves, positions, shares
+
+
+def test_a_legend_of_win_shares_covers_no_point(tmp_path, monkeypatch):
+    """Guards: a legend on the curve that it names."""
+    drawn, save = [], figures.save_figure
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: save(figure, path) and drawn.append(figure))
+    shares = pd.concat(SHARES.assign(pair=f"a against {share}", share=share) for share in (0.0, 0.5, 1.0))
+    figures.win_shares(shares, tmp_path / "shares.png")
+    [figure] = drawn
+    [legend] = figure.legends
+    assert not legend.get_window_extent().overlaps(figure.axes[0].get_window_extent())
+
+
+def test_rows_of_a_table_have_the_names_of_the_figures():
+    """Guards: `gpt2` in the table for what the figure names GPT-2."""
+    table = pd.DataFrame({"name": ["gpt2", "bdh unbounded", "bdh", "mine", "trigram baseline"],
+                          "model": ["gpt2", None, "bdh", "bdh", None]})
+    assert figures.row_labels(table) == ["GPT-2", "BDH unbounded", "BDH", "mine (BDH)", "trigram baseline"]
 
 
 def test_one_run_shows_its_training_loss_and_no_flops_unless_given(tmp_path, monkeypatch):
