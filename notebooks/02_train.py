@@ -113,9 +113,9 @@ final = train_recipe(given.recipe, given.model, data_folder, run_folder, given.o
 print(describe_ending(final, run_folder))
 
 # %%
-import pandas as pd
+from plotarmour.training.log import read_log
 
-log = pd.read_csv(run_folder / "log.csv", index_col="step")
+log = read_log(run_folder / "log.csv").set_index("step")
 measured = log[log["val_loss"].notna()].tail(12)
 measured[["tokens_seen", "elapsed_s", "val_loss", "val_perplexity", "val_bits_per_byte"]].round(3)
 
@@ -124,13 +124,10 @@ measured[["tokens_seen", "elapsed_s", "val_loss", "val_perplexity", "val_bits_pe
 # The best checkpoint continues the beginning of a story. The same seed gives the same story.
 
 # %%
-from plotarmour.evaluation.generation import generate
 from plotarmour.run import load_run
 
 best = load_run(run_folder)
-prompt = best.tokenizer.encode("Once upon a time")
-new = generate(best.model, prompt, best.tokenizer.end_of_text_id, best.machine, max_new_tokens=120, top_p=0.95, seed=1)
-print(best.tokenizer.decode([*prompt, *new]))
+print(best.generate("Once upon a time", max_new_tokens=120, top_p=0.95, seed=1))
 
 # %% [markdown]
 # ## Files written

@@ -5,17 +5,20 @@ import errno
 import io
 import json
 import os
+import shlex
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from tqdm import tqdm
 
 LINE_EVERY_S = 30.0  # seconds between two lines of progress outside a terminal
 OTHERS_WAIT_S = 10.0  # seconds before a process of torchrun other than the first reports its error and ends
+AnyPath = str | Path  # of a function's parameter; `as_path` makes a Path of it
 LAUNCHED = "PLOTARMOUR_LAUNCHED"  # set for processes that suite/multi_gpu.py starts and whose error.json it reads
 
 
@@ -54,6 +57,18 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
     return [*args.overrides, *([f"device={args.device}"] if args.device is not None else [])]
 
 
+def as_path(path: AnyPath) -> Path:
+    """Return a path with the home folder in place of "~" at its beginning; the type of every path on a command line."""
+    return Path(os.path.expanduser(path))
+
+
+def next_command(tool: str, *arguments: object) -> str:
+    """Return a line with a command of another tool to go on with, typed as this one was."""
+    path = Path(sys.argv[0]).with_name(f"{tool}.py")
+    return "next: " + shlex.join(["python", *(a.as_posix() if isinstance(a, Path) else str(a)
+                                              for a in (path, *arguments))])
+
+
 def refuse_existing(path: Path, force: bool) -> None:
     """Raise `UserError` if a result exists and the user has not said --force."""
     if path.exists() and not force:
@@ -74,7 +89,12 @@ def _checkpoint(text: str) -> str | int:
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command line's `main` and end the process: 0 on success, 2 on the user's mistake, 1 on our failure."""
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without the line of code
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by what started this process
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):  # what its encoding lacks, such as an emoji in cp1252, is escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()
@@ -106,7 +126,14 @@ def run_command(main: Callable[[], None]) -> None:
 
 def say(message: str) -> None:
     """Print a line to stderr, above a progress bar if there is one."""
-    tqdm.write(message, file=sys.stderr)
+    with suppress(OSError):  # the terminal is closed: the work goes on
+        tqdm.write(message, file=sys.stderr)
+
+
+@cache
+def warn(message: str) -> None:
+    """Print a warning, each one once. Not by `warnings.warn`, which PYTHONWARNINGS=error turns into an exception."""
+    say(f"warning: {message}")
 
 
 def progress(total: int, unit: str, description: str, initial: int = 0, is_timed: bool = True,

@@ -15,14 +15,13 @@ import difflib
 import math
 import tomllib
 import typing
-import warnings
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from plotarmour.cli import UserError
+from plotarmour.cli import UserError, as_path, warn
 from plotarmour.models import KINDS, LanguageModel, ModelConfig, architecture_fields, build_model, model_config
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -182,7 +181,7 @@ def load_recipe(name: str, model: str, overrides: Collection[str] = ()) -> Recip
     Raises:
         UserError: an unknown recipe or model, or wrong keys and values, all in one message.
     """
-    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    path = as_path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     if not path.is_file():
         raise UserError(f"unknown recipe {name!r}{_closest(name, recipe_names())}; expected one of "
                         f"{', '.join(recipe_names())}, or the path of a .toml file.")
@@ -212,7 +211,7 @@ def load_recipe(name: str, model: str, overrides: Collection[str] = ()) -> Recip
 def warn_ignored(recipe: Recipe, keys: Collection[str], why: str) -> None:
     """Warn of each of `keys` that the user has overridden: it has no effect, for the reason `why`."""
     for key in (key for key in recipe.overridden if key in keys):
-        warnings.warn(f"{key} is ignored: {why}.", stacklevel=3)
+        warn(f"{key} is ignored: {why}.")
 
 
 def _read_sections(path: Path, model: str) -> dict[str, dict[str, Any]]:
@@ -260,7 +259,7 @@ def _check_values(section: str, values: dict[str, Any], known: dict[str, datacla
             continue
         (kind, may_be_auto), rule = _kind(known[key]), known[key].metadata.get("rule")
         if kind is float and type(value) is int:
-            value = values[key] = float(value)
+            value = values[key] = float(value) if abs(value) <= LARGEST else math.inf
         if may_be_auto and value == AUTO:
             continue
         if type(value) is not kind:
@@ -293,7 +292,7 @@ def _warn_unused(recipe: Recipe) -> None:
         for key, field in config.__dataclass_fields__.items():
             is_set = key in recipe.overridden or getattr(config, key) != field.default
             if (used_if := field.metadata["used_if"]) and is_set and not used_if[1](config):
-                warnings.warn(f"{key} is ignored: it has an effect only where {used_if[0]}.", stacklevel=3)
+                warn(f"{key} is ignored: it has an effect only where {used_if[0]}.")
 
 
 def _kind(field: dataclasses.Field) -> tuple[type, bool]:

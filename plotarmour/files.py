@@ -1,19 +1,27 @@
-"""Atomic writes, downloads and the one lock: a file appears under its name only complete, fsynced and renamed."""
+"""Atomic writes (complete, fsynced, renamed), downloads, the one lock, and mapped files."""
 
+import errno
 import json
 import os
 import shutil
 import time
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-from plotarmour.cli import UserError, say
+from plotarmour.cli import UserError, say, warn
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LOCK_FILES = {"lock", "owner.json"}
 ATTEMPTS = 5  # of a download
+# Answers of mounts, such as network drives and folders of a virtual machine's host, that lack a function.
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+NO_LOCKS = (*NOT_SUPPORTED, errno.ENOLCK, errno.EIO)
 BUSY = (429, 500, 502, 503, 504)  # HTTP statuses after which a download is tried again
 
 
@@ -30,12 +38,15 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """fsync a closed file, or a folder where the system can (not on Windows)."""
+    """fsync a closed file, or a folder where the system and its mount can (not on Windows)."""
     if path.is_dir() and os.name != "posix":
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs only what is open for writing
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED or not path.is_dir():
+            raise
     finally:
         os.close(handle)
 
@@ -102,19 +113,25 @@ def download(url: str, path: Path) -> None:
 def locked(folder: Path, out: Path) -> Iterator[None]:
     """Hold a lock file in `folder` while this process writes `out`; afterwards remove the folder if it holds no more.
 
-    The operating system releases it when the process ends or is killed. A `UserError` names who else holds it.
+    The operating system releases it when the process ends or is killed. A `UserError` names who else holds it. Where
+    the mount has no locks, a warning takes the place of the lock: a file in its place would outlive a killed process.
     """
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
     lock, owner = FileLock(folder / "lock"), folder / "owner.json"
     try:
-        lock.acquire(timeout=0)
+        with warnings.catch_warnings(action="ignore"):  # filelock's own, of a mount without locks
+            lock.acquire(timeout=0)
     except Timeout:
         who = "another process"
         with suppress(OSError, ValueError):  # it has only just taken the lock
             who = "process {pid}, since {since}".format(**json.loads(owner.read_text(encoding="utf-8")))
         raise UserError(f"{out} is being written by {who}. Wait for it, stop it, or use another --out.") from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        warn(f"{folder.parent} is on a mount without locks: take care that no other process writes {out}.")
     try:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         owner.write_text(json.dumps({"pid": os.getpid(), "since": since}), encoding="utf-8")
@@ -126,3 +143,21 @@ def locked(folder: Path, out: Path) -> Iterator[None]:
             if {path.name for path in folder.iterdir()} <= LOCK_FILES:
                 shutil.rmtree(folder, ignore_errors=True)
         lock.release()
+
+
+def map_file(path: Path, dtype: "np.dtype | str", offset: int = 0, shape: tuple[int, ...] | None = None) -> "np.memmap":
+    """Map a file, or a part of it, read-only; privately where its mount has no shared mappings."""
+    import numpy as np
+
+    try:
+        return np.memmap(path, dtype, "r", offset, shape)
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
+    try:
+        mapped = np.memmap(path, dtype, "c", offset, shape)
+    except OSError as error:
+        raise UserError(f"{path} cannot be mapped into memory: {error.strerror}. Copy it to a disk of this "
+                        "machine.") from None
+    mapped.flags.writeable = False
+    return mapped

@@ -1,10 +1,9 @@
 """Continuing a run: only the same run, from where it was, with every change recorded in run.json."""
 
 import json
-import warnings
 from pathlib import Path
 
-from plotarmour.cli import UserError, require_run
+from plotarmour.cli import UserError, require_run, warn
 from plotarmour.config import training_settings
 from plotarmour.training.checkpoint import find_checkpoint, find_latest_whole, latest_whole_step, rewind, step_of
 from plotarmour.training.distributed import check_share
@@ -58,6 +57,9 @@ def check_folder(out: Path, info: dict, resume: str, from_step: int | None, exte
         raise UserError(f"--resume {resume!r} is unknown; expected auto, never or must.")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; expected a new or empty folder, or a run's, for --out.")
+    if link := next((path for path in out.rglob("*") if path.is_symlink()), None):
+        raise UserError(f"{link} is a symbolic link; expected files and folders of the run's own, because a run writes "
+                        f"only below {out}. Put what it names in its place, or use another --out.")
     check_share(info["recipe"]["training"]["rows_per_step"], info["processes"])
     if not (out / "run.json").exists():
         option = "--extend" if extend else f"--from-step {from_step}" if from_step is not None else "--resume must"
@@ -117,8 +119,8 @@ def checkpoint_to_resume(out: Path, resume: str, from_step: int | None, max_step
         if resume == "must":
             raise UserError(f"{out} has no checkpoint to continue from; expected one. Start it with --resume auto.")
         if reached := last_step(log):
-            warnings.warn(f"{out} has no checkpoint left, although its log reaches step {reached:,}: starting from "
-                          "step 0.", stacklevel=3)
+            warn(f"{out} has no checkpoint left, although its log reaches step {reached:,}: starting from "
+                 "step 0.")
         return None
     reached = step_of(checkpoint)
     if reached > max_steps:

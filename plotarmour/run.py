@@ -7,21 +7,22 @@
     DONE.json or STOPPED.json
 """
 
-import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from plotarmour.cli import UserError
+from plotarmour.cli import AnyPath, UserError, as_path, say, warn
 from plotarmour.config import AUTO, DataConfig, Recipe, TrainingConfig
 from plotarmour.data.batches import Tokens, Windows, tokenize_in_memory
 from plotarmour.data.duplicates import overlapping_stories
 from plotarmour.data.token_file import TokenFile, looks_like_token_file, open_tokenizer
 from plotarmour.data.tokenizer import Tokenizer
+from plotarmour.evaluation.generation import generate
 from plotarmour.files import locked, write_json, write_text
 from plotarmour.machine import Machine, find_machine, memory_bytes, versions
 from plotarmour.memory import RESERVE, largest_micro_batch
@@ -29,11 +30,15 @@ from plotarmour.resume import LOCK, RUN_FORMAT, check_folder, checkpoint_to_resu
 from plotarmour.training.checkpoint import find_checkpoint, load_model, step_of, tidy
 from plotarmour.training.distributed import joined
 from plotarmour.training.ending import Ending, is_complete
+from plotarmour.training.log import read_log
 from plotarmour.training.loop import Session
 from plotarmour.training.step import within_memory
 
+if TYPE_CHECKING:
+    import pandas as pd
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Run:
     """A trained run: `load_run(folder)` gives one."""
 
@@ -53,6 +58,41 @@ class Run:
     def context_length(self) -> int:
         return self.config.training.context_length
 
+    @property
+    def log(self) -> "pd.DataFrame":
+        """The rows of log.csv; see `plotarmour.training.log.read_log`."""
+        return read_log(self.folder / "log.csv")
+
+    def __repr__(self) -> str:
+        return (f"Run({self.folder}: {self.config.model} with {self.info['params']:,} parameters, step {self.step:,} "
+                f"of {self.config.training.max_steps:,}, on {self.machine.device})")
+
+    def generate(self, prompt: str = "Once upon a time", **options) -> str:
+        """Continue a prompt; print why, if nothing follows it.
+
+        Args:
+            prompt: how the story begins.
+            options: see `plotarmour.evaluation.generation.generate`, such as `max_new_tokens`, `top_p` and `seed`.
+
+        Returns:
+            The prompt and what follows it.
+
+        Raises:
+            UserError: a prompt that is not text, or options out of range.
+        """
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"the prompt {prompt!r} holds bytes that are not UTF-8; expected text. Type it again, in a "
+                            "terminal whose encoding is UTF-8.") from None
+        ids = self.tokenizer.encode(prompt)
+        new = generate(self.model, ids, self.tokenizer.end_of_text_id, self.machine, **options)
+        if not new:
+            say("nothing follows the prompt, because the first token that the model chose is end-of-text: it takes "
+                f"the prompt for a whole story. In its training text a story is made by {self.config.data.stories}. "
+                "Use another seed, or a prompt with which such a story begins.")
+        return self.tokenizer.decode([*ids, *new])
+
 
 def open_data(path: Path, tokenizer: str | None = None, stories: str = "endoftext") -> Tokens:
     """Open a token file, or a text, which is slow and warns.
@@ -70,11 +110,11 @@ def open_data(path: Path, tokenizer: str | None = None, stories: str = "endoftex
                             "to train on the text as it is, slowly.")
         return tokenize_in_memory(path, open_tokenizer(tokenizer), stories)
     if tokenizer:
-        warnings.warn(f"--tokenizer {tokenizer} is ignored: {path} brings its own.", stacklevel=2)
+        warn(f"--tokenizer {tokenizer} is ignored: {path} brings its own.")
     return TokenFile.open(path)
 
 
-def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resume: str = "auto",
+def train_run(recipe: Recipe, train_path: AnyPath, val_path: AnyPath, out: AnyPath, resume: str = "auto",
               from_step: int | None = None, tokenizer: str | None = None, extend: bool = False,
               on_row: Callable[[], None] | None = None) -> Ending:
     """Start a run, or continue one that stopped.
@@ -98,12 +138,16 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
             a checkpoint.
         LostProcess: under torchrun, in all processes but the first: another one has died.
     """
+    train_path, val_path, out = as_path(train_path), as_path(val_path), as_path(out)
     train_data, val_data = (open_data(path, tokenizer, recipe.data.stories) for path in (train_path, val_path))
     shared_tokenizer = train_data.tokenizer()
     check_same_tokenizer(val_data, shared_tokenizer.sha256, str(train_path))
     if val_data.header["payload_sha256"] == train_data.header["payload_sha256"]:
         raise UserError(f"{val_path} is the training text itself; expected held-out stories, such as the val part of "
                         "tools/pre_tokenize.py --split.")
+    # The token files were made with settings of their own.
+    made_with = {key: train_data.header.get(key) or "" for key in ("stories", "split")}
+    recipe = replace(recipe, data=replace(recipe.data, tokenizer=shared_tokenizer.kind, **made_with))
     t = recipe.training
     machine = find_machine(t.device, t.dtype)
     # Before `joined`: importing transformers keeps alive a process group that exists by then, and with it the
@@ -156,7 +200,7 @@ def train_run(recipe: Recipe, train_path: Path, val_path: Path, out: Path, resum
             ranks, planned_rows, on_row).train())
 
 
-def load_run(folder: str | Path, checkpoint: str | int = "best", device: str = "auto") -> Run:
+def load_run(folder: AnyPath, checkpoint: str | int = "best", device: str = "auto") -> Run:
     """Load a run from its folder, which is all that is needed.
 
     Args:
@@ -167,7 +211,7 @@ def load_run(folder: str | Path, checkpoint: str | int = "best", device: str = "
     Raises:
         UserError: no run folder, one of a newer version, a damaged checkpoint, or too little memory.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     info = read_info(folder)
     recipe = recipe_of(info)
     tokenizer_text = (folder / "tokenizer.json").read_text(encoding="utf-8")
@@ -189,8 +233,8 @@ def load_run(folder: str | Path, checkpoint: str | int = "best", device: str = "
     model = within_memory("the model", load)
     step = step_of(checkpoint_folder)
     if not is_complete(folder):
-        warnings.warn(f"{folder} is not finished: this is its checkpoint of step {step:,}. Continue it with the "
-                      "command that started it.", stacklevel=2)
+        warn(f"{folder} is not finished: this is its checkpoint of step {step:,}. Continue it with the "
+             "command that started it.")
     return Run(folder, model, tokenizer, recipe, info, step, machine)
 
 

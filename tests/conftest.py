@@ -1,6 +1,8 @@
 import importlib.util
 import os
+import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,25 @@ def token_files(tmp_path_factory) -> dict[str, Path]:
     text, facts = tell_corpus(folder / "built-in.txt", 300, 0, (0, 1))
     parts = pre_tokenize([text], "bpe:400", folder / "tokens.bin", "80:10:10")
     return {"text": text, "facts": facts} | dict(zip(("train", "val", "test"), parts, strict=True))
+
+
+@pytest.fixture(autouse=True)
+def warned(monkeypatch):
+    """A context that gives the warnings of its block; with a regular expression, one of them must match."""
+    from plotarmour import cli
+
+    say, messages = cli.say, []
+    cli.warn.cache_clear()  # it prints each warning once
+    monkeypatch.setattr(cli, "say", lambda line: messages.append(line.removeprefix("warning: ")) or say(line))
+
+    @contextmanager
+    def check(pattern=None):
+        messages.clear()
+        cli.warn.cache_clear()
+        yield messages
+        assert pattern is None or any(re.search(pattern, message) for message in messages), messages
+
+    return check
 
 
 @pytest.fixture

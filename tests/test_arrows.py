@@ -16,7 +16,7 @@ MAY_KNOW = {
     # follows their constants instead of copying them
     "memory": {"config", "cli", "loss", "machine", "models", "training"},
     "resume": {"cli", "config", "training"},
-    "run": BASIC | {"config", "memory", "resume", "data", "training"},
+    "run": BASIC | {"config", "memory", "resume", "data", "training", "evaluation"},
     "report": BASIC | {"config", "data", "training", "evaluation", "run", "resume", "models"},
     "suite": BASIC | {"config", "loss", "data", "models", "training", "evaluation", "report", "run",
                       "resume", "memory"},

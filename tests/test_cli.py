@@ -1,9 +1,14 @@
+import io
+import os
+import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 from tqdm import tqdm
 
-from plotarmour.cli import duration, progress
+from plotarmour.cli import as_path, duration, progress, run_command, say, warn
 
 
 @pytest.fixture
@@ -51,3 +56,55 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch):
 def test_durations_for_people():
     """Guards: "0 h 00 min" of a short run, and 3,600 s of a long one."""
     assert [duration(s) for s in (4.6, 89, 91, 11_100)] == ["5 s", "89 s", "2 min", "3 h 05 min"]
+
+
+def test_a_warning_is_printed_once_and_is_never_an_exception(capsys):
+    """Guards: work that ends in a traceback under PYTHONWARNINGS=error; a line for every model of a grid."""
+    with warnings.catch_warnings(action="error"):
+        for _ in range(2):
+            warn("patience is ignored.")
+    assert capsys.readouterr().err == "warning: patience is ignored.\n"
+
+
+def test_the_package_warns_in_one_way(root):
+    """Guards: a message to people through `warnings.warn`, which PYTHONWARNINGS=error turns into a traceback."""
+    sources = [*(root / "plotarmour").rglob("*.py"), *(root / "tools").glob("*.py")]
+    assert [path for path in sources if "warnings.warn(" in path.read_text(encoding="utf-8")] == []
+
+
+def test_what_the_encoding_of_the_output_lacks_is_escaped(monkeypatch):
+    """Guards: minutes of scoring that end in UnicodeEncodeError, where Windows writes cp1252 into a pipe."""
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="cp1252"))
+    run_command(lambda: print("größe \u03bc \U0001f409"))
+    assert output.getvalue().decode("cp1252").strip() == "größe \\u03bc \\U0001f409"
+
+
+def test_a_closed_terminal_does_not_stop_the_work(monkeypatch):
+    """Guards: training that ends before it has saved, because its terminal is gone."""
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    say("finishing the step")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes streams by the shell")
+def test_a_command_without_stdout_and_stderr_does_its_work(root, tmp_path):
+    """Guards: no token file and no word, because tqdm met None; all done, and then AttributeError."""
+    (tmp_path / "s.txt").write_text("a\n<|endoftext|>\nb")
+    tool = root / "tools" / "pre_tokenize.py"
+    done = subprocess.run(f'exec "{sys.executable}" "{tool}" s.txt --tokenizer bytes --out x.bin >&- 2>&-', shell=True,
+                          cwd=tmp_path)
+    assert done.returncode == 0 and sorted(path.name for path in tmp_path.iterdir()) == ["s.txt", "x.bin"]
+
+
+def test_a_tilde_is_the_home_folder(root, monkeypatch, tmp_path):
+    """Guards: --out=~/x.bin that writes into a folder named ~; a tool whose paths are not expanded."""
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    assert as_path("~/x.bin") == as_path(tmp_path / "x.bin") == tmp_path / "x.bin"
+    assert as_path("a/~b") == Path("a/~b") and as_path("~nobody.at.all") == Path("~nobody.at.all")
+    for tool in (root / "tools").glob("*.py"):
+        assert "type=Path" not in tool.read_text(encoding="utf-8"), f"{tool}: expected as_path"

@@ -204,22 +204,34 @@ def test_every_setting_is_classified():
                                                            "decay_fraction"),
     ("laptop", ["corpus_seed=3"], "corpus_seed"), ("tiny", ["corpus_stories=0", "corpus_max_events=9"],
                                                    "corpus_max_events")])
-def test_a_setting_without_effect_is_warned_of(name, overrides, key):
+def test_a_setting_without_effect_is_warned_of(name, overrides, key, warned):
     """Guards: an experiment with a setting that changes nothing, which then "makes no difference"."""
-    with pytest.warns(UserWarning, match=f"^{key} is ignored: it has an effect only where ") as warned:
+    with warned(f"^{key} is ignored: it has an effect only where ") as messages:
         load_recipe(name, "bdh", overrides)
-    assert len(warned) == 1
+    assert len(messages) == 1
 
 
-def test_a_recipe_that_sets_what_has_no_effect_is_warned_of_unless_it_is_the_default(tmp_path):
+def test_a_recipe_that_sets_what_has_no_effect_is_warned_of_unless_it_is_the_default(tmp_path, warned):
     """Guards: a line of a recipe that does nothing; warnings about a recipe that spells out a default."""
     path = tmp_path / "own.toml"
     rows = "rows_per_step = 2\nmicro_batch_size = 2\n"
     path.write_text(OWN.format(training=rows + "decay_fraction = 0.35", more=""))
     load_recipe(str(path), "bdh")
     path.write_text(OWN.format(training=rows + "decay_fraction = 0.4", more=""))
-    with pytest.warns(UserWarning, match="decay_fraction is ignored"):
+    with warned("decay_fraction is ignored"):
         load_recipe(str(path), "bdh")
+
+
+@pytest.mark.parametrize("value", ["1e309", "9" * 400, "-" + "9" * 400, "9" * 5000, "2026-13-45", "[" * 3000])
+def test_a_number_that_cannot_be_is_one_line(tmp_path, value):
+    """Guards: a traceback about an overflow, digits or recursion, out of a recipe or of --set."""
+    path = tmp_path / "own.toml"
+    for name in ("seed", "weight_decay"):
+        path.write_text(OWN.format(training=f"rows_per_step = 2\nmicro_batch_size = 2\n{name} = {value}", more=""))
+        for recipe, overrides in ((str(path), []), ("tiny", [f"{name}={value}"])):
+            with pytest.raises(UserError) as refused:
+                load_recipe(recipe, "bdh", overrides)
+            assert "\n" not in str(refused.value)
 
 
 def test_a_recipe_that_is_no_toml_is_refused(tmp_path):

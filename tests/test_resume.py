@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import json
+import os
 import shutil
 
 import pytest
@@ -240,8 +241,8 @@ def test_going_back_takes_the_best_of_then(token_files, tmp_path):
     out, settings = tmp_path / "run", {"max_steps": 12, "keep_every": 3, "eval_interval": 5, "checkpoint_interval": 3}
     train(token_files, out, settings)
     stopped = train(token_files, out, settings | {"max_minutes": 1e-7}, from_step=3)
-    assert stopped.best_step == 0  # nothing else was evaluated by then
-    assert find_checkpoint(out, "best").name == "step_00000000"
+    assert stopped.best_step == 3  # the best was step 0, which is gone, and nothing else was evaluated by then
+    assert find_checkpoint(out, "best").name == "step_00000003"
 
     out, settings = tmp_path / "other", settings | {"keep_every": 9, "eval_interval": 6}
     train(token_files, out, settings)
@@ -287,9 +288,23 @@ def test_a_file_as_run_folder_is_refused(run, token_files):
         train(token_files, run / "log.csv")
 
 
-def test_lost_rows_of_the_log_are_said(run, token_files):
+def test_lost_rows_of_the_log_are_said(run, token_files, warned):
     """Guards: a log that begins in the middle, of which nobody was told."""
     text = (run / "log.csv").read_text()
     (run / "log.csv").write_text(text.splitlines()[0] + "\n")
-    with pytest.warns(UserWarning, match="log.csv has lost rows: found 0 up to step 6, the checkpoint knows of 7"):
+    with warned("log.csv has lost rows: found 0 up to step 6, the checkpoint knows of 7"):
         train(token_files, run, {"max_steps": 7}, extend=True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes symbolic links")
+@pytest.mark.parametrize("name", ["log.csv", "run.json", "checkpoints", "checkpoints/step_00000006", "figures"])
+def test_a_symbolic_link_in_a_run_folder_is_not_followed(run, token_files, tmp_path, name):
+    """Guards: a run folder of somebody else that makes training write, or remove, files anywhere."""
+    elsewhere = tmp_path / "elsewhere"
+    (run / "figures").mkdir(exist_ok=True)
+    (run / name).rename(elsewhere)
+    (run / name).symlink_to(elsewhere)
+    before = elsewhere.read_bytes() if elsewhere.is_file() else contents(elsewhere)
+    with pytest.raises(UserError, match=f"{name} is a symbolic link; expected files and folders of the run's own"):
+        train(token_files, run, {"max_steps": 7}, extend=True)
+    assert before == (elsewhere.read_bytes() if elsewhere.is_file() else contents(elsewhere))

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from plotarmour import run as runs
@@ -29,7 +31,6 @@ def test_a_validation_set_that_stands_in_the_training_set_is_refused(token_files
     assert "\n" not in message and not (tmp_path / "run").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*is not a token file")
 def test_texts_are_looked_through_too(token_files, overlapping, small_recipe, tmp_path):
     """Guards: the slow fallback as a way around the check."""
     text, _ = overlapping
@@ -64,3 +65,34 @@ def test_a_run_folder_of_another_program_is_refused(token_files, small_recipe, t
         with pytest.raises(UserError, match=message):
             use(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.fixture
+def lines(token_files, tmp_path, monkeypatch):
+    """Token files of which each line is a story, in a home folder, by paths as people type them."""
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    (tmp_path / "tales.txt").write_text("".join(f"{i} dogs ran home, and {2 * i} cats did not.\n" for i in range(300)))
+    pre_tokenize(["~/tales.txt"], str(token_files["train"]), "~/lines.bin", "80:10:10", "line")
+    return "~/lines.train.bin", "~/lines.val.bin"
+
+
+def test_from_python_a_run_is_trained_and_used_by_plain_names(lines, small_recipe, tmp_path, monkeypatch, capsys):
+    """Guards: AttributeError for a path that is text; a folder named ~; settings of a recipe that say how other token
+    files were made; a repr of two screens."""
+    train_run(small_recipe, *lines, "~/results/run")
+    run = load_run("~/results/run")
+    assert run.folder == tmp_path / "results" / "run" and not Path("~").exists()
+    data = run.config.data
+    assert (data.stories, data.split, data.tokenizer) == ("line", "80:10:10", "bpe:400")
+    assert TokenFile.open(lines[0]).n_stories > 200 and run.log["step"].iloc[-1] == 6
+    assert repr(run).startswith(f"Run({run.folder}: {small_recipe.model} with ") and "\n" not in repr(run)
+    assert repr(run).endswith(" of 6, on cpu)")
+    story = run.generate("7 dogs", max_new_tokens=3, seed=1)
+    assert story.startswith("7 dogs") and story == run.generate("7 dogs", max_new_tokens=3, seed=1)
+    with pytest.raises(UserError, match="holds bytes that are not UTF-8"):
+        run.generate("caf\udce9")
+    capsys.readouterr()
+    monkeypatch.setattr(runs, "generate", lambda *args, **options: [])
+    assert run.generate("7 dogs") == "7 dogs"
+    assert "first token that the model chose is end-of-text" in capsys.readouterr().err

@@ -7,18 +7,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, add_common, refuse_existing, require_run, run_command
+from plotarmour.cli import HelpFormatter, add_common, as_path, refuse_existing, require_run, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, all of one tokenizer; runs "
+    parser.add_argument("runs", nargs="+", type=as_path, metavar="RUN", help="run folders, all of one tokenizer; runs "
                         "that differ only in their seed are put together")
-    parser.add_argument("--data", type=Path, required=True, help="token file to score, best the test part")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the CSVs and figures")
-    parser.add_argument("--train", type=Path, help="training token file: adds baselines, and checks that stories are "
-                        "held out and do not overlap with it")
-    parser.add_argument("--facts", type=Path, help=".facts.jsonl of the built-in corpus")
+    parser.add_argument("--data", type=as_path, required=True, help="token file to score, best the test part")
+    parser.add_argument("--out", type=as_path, required=True, help="folder for the CSVs and figures")
+    parser.add_argument("--train", type=as_path, help="training token file: adds baselines, and checks that stories "
+                        "are held out and do not overlap with it")
+    parser.add_argument("--facts", type=as_path, help=".facts.jsonl of the built-in corpus")
     parser.add_argument("--stride", type=int, help="tokens scored per sliding window in stories longer than the "
                         "context (default: half a context)")
     parser.add_argument("--title", default="", help="of the figure")

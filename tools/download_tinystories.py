@@ -3,13 +3,12 @@
 
 import argparse
 import hashlib
-import shlex
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, UserError, add_common, run_command
+from plotarmour.cli import HelpFormatter, UserError, add_common, as_path, next_command, run_command
 
 DATASET = "roneneldan/TinyStories"
 FILES = {("v2", "train"): "TinyStoriesV2-GPT4-train.txt", ("v2", "val"): "TinyStoriesV2-GPT4-valid.txt",
@@ -25,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", choices=("v2", "v1"), default="v2", help="which TinyStories")
     parser.add_argument("--part", choices=("train", "val", "both"), default="val",
                         help="val is enough for recipe laptop; train is a hundred times as large")
-    parser.add_argument("--out", type=Path, default=Path("data"), metavar="FOLDER", help="folder for the texts")
+    parser.add_argument("--out", type=as_path, default=Path("data"), metavar="FOLDER", help="folder for the texts")
     add_common(parser, "force")
     return parser
 
@@ -72,13 +71,11 @@ def main() -> None:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         existed = "" if downloaded else " (existed already; --force downloads it again)"
         print(f"{path}: {path.stat().st_size:,} bytes, SHA-256 {sha256}{existed}", flush=True)
-        texts.append(path.as_posix())
+        texts.append(path)
     # A hash of each story decides its part: copies across the official files never stand in two parts.
     options = (["--tokenizer", "bpe:4096", "--split", "90:5:5"] if args.part == "val" else
                ["--tokenizer", "gpt2", "--split", "98:1:1"])
-    tool = Path(sys.argv[0]).with_name("pre_tokenize.py").as_posix()  # as it was typed: works from the same folder
-    print("next: " + shlex.join(["python", tool, *texts, *options, "--out",
-                                 Path(texts[0]).with_suffix(".bin").as_posix()]))
+    print(next_command("pre_tokenize", *texts, *options, "--out", texts[0].with_suffix(".bin")))
 
 
 if __name__ == "__main__":

@@ -7,17 +7,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, add_common, refuse_existing, require_run, run_command
+from plotarmour.cli import HelpFormatter, add_common, as_path, refuse_existing, require_run, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--data", type=Path, required=True, help="token file made with the run's tokenizer")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the CSVs and figures")
-    parser.add_argument("--train", type=Path, help="training token file: adds baselines, and checks that stories are "
-                        "held out and do not overlap with it")
-    parser.add_argument("--facts", type=Path, help=".facts.jsonl of the built-in corpus")
+    parser.add_argument("run", type=as_path, help="run folder")
+    parser.add_argument("--data", type=as_path, required=True, help="token file made with the run's tokenizer")
+    parser.add_argument("--out", type=as_path, required=True, help="folder for the CSVs and figures")
+    parser.add_argument("--train", type=as_path, help="training token file: adds baselines, and checks that stories "
+                        "are held out and do not overlap with it")
+    parser.add_argument("--facts", type=as_path, help=".facts.jsonl of the built-in corpus")
     parser.add_argument("--stride", type=int, help="tokens scored per sliding window in stories longer than the "
                         "context (default: half a context)")
     parser.add_argument("--unfinished", action="store_true", help="score a run that has not ended, labelled")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, UserError, add_common, refuse_existing, run_command
+from plotarmour.cli import HelpFormatter, UserError, add_common, as_path, refuse_existing, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -15,9 +15,9 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=HelpFormatter,
         epilog="exact: the same ids. normalised: the same but for case, punctuation and spacing. near: word 5-grams "
                "with a Jaccard similarity of at least the threshold; a copy of a copy belongs to the group.")
-    parser.add_argument("files", nargs="+", type=Path, metavar="X.bin",
+    parser.add_argument("files", nargs="+", type=as_path, metavar="X.bin",
                         help="token files of one tokenizer, train first")
-    parser.add_argument("--out", type=Path, metavar="X.csv",
+    parser.add_argument("--out", type=as_path, metavar="X.csv",
                         help="table of example pairs; X.counts.csv beside it gets the counts (default: only print)")
     parser.add_argument("--threshold", type=float, default=0.8, help="least similarity of near copies, 0.7 to 1")
     parser.add_argument("--no-near", action="store_true", help="find only exact and normalised copies")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, add_common, require_run, run_command
+from plotarmour.cli import HelpFormatter, add_common, as_path, require_run, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("run", type=as_path, help="run folder")
     parser.add_argument("--prompt", default="Once upon a time", help="how the story begins")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="at most so many tokens")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most probable token each time")
@@ -29,14 +29,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = build_parser().parse_args()
     require_run(args.run)
-    from plotarmour.evaluation.generation import generate
     from plotarmour.run import load_run
 
     run = load_run(args.run, args.checkpoint, args.device)
-    prompt = run.tokenizer.encode(args.prompt)
-    new = generate(run.model, prompt, run.tokenizer.end_of_text_id, run.machine, args.max_new_tokens, args.temperature,
-                   args.top_k, args.top_p, args.seed, args.slide_to)
-    print(run.tokenizer.decode([*prompt, *new]))
+    print(run.generate(args.prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
+                       top_p=args.top_p, seed=args.seed, slide_to=args.slide_to))
 
 
 if __name__ == "__main__":

@@ -7,17 +7,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, add_common, run_command
+from plotarmour.cli import HelpFormatter, add_common, as_path, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=HelpFormatter,
         epilog="End-of-text separates stories, as in nanoGPT's and llm.c's files; a file without any is one story.")
-    parser.add_argument("ids", type=Path, help="file of token ids, little-endian")
+    parser.add_argument("ids", type=as_path, help="file of token ids, little-endian")
     parser.add_argument("--tokenizer", required=True, help="the one that made the ids: gpt2, a folder with a "
                         "tokenizer.json, a run folder or a token file")
-    parser.add_argument("--out", type=Path, required=True, help="token file to write, X.bin")
+    parser.add_argument("--out", type=as_path, required=True, help="token file to write, X.bin")
     parser.add_argument("--dtype", choices=("uint16", "uint32", "int32", "int64"), help="of bare ids (nanoGPT: "
                         "uint16); llm.c has it in its header")
     parser.add_argument("--format", choices=("auto", "raw", "llm.c"), default="auto", help="raw: bare ids; auto: llm.c "

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from plotarmour.cli import HelpFormatter, UserError, add_common, run_command
+from plotarmour.cli import HelpFormatter, UserError, add_common, as_path, run_command
 from plotarmour.data.pipeline import BACKENDS
 from plotarmour.data.pretokenize import BPE_BYTES, pre_tokenize
 from plotarmour.data.token_file import TokenFile
@@ -24,16 +24,16 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=HelpFormatter,
         epilog="With --split X.train.bin, X.val.bin and X.test.bin are written; bpe:N learns from the train part only. "
                "Existing files of the same text and the same settings are kept.")
-    parser.add_argument("text", nargs="*", type=Path, help="files or patterns, read in this order: UTF-8 text or "
+    parser.add_argument("text", nargs="*", type=as_path, help="files or patterns, read in this order: UTF-8 text or "
                         ".jsonl, each also .gz; .parquet; - for plain text from standard input")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bpe:N (N entries), bytes, a folder with a "
                         "tokenizer.json, a run folder, or a token file whose tokenizer to use")
-    parser.add_argument("--out", type=Path, help="token file to write, X.bin")
+    parser.add_argument("--out", type=as_path, help="token file to write, X.bin")
     parser.add_argument("--split", help="shares of train:val:test by story, e.g. 90:5:5 (default: no split)")
     parser.add_argument("--stories", default="endoftext", help="what makes a story in plain text: endoftext, line, "
                         "paragraph (between blank lines) or file; a row of .jsonl or .parquet always is one")
     parser.add_argument("--text-column", default="text", help="column that holds the text, in .jsonl and .parquet")
-    parser.add_argument("--exclude", nargs="+", type=Path, default=[], metavar="TEXT",
+    parser.add_argument("--exclude", nargs="+", type=as_path, default=[], metavar="TEXT",
                         help="leave out stories that also stand in these texts, compared without case, punctuation and "
                         "spacing")
     parser.add_argument("--errors", default="strict", help="bytes that are not UTF-8: strict refuses the text, "
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", default="auto", help=f"encoder: {', '.join(BACKENDS)}; the ids are the same")
     parser.add_argument("--workers", type=int, default=0, help="threads that encode; 0: one per core")
     add_common(parser, "force")
-    parser.add_argument("--info", type=Path, metavar="X.bin", help="print sizes, first story, lengths and header")
+    parser.add_argument("--info", type=as_path, metavar="X.bin", help="print sizes, first story, lengths and header")
     parser.add_argument("--verify", nargs="?", const=True, metavar="X.bin",
                         help="read the whole file and compare its hashes; without a name and with texts: read existing "
                         "files and the texts whole before the files are kept")

@@ -3,14 +3,13 @@
 
 import argparse
 import importlib.util
-import shlex
 import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, UserError, add_common, run_command
+from plotarmour.cli import HelpFormatter, UserError, add_common, as_path, next_command, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -21,15 +20,15 @@ def build_parser() -> argparse.ArgumentParser:
                "install datatrove warcio py3langid requests.")
     parser.add_argument("wet", nargs="+", help="a crawl's wet.paths or wet.paths.gz, or WET files (.wet, .wet.gz): "
                         "files or addresses")
-    parser.add_argument("--out", type=Path, required=True, metavar="X.txt", help="text to write; X.counts.csv beside "
-                        "it says how many pages each reason dropped")
+    parser.add_argument("--out", type=as_path, required=True, metavar="X.txt", help="text to write; X.counts.csv "
+                        "beside it says how many pages each reason dropped")
     parser.add_argument("--language", default="en", help="code of the language to keep, e.g. en, de, an")
     parser.add_argument("--min-probability", type=float, default=0.65, help="least probability of the language, 0 to 1")
     parser.add_argument("--min-words", type=int, default=50, help="shorter pages are dropped")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N WET files")
     parser.add_argument("--base-url", default="https://data.commoncrawl.org/", metavar="URL",
                         help="comes before the paths of a listing: Common Crawl or a mirror")
-    parser.add_argument("--downloads", type=Path, metavar="FOLDER",
+    parser.add_argument("--downloads", type=as_path, metavar="FOLDER",
                         help="folder for downloads (default: wet beside --out)")
     parser.add_argument("--delete-downloads", action="store_true", help="delete a downloaded file once it is filtered")
     add_common(parser, "force")
@@ -38,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
                       "per WET file")
     many.add_argument("--at-once", type=int, metavar="N", help="WET files at a time, -1: all (default: 1 for local, "
                       "else all)")
-    many.add_argument("--logging-dir", type=Path, metavar="FOLDER", help="datatrove's logs and statistics (default: "
+    many.add_argument("--logging-dir", type=as_path, metavar="FOLDER", help="datatrove's logs and statistics (default: "
                       "none for local, else X.logs beside --out)")
     many.add_argument("--slurm-partition", metavar="NAME", help="Slurm partition of the tasks")
     many.add_argument("--slurm-time", default="12:00:00", help="limit of a task, hours:minutes:seconds")
@@ -68,10 +67,9 @@ def main() -> None:
         print(f"{args.out}: {counts['kept']:,} stories of {counts['read']:,} pages "
               f"({args.out.stat().st_size / 1e6:,.1f} MB); dropped: {describe_dropped(counts)} "
               f"({args.out.stem}.counts.csv)")
-    tool = Path(sys.argv[0]).with_name("pre_tokenize.py").as_posix()  # as it was typed: works from the same folder
     split = ["--split", "90:5:5"] if counts is None or counts["kept"] >= 100 else []  # of fewer a part may be empty
-    print("next: " + shlex.join(["python", tool, args.out.as_posix(), "--tokenizer", "bpe:4096", *split, "--out",
-                                 args.out.with_suffix(".bin").as_posix()]))
+    print(next_command("pre_tokenize", args.out, "--tokenizer", "bpe:4096", *split, "--out",
+                       args.out.with_suffix(".bin")))
 
 
 if __name__ == "__main__":

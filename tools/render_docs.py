@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from plotarmour.cli import HelpFormatter, UserError, run_command
+from plotarmour.cli import HelpFormatter, UserError, as_path, run_command
 from plotarmour.config import DataConfig, TrainingConfig
 
 REFERENCE = ROOT / "results" / "reference"
@@ -324,7 +324,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a file differs")
     parser.add_argument("--figures", action="store_true", help="also draw the figures of results/reference that follow "
                         "from committed tables")
-    parser.add_argument("--example", type=Path, metavar="FOLDER", help="results of python tools/run_suite.py, to be "
+    parser.add_argument("--example", type=as_path, metavar="FOLDER", help="results of python tools/run_suite.py, to be "
                         "copied to results/reference/example first")
     return parser
 

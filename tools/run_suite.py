@@ -14,24 +14,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, UserError, add_common, duration, overrides_of, run_command, say
+from plotarmour.cli import HelpFormatter, UserError, add_common, as_path, duration, overrides_of, run_command, say
 from plotarmour.config import recipe_names
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--recipe", default="tiny", help=f"one of {', '.join(recipe_names())}, or a TOML file")
-    parser.add_argument("--text", type=Path, help="UTF-8 text to learn from (recipe tiny has its own)")
-    parser.add_argument("--extra-text", type=Path, help="a second test set; stories that also stand in --text are "
+    parser.add_argument("--text", type=as_path, help="UTF-8 text to learn from (recipe tiny has its own)")
+    parser.add_argument("--extra-text", type=as_path, help="a second test set; stories that also stand in --text are "
                         "excluded and counted")
-    parser.add_argument("--out", type=Path, help="results folder (default: results/RECIPE, or results/GRID without "
+    parser.add_argument("--out", type=as_path, help="results folder (default: results/RECIPE, or results/GRID without "
                         "its .csv)")
     add_common(parser, "set", "device")
     parser.add_argument("--gpus", type=int, default=1, metavar="N",
                         help="GPUs of this machine that train each model together")
-    parser.add_argument("--grid", type=Path, metavar="CSV", help="a row is a run, a column a parameter of the notebook "
-                        "(model, overrides, ...); the column run names the run folders")
-    parser.add_argument("--notebook", type=Path, help="what a row of the grid runs (default: notebooks/02_train.ipynb)")
+    parser.add_argument("--grid", type=as_path, metavar="CSV", help="a row is a run, a column a parameter of the "
+                        "notebook (model, overrides, ...); the column run names the run folders")
+    parser.add_argument("--notebook", type=as_path, help="what a row of the grid runs (default: "
+                        "notebooks/02_train.ipynb)")
     parser.add_argument("--at-once", type=int, default=1, metavar="N",
                         help="runs at the same time: each on a GPU of its own, or on its share of the CPU cores")
     return parser

@@ -7,13 +7,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, UserError, add_common, refuse_existing, run_command
+from plotarmour.cli import HelpFormatter, UserError, add_common, as_path, refuse_existing, run_command
 from plotarmour.data.tales import TOKENS_PER_STORY, events_for_tokens
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="text file; X.txt gets X.facts.jsonl beside it")
+    parser.add_argument("--out", type=as_path, required=True, help="text file; X.txt gets X.facts.jsonl beside it")
     parser.add_argument("--count", type=int, default=20_000, help="how many stories")
     parser.add_argument("--seed", type=int, default=0, help="seed of the corpus: same seed, same stories")
     length = parser.add_mutually_exclusive_group()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import OTHERS_WAIT_S, HelpFormatter, add_common, overrides_of, run_command
+from plotarmour.cli import OTHERS_WAIT_S, HelpFormatter, add_common, as_path, next_command, overrides_of, run_command
 from plotarmour.config import DataConfig, load_recipe, recipe_names, warn_ignored
 from plotarmour.models import KINDS
 
@@ -22,10 +22,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--recipe", required=True, help=f"one of {', '.join(recipe_names())}, or a TOML file")
     parser.add_argument("--model", required=True, help=f"one of {', '.join(KINDS)}")
-    parser.add_argument("--train", type=Path, required=True, help="token file to learn from (or a text, slowly)")
-    parser.add_argument("--val", type=Path, required=True,
+    parser.add_argument("--train", type=as_path, required=True, help="token file to learn from (or a text, slowly)")
+    parser.add_argument("--val", type=as_path, required=True,
                         help="token file for validation (best checkpoint, early stopping)")
-    parser.add_argument("--out", type=Path, required=True, help="the run folder")
+    parser.add_argument("--out", type=as_path, required=True, help="the run folder")
     add_common(parser, "set", "device")
     parser.add_argument("--resume", default="auto", help="auto (continue the run if there is one), never (refuse an "
                         "existing run) or must (refuse to begin a new one)")
@@ -62,7 +62,14 @@ def main() -> None:
     if is_first and not launched:  # a notebook prints this itself
         print(f"{args.out}: {ending.reason.label}; {ending.step:,} steps, {ending.tokens_seen:,} tokens, "
               f"{ending.elapsed_s:,.0f} s; best: {ending.best}")
-        if not ending.is_done:
+        if ending.is_done:
+            test = args.val.with_name(args.val.name.replace(".val.", ".test."))
+            test = test if test.exists() and test != args.val else "TEST.bin"
+            print(next_command("generate", args.out, "--prompt", "Once upon a time"))
+            print(next_command("evaluate", args.out, "--data", test, "--out", f"{args.out.as_posix()}_scores"))
+            print(next_command("compare", args.out, "ANOTHER_RUN", "--data", test, "--train", args.train, "--out",
+                               args.out.with_name("comparison")))
+        else:
             print(ending.advice())
     sys.stdout.flush()
     if is_first and ending.reason == Reason.LOST_PROCESS:

@@ -12,7 +12,6 @@ Two ways to cut:
 """
 
 import hashlib
-import warnings
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -24,7 +23,7 @@ import torch
 from numpy.random import Philox
 from torch import Tensor
 
-from plotarmour.cli import UserError
+from plotarmour.cli import UserError, warn
 from plotarmour.data.readers import Source, check_text, read_whole
 from plotarmour.data.token_file import TokenFile, check_largest_id
 from plotarmour.data.tokenizer import Spelling, Tokenizer
@@ -198,9 +197,8 @@ def tokenize_in_memory(path: Path, tokenizer: Tokenizer, stories: str = "endofte
     Raises:
         UserError: no text, or one without a story.
     """
-    warnings.warn(f"{path} is not a token file: it is tokenized in memory at every start. Make a token file once with: "
-                  f"python tools/pre_tokenize.py {path} --tokenizer {tokenizer.kind} --out {path.stem}.bin",
-                  stacklevel=2)
+    warn(f"{path} is not a token file: it is tokenized in memory at every start. Make a token file once with: "
+         f"python tools/pre_tokenize.py {path} --tokenizer {tokenizer.kind} --out {path.stem}.bin")
     check_text(path)
     source, spelling, rows, sizes = Source.of(path, stories=stories), Spelling(tokenizer), [], []
     for chunk in read_whole(source):

@@ -26,7 +26,7 @@ from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
-from plotarmour.cli import UserError, refuse_existing, say
+from plotarmour.cli import UserError, as_path, refuse_existing, say
 from plotarmour.data.stories import SEPARATOR, story_hash
 from plotarmour.data.web_pages import REASONS, PageRules, read_wet, why_dropped
 from plotarmour.files import complete_file, download, write_json, write_text
@@ -81,7 +81,7 @@ def list_wets(inputs: list[str], downloads: Path, base_url: str = "https://data.
         if not name.endswith((".paths", ".paths.gz")):
             names.append(name)
             continue
-        path = Path(name)
+        path = as_path(name)
         if "://" in name:  # stored as CRAWL.wet.paths.gz
             path = downloads / ".".join(urlsplit(name).path.strip("/").split("/")[-2:])
             download(name, path)
@@ -93,7 +93,7 @@ def list_wets(inputs: list[str], downloads: Path, base_url: str = "https://data.
     if wrong := [name for name in names if "://" in name and not name.endswith((".wet", ".wet.gz"))]:
         raise UserError(f"{wrong[0][:160]} is no WET file; expected an address that ends in .warc.wet.gz, as in a "
                         "crawl's wet.paths.gz.")
-    return tuple(name if "://" in name else str(Path(name).absolute()) for name in names)
+    return tuple(name if "://" in name else str(as_path(name).absolute()) for name in names)
 
 
 class FilterWet(PipelineStep):

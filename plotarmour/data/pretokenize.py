@@ -19,7 +19,6 @@ import json
 import os
 import shutil
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace as changed
@@ -29,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 import plotarmour
-from plotarmour.cli import UserError, say
+from plotarmour.cli import AnyPath, UserError, as_path, say, warn
 from plotarmour.data.pipeline import (
     BACKENDS,
     SAVE_BYTES,
@@ -52,10 +51,10 @@ OVERHEAD = 200  # bytes of memory for each text of a sample, beside its characte
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def pre_tokenize(texts: list[Path], tokenizer: str, out: Path, split: str | None = None, stories: str = "endoftext",
-                 exclude: list[Path] = (), force: bool = False, replace: bool = False, verify: bool = False,
-                 errors: str = "strict", text_column: str = "text", bpe_bytes: int = BPE_BYTES, backend: str = "auto",
-                 block: int = BLOCK, save_bytes: int = SAVE_BYTES) -> list[Path]:
+def pre_tokenize(texts: list[AnyPath], tokenizer: str, out: AnyPath, split: str | None = None,
+                 stories: str = "endoftext", exclude: list[AnyPath] = (), force: bool = False, replace: bool = False,
+                 verify: bool = False, errors: str = "strict", text_column: str = "text", bpe_bytes: int = BPE_BYTES,
+                 backend: str = "auto", block: int = BLOCK, save_bytes: int = SAVE_BYTES) -> list[Path]:
     """Write the token file, or with a split the three token files, of some texts, unless they exist already.
 
     Killed at any moment, the same call continues where it has saved last and ends with the same bytes.
@@ -88,6 +87,7 @@ def pre_tokenize(texts: list[Path], tokenizer: str, out: Path, split: str | None
             raise UserError(f"{name} {value!r} is unknown; expected one of {', '.join(known)}.")
     if bpe_bytes < 1000:
         raise UserError(f"--bpe-bytes {bpe_bytes} is too small to learn from; expected 1,000 or more.")
+    out = as_path(out)
     if not out.name:
         raise UserError(f"--out {out} is no name for a file; expected one, such as tokens.bin.")
     shares = parse_split(split) if split else None
@@ -95,7 +95,7 @@ def pre_tokenize(texts: list[Path], tokenizer: str, out: Path, split: str | None
     targets = {part: part_path(out, part) if shares else out for part in parts}
     texts, exclude = find_texts(texts), find_texts(exclude)
     for path in targets.values():
-        _check_target(path, [*texts, *exclude, Path(tokenizer)])
+        _check_target(path, [*texts, *exclude, as_path(tokenizer)])
     for i, path in enumerate(texts):
         if path in texts[:i]:
             raise UserError(f"{path} is named twice; all of its stories would be copies. Name each text once.")
@@ -142,7 +142,7 @@ def pre_tokenize(texts: list[Path], tokenizer: str, out: Path, split: str | None
                 try:
                     write_token_files(job, work, known, backend, save_bytes)
                 except Differs as difference:
-                    warnings.warn(f"{difference}: starting over with tokenizers, which is slower.", stacklevel=2)
+                    warn(f"{difference}: starting over with tokenizers, which is slower.")
                     (work / SAVED).unlink(missing_ok=True)
                     write_token_files(job, work, known, "tokenizers", save_bytes)
                 write_json(work / "job.json", {"wanted": wanted, "moving": True})
@@ -154,14 +154,14 @@ def pre_tokenize(texts: list[Path], tokenizer: str, out: Path, split: str | None
     return list(targets.values())
 
 
-def find_texts(names: list[str | Path]) -> list[Path]:
+def find_texts(names: list[AnyPath]) -> list[Path]:
     """Expand patterns such as data/*.txt, which some shells do not expand; sorted by name.
 
     Raises:
         UserError: a pattern that matches nothing.
     """
     paths = []
-    for name in map(str, names):
+    for name in (str(as_path(name)) for name in names):
         matches = [Path(name)]
         if glob.has_magic(name) and not matches[0].exists():
             matches = sorted(filter(Path.is_file, map(Path, glob.glob(name, recursive=True))), key=Path.as_posix)

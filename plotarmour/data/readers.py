@@ -11,13 +11,12 @@ import os
 import re
 import shlex
 import stat
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from plotarmour.cli import UserError
+from plotarmour.cli import UserError, warn
 from plotarmour.data.stories import BLANK, SEPARATORS
 
 MIB = 2**20
@@ -115,7 +114,7 @@ def check_text(path: Path, name: str | None = None) -> None:
         raise UserError(f"{source.name} is {found[0]}; expected UTF-8 text. Convert it (UTF-16 with: iconv -f utf-16 "
                         "-t utf-8) or unpack it; files named .gz and .parquet are read as they are.")
     if start.startswith(BOM):
-        warnings.warn(f"{source.name} begins with a byte order mark (BOM): left out.", stacklevel=2)
+        warn(f"{source.name} begins with a byte order mark (BOM): left out.")
 
 
 class HashingReader:

@@ -23,8 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from plotarmour.cli import UserError
+from plotarmour.cli import AnyPath, UserError, as_path
 from plotarmour.data.tokenizer import Tokenizer, make_tokenizer
+from plotarmour.files import map_file
 
 MAGIC = b"PLOTARM\x01"
 FORMAT_VERSION = 1
@@ -51,13 +52,13 @@ class TokenFile:
         self.tokens = self._map("tokens", DTYPES[header["dtype"]])
 
     @classmethod
-    def open(cls, path: str | Path) -> "TokenFile":
+    def open(cls, path: AnyPath) -> "TokenFile":
         """Check header and sizes, then map the file, in milliseconds.
 
         Raises:
             UserError: no token file, a damaged, truncated or impossible one, or one of a newer format.
         """
-        return cls(Path(path), read_header(Path(path)))
+        return cls(as_path(path), read_header(as_path(path)))
 
     @cached_property
     def offsets(self) -> np.ndarray:
@@ -140,7 +141,7 @@ class TokenFile:
         """Map offsets or lengths, after one comparison of both (12 bytes a story) with their CRC-32."""
         if self.n_stories and not self._index_is_checked:
             start = self.header["sections"]["offsets"][0]
-            index = np.memmap(self.path, mode="r", dtype="u1", offset=start, shape=(12 * self.n_stories,))
+            index = map_file(self.path, "u1", start, (12 * self.n_stories,))
             if _damaged_block(index, self._checks()[self._n_token_blocks:]) is not None:
                 raise self._damaged("its index of stories does not match its CRC-32")
             self._index_is_checked = True
@@ -150,7 +151,7 @@ class TokenFile:
         offset, length = self.header["sections"][section]
         if not length:  # an empty section cannot be mapped
             return np.zeros(0, dtype)
-        return np.memmap(self.path, mode="r", dtype=dtype, offset=offset, shape=(length // dtype.itemsize,))
+        return map_file(self.path, dtype, offset, (length // dtype.itemsize,))
 
 
 def _damaged_block(data: np.ndarray, crcs: np.ndarray) -> int | None:

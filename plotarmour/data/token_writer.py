@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 import plotarmour
-from plotarmour.cli import UserError, progress, refuse_existing
+from plotarmour.cli import AnyPath, UserError, as_path, progress, refuse_existing
 from plotarmour.data.readers import Source
 from plotarmour.data.token_file import (
     CRC_BLOCK,
@@ -37,7 +37,7 @@ from plotarmour.data.token_file import (
     open_tokenizer,
 )
 from plotarmour.data.tokenizer import Tokenizer
-from plotarmour.files import publish, unfinished
+from plotarmour.files import map_file, publish, unfinished
 
 DTYPES = ("uint16", "uint32", "int32", "int64")
 LLM_C_HEADER_BYTES = 1024
@@ -195,7 +195,7 @@ def header_block(header: dict) -> bytes:
     return block + struct.pack("<I", zlib.crc32(block))
 
 
-def import_bin(path: Path, tokenizer: str, out: Path, dtype: str | None = None, format: str = "auto",
+def import_bin(path: AnyPath, tokenizer: str, out: AnyPath, dtype: str | None = None, format: str = "auto",
                end_of_text: int | None = None, force: bool = False) -> TokenFile:
     """Write a token file from the ids of another program. Memory holds a block and the longest document.
 
@@ -214,6 +214,7 @@ def import_bin(path: Path, tokenizer: str, out: Path, dtype: str | None = None, 
     Raises:
         UserError: the file has another format, an id is outside the vocabulary, or `out` exists.
     """
+    path, out = as_path(path), as_path(out)
     if out.exists() and out.samefile(path):
         raise UserError(f"{out} is both read and written; expected another name for the token file with --out.")
     refuse_existing(out, force)
@@ -268,7 +269,7 @@ def _open_ids(path: Path, dtype: str | None, format: str) -> np.memmap:
         expected = f"{n_tokens:,} ids, as its header says" if start else "a whole number of ids, at least one"
         raise UserError(f"{path} has {size:,} bytes, which is {n_ids:,} {dtype} ids and {rest} bytes; expected "
                         f"{expected}. Copy it again, or check --dtype.")
-    return np.memmap(path, stored, mode="r", offset=start)
+    return map_file(path, stored, start)
 
 
 def _checked_blocks(path: Path, ids: np.ndarray, tokenizer: Tokenizer, separator: int) -> Iterator[np.ndarray]:

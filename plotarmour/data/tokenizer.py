@@ -10,7 +10,6 @@ ids beyond its vocabulary, or a byte-level one that lacks bytes. Failures of the
 import hashlib
 import json
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plotarmour.cli import UserError
+from plotarmour.cli import UserError, as_path, warn
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50257
@@ -224,7 +223,7 @@ def make_tokenizer(spec: str, train_stories: Iterable[str] | None = None) -> Tok
         return Tokenizer(_byte_level(models.BPE(vocabulary, [])).to_str(), "bytes")
     if spec.startswith("bpe:"):
         return _train_bpe(vocab_size_of(spec), train_stories)
-    path = Path(spec)
+    path = as_path(spec)
     if spec and path.exists():
         return load_tokenizer(path)
     raise UserError(f"unknown tokenizer {spec!r}; expected gpt2, bpe:N (such as bpe:4096), bytes, or a folder or "
@@ -314,6 +313,6 @@ def _train_bpe(size: int, stories: Iterable[str] | None) -> Tokenizer:
     backend.train_from_iterator(stories, trainers.BpeTrainer(
         vocab_size=size, special_tokens=[END_OF_TEXT], show_progress=False, initial_alphabet=byte_characters()))
     if backend.get_vocab_size() < size:
-        warnings.warn(f"the text yields only {backend.get_vocab_size()} of bpe:{size} entries: every word of it is one "
-                      "token already. A smaller N, more text or --bpe-bytes helps.", stacklevel=3)
+        warn(f"the text yields only {backend.get_vocab_size()} of bpe:{size} entries: every word of it is one "
+             "token already. A smaller N, more text or --bpe-bytes helps.")
     return Tokenizer(backend.to_str(), f"bpe:{size}")

@@ -1,14 +1,14 @@
 """Generation: sample one token after the other from a model's state."""
 
 import math
-import warnings
 
 import torch
 from torch import Tensor, nn
 
-from plotarmour.cli import UserError
+from plotarmour.cli import UserError, warn
 from plotarmour.machine import Machine
 
+GREEDY = 1e-6  # below this temperature the most probable token has all of the probability, in float32 too
 PIECE = 4096  # tokens of a prompt per forward pass: memory does not grow with the prompt
 
 
@@ -57,9 +57,9 @@ def generate(model: nn.Module, prompt: list[int], end_of_text_id: int, machine: 
         end_of_text_id: id that ends the story.
         machine: device and dtype.
         max_new_tokens: maximum number of new tokens, at least 1.
-        temperature: at least 0; 0 takes the most probable token.
+        temperature: at least 0; 0, or less than 1e-6, takes the most probable token.
         top_k, top_p: see `next_token_probabilities`.
-        seed: seed of the sampling; the same seed gives the same story on the same machine.
+        seed: seed of the sampling, in [0, 2**32); the same seed gives the same story on the same machine.
         slide_to: tokens to read again when the positions are used up, at least 0 and below `context_length`. 0 stops
             there instead. None: half of `context_length`. A model without a `context_length` ignores it with a warning.
 
@@ -70,15 +70,17 @@ def generate(model: nn.Module, prompt: list[int], end_of_text_id: int, machine: 
         UserError: settings out of range, or a prompt longer than the context with `slide_to` 0.
     """
     positions = model.context_length or math.inf
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-        raise UserError(f"temperature {temperature} and top_k {top_k} must not be negative, top_p {top_p} must be in "
-                        f"(0, 1], max_new_tokens {max_new_tokens} at least 1.")
+    if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise UserError(f"temperature {temperature} and top_k {top_k} must not be negative or infinite, top_p {top_p} "
+                        f"must be in (0, 1], max_new_tokens {max_new_tokens} at least 1.")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed {seed} must be in [0, 2**32).")
     if slide_to is None:
         slide_to = (model.context_length or 0) // 2
     elif not 0 <= slide_to < positions:
         raise UserError(f"slide_to {slide_to} must be at least 0 and below the model's {positions} positions.")
     elif model.context_length is None:
-        warnings.warn(f"slide_to {slide_to} is ignored: the context of this model is not limited.", stacklevel=3)
+        warn(f"slide_to {slide_to} is ignored: the context of this model is not limited.")
     tokens, n_read, unread = [end_of_text_id, *prompt], 0, [end_of_text_id, *prompt]
     if slide_to == 0 and len(tokens) > positions:
         raise UserError(f"the prompt has {len(prompt)} tokens; expected at most {positions - 1} with slide_to 0: the "
@@ -95,8 +97,7 @@ def generate(model: nn.Module, prompt: list[int], end_of_text_id: int, machine: 
                     effect = (f"from here on the context is the last {slide_to} to {positions} tokens" if slide_to else
                               f"generation stops after {len(new)} of {max_new_tokens} new tokens; set slide_to above 0 "
                               "to continue")
-                    warnings.warn(f"Token {len(tokens)} needs more than the model's {positions} positions: {effect}.",
-                                  stacklevel=3)
+                    warn(f"Token {len(tokens)} needs more than the model's {positions} positions: {effect}.")
                 if slide_to == 0:
                     break
                 state, unread, n_read, slid = model.initial_state(1), tokens[-slide_to:], 0, True
@@ -106,7 +107,7 @@ def generate(model: nn.Module, prompt: list[int], end_of_text_id: int, machine: 
             n_read += len(unread)
             with torch.autocast(machine.device.type, enabled=False):
                 logits = features[0, -1].to(head.dtype) @ head.T  # (V,)
-                if temperature == 0:
+                if temperature < GREEDY:
                     token = int(logits.argmax())
                 else:  # on the CPU: the same generator for every device
                     p = next_token_probabilities(logits.cpu(), temperature, top_k, top_p)

@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from plotarmour.cli import UserError
+from plotarmour.cli import AnyPath, UserError, as_path, warn
 from plotarmour.data.tales import read_facts
 from plotarmour.data.token_file import TokenFile
 from plotarmour.evaluation.arms import compare_arms, group_runs, nats_of, pairs_of
@@ -40,9 +39,9 @@ OUTPUTS = ("report.html", "summary.txt", "totals.csv", "arms.csv", "pairs.csv", 
            "loss_by_position.png", "differences.png", "win_shares.png")
 
 
-def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None = None, facts: Path | None = None,
-                 stride: int | None = None, title: str = "", checkpoint: str | int = "best", device: str = "auto",
-                 unfinished: bool = False) -> pd.DataFrame:
+def compare_runs(folders: list[AnyPath], data: AnyPath, out: AnyPath, train: AnyPath | None = None,
+                 facts: AnyPath | None = None, stride: int | None = None, title: str = "",
+                 checkpoint: str | int = "best", device: str = "auto", unfinished: bool = False) -> pd.DataFrame:
     """Score every story of a token file under runs and n-gram baselines, and write tables, figures and a report.
 
     Runs that differ only in their seed are one arm of the comparison. Results of an earlier comparison in `out` are
@@ -70,9 +69,10 @@ def compare_runs(folders: list[Path], data: Path, out: Path, train: Path | None 
         UserError: the same run or the same weights twice, different tokenizers, stories that a run was trained on, a
             training file that is not the runs' own, a run that is not complete, or a failed leak check.
     """
+    data, out, train, facts = (as_path(path) if path else None for path in (data, out, train, facts))
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; expected a folder for --out.")
-    folders = [folder.resolve() for folder in folders]
+    folders = [as_path(folder).resolve() for folder in folders]
     infos = check_together(folders, unfinished)
     arms = group_runs(infos)
     test, corpus_facts = TokenFile.open(data), read_facts(facts) if facts else None
@@ -191,7 +191,7 @@ def find_runs(folder: Path, named: Sequence[str] = ()) -> list[Path]:
         UserError: no run folder.
     """
     if named:
-        return [folder / name if (folder / name).is_dir() else Path(name) for name in named]
+        return [folder / name if (folder / name).is_dir() else as_path(name) for name in named]
     runs = sorted(path.parent for path in folder.glob("*/run.json"))
     if not runs:
         raise UserError(f"{folder} holds no run folder; expected one or more, of notebook 02_train. Name them.")
@@ -301,7 +301,7 @@ def _check_unseen(name: str, info: dict, data: Path, test: TokenFile, train: Pat
     if trained_on in _fingerprints(test):
         raise UserError(f"{name} was trained on {data}; expected stories that it has not seen: the test part.")
     if info["val"]["payload_sha256"] in _fingerprints(test):
-        warnings.warn(f"The checkpoint of {name} was chosen on {data}; use the test part for a result.", stacklevel=3)
+        warn(f"The checkpoint of {name} was chosen on {data}; use the test part for a result.")
     if train_data is not None and trained_on not in _fingerprints(train_data):
         raise UserError(f"{name} was trained on {info['train']['file']}, not on {train}; baselines must learn from the "
                         "same tokens. Name the run's training file.")

@@ -5,12 +5,11 @@ import shutil
 import tempfile
 import textwrap
 import time
-import warnings
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from plotarmour.cli import UserError, duration
+from plotarmour.cli import UserError, duration, warn
 from plotarmour.config import Recipe
 from plotarmour.evaluation.arms import Arm
 from plotarmour.report.figures import training_curves
@@ -101,8 +100,8 @@ class LiveCurves:
                 self.handle.update(Image(data=path.read_bytes(), format="png"))
         except Exception as error:  # of any kind: training continues, and log.csv has the numbers
             self.handle = None
-            warnings.warn(f"the curves could not be drawn ({type(error).__name__}: {error}); training continues, and "
-                          f"its numbers are in {self.run / 'log.csv'}.", stacklevel=3)
+            warn(f"the curves could not be drawn ({type(error).__name__}: {error}); training continues, and "
+                 f"its numbers are in {self.run / 'log.csv'}.")
         self.drawn_at = time.perf_counter()
         self.took_s = self.drawn_at - begun
 

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from plotarmour.cli import UserError
+from plotarmour.cli import UserError, as_path
 from plotarmour.config import DataConfig, Recipe, load_recipe
 from plotarmour.data.readers import check_text
 from plotarmour.machine import cores
@@ -152,13 +152,14 @@ def _resolve(values: dict[str, Value], defaults: dict[str, Value], recipe: str, 
     settings = [*overrides, *_split_overrides(values.get("overrides", defaults["overrides"]))]
     resolved = load_recipe(name, model, settings)
     require_text(resolved, text)
-    parameters = {"recipe": str(Path(name).resolve()) if name.endswith(".toml") else name, "model": model,
+    parameters = {"recipe": str(as_path(name).resolve()) if name.endswith(".toml") else name, "model": model,
                   "overrides": ";".join(settings)}
     if "gpus" in defaults:
         parameters["gpus"] = values.get("gpus", gpus)
         check_gpus(parameters["gpus"], resolved)
     if values.get("continue_from"):
-        parameters["continue_from"] = str(Path(values["continue_from"]).resolve())  # papermill runs in another folder
+        # Absolute, because papermill runs in another folder.
+        parameters["continue_from"] = str(as_path(values["continue_from"]).resolve())
     return parameters, resolved
 
 

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from plotarmour.cli import UserError
+from plotarmour.cli import AnyPath, UserError, as_path
 from plotarmour.config import Recipe, load_recipe, warn_ignored
 from plotarmour.data.pretokenize import part_path, pre_tokenize
 from plotarmour.data.readers import check_text
@@ -41,7 +41,8 @@ def tell_corpus(path: Path, n_stories: int, seed: int, events: tuple[int, int]) 
     return path, facts
 
 
-def prepare(recipe: Recipe, folder: Path, text: Path | None = None, extra_text: Path | None = None) -> dict[str, Path]:
+def prepare(recipe: Recipe, folder: AnyPath, text: AnyPath | None = None,
+            extra_text: AnyPath | None = None) -> dict[str, Path]:
     """Write the token files of a recipe; files of the same text and settings are kept.
 
     Args:
@@ -56,6 +57,7 @@ def prepare(recipe: Recipe, folder: Path, text: Path | None = None, extra_text: 
     Raises:
         UserError: a text that cannot be used; earlier files stay as they are.
     """
+    folder, text, extra_text = (as_path(path) if path else None for path in (folder, text, extra_text))
     require_text(recipe, text)
     if extra_text is not None:
         check_text(extra_text)
@@ -86,8 +88,9 @@ def prepare(recipe: Recipe, folder: Path, text: Path | None = None, extra_text: 
     return paths
 
 
-def find_prepared(folder: Path) -> dict[str, Path]:
+def find_prepared(folder: AnyPath) -> dict[str, Path]:
     """Return the paths of the files that `prepare` wrote into a folder."""
+    folder = as_path(folder)
     paths = {part: part_path(folder / "tokens.bin", part) for part in PARTS}
     missing = [str(path) for path in paths.values() if not path.exists()]
     if missing:
@@ -95,8 +98,9 @@ def find_prepared(folder: Path) -> dict[str, Path]:
     return paths | {name: folder / file for name, file in OPTIONAL.items() if (folder / file).exists()}
 
 
-def train_recipe(name: str, model: str, data_folder: Path, out: Path, overrides: list[str] = (),
-                 continue_from: Path | None = None, gpus: int = 1, extend: bool = False, from_step: int = -1) -> Ending:
+def train_recipe(name: str, model: str, data_folder: AnyPath, out: AnyPath, overrides: list[str] = (),
+                 continue_from: AnyPath | None = None, gpus: int = 1, extend: bool = False,
+                 from_step: int = -1) -> Ending:
     """Train one model of a recipe on prepared token files; see `plotarmour.run.train_run`.
 
     A notebook shows the curves during training.
@@ -109,10 +113,10 @@ def train_recipe(name: str, model: str, data_folder: Path, out: Path, overrides:
         gpus: GPUs of this machine that train together; with device=cpu the number of processes.
         extend, from_step: see `train_run`; a negative step continues from the latest checkpoint.
     """
-    paths, recipe = find_prepared(data_folder), load_recipe(name, model, overrides)
+    paths, recipe, out = find_prepared(data_folder), load_recipe(name, model, overrides), as_path(out)
     check_gpus(gpus, recipe)
     if continue_from is not None:
-        _copy_run(continue_from, out)
+        _copy_run(as_path(continue_from), out)
     back_to = from_step if from_step >= 0 else None
     with LiveCurves(model, out) as live:
         if gpus == 1:

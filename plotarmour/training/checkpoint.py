@@ -18,17 +18,16 @@ import hashlib
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
-from plotarmour.cli import UserError
+from plotarmour.cli import UserError, warn
 from plotarmour.config import TrainingConfig
 from plotarmour.files import publish, sync, unfinished, write_text
 from plotarmour.training.ending import forget_ending
@@ -66,10 +65,9 @@ def warn_of_low_disk(run: Path, model: nn.Module, step: int, config: TrainingCon
     wanted = kept + 4 - min(3, len(checkpoint_folders(run)))
     free = shutil.disk_usage(run).free
     if free < wanted * each:
-        warnings.warn(f"{run} will need up to {wanted * each / 1e6:,.0f} MB more for its checkpoints "
-                      f"({each / 1e6:,.0f} MB each), and the disk has {free / 1e6:,.0f} MB left: free some, or keep "
-                      "fewer checkpoints (keep_every). When the disk is full, training stops with what is saved.",
-                      stacklevel=2)
+        warn(f"{run} will need up to {wanted * each / 1e6:,.0f} MB more for its checkpoints "
+             f"({each / 1e6:,.0f} MB each), and the disk has {free / 1e6:,.0f} MB left: free some, or keep "
+             "fewer checkpoints (keep_every). When the disk is full, training stops with what is saved.")
 
 
 def rewind(run: Path, step: int) -> None:
@@ -135,8 +133,8 @@ def find_latest_whole(run: Path) -> Path | None:
         damage = damage_of(folder)
         if damage is None:
             if damages:
-                warnings.warn(f"{'; '.join(damages)}: continuing from the checkpoint of step {step_of(folder):,} "
-                              "instead.", stacklevel=2)
+                warn(f"{'; '.join(damages)}: continuing from the checkpoint of step {step_of(folder):,} "
+                     "instead.")
             return folder
         damages.append(damage)
     if damages:
@@ -167,7 +165,7 @@ def step_of(folder: Path) -> int:
 
 def load_model(folder: Path, model: nn.Module) -> None:
     """Load the weights of a checkpoint into a model of the same shape."""
-    tensors, parameters = load_file(folder / "model.safetensors"), dict(model.named_parameters())
+    tensors, parameters = _read_tensors(folder / "model.safetensors"), dict(model.named_parameters())
     if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in parameters.items()}:
         raise UserError(f"{folder} holds the weights of another model than its run.json describes.")
     with torch.no_grad():
@@ -179,7 +177,7 @@ def load_training(folder: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     """Load weights and optimizer state; return the content of state.json."""
     load_model(folder, model)
     parameters = dict(model.named_parameters())
-    for key, value in load_file(folder / "optimizer.safetensors").items():
+    for key, value in _read_tensors(folder / "optimizer.safetensors").items():
         name, entry = key.split("/", 1)
         optimizer.state[parameters[name]][entry] = value.to(parameters[name].device)
     return _state_of(folder)
@@ -252,6 +250,14 @@ def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> 
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file; it is read as a whole where its mount has no shared mappings."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return load(path.read_bytes())
+
+
 def _best_of(latest: Path) -> Path:
     """Return the best checkpoint by the latest's state.json; the latest itself where the best is gone."""
     best = checkpoint_of(latest.parents[1], _state_of(latest)["best_step"])
@@ -259,16 +265,19 @@ def _best_of(latest: Path) -> Path:
 
 
 def _prune(latest: Path, keep_every: int) -> None:
-    """Remove all but the latest, the one before, the best, and multiples of `keep_every`; later ones are damaged."""
+    """Remove all but the latest, the one before, the best, and multiples of `keep_every`; later ones are damaged.
+
+    The untrained weights of step 0 are kept only as the best: the seed gives them again.
+    """
     folders = checkpoint_folders(latest.parents[1])
-    before = folders[folders.index(latest) + 1:]
+    before = [folder for folder in folders[folders.index(latest) + 1:] if step_of(folder)]
     kept = {latest, *before[:1], _best_of(latest), *(p for p in before if keep_every and not step_of(p) % keep_every)}
     for folder in folders:
         if folder not in kept:
             try:
                 _remove(folder)
             except OSError as error:  # training continues, and the next save tries again
-                warnings.warn(f"{folder} cannot be removed: {error.strerror}.", stacklevel=2)
+                warn(f"{folder} cannot be removed: {error.strerror}.")
 
 
 def _remove(folder: Path) -> None:

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -25,6 +26,8 @@ FILES = ("DONE.json", "STOPPED.json")
 UNTRAINED = " (before any training: no later evaluation was better)"
 # Kaggle ends sessions after 9 hours (interactive) or 12 (batch); the rest is for what comes after training.
 KAGGLE_MINUTES = {"Interactive": 510.0, "Batch": 660.0}
+
+HANGUP = getattr(signal, "SIGHUP", None)  # none on Windows
 
 _asked_by_thread = threading.Event()
 
@@ -46,6 +49,7 @@ class Reason(StrEnum):
     TIME_BUDGET = "time budget", "stopped: the time of this session is over", 0, CONTINUES
     SIGINT = "signal SIGINT", "stopped by signal SIGINT", 130, CONTINUES
     SIGTERM = "signal SIGTERM", "stopped by signal SIGTERM", 130, CONTINUES
+    SIGHUP = "signal SIGHUP", "stopped because its terminal was closed (SIGHUP)", 130, CONTINUES
     SIGNAL_ELSEWHERE = "signal to another process", "stopped by a signal to another process", 130, CONTINUES
     NON_FINITE = (
         "non-finite", "stopped: loss or gradients not finite", 1,
@@ -134,7 +138,7 @@ def forget_ending(folder: Path) -> None:
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a request to finish the step and save; a second signal stops at once.
+    """Turns SIGINT, SIGTERM and SIGHUP into a request to finish the step and save; a second signal stops at once.
 
     The request ends with the context: the next one begins without it.
     """
@@ -150,7 +154,10 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other thread
-            self._handlers = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if HANGUP is not None and signal.getsignal(HANGUP) != signal.SIG_IGN:  # nohup ignores it
+                numbers.append(HANGUP)
+            self._handlers = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, *exception) -> None:
@@ -161,10 +168,13 @@ class StopRequest:
 
     def _handle(self, number: int, frame) -> None:
         if self._reason:
+            if number == HANGUP:  # the shell and the system may both send it
+                return
             raise KeyboardInterrupt
         self._reason = Reason(f"signal {signal.Signals(number).name}")
         if sys.stderr is not None and sys.stderr.isatty():  # os.write: the signal may have interrupted a print
-            os.write(sys.stderr.fileno(), b"\nfinishing the step, then saving; once more stops at once\n")
+            with suppress(OSError):  # the terminal is closed
+                os.write(sys.stderr.fileno(), b"\nfinishing the step, then saving; once more stops at once\n")
 
 
 def ask_to_stop() -> None:

@@ -6,12 +6,11 @@ The columns of `log.csv` have a fixed order; an empty cell means "not measured".
 import csv
 import io
 import json
-import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plotarmour.cli import UserError
+from plotarmour.cli import AnyPath, UserError, as_path, warn
 from plotarmour.files import write_json, write_text
 
 if TYPE_CHECKING:
@@ -37,8 +36,8 @@ class RunLog:
         else:
             write_text(path, HEADER + "\n")
         if n_rows is not None and self.n_rows < n_rows:
-            warnings.warn(f"{path} has lost rows: found {self.n_rows} up to step {step:,}, the checkpoint knows of "
-                          f"{n_rows}. Training continues without them.", stacklevel=2)
+            warn(f"{path} has lost rows: found {self.n_rows} up to step {step:,}, the checkpoint knows of "
+                 f"{n_rows}. Training continues without them.")
 
     def append(self, **values: object) -> None:
         """Write one row at once, values by column name. A full or damaged disk raises `UserError`."""
@@ -67,7 +66,7 @@ class RunLog:
             write_text(self.path, "\n".join([HEADER, *kept, ""]))
 
 
-def read_log(path: Path) -> "pd.DataFrame":
+def read_log(path: AnyPath) -> "pd.DataFrame":
     """Return the rows of a log.csv, also while another process writes it.
 
     Args:
@@ -78,7 +77,7 @@ def read_log(path: Path) -> "pd.DataFrame":
     """
     import pandas as pd  # not at the top: training itself does without it
 
-    rows = [line for line in _lines(path)[0] if _step(line) is not None]
+    rows = [line for line in _lines(as_path(path))[0] if _step(line) is not None]
     return pd.read_csv(io.StringIO("\n".join([HEADER, *rows])))
 
 

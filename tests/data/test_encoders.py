@@ -51,7 +51,7 @@ def test_both_give_the_same_file_of_real_text(shared, tmp_path, name):
     assert made[0].read_bytes() == made[1].read_bytes()
 
 
-def test_a_difference_is_noticed_said_and_mended(shared, tmp_path, monkeypatch):
+def test_a_difference_is_noticed_said_and_mended(shared, tmp_path, monkeypatch, warned):
     """Guards: wrong ids taken on trust. Here the fast backend goes wrong in the middle of a text only."""
     encode, calls = Encoder.encode, []
 
@@ -64,7 +64,7 @@ def test_a_difference_is_noticed_said_and_mended(shared, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Encoder, "encode", wrong)
     text = shared / "data" / "tinystories" / "stories_b.txt"
-    with pytest.warns(UserWarning, match="other ids than tokenizers .* starting over"):
+    with warned("other ids than tokenizers .* starting over"):
         [path] = pre_tokenize([text], str(shared / "gpt2"), tmp_path / "x.bin", block=2**16, save_bytes=2**16)
     [expected] = pre_tokenize([text], str(shared / "gpt2"), tmp_path / "y.bin", backend="tokenizers")
     assert path.read_bytes() == expected.read_bytes()
@@ -82,12 +82,12 @@ def test_truncation_and_padding_of_a_tokenizer_json_do_not_count(tmp_path):
     assert counts.tolist() == reference(tokenizer).encode(texts)[1].tolist() == [7001, 6]
 
 
-def test_what_goes_wrong_after_a_difference_leaves_nothing_either(shared, tmp_path, monkeypatch):
+def test_what_goes_wrong_after_a_difference_leaves_nothing_either(shared, tmp_path, monkeypatch, warned):
     """Guards: a work folder left behind by the second try."""
     monkeypatch.setattr(Encoder, "_check", lambda *args: (_ for _ in ()).throw(Differs("other ids")))
     text = tmp_path / "t.txt"
     text.write_bytes((shared / "data" / "tinystories" / "stories_b.txt").read_bytes() + b"\xff")
-    with pytest.warns(UserWarning, match="starting over"), pytest.raises(UserError, match="not UTF-8"):
+    with warned("starting over"), pytest.raises(UserError, match="not UTF-8"):
         pre_tokenize([text], "bytes", tmp_path / "x.bin")
     assert list(tmp_path.iterdir()) == [text]
 

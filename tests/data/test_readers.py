@@ -126,11 +126,11 @@ def test_paragraphs_are_stories(tmp_path, newline, block):
     assert TokenFile.open(made).header["n_empty_dropped"] == 0
 
 
-def test_a_byte_order_mark_is_left_out_and_said(tmp_path):
+def test_a_byte_order_mark_is_left_out_and_said(tmp_path, warned):
     """Guards: U+FEFF as the first token of the first story."""
     path = tmp_path / "bom.txt"
     path.write_bytes(b"\xef\xbb\xbfOnce")
-    with pytest.warns(UserWarning, match="byte order mark"):
+    with warned("byte order mark"):
         [made] = pre_tokenize([path], "bytes", tmp_path / "x.bin")
     assert told(made) == ["Once"]
 

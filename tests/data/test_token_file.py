@@ -259,10 +259,10 @@ def test_an_id_outside_the_vocabulary_is_refused_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_slow_fallback_gives_the_same_tokens_and_warns(token_files):
+def test_the_slow_fallback_gives_the_same_tokens_and_warns(token_files, warned):
     """Guards: a fallback that tokenizes something else than the token file holds."""
     tokenizer = TokenFile.open(token_files["train"]).tokenizer()
-    with pytest.warns(UserWarning, match="pre_tokenize.py"):
+    with warned("pre_tokenize.py"):
         slow = tokenize_in_memory(token_files["text"], tokenizer)
     fast = TokenFile.open(token_files["test"])
     texts = {tokenizer.decode(slow.story(i)) for i in range(slow.n_stories)}

@@ -103,7 +103,7 @@ WORDS = {"version": "1.0", "truncation": None, "padding": None, "normalizer": No
 LOWER = {**json.loads(BYTES.json), "normalizer": {"type": "Lowercase"}}
 
 
-def test_a_tokenizer_that_does_not_give_the_text_back_is_refused_or_said(tmp_path, capsys):
+def test_a_tokenizer_that_does_not_give_the_text_back_is_refused_or_said(tmp_path, capsys, warned):
     """Guards: a model that predicts [UNK] with perplexity 1.00, and nothing is said."""
     text, words, lower = tmp_path / "t.txt", tmp_path / "words.json", tmp_path / "lower.json"
     words.write_text(json.dumps(WORDS))
@@ -111,7 +111,7 @@ def test_a_tokenizer_that_does_not_give_the_text_back_is_refused_or_said(tmp_pat
     text.write_text("\n".join(f"кот спал {i}" for i in range(50)), encoding="utf-8")
     with pytest.raises(UserError, match=r"give the text back: \d+.\d% of .* lost, 100.0% of the tokens are its unk"):
         pre_tokenize([text], str(words), tmp_path / "x.bin", stories="line")
-    with pytest.warns(UserWarning, match="in memory"), pytest.raises(UserError, match="does not give the text back"):
+    with warned("in memory"), pytest.raises(UserError, match="does not give the text back"):
         tokenize_in_memory(text, load_tokenizer(words), "line")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lower.json", "t.txt", "words.json"]
     text.write_text("The dog ran home.")
@@ -142,9 +142,9 @@ def test_a_learned_vocabulary_merges_what_recurs():
     assert len(LEARNED.encode("the cat")) < 7
 
 
-def test_a_text_too_poor_for_the_vocabulary_warns():
+def test_a_text_too_poor_for_the_vocabulary_warns(warned):
     """Guards: a recipe that says 4,096 and means 300."""
-    with pytest.warns(UserWarning, match="yields only"):
+    with warned("yields only"):
         make_tokenizer("bpe:4000", ["a few words only"])
 
 

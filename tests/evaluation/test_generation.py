@@ -1,4 +1,4 @@
-import warnings
+import math
 
 import pytest
 import torch
@@ -111,14 +111,13 @@ def test_greedy_stories_of_gpt2_are_those_of_transformers():
 
 
 @pytest.mark.parametrize("slide_to", [None, 1, 5, 15])
-def test_beyond_its_positions_a_model_reads_the_last_tokens_afresh(gpt2, slide_to):
+def test_beyond_its_positions_a_model_reads_the_last_tokens_afresh(gpt2, slide_to, warned):
     """Guards: GPT-2 failing at its 17th token; a window of another size than asked for, or one that is not said."""
     listening, keep = Listening(gpt2), 8 if slide_to is None else slide_to
-    with pytest.warns(UserWarning) as said:
+    with warned() as said:
         new = generate(listening, [1, 2, 3], END, CPU, 40, temperature=0, slide_to=slide_to)
-    assert [str(w.message) for w in said] == ["Token 17 needs more than the model's 16 positions: from here on "
+    assert said == ["Token 17 needs more than the model's 16 positions: from here on "
                                               f"the context is the last {keep} to 16 tokens."]
-    assert said[0].filename == __file__
     seen, begin, reread = [END, 1, 2, 3], 0, []
     for token in new:
         if len(seen) - begin > 16:
@@ -130,25 +129,27 @@ def test_beyond_its_positions_a_model_reads_the_last_tokens_afresh(gpt2, slide_t
         reread if keep > 1 else [])
 
 
-def test_slide_to_0_stops_at_the_last_position(gpt2):
+def test_slide_to_0_stops_at_the_last_position(gpt2, warned):
     """Guards: a story cut short without a word, or one token before its time.
 
     16 positions: END and 15 tokens; the sixteenth is drawn from them.
     """
-    with pytest.warns(UserWarning) as said:
+    with warned() as said:
         new = generate(gpt2, [1, 2, 3], END, CPU, 40, temperature=0, slide_to=0)
-    assert len(new) == 13 and [str(w.message) for w in said] == [
+    assert len(new) == 13 and said == [
         "Token 17 needs more than the model's 16 positions: generation stops after 13 of 40 new tokens; set slide_to "
         "above 0 to continue."]
-    assert generate(gpt2, [1, 2, 3], END, CPU, 13, temperature=0, slide_to=0) == new  # without a warning: none was cut
-    assert generate(gpt2, [1, 2, 3], END, CPU, 13, temperature=0) == new
+    with warned() as said:
+        assert generate(gpt2, [1, 2, 3], END, CPU, 13, temperature=0, slide_to=0) == new
+        assert generate(gpt2, [1, 2, 3], END, CPU, 13, temperature=0) == new
+    assert not said  # none was cut
 
 
-def test_a_prompt_longer_than_the_context_follows_the_same_rule(gpt2):
+def test_a_prompt_longer_than_the_context_follows_the_same_rule(gpt2, warned):
     """Guards: the beginning of a long prompt dropped without a word."""
     prompt = torch.randint(0, 96, (30,)).tolist()
     listening = Listening(gpt2)
-    with pytest.warns(UserWarning, match="Token 31 needs more .* the context is the last 6 to 16 tokens"):
+    with warned("Token 31 needs more .* the context is the last 6 to 16 tokens"):
         [first] = generate(listening, prompt, END, CPU, 1, temperature=0, slide_to=6)
     assert listening.read == [prompt[-6:]] and first == greedy(gpt2, prompt[-6:])
     with pytest.raises(UserError, match="the prompt has 30 tokens; expected at most 15 with slide_to 0"):
@@ -163,13 +164,13 @@ def test_windows_that_cannot_be_are_refused(gpt2, slide_to):
         generate(gpt2, [1], END, CPU, slide_to=slide_to)
 
 
-def test_bdh_never_slides():
+def test_bdh_never_slides(warned):
     """Guards: a state thrown away by a rule that is not BDH's; a setting that is ignored without a word."""
     torch.manual_seed(0)
     model = Listening(BDH(BDHConfig(1, 16, 2, 4, vocab_size=97, dropout=0.0)).eval())
     plain = generate(model, [1, 2, 3], END, CPU, 100, temperature=0)
     assert sum(map(len, model.read)) == 4 + len(plain) - 1
-    with pytest.warns(UserWarning, match="slide_to 0 is ignored: the context of this model is not limited"):
+    with warned("slide_to 0 is ignored: the context of this model is not limited"):
         assert generate(model, [1, 2, 3], END, CPU, 100, temperature=0, slide_to=0) == plain
     with pytest.raises(UserError, match="slide_to -1 must be at least 0"):
         generate(model, [1], END, CPU, slide_to=-1)
@@ -177,15 +178,31 @@ def test_bdh_never_slides():
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["bdh", "gpt2"])
-def test_a_long_prompt_is_read_in_pieces_that_change_nothing(kind):
+def test_a_long_prompt_is_read_in_pieces_that_change_nothing(kind, warned):
     """Guards: memory that grows with the prompt, and a token lost or read twice where two pieces meet."""
     torch.manual_seed(0)
     inner = (BDH(BDHConfig(2, 16, 2, 8, vocab_size=50, dropout=0.0)) if kind == "bdh" else
              HFModel(GPT2Config(1, 16, 2, vocab_size=50, context_length=6000, dropout=0.0))).eval()
     model, prompt = Listening(inner), torch.randint(1, 50, (5000,)).tolist()
-    with warnings.catch_warnings(action="error"):
+    with warned() as said:
         new = generate(model, prompt, 0, CPU, 1, temperature=0)
     assert [len(ids) for ids in model.read] == [PIECE, 5001 - PIECE] and sum(model.read, []) == [0, *prompt]
+    assert not said
     whole = inner.features(torch.tensor([[0, *prompt]]))[0]
     torch.testing.assert_close(model.last[0, -1], whole[0, -1], rtol=1e-4, atol=1e-4)
     assert new == [greedy(inner, [0, *prompt])] or new == []
+
+
+@pytest.mark.parametrize("options", [{"temperature": math.nan}, {"temperature": math.inf}, {"temperature": -1.0},
+                                     {"seed": -1}, {"seed": 10**20}, {"top_p": math.nan}, {"top_k": -1}])
+def test_odd_settings_are_refused(gpt2, options):
+    """Guards: a traceback out of torch about a probability tensor or an overflow."""
+    with pytest.raises(UserError, match=next(iter(options))):
+        generate(gpt2, [1], END, CPU, **options)
+
+
+def test_a_tiny_temperature_is_as_good_as_none(gpt2):
+    """Guards: logits that overflow when they are divided by it."""
+    greedy_story = generate(gpt2, [1, 2], END, CPU, 10, temperature=0)
+    for temperature in (1e-40, 1e-9, 1e-6):
+        assert generate(gpt2, [1, 2], END, CPU, 10, temperature=temperature) == greedy_story

@@ -154,21 +154,21 @@ def test_nothing_in_the_report_is_taken_for_markup(runs, token_files, tmp_path):
 
 
 def test_each_run_is_loaded_once(runs, token_files, tmp_path, monkeypatch):
-    """Guards: weights read and hashed again for the examples and for the samples."""
+    """Guards: weights read and hashed again for the examples and for the samples; paths that must be a Path."""
     loaded, load_model = [], run.load_model
     monkeypatch.setattr(run, "load_model", lambda checkpoint, model: loaded.append(checkpoint) or load_model(
         checkpoint, model))
-    compare_runs(runs[:3], token_files["test"], tmp_path / "out")
+    compare_runs([str(folder) for folder in runs[:3]], str(token_files["test"]), str(tmp_path / "out"))
     assert [checkpoint.parents[1] for checkpoint in loaded] == runs[:3]
 
 
-def test_runs_that_have_not_ended_are_refused_or_labelled(token_files, runs, tmp_path):
+def test_runs_that_have_not_ended_are_refused_or_labelled(token_files, runs, tmp_path, warned):
     """Guards: a checkpoint of half a run taken for the recipe's result."""
     half = train(token_files, tmp_path / "half", "gpt2", "max_minutes=0.00001", "max_steps=50")
     with pytest.raises(UserError, match="half: not finished, no DONE.json.*--unfinished"):
         compare_runs([runs[0], half], token_files["test"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.warns(UserWarning, match="half is not finished"):
+    with warned("half is not finished"):
         compare_runs([runs[0], half], token_files["test"], tmp_path / "out", unfinished=True)
     assert "NOT FINISHED: time budget" in (tmp_path / "out" / "summary.txt").read_text(encoding="utf-8")
 

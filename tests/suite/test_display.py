@@ -87,17 +87,17 @@ def test_an_executed_notebook_holds_one_figure_as_it_last_was(root, tmp_path):
     assert [o.ename for o in cells[1].outputs if o.output_type == "error"] == ["KeyboardInterrupt"]
 
 
-def test_an_error_while_drawing_warns_once_and_training_goes_on(notebook, log, tmp_path, monkeypatch):
+def test_an_error_while_drawing_warns_once_and_training_goes_on(notebook, log, tmp_path, monkeypatch, warned):
     """Guards: hours of training lost to a figure."""
     def fail(*_):
         raise OSError("no space left")
 
     monkeypatch.setattr(display, "training_curves", fail)
-    with pytest.warns(UserWarning, match="OSError: no space left.*training continues") as warned:
+    with warned("OSError: no space left.*training continues") as messages:
         with LiveCurves("bdh", tmp_path, every_s=0.0) as curves:
             for _ in range(3):
                 curves.row()
-    assert len(warned) == 1
+    assert len(messages) == 1
 
 
 def test_drawing_takes_a_hundredth_of_the_time_at_most(notebook, log, tmp_path, monkeypatch):

@@ -1,10 +1,13 @@
 """The steps that notebooks and command lines call."""
 
+import re
+
 import pytest
 
 from plotarmour.cli import UserError
 from plotarmour.config import load_recipe
-from plotarmour.suite.steps import prepare
+from plotarmour.report.compare import find_runs
+from plotarmour.suite.steps import find_prepared, prepare
 
 SMALL = ["max_steps=2", "warmup_steps=0"]
 
@@ -36,9 +39,20 @@ def test_a_refused_start_leaves_the_built_in_corpus_as_it_was(tmp_path, wrong):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == kept
 
 
-def test_settings_of_the_corpus_beside_a_text_are_warned_of(tmp_path, token_files):
+def test_settings_of_the_corpus_beside_a_text_are_warned_of(tmp_path, token_files, warned):
     """Guards: a corpus asked for with --set of which no story is in the token files; warnings about a recipe."""
     prepare(load_recipe("tiny", "bdh", ["tokenizer=bytes", "split=8:1:1"]), tmp_path, token_files["text"])
     overrides = ["tokenizer=bytes", "split=8:1:1", "corpus_stories=50"]
-    with pytest.warns(UserWarning, match="^corpus_stories is ignored: .* takes the place of the built-in corpus"):
+    with warned("^corpus_stories is ignored: .* takes the place of the built-in corpus"):
         prepare(load_recipe("tiny", "bdh", overrides), tmp_path, token_files["text"])
+
+
+def test_the_paths_of_a_step_may_be_text_that_begins_with_a_tilde(tmp_path, monkeypatch):
+    """Guards: AttributeError for a path that is text; a folder named ~."""
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    assert find_runs(tmp_path, ["~/results/bdh"]) == [tmp_path / "results" / "bdh"]
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "tokens"))):
+        find_prepared("~/tokens")
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "tales.txt"))):
+        prepare(load_recipe("tiny", "bdh", SMALL), "~/results", "~/tales.txt")

@@ -62,6 +62,7 @@ def test_from_text_to_comparison(run_main, tmp_path):
         code, out, _ = run_main("train", "--recipe", "tiny", "--model", model, "--train", train, "--val", val, "--out",
                                 run, *options)
         assert code == 0 and "done: all steps taken; 4 steps" in out
+        assert f"next: python evaluate.py {run} --data {test} --out {run}_scores\n" in out
     code, out, _ = run_main("compare", *runs, "--data", test, "--train", train, "--facts", tmp_path / "t.facts.jsonl",
                             "--out", tmp_path / "c")
     assert code == 0 and "bigram baseline" in out and "over corpus" in out
@@ -248,12 +249,12 @@ def test_dishonest_comparisons_are_refused(run_main, two_runs, token_files, tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_a_story_beyond_the_positions_follows_slide_to(run_main, two_runs):
+def test_a_story_beyond_the_positions_follows_slide_to(run_main, two_runs, warned):
     """Guards: an option that is not passed on; a story that stops, or forgets its beginning, without a word."""
     options = (two_runs[1], "--temperature", 0, "--max-new-tokens", 200, "--slide-to")
-    with pytest.warns(UserWarning, match="Token 161 needs more than the model's 160 positions: generation stops"):
+    with warned("Token 161 needs more than the model's 160 positions: generation stops"):
         assert run_main("generate", *options, 0)[0] == 0
-    with pytest.warns(UserWarning, match="Token 161 needs more .* the context is the last 40 to 160 tokens"):
+    with warned("Token 161 needs more .* the context is the last 40 to 160 tokens"):
         assert run_main("generate", *options, 40)[0] == 0
     code, _, err = run_main("generate", *options, 160)
     assert code == 2 and err == "error: slide_to 160 must be at least 0 and below the model's 160 positions.\n"
@@ -286,7 +287,7 @@ def test_a_run_goes_on_from_an_attached_read_only_output(token_files, two_runs, 
     assert final.step == 1 and (tmp_path / "bdh" / "log.csv").read_text() == (two_runs[0] / "log.csv").read_text()
 
 
-def test_a_run_trained_from_text_is_known_by_its_text(run_main, token_files, tmp_path):
+def test_a_run_trained_from_text_is_known_by_its_text(run_main, token_files, tmp_path, warned):
     """Guards: baselines refused for a run of the slow fallback, and its training text scored as held out."""
     from plotarmour.data.pretokenize import pre_tokenize
 
@@ -296,24 +297,24 @@ def test_a_run_trained_from_text_is_known_by_its_text(run_main, token_files, tmp
     other.write_text("<|endoftext|>".join(stories[200:]))
     files = [pre_tokenize([t], str(token_files["train"]), tmp_path / f"{t.stem}.bin")[0] for t in (text, other)]
     options = [o for s in ("max_steps=1", "warmup_steps=0", "n_embd=16", "eval_tokens=100") for o in ("--set", s)]
-    with pytest.warns(UserWarning, match="not a token file"):
+    with warned("not a token file"):
         code, _, err = run_main("train", "--recipe", "tiny", "--model", "bdh", "--train", text, "--val", other, "--out",
                                 tmp_path / "run", "--tokenizer", token_files["train"], *options)
     assert code == 0, err
     arguments = ("compare", tmp_path / "run", "--train", files[0], "--out", tmp_path / "out", "--data")
-    with pytest.warns(UserWarning, match="chosen on"):
+    with warned("chosen on"):
         assert run_main(*arguments, files[1])[0] == 0
     code, _, err = run_main(*arguments, files[0], "--force")
     assert code == 2 and "was trained on" in err
 
 
-def test_choosing_on_the_scored_stories_is_said_and_old_rows_go(run_main, two_runs, token_files, tmp_path):
+def test_choosing_on_the_scored_stories_is_said_and_old_rows_go(run_main, two_runs, token_files, tmp_path, warned):
     """Guards: validation stories reported as held out; rows of an earlier comparison beside new totals."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "stories_old.csv").write_text("story,tokens,bytes,nats\n")
     (tmp_path / "out" / "totals.csv").write_text("name,loss\nold,3.0\n")
     (tmp_path / "out" / "holiday.png").write_text("not ours")
-    with pytest.warns(UserWarning, match="chosen on .*; use the test part for a result"):
+    with warned("chosen on .*; use the test part for a result"):
         code, _, _ = run_main("evaluate", two_runs[0], "--data", token_files["val"], "--out", tmp_path / "out",
                               "--force")
     assert code == 0 and [p.name for p in (tmp_path / "out").glob("stories_*.csv")] == ["stories_bdh.csv"]
@@ -377,7 +378,7 @@ def test_results_are_replaced_only_with_force(run_main, two_runs, token_files, t
 
 def test_every_tool_that_reads_a_run_takes_a_step(run_main, two_runs, token_files, tmp_path):
     """Guards: a kept checkpoint that only Python can name; generate and compare that know the best one alone."""
-    scored = ("--data", token_files["test"], "--out", tmp_path / "out", "--checkpoint", 0)
+    scored = ("--data", token_files["test"], "--out", tmp_path / "out", "--checkpoint", 1)
     assert run_main("evaluate", two_runs[0], *scored)[0] == 0
     assert run_main("compare", *two_runs, *scored, "--force")[0] == 0
     assert run_main("generate", two_runs[0], "--checkpoint", "latest", "--max-new-tokens", 3)[0] == 0

@@ -116,9 +116,9 @@ def test_a_recipe_that_cannot_be_is_one_line_and_makes_no_folder(run_main, token
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_data_setting_beside_token_files_is_warned_of(run_main, run, token_files):
+def test_a_data_setting_beside_token_files_is_warned_of(run_main, run, token_files, warned):
     """Guards: --set tokenizer=bytes that is accepted, while the token files were made with another one."""
-    with pytest.warns(UserWarning, match="^tokenizer is ignored: the token files are made already"):
+    with warned("^tokenizer is ignored: the token files are made already"):
         assert run_main("train", *arguments(token_files, run, {"tokenizer": "bytes"}))[0] == 0
 
 
@@ -147,16 +147,16 @@ def test_a_run_that_another_process_trains_is_named_with_pid_and_time(run_main, 
 
 
 def test_a_disk_that_is_too_small_for_the_checkpoints_is_told_at_the_start(run_main, token_files, tmp_path,
-                                                                           monkeypatch):
+                                                                           monkeypatch, warned):
     """Guards: a disk that is found to be full after hours; a warning where there is room."""
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=9_000_000))
-    with pytest.warns(UserWarning, match=r"new will need up to \d+ MB more .* the disk has 9 MB left: free some"):
+    with warned(r"new will need up to \d+ MB more .* the disk has 9 MB left: free some"):
         code, out, err = run_main("train", *arguments(token_files, tmp_path / "new"))
     assert code == 0 and "done: all steps taken; 4 steps" in out and "error" not in err
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=40_000_000))
     assert run_main("train", *arguments(token_files, tmp_path / "roomy"))[0] == 0
-    with pytest.warns(UserWarning, match=r"need up to \d+ MB more"):  # every second step's is kept
+    with warned(r"need up to \d+ MB more"):  # every second step's is kept
         run_main("train", *arguments(token_files, tmp_path / "kept", {"keep_every": 1, "max_steps": 20}))
 
 
@@ -172,11 +172,11 @@ def flip_high_bits(path):
         file.write(bytes(byte | 0x40 * (i % 2) for i, byte in enumerate(ids)))
 
 
-def test_a_damaged_file_to_score_is_one_line(run_main, run, token_files, tmp_path):
+def test_a_damaged_file_to_score_is_one_line(run_main, run, token_files, tmp_path, warned):
     """Guards: a traceback out of the model for a test file whose header is whole."""
     path = shutil.copy(token_files["test"], tmp_path)
     flip_high_bits(path)
-    with pytest.warns(UserWarning, match="not finished"):
+    with warned("not finished"):
         code, _, err = run_main("evaluate", run, "--unfinished", "--data", path, "--out", tmp_path / "scores")
     assert code == 2 and err.splitlines()[-1].startswith(f"error: {path} is damaged: found id 16,"), err
     assert "Traceback" not in err

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import shutil
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -156,22 +155,22 @@ class FaultyFile:
 
 @pytest.mark.parametrize(("code", "stays"), [(errno.ENOSPC, True), (errno.EIO, False), (errno.EFBIG, False),
                                              (errno.EACCES, True)])
-def test_a_save_that_fails_anywhere_leaves_the_old_checkpoints_and_says_so(saved, tmp_path, monkeypatch, code, stays):
+def test_a_save_that_fails_anywhere_leaves_the_old_checkpoints_and_says_so(saved, tmp_path, monkeypatch, warned, code,
+                                                                              stays):
     """Guards: an old checkpoint that is lost, a half-written one under a final name, leftovers, a traceback."""
     before, n, failed = contents(saved), 0, 0
     while True:
         n += 1
         run = tmp_path / f"run_{n}"
         shutil.copytree(saved, run)
-        with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
+        with monkeypatch.context() as patch, warned() as messages:
             faults = Faults(patch, code, n, stays)
             try:
                 save(run, 12)
                 said = ""
             except UserError as error:
                 said = str(error)
-        assert faults.hit == bool(said or warned), n
+        assert faults.hit == bool(said or messages), n
         assert all(damage_of(folder) is None for folder in checkpoint_folders(run))
         if said:
             failed += 1
@@ -184,15 +183,15 @@ def test_a_save_that_fails_anywhere_leaves_the_old_checkpoints_and_says_so(saved
         else:
             assert load_training(find_checkpoint(run, "latest"), *network(0))["step"] == 12
         save(run, 15)  # it goes on
-        if not said and not warned:
+        if not said and not messages:
             break
     assert n > 15 and failed > 12
 
 
-def test_a_checkpoint_that_cannot_be_removed_does_not_stop_the_run(saved, monkeypatch):
+def test_a_checkpoint_that_cannot_be_removed_does_not_stop_the_run(saved, monkeypatch, warned):
     """Guards: hours of training that end because an old folder is open in another program."""
     monkeypatch.setattr(checkpoint, "_remove", lambda folder: os.rmdir(folder))
-    with pytest.warns(UserWarning, match="step_00000006 cannot be removed: Directory not empty"):
+    with warned("step_00000006 cannot be removed: Directory not empty"):
         save(saved, 12)
     monkeypatch.undo()
     save(saved, 15)
@@ -244,10 +243,13 @@ def test_a_log_that_cannot_grow_stops_the_run_with_one_line(small_recipe, token_
 
 
 def test_the_latest_the_one_before_the_best_and_every_nth_are_kept(tmp_path):
-    """Guards: a disk that fills up; a best checkpoint that is removed."""
-    for step in range(8):
+    """Guards: a disk that fills up; a best checkpoint that is removed; untrained weights that stay for nothing."""
+    save(tmp_path, 0, best_step=0)
+    save(tmp_path, 1, best_step=0)
+    assert step_names(tmp_path) == ["step_00000000", "step_00000001"]
+    for step in range(2, 8):
         save(tmp_path, step, best_step=2, keep_every=5)
-    assert step_names(tmp_path) == [f"step_{step:08d}" for step in (0, 2, 5, 6, 7)]
+    assert step_names(tmp_path) == [f"step_{step:08d}" for step in (2, 5, 6, 7)]
     assert find_checkpoint(tmp_path, "latest").name == "step_00000007"
     assert find_checkpoint(tmp_path, "best").name == "step_00000002"
 
@@ -276,12 +278,11 @@ def damage_at_random(run, count, draw, truncate=False):
         path.write_bytes(raw)
 
 
-def check_noticed(run, path, what):
+def check_noticed(run, path, what, warned):
     """That the damage is seen by whoever scores, and announced by whoever goes on."""
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
+    with warned() as messages:
         found = find_latest_whole(run)
-    [message] = [str(w.message) for w in warned]
+    [message] = messages
     assert path.name in message, what
     assert found.name == "step_00000006" and "continuing from the checkpoint of step 6 instead" in message, what
     for which in (9, "latest"):
@@ -290,34 +291,34 @@ def check_noticed(run, path, what):
 
 
 @pytest.mark.parametrize(("flips", "cuts"), [(300, 30), pytest.param(2000, 100, marks=pytest.mark.slow)])
-def test_no_damage_is_loaded_as_if_whole(saved, flips, cuts):
+def test_no_damage_is_loaded_as_if_whole(saved, flips, cuts, warned):
     """Guards: rotten weights, optimizer states, counters or manifests that are believed."""
     draw, done = random.Random(flips), 0
     for truncate, count in ((False, flips), (True, cuts)):
         for path, what in damage_at_random(saved, count, draw, truncate):
-            check_noticed(saved, path, what)
+            check_noticed(saved, path, what, warned)
             done += 1
     assert done == flips + cuts and find_checkpoint(saved, "latest").name == "step_00000009"
 
 
 @pytest.mark.parametrize("name", [*FILES, "MANIFEST.json"])
-def test_a_lost_last_byte_is_damage(saved, name):
+def test_a_lost_last_byte_is_damage(saved, name, warned):
     """Guards: JSON that says the same without its last line feed, believed though the file was cut."""
     path = saved / "checkpoints" / "step_00000009" / name
     path.write_bytes(path.read_bytes()[:-1])
-    check_noticed(saved, path, name)
+    check_noticed(saved, path, name, warned)
 
 
 @pytest.mark.parametrize("name", [*FILES, "MANIFEST.json"])
-def test_a_missing_file_or_folder_is_damage(saved, name):
+def test_a_missing_file_or_folder_is_damage(saved, name, warned):
     """Guards: a manifest that is the only file that must be there."""
     (saved / "checkpoints" / "step_00000009" / name).unlink()
     with pytest.raises(UserError, match=f"{name} is damaged .No such .*Whole .*: step_00000006, step_00000003"):
         find_checkpoint(saved, "latest")
-    with pytest.warns(UserWarning, match=f"{name} is damaged .No such .*: continuing .* of step 6 instead"):
+    with warned(f"{name} is damaged .No such .*: continuing .* of step 6 instead"):
         assert find_latest_whole(saved).name == "step_00000006"
     shutil.rmtree(saved / "checkpoints" / "step_00000006")
-    with pytest.warns(UserWarning, match=f"{name} is damaged .No such .*: continuing .* of step 3 instead"):
+    with warned(f"{name} is damaged .No such .*: continuing .* of step 3 instead"):
         assert find_latest_whole(saved).name == "step_00000003"
 
 
@@ -410,10 +411,10 @@ def test_a_future_that_was_given_up_does_not_become_the_latest_after_a_kill(tmp_
     assert step_names(tmp_path) == ["step_00000003"]
 
 
-def test_a_later_checkpoint_that_is_damaged_goes_with_the_next_save(saved):
+def test_a_later_checkpoint_that_is_damaged_goes_with_the_next_save(saved, warned):
     """Guards: a damaged folder that stays the highest for good, so that each start warns and loses steps again."""
     (saved / "checkpoints" / "step_00000009" / "state.json").write_text("{}")
-    with pytest.warns(UserWarning, match="step 6 instead"):
+    with warned("step 6 instead"):
         checkpoint.tidy(saved, find_latest_whole(saved), 0)
     assert "step_00000009" in step_names(saved)
     save(saved, 8)
@@ -423,13 +424,13 @@ def test_a_later_checkpoint_that_is_damaged_goes_with_the_next_save(saved):
 
 # Runs
 
-def test_a_run_whose_latest_checkpoint_is_damaged_ends_with_the_same_bits(small_recipe, token_files, tmp_path):
+def test_a_run_whose_latest_checkpoint_is_damaged_ends_with_the_same_bits(small_recipe, token_files, tmp_path, warned):
     """Guards: damage that stops a run for good or changes what it learns, a finished one included."""
     run = tmp_path / "run"
     final = train(small_recipe, token_files, run)
     bits, log = last_bits(run), (run / "log.csv").read_text()
     (run / "checkpoints" / "step_00000006" / "optimizer.safetensors").write_bytes(bits[1][:-1])
-    with pytest.warns(UserWarning, match="optimizer.safetensors is damaged .*: continuing from the checkpoint of step"):
+    with warned("optimizer.safetensors is damaged .*: continuing from the checkpoint of step"):
         assert train(small_recipe, token_files, run).step == final.step == 6
     assert last_bits(run) == bits and len((run / "log.csv").read_text().splitlines()) == len(log.splitlines())
     assert train(small_recipe, token_files, run).step == 6  # and nothing to do
@@ -506,10 +507,8 @@ def test_nothing_is_written_where_the_tokens_are(small_recipe, token_files, tmp_
     folder.chmod(0o755)
 
 
-def test_a_write_that_fails_names_its_file(tmp_path, capsys, monkeypatch):
+def test_a_write_that_fails_names_its_file(tmp_path, capsys):
     """Guards: "File too large", of which no one knows the file; a traceback for a full disk."""
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # run_command sets it
-
     def command():
         with file_size_limit(10):
             write_json(tmp_path / "DONE.json", list(range(100)))

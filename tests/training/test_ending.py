@@ -1,7 +1,9 @@
 import json
 import math
+import os
 import pickle
 import re
+import signal
 from dataclasses import replace
 
 import psutil
@@ -12,6 +14,7 @@ from plotarmour.run import train_run
 from plotarmour.training import ending as ending_module
 from plotarmour.training.ending import (
     DONE,
+    HANGUP,
     Ending,
     Reason,
     StopRequest,
@@ -148,3 +151,15 @@ def test_a_request_of_a_thread_stops_one_training_and_not_the_next():
     assert stop.asked == "signal SIGINT"
     with StopRequest() as stop:
         assert stop.asked is None
+
+
+@pytest.mark.skipif(HANGUP is None, reason="no SIGHUP on this system")
+def test_nohup_stays_in_force():
+    """Guards: a run that was started with nohup, so as to outlive its terminal, and stops when that is closed."""
+    before = signal.signal(HANGUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), HANGUP)
+            assert stop.asked is None
+    finally:
+        signal.signal(HANGUP, before)

@@ -178,7 +178,7 @@ def test_early_stopping_keeps_the_best(small_recipe, token_files, tmp_path):
     assert load_run(tmp_path / "run").step == final.best_step < final.step
 
 
-def test_a_non_finite_gradient_never_reaches_the_optimizer(small_recipe, token_files, tmp_path, monkeypatch):
+def test_a_non_finite_gradient_never_reaches_the_optimizer(small_recipe, token_files, tmp_path, monkeypatch, warned):
     """Guards: NaN weights. Ten bad steps in a row stop the run; the checkpoint stays good."""
     original = step_module.accumulate
 
@@ -190,7 +190,7 @@ def test_a_non_finite_gradient_never_reaches_the_optimizer(small_recipe, token_f
     monkeypatch.setattr(step_module, "accumulate", poisoned)
     final = run(small_recipe, token_files, tmp_path / "run", max_steps=50)
     assert (final.reason, final.step, final.skipped_steps) == ("non-finite", 10, 10)
-    with pytest.warns(UserWarning, match="not finished: this is its checkpoint of step 9"):
+    with warned("not finished: this is its checkpoint of step 9"):
         loaded = load_run(tmp_path / "run", "latest")
     assert all(torch.isfinite(t).all() for t in model_tensors(loaded.model).values())
 
@@ -217,17 +217,21 @@ def test_bad_steps_in_a_row_are_counted_across_sessions(small_recipe, token_file
     assert (final.reason, final.step, final.skipped_steps) == ("non-finite", 10, 10)
 
 
-def test_a_signal_finishes_the_step_and_saves(small_recipe, token_files, tmp_path, monkeypatch):
-    """Guards: a session cut by SIGTERM that loses its work. A real signal to this process."""
+@pytest.mark.parametrize("sent", [["SIGTERM"], ["SIGHUP", "SIGHUP"]])  # a closing terminal may send it twice
+def test_a_signal_finishes_the_step_and_saves(small_recipe, token_files, tmp_path, monkeypatch, sent):
+    """Guards: a session cut by SIGTERM, or by a terminal that closes, that loses its work. Real signals."""
+    if not hasattr(signal, sent[0]):
+        pytest.skip("no SIGHUP on this system")
     original = step_module.accumulate
 
     def signalled(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
+        for name in sent:
+            os.kill(os.getpid(), getattr(signal, name))
         return original(*args)
 
     monkeypatch.setattr(step_module, "accumulate", signalled)
     final = run(small_recipe, token_files, tmp_path / "run")
-    assert (final.reason, final.step, final.last_checkpoint) == ("signal SIGTERM", 1, 1)
+    assert (final.reason, final.step, final.last_checkpoint) == (f"signal {sent[0]}", 1, 1)
 
 
 def test_another_run_in_the_same_folder_is_refused_with_the_differences(small_recipe, token_files, tmp_path):
@@ -261,13 +265,13 @@ def test_going_back_to_a_kept_step_forgets_what_came_after(small_recipe, token_f
     assert final.step == 6 and rows(tmp_path / "run" / "log.csv") == before
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_with_a_fresh_log(small_recipe, token_files, tmp_path):
+def test_a_run_killed_before_its_first_checkpoint_starts_with_a_fresh_log(small_recipe, token_files, tmp_path, warned):
     """Guards: the first row written twice; a run that starts over without a word."""
     run(small_recipe, token_files, tmp_path / "run")
     before = rows(tmp_path / "run" / "log.csv")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     (tmp_path / "run" / "DONE.json").unlink()
-    with pytest.warns(UserWarning, match="no checkpoint left, although its log reaches step 6: starting from step 0"):
+    with warned("no checkpoint left, although its log reaches step 6: starting from step 0"):
         run(small_recipe, token_files, tmp_path / "run")
     assert rows(tmp_path / "run" / "log.csv") == before
 
