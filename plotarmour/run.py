@@ -7,6 +7,7 @@
     DONE.json or STOPPED.json
 """
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
@@ -150,9 +151,10 @@ def train_run(recipe: Recipe, train_path: AnyPath, val_path: AnyPath, out: AnyPa
     recipe = replace(recipe, data=replace(recipe.data, tokenizer=shared_tokenizer.kind, **made_with))
     t = recipe.training
     machine = find_machine(t.device, t.dtype)
-    # Before `joined`: importing transformers keeps alive a process group that exists by then, and with it the
-    # connections of a process that has failed, so that the others would not notice.
-    recipe.model_config(shared_tokenizer.vocab_size)
+    # Before `joined`: importing transformers, as building a model may do, keeps alive a process group that exists by
+    # then, and with it the connections of a process that has failed, so that the others would not notice.
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        recipe.build_model(shared_tokenizer.vocab_size)
     with joined(machine.device.type) as ranks, ExitStack() as lock:
         info = {
             "format": RUN_FORMAT, "started": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
