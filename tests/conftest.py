@@ -41,21 +41,35 @@ def token_files(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def warned(monkeypatch):
-    """A context that gives the warnings of its block; with a regular expression, one of them must match."""
+    """A context whose block may warn, and which gives the warnings; with a regular expression, one of them must match.
+
+    A warning outside such a block fails the test.
+    """
     from plotarmour import cli
 
-    say, messages = cli.say, []
-    cli.warn.cache_clear()  # it prints each warning once
-    monkeypatch.setattr(cli, "say", lambda line: messages.append(line.removeprefix("warning: ")) or say(line))
+    say, unexpected = cli.say, []
+    messages = unexpected
+
+    def listen(line):
+        if line.startswith("warning: "):
+            messages.append(line.removeprefix("warning: "))
+        say(line)
 
     @contextmanager
-    def check(pattern=None):
-        messages.clear()
-        cli.warn.cache_clear()
-        yield messages
-        assert pattern is None or any(re.search(pattern, message) for message in messages), messages
+    def expect(pattern=None):
+        nonlocal messages
+        cli.warn.cache_clear()  # it prints each warning once
+        messages = expected = []
+        try:
+            yield expected
+        finally:
+            messages = unexpected
+        assert pattern is None or any(re.search(pattern, message) for message in expected), expected
 
-    return check
+    cli.warn.cache_clear()
+    monkeypatch.setattr(cli, "say", listen)
+    yield expect
+    assert not unexpected, f"unexpected warnings: {unexpected}"
 
 
 @pytest.fixture

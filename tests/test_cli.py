@@ -58,9 +58,9 @@ def test_durations_for_people():
     assert [duration(s) for s in (4.6, 89, 91, 11_100)] == ["5 s", "89 s", "2 min", "3 h 05 min"]
 
 
-def test_a_warning_is_printed_once_and_is_never_an_exception(capsys):
+def test_a_warning_is_printed_once_and_is_never_an_exception(capsys, warned):
     """Guards: work that ends in a traceback under PYTHONWARNINGS=error; a line for every model of a grid."""
-    with warnings.catch_warnings(action="error"):
+    with warned(), warnings.catch_warnings(action="error"):
         for _ in range(2):
             warn("patience is ignored.")
     assert capsys.readouterr().err == "warning: patience is ignored.\n"
