@@ -41,7 +41,7 @@ SIGNATURE = 200  # numbers of a MinHash signature, at most
 SEED = 42
 BATCH_TOKENS = 2**19  # about as many are decoded at a time
 LEAST_NGRAM = 13  # tokens of the shortest piece that `long_overlaps` looks for
-BLOCK = 2**19  # training tokens whose n-grams are hashed at once: 44 M tokens take 9 to 16 s on one core, in 0.5 GiB
+BLOCK = 2**19  # training tokens whose n-grams are hashed at once; larger blocks leave the CPU's caches
 MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, without a pattern in its bits
 MOST_COMPARED = 50  # candidates per story: no quadratic cost where many stories follow one template
 ALL = "all parts"
@@ -84,8 +84,7 @@ def long_overlaps(train: Tokens, val: Tokens) -> np.ndarray:
         it makes it one of the result, one that shares its first and its last 19 does not.
 
     Source: 13 tokens as in appendix C of Brown et al. (2020), arXiv 2005.14165. A share of the story instead of a fixed
-    n, because stories of one author or grammar begin alike: half of the tokens holds for 0 of 1,021 stories of
-    TinyStories and for 0 to 2.3 % of the stories of the built-in corpus, a third for up to 38 %.
+    n, because stories of one author or grammar begin alike.
     """
     offsets = val.offsets.astype(np.int64)
     lengths = np.diff(offsets, append=val.n_tokens) - 1  # without end-of-text

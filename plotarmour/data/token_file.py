@@ -220,7 +220,7 @@ def read_header(path: Path) -> dict:
     """Return the checked header of a token file.
 
     Raises:
-        UserError: missing, a folder, another kind or size of file, a newer format, or a header that cannot be.
+        UserError: missing, a folder, another kind or size of file, a newer format, or an impossible header.
     """
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
@@ -241,12 +241,12 @@ def read_header(path: Path) -> dict:
     except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
-        raise UserError(f"{path} has a header that is no JSON object; expected one. {_AGAIN}")
+        raise UserError(f"{path} has an impossible header: found no JSON object, expected one. {_AGAIN}")
     for key, expected, holds in _RULES:
         with suppress(TypeError, LookupError):
             if holds(header.get(key), header):
                 continue
-        raise UserError(f"{path} has a header that cannot be: {key} is {header.get(key)!r:.60}; expected "
+        raise UserError(f"{path} has an impossible header: {key} is {header.get(key)!r:.60}; expected "
                         f"{expected}. {_AGAIN}")
     size, expected = path.stat().st_size, sum(header["sections"]["tokenizer"])
     if size != expected:  # reading past the end of a truncated mapped file kills the process

@@ -250,7 +250,7 @@ def _answer(c: Comparison, pairs: pd.DataFrame) -> str:
 def _reservations(c: Comparison) -> list[str]:
     """Return the sentences that stand before the differences, because they decide what these are worth."""
     lines, (baseline, _, others) = [], _against_counting(c)
-    for check in c.checks[(c.checks["check"] == LONG_OVERLAP) & ~c.checks["passed"].fillna(True)].itertuples():
+    for check in c.checks[(c.checks["check"] == LONG_OVERLAP) & c.checks["passed"].eq(False)].itertuples():
         lines.append(f"NOT HELD OUT: {check.found} have half of their tokens, in one piece, in one training story, so "
                      "a model can recall them.")
     if others:
