@@ -27,7 +27,7 @@ FIRST_S, EVERY_S = 60.0, 30.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="laptop", help="(default: laptop)")
-    parser.add_argument("--model", default="bdh", help="bdh or gpt2 (default: bdh)")
+    parser.add_argument("--model", default="bdh", help="a kind of model (default: bdh)")
     parser.add_argument("--text", type=Path, help="for recipe laptop, such as 5 MB of TinyStories")
     parser.add_argument("--set", action="append", default=[], metavar="key=value", dest="overrides")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "reference" / "forecast.csv")

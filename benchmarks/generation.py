@@ -44,7 +44,8 @@ def models(device, contexts: list[int]):
     from published_bdh import PublishedBDH
 
     from plotarmour.models.bdh import BDH, BDHConfig
-    from plotarmour.models.hf import GPT2Config, HFModel
+    from plotarmour.models.hf import HFModel
+    from plotarmour.models.hf_kinds import GPT2Config
 
     torch.manual_seed(0)
     bdh = BDH(BDHConfig(**SHAPE, mlp_internal_dim_multiplier=MULTIPLIER, vocab_size=VOCABULARY, dropout=0.0))

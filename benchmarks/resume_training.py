@@ -34,7 +34,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from small_runs import (
-    MODELS,
     SETTINGS,
     is_saving,
     logged_step,
@@ -45,6 +44,8 @@ from small_runs import (
     wait_for,
     whole_run,
 )
+
+from plotarmour.models import KINDS, SUITE
 
 PARTS = ("each-step", "signals", "kills")
 # The log's rows, evaluations and checkpoints fall on different steps: each finds counters that others have begun. The
@@ -153,10 +154,10 @@ def cut_and_resume(folder: Path, files: dict[str, Path], model: str, settings: d
     return wrong
 
 
-def each_step(folder: Path, files: dict[str, Path], max_steps: int, steps: list[int]) -> int:
+def each_step(folder: Path, files: dict[str, Path], models: list[str], max_steps: int, steps: list[int]) -> int:
     """Run part each-step; returns how many runs ended otherwise than the whole one."""
     wrong, resumes, early, unchanged = 0, 0, [], []
-    for model in MODELS:
+    for model in models:
         for settings in (EACH_STEP | {"max_steps": max_steps}, STOPS_EARLY):
             place = folder / f"{model}_{settings['patience']}"
             place.mkdir()
@@ -194,7 +195,7 @@ def signals(folder: Path, files: dict[str, Path], whole: dict[str, tuple[dict, f
     draw, wrong, sent, done, moments, beyond = random.Random(seed), 0, 0, 0, Counter(), Counter()
     shown, max_steps = mmap.mmap(-1, 1), SETTINGS["max_steps"]
     while sent < enough:
-        model, run = MODELS[done % 2], folder / f"signalled_{done}"
+        model, run = list(whole)[done % len(whole)], folder / f"signalled_{done}"
         (expected, seconds), cut, ended, enough_here = whole[model], 0, None, min(enough, sent + SIGNALS_PER_RUN)
         while ended is None:
             shown[0] = 0
@@ -252,7 +253,7 @@ def kills(folder: Path, files: dict[str, Path], whole: dict[str, tuple[dict, flo
     """Run part kills; return how many runs ended otherwise than the whole one."""
     draw, wrong, sent, done, lost, moments = random.Random(seed), 0, 0, 0, 0, Counter()
     while sent < enough:
-        model = MODELS[done % 2]
+        model = list(whole)[done % len(whole)]
         expected, seconds = whole[model]
         run, said, status = folder / f"killed_{done}", folder / f"killed_{done}.said", signal.SIGKILL
         mistakes = []
@@ -298,6 +299,7 @@ def kills(folder: Path, files: dict[str, Path], whole: dict[str, tuple[dict, flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--models", default=",".join(SUITE), help=f"of {', '.join(KINDS)} (default: {','.join(SUITE)})")
     parser.add_argument("--max-steps", type=int, default=60, help="of the runs of part each-step (default: 60)")
     parser.add_argument("--steps", help="after which to stop in part each-step, as 1,30 (default: all but the last)")
     parser.add_argument("--signals", type=int, default=100, help="in all (default: 100)")
@@ -313,9 +315,10 @@ def main() -> None:
         folder = Path(name)
         files = make_token_files(folder)
         if "each-step" in parts:
-            wrong += each_step(folder, files, args.max_steps, steps)
+            wrong += each_step(folder, files, args.models.split(","), args.max_steps, steps)
         if {"signals", "kills"} & set(parts):
-            whole = {model: whole_run(model, files, folder / f"whole_{model}", SETTINGS) for model in MODELS}
+            whole = {model: whole_run(model, files, folder / f"whole_{model}", SETTINGS)
+                     for model in args.models.split(",")}
         if "signals" in parts:
             wrong += signals(folder, files, whole, args.signals, args.seed)
         if "kills" in parts:

@@ -17,14 +17,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork has none of the threads of its parent
 
-from plotarmour.models import KINDS
+from plotarmour.models import architecture_fields
 
-MODELS = tuple(KINDS)
 TIMING = ("utc", "elapsed_s", "tokens_per_s", "peak_memory_mib")
 SETTINGS = {"context_length": 24, "windows": "stream", "rows_per_step": 4, "micro_batch_size": 2, "max_steps": 40,
             "warmup_steps": 4, "log_interval": 1, "eval_interval": 3, "eval_tokens": 400, "patience": 30,
-            "checkpoint_interval": 4, "keep_every": 20, "n_layer": 2, "n_embd": 16, "n_head": 2, "dropout": 0.1,
-            "device": "cpu"}
+            "checkpoint_interval": 4, "keep_every": 20, "device": "cpu"}
+SHAPE = {"n_layer": 2, "n_embd": 16, "n_head": 2, "dropout": 0.1, "intermediate_size": 24, "hidden_size": 20}
 
 
 def make_token_files(folder: Path) -> dict[str, Path]:
@@ -36,6 +35,8 @@ def make_token_files(folder: Path) -> dict[str, Path]:
 
     import plotarmour.models.bdh  # noqa: F401, once, for all the forks
     import plotarmour.models.hf  # noqa: F401
+    import plotarmour.models.hf_kinds  # noqa: F401
+    import plotarmour.models.lstm  # noqa: F401
     import plotarmour.run  # noqa: F401
 
     torch.set_num_threads(1)
@@ -76,7 +77,8 @@ def start(model: str, files: dict[str, Path], run: Path, said: Path, settings: d
         words = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(words, 1)
         os.dup2(words, 2)
-        overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+        shape = {key: value for key, value in SHAPE.items() if key in architecture_fields(model)}
+        overrides = [word for key, value in (settings | shape).items() for word in ("--set", f"{key}={value}")]
         sys.argv = ["train.py", "--recipe", "tiny", "--model", model, "--train", str(files["train"]), "--val",
                     str(files["val"]), "--out", str(run), *overrides]
         sys.path.insert(0, str(ROOT / "tools"))

@@ -9,7 +9,8 @@
 # %% [markdown]
 # # 2 · Train one model
 #
-# **What you get:** a BDH or a GPT-2, trained from scratch on the token files of notebook 1, with its log and curves.
+# **What you get:** a model, such as a BDH or a GPT-2, trained from scratch on the token files of notebook 1, with its
+# log and curves.
 #
 # **Time:** on two CPU cores a minute or two for the recipe `tiny` and up to 20 minutes for `laptop`; the recipe's file
 # says it for others. After five steps, training says when it will end. **Hardware:** a CPU, or one or more GPUs with
@@ -39,7 +40,7 @@ print(report())
 # kept checkpoint and discards all later steps, every time the cell runs: set it back to -1 afterwards.
 
 # %% tags=["parameters"]
-model = "bdh"  # bdh or gpt2
+model = "bdh"  # bdh, gpt2, gpt2_rope, llama, modern, moe or lstm
 recipe = "tiny"  # name of a file in plotarmour/recipes, without .toml
 results = ""  # folder for the run; empty: results/RECIPE
 run = ""  # name of the run folder; empty: the model

@@ -4,7 +4,7 @@ A recipe is one file in `plotarmour/recipes/`:
 
     [data]             the text and how it is tokenized
     [training]         settings that all models share
-    [bdh], [gpt2]      the architectures
+    [bdh], [gpt2], ... the architectures
     [bdh.training]     settings of this architecture alone, such as its learning rate
 
 `--set key=value` overrides a key of `[data]`, `[training]` or the architecture; key names are unique across them.
@@ -27,7 +27,7 @@ from plotarmour.models import KINDS, LanguageModel, ModelConfig, architecture_fi
 RECIPES = Path(__file__).parent / "recipes"
 AUTO = "auto"  # the value of a setting that the program is to choose
 Auto = Literal["auto"]
-TYPE_NAMES = {int: "a whole number", float: "a number", str: "text"}
+TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 LARGEST = 2**53  # of whole numbers: exact as a float
 Rule = tuple[str, Callable[[Any], bool]]  # the words of a message, and the test; every test is false for NaN
 AT_LEAST_1: Rule = ("must be at least 1", lambda value: value >= 1)
@@ -162,8 +162,12 @@ class Recipe:
             raise UserError(f"recipe {self.name} ({self.model}): {error}.") from None
 
     def build_model(self, vocab_size: int) -> LanguageModel:
-        """Build this recipe's untrained model from its seed. Raise `UserError` for an impossible shape."""
-        return build_model(self.model, self.model_config(vocab_size), self.training.seed)
+        """Build this recipe's untrained model from its seed. Raise `UserError` where that is impossible."""
+        config = self.model_config(vocab_size)
+        try:
+            return build_model(self.model, config, self.training.seed)
+        except ValueError as error:  # a class that the installed `transformers` lacks
+            raise UserError(f"recipe {self.name} ({self.model}): {error}.") from None
 
 
 def recipe_names() -> list[str]:
@@ -243,8 +247,9 @@ def _override(sections: dict, known: dict, overrides: Collection[str]) -> tuple[
             wrong.append(f"--set {override.strip()}: expected key=value with a known key{keys}")
             continue
         section = section_of[key]
-        with suppress(ValueError):  # a text in place of a number: `_check_values` complains
-            value = _kind(known[section][key])[0](value)
+        kind = _kind(known[section][key])[0]
+        with suppress(ValueError, KeyError):  # a text in place of a number: `_check_values` complains
+            value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
         sections[section][key] = value
         overridden.append(key)
     return overridden, wrong

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package works without being installed
 
-from plotarmour.models import KINDS, build_model, model_config  # noqa: E402
+from plotarmour.models import KINDS, SUITE, build_model, model_config  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -95,12 +95,17 @@ def run_main(root, monkeypatch, capsys):
 
 # A small architecture of every kind.
 TINY = {"bdh": {"n_layer": 2, "n_embd": 16, "n_head": 2, "mlp_internal_dim_multiplier": 8, "dropout": 0.1},
-        "gpt2": {"n_layer": 2, "n_embd": 16, "n_head": 2, "dropout": 0.1}}
+        "gpt2": {"n_layer": 2, "n_embd": 16, "n_head": 2, "dropout": 0.1},
+        "gpt2_rope": {"n_layer": 2, "n_embd": 16, "n_head": 2, "dropout": 0.1},
+        "llama": {"n_layer": 2, "n_embd": 16, "n_head": 2, "intermediate_size": 24},
+        "modern": {"n_layer": 2, "n_embd": 16, "n_head": 2},
+        "moe": {"n_layer": 2, "n_embd": 16, "n_head": 2, "intermediate_size": 12, "n_experts": 4},
+        "lstm": {"n_layer": 2, "n_embd": 16, "hidden_size": 20, "dropout": 0.1}}
 
 
-@pytest.fixture(params=list(KINDS))
+@pytest.fixture(params=[pytest.param(kind, marks=() if kind in SUITE else pytest.mark.slow) for kind in KINDS])
 def small_recipe(request):
-    """A recipe of each model that trains in a second."""
+    """A recipe of each kind that trains in a second."""
     from plotarmour.config import DataConfig, Recipe, TrainingConfig
 
     training = TrainingConfig(context_length=24, rows_per_step=4, micro_batch_size=2, max_steps=6,
@@ -112,5 +117,6 @@ def small_recipe(request):
 @pytest.fixture(params=list(KINDS))
 def small_model(request):
     """An untrained model of each kind with 50 tokens, without dropout."""
-    config = model_config(request.param, TINY[request.param] | {"dropout": 0.0}, vocab_size=50, context_length=64)
+    without_dropout = {name: 0.0 if name == "dropout" else value for name, value in TINY[request.param].items()}
+    config = model_config(request.param, without_dropout, vocab_size=50, context_length=64)
     return build_model(request.param, config, seed=0)

@@ -38,6 +38,12 @@ CASES = {  # in each, another part of the memory is large
                                                    "dropout=0.1"]),
     "backward, attention as a formula": ("gpt2", 100, "float32", ["context_length=128", "dropout=0.1",
                                                                  "rows_per_step=8"]),
+    "GPT-2 with rotary positions": ("gpt2_rope", 100, "float32", ["context_length=128", "rows_per_step=8",
+                                                                  "micro_batch_size=8"]),
+    "Llama": ("llama", 100, "bfloat16", ["context_length=128", "rows_per_step=8", "micro_batch_size=8"]),
+    "modern": ("modern", 100, "float32", ["context_length=128", "rows_per_step=8", "micro_batch_size=8"]),
+    "mixture of experts": ("moe", 100, "float32", ["context_length=128", "rows_per_step=8", "micro_batch_size=8"]),
+    "LSTM": ("lstm", 100, "float32", ["context_length=128", "rows_per_step=8", "micro_batch_size=8"]),
     "token table": ("bdh", 8192, "float32", ["context_length=8", "rows_per_step=1", "micro_batch_size=1",
                                              "eval_tokens=8"]),
 }

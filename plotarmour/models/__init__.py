@@ -3,7 +3,7 @@
 The rest of the package uses a model only through `LanguageModel`, `ModelConfig` and `State`. The registry `KINDS` is
 the only list of model kinds. A new kind needs an entry there, a section in a recipe, and
 
-- for a class of `transformers`: a config class with the method `build_hf`, in `hf.py`;
+- for a class of `transformers`: a config class with the method `build_hf`, in `hf_kinds.py`;
 - for any other model: a config class, a model class and a state class, in a file of their own.
 
 Models know nothing of files, tokenizers, losses or optimizers. Importing this module does not import torch, so that
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -69,6 +70,7 @@ class LanguageModel(Protocol):
 
     config: ModelConfig
     context_length: int | None  # maximum number of tokens in state and inputs together; None: no limit
+    penalty: Tensor | None  # nats to add to those of the last `features` in training: a mixture's balance of experts
 
     @property
     def unembedding(self) -> Tensor:
@@ -135,13 +137,23 @@ class Kind:
     model: str  # import path of the model class, which takes a config
 
 
-# Colours of Okabe and Ito's palette for colour-blind readers: blues for BDH, warm colours for the others.
+# Colours of Okabe and Ito's palette for colour-blind readers: blues for BDH, other hues for the others.
 KINDS: dict[str, Kind] = {
     "bdh": Kind("BDH", ("#0072B2", "#56B4E9", "#004A75"), "plotarmour.models.bdh:BDHConfig",
                 "plotarmour.models.bdh:BDH"),
-    "gpt2": Kind("GPT-2", ("#D55E00", "#CC79A7", "#E69F00", "#7A3500"), "plotarmour.models.hf:GPT2Config",
+    "gpt2": Kind("GPT-2", ("#D55E00", "#CC79A7", "#E69F00", "#7A3500"), "plotarmour.models.hf_kinds:GPT2Config",
                  "plotarmour.models.hf:HFModel"),
+    "gpt2_rope": Kind("GPT-2 with RoPE", ("#E69F00", "#8A6000"), "plotarmour.models.hf_kinds:GPT2RopeConfig",
+                      "plotarmour.models.hf:HFModel"),
+    "llama": Kind("Llama", ("#CC79A7", "#7B3F61"), "plotarmour.models.hf_kinds:LlamaConfig",
+                  "plotarmour.models.hf:HFModel"),
+    "modern": Kind("Modern transformer", ("#009E73", "#00523C"), "plotarmour.models.hf_kinds:ModernConfig",
+                   "plotarmour.models.hf:HFModel"),
+    "moe": Kind("Mixture of experts", ("#B8AC00", "#6B6400"), "plotarmour.models.hf_kinds:MoEConfig",
+                "plotarmour.models.hf:HFModel"),
+    "lstm": Kind("LSTM", ("#777777", "#333333"), "plotarmour.models.lstm:LSTMConfig", "plotarmour.models.lstm:LSTM"),
 }
+SUITE = ("bdh", "gpt2")  # kinds that a suite without a grid trains
 REFERENCE = "bdh"  # comparisons compare this kind with all others
 _FROM_DATA = ("vocab_size", "context_length")  # fields of a config class that a recipe's architecture does not set
 
@@ -176,14 +188,14 @@ def build_model(kind: str, config: ModelConfig, seed: int) -> LanguageModel:
     return _import(KINDS[kind].model)(config)
 
 
-def check_dimensions(config: ModelConfig) -> None:
-    """Raise `ValueError` with all integer fields below 1, and with `dropout` if it is not in [0, 1)."""
+def check_dimensions(config: ModelConfig, complaints: Collection[str] = ()) -> None:
+    """Raise `ValueError` with all integer fields below 1, a `dropout` outside [0, 1), and the other `complaints`."""
     values = {name: getattr(config, name) for name in config.__dataclass_fields__}
     wrong = [f"{name} = {value} must be at least 1" for name, value in values.items()
-             if name != "dropout" and isinstance(value, int) and value < 1]
+             if type(value) is int and value < 1]
     if not 0.0 <= values.get("dropout", 0.0) < 1.0:
         wrong.append(f"dropout = {values['dropout']} must be in [0, 1)")
-    if wrong:
+    if wrong := [*wrong, *complaints]:
         raise ValueError("; ".join(wrong))
 
 

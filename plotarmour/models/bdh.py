@@ -106,6 +106,7 @@ class BDH(nn.Module):
     """BDH behind the protocol `plotarmour.models.LanguageModel`."""
 
     context_length = None  # no position embeddings: any length works
+    penalty = None
 
     def __init__(self, config: BDHConfig):
         super().__init__()

@@ -15,7 +15,7 @@ from plotarmour.cli import UserError, as_path
 from plotarmour.config import DataConfig, Recipe, load_recipe
 from plotarmour.data.readers import check_text
 from plotarmour.machine import cores
-from plotarmour.models import KINDS
+from plotarmour.models import SUITE
 from plotarmour.suite.multi_gpu import check_gpus
 from plotarmour.suite.notebooks import ROOT, Value, parameters_of
 from plotarmour.suite.parameters import require_text, typed
@@ -82,7 +82,7 @@ def plan_grid(path: Path | None, recipe: str, out: Path, notebook: Path = TRAIN,
     for given in filter(None, (text, extra_text)):
         check_text(given)
     columns, records = (_read_csv(path, defaults) if path is not None else
-                        (["model"], [(0, {"model": kind}) for kind in KINDS]))
+                        (["model"], [(0, {"model": kind}) for kind in SUITE]))
     rows, wrong = [], []
     for line, cells in records:
         try:

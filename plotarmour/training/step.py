@@ -176,7 +176,8 @@ def accumulate(model: nn.Module, micro_batches: list[tuple[Tensor, Tensor]], mac
         inputs, targets = (tensor.to(machine.device, non_blocking=True) for tensor in (inputs, targets))
         with machine.autocast:
             nats = summed_nats(model.features(inputs)[0], model.unembedding, targets)
-        scaler.scale(nats / n_tokens).backward()
+        objective = nats if model.penalty is None else nats + model.penalty
+        scaler.scale(objective / n_tokens).backward()
         total += nats.detach()
     return float(total) / n_tokens
 

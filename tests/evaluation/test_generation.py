@@ -7,7 +7,8 @@ from plotarmour.cli import UserError
 from plotarmour.evaluation.generation import PIECE, generate, next_token_probabilities
 from plotarmour.machine import find_machine
 from plotarmour.models.bdh import BDH, BDHConfig
-from plotarmour.models.hf import GPT2Config, HFModel
+from plotarmour.models.hf import HFModel
+from plotarmour.models.hf_kinds import GPT2Config
 
 CPU = find_machine("cpu")
 

@@ -6,14 +6,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from plotarmour.models.bdh import BDH, BDHConfig
-from plotarmour.models.hf import GPT2Config, HFModel
+from plotarmour.models.hf import HFModel
+from plotarmour.models.hf_kinds import GPT2Config, GPT2RopeConfig, LlamaConfig, ModernConfig, MoEConfig
 
 SMALL = {"bdh": BDHConfig(2, 4, 2, 4, vocab_size=5, dropout=0.0),
          "gpt2": GPT2Config(2, 4, 2, vocab_size=5, context_length=3, dropout=0.0)}
 REAL = {"bdh": BDHConfig(3, 16, 2, 8, vocab_size=50, dropout=0.0),
         "one pass": BDHConfig(1, 8, 4, 6, vocab_size=31, dropout=0.0),
         "gpt2": GPT2Config(3, 16, 2, vocab_size=50, context_length=40, dropout=0.0),
-        "one layer": GPT2Config(1, 24, 4, vocab_size=31, context_length=64, dropout=0.0)}
+        "one layer": GPT2Config(1, 24, 4, vocab_size=31, context_length=64, dropout=0.0),
+        "gpt2_rope": GPT2RopeConfig(3, 16, 2, vocab_size=50, dropout=0.0),
+        "llama": LlamaConfig(3, 16, 2, vocab_size=50, intermediate_size=20),
+        "modern": ModernConfig(3, 16, 2, vocab_size=50),
+        "moe": MoEConfig(3, 16, 2, vocab_size=50, intermediate_size=20, n_experts=5)}
 
 
 def counted(config, backward):

@@ -34,6 +34,7 @@ class BigramConfig:
 
 class Bigram(nn.Module):
     context_length = None
+    penalty = None
 
     def __init__(self, config: BigramConfig):
         super().__init__()

@@ -15,7 +15,8 @@ from plotarmour.config import TrainingConfig, largest_divisor, load_recipe
 from plotarmour.data.batches import Windows
 from plotarmour.data.token_file import TokenFile
 from plotarmour.machine import Machine
-from plotarmour.models.hf import GPT2Config, HFModel
+from plotarmour.models.hf import HFModel
+from plotarmour.models.hf_kinds import GPT2Config
 from plotarmour.run import load_run, train_run
 from plotarmour.training import loop
 from plotarmour.training import step as step_module
