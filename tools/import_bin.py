@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, add_common, as_path, run_command
+from plotarmour.cli import HelpFormatter, add_common, as_path, file_size, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,7 +34,7 @@ def main() -> None:
 
     data = import_bin(args.ids, args.tokenizer, args.out, args.dtype, args.format, args.end_of_text, args.force)
     print(f"{args.out}: {data.n_tokens:,} tokens, {data.n_stories:,} stories "
-          f"({args.out.stat().st_size / 2**20:.1f} MiB), {data.header['n_empty_dropped']:,} empty stories dropped")
+          f"({file_size(args.out)}), {data.header['n_empty_dropped']:,} empty stories dropped")
     print(f"first story: {data.tokenizer().decode(data.story(0)[:200])}")
 
 

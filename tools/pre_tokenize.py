@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from plotarmour.cli import HelpFormatter, UserError, add_common, as_path, run_command
+from plotarmour.cli import HelpFormatter, UserError, add_common, as_path, file_size, run_command
 from plotarmour.data.pipeline import BACKENDS
 from plotarmour.data.pretokenize import BPE_BYTES, pre_tokenize
 from plotarmour.data.token_file import TokenFile
@@ -73,7 +73,7 @@ def main() -> None:
                         bpe_bytes=args.bpe_bytes, backend=args.backend)
     for path in paths:
         data = TokenFile.open(path)
-        print(f"{path}: {data.n_tokens:,} tokens, {data.n_stories:,} stories ({path.stat().st_size / 2**20:.1f} MiB)")
+        print(f"{path}: {data.n_tokens:,} tokens, {data.n_stories:,} stories ({file_size(path)})")
     extra = [f"{data.header[key]:,} {word}" for key, word in (
         ("n_empty_dropped", "empty stories dropped"), ("n_excluded", "stories excluded"),
         ("n_replaced", "characters replaced by U+FFFD")) if data.header.get(key)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plotarmour.cli import HelpFormatter, UserError, add_common, as_path, refuse_existing, run_command
+from plotarmour.cli import HelpFormatter, UserError, add_common, as_path, file_size, refuse_existing, run_command
 from plotarmour.data.tales import TOKENS_PER_STORY, events_for_tokens
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     from plotarmour.suite.steps import tell_corpus  # imports torch, which --help does not need
 
     text, facts = tell_corpus(args.out, args.count, args.seed, (low, high))
-    print(f"{text}: {args.count:,} stories ({text.stat().st_size / 2**20:.1f} MiB); facts in {facts}")
+    print(f"{text}: {args.count:,} stories ({file_size(text)}); facts in {facts}")
 
 
 if __name__ == "__main__":

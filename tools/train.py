@@ -60,7 +60,7 @@ def main() -> None:
     except ToldElsewhere:
         sys.exit(0)  # a failure here would end the first process before it reports
     if is_first and not launched:  # a notebook prints this itself
-        print(f"{args.out}: {ending.reason.label}; {ending.step:,} steps, {ending.tokens_seen:,} tokens, "
+        print(f"{args.out}: {ending.label}; {ending.step:,} steps, {ending.tokens_seen:,} tokens, "
               f"{ending.elapsed_s:,.0f} s; best: {ending.best}")
         if ending.is_done:
             test = args.val.with_name(args.val.name.replace(".val.", ".test."))

@@ -26,11 +26,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from heapq import nsmallest
 from itertools import chain, product
-from pathlib import Path
 
 import numpy as np
 
-from plotarmour.cli import UserError, progress
+from plotarmour.cli import AnyPath, UserError, as_path, progress
 from plotarmour.data.batches import Tokens
 from plotarmour.data.stories import normalise
 from plotarmour.data.token_file import TokenFile
@@ -162,7 +161,7 @@ class Duplicates:
         return "\n".join(lines + [self.note] * bool(self.note))
 
 
-def find_duplicates(files: dict[str, TokenFile], out: Path | None = None, threshold: float = 0.8, near: bool = True,
+def find_duplicates(files: dict[str, TokenFile], out: AnyPath | None = None, threshold: float = 0.8, near: bool = True,
                     examples: int = 20) -> Duplicates:
     """Find copies of stories within token files and across them.
 
@@ -194,6 +193,7 @@ def find_duplicates(files: dict[str, TokenFile], out: Path | None = None, thresh
     if out is not None:
         import pandas as pd
 
+        out = as_path(out)
         for path, rows, columns in ((out, result.examples, EXAMPLE_COLUMNS),
                                     (out.with_suffix(".counts.csv"), result.counts, None)):
             write_text(path, pd.DataFrame(rows, columns=columns).to_csv(index=False, lineterminator="\n"))

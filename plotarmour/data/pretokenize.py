@@ -54,7 +54,8 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def pre_tokenize(texts: list[AnyPath], tokenizer: str, out: AnyPath, split: str | None = None,
                  stories: str = "endoftext", exclude: list[AnyPath] = (), force: bool = False, replace: bool = False,
                  verify: bool = False, errors: str = "strict", text_column: str = "text", bpe_bytes: int = BPE_BYTES,
-                 backend: str = "auto", block: int = BLOCK, save_bytes: int = SAVE_BYTES) -> list[Path]:
+                 backend: str = "auto", least_tokens: int = 1,
+                 block: int = BLOCK, save_bytes: int = SAVE_BYTES) -> list[Path]:
     """Write the token file, or with a split the three token files, of some texts, unless they exist already.
 
     Killed at any moment, the same call continues where it has saved last and ends with the same bytes.
@@ -72,6 +73,7 @@ def pre_tokenize(texts: list[AnyPath], tokenizer: str, out: AnyPath, split: str 
         verify: read existing files and the texts whole before taking the files as they are.
         bpe_bytes: of text that bpe:N learns from, at most: a sample spread over the train part.
         backend: "auto", "fastokens" or "tokenizers".
+        least_tokens: that new train and val parts must have, such as one context.
         block, save_bytes: of text read at once; between two saves. The files do not depend on them.
 
     Returns:
@@ -145,6 +147,11 @@ def pre_tokenize(texts: list[AnyPath], tokenizer: str, out: AnyPath, split: str 
                     warn(f"{difference}: starting over with tokenizers, which is slower.")
                     (work / SAVED).unlink(missing_ok=True)
                     write_token_files(job, work, known, "tokenizers", save_bytes)
+                for part in targets.keys() & {"train", "val"}:
+                    if (n := TokenFile.open(work / targets[part].name).n_tokens) < least_tokens:
+                        raise UserError(f"the {part} part would hold {n:,} tokens, fewer than one context of "
+                                        f"{least_tokens:,}; use more text, or --set context_length={max(1, n // 2)} or "
+                                        "less.")
                 write_json(work / "job.json", {"wanted": wanted, "moving": True})
             complete = True
         for path in targets.values() if complete else ():

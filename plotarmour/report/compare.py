@@ -30,8 +30,8 @@ from plotarmour.report.examples import different_stories, samples_of
 from plotarmour.report.verdict import Comparison, arm_table, write_verdict
 from plotarmour.resume import read_info
 from plotarmour.run import Run, check_same_tokenizer, load_run
-from plotarmour.training.checkpoint import find_checkpoint
-from plotarmour.training.ending import Ending, is_complete
+from plotarmour.training.checkpoint import find_checkpoint, step_of
+from plotarmour.training.ending import Ending, Reason, is_complete
 from plotarmour.training.log import read_log
 
 OUTPUTS = ("report.html", "summary.txt", "totals.csv", "arms.csv", "pairs.csv", "checks.csv", "positions.csv",
@@ -162,12 +162,13 @@ def _differences(runs: list[Run], budgets: dict[str, dict], same_order: bool) ->
     by_label: dict[str, dict[str, list[str]]] = {}  # the names of the runs with each value
     for run in runs:
         t, info, budget = run.config.training, run.info, budgets[run.name]
-        tokens = budget["train_tokens"]
+        tokens, ended = budget["train_tokens"], budget["ended"]
+        ended = Reason(ended).label if ended in set(Reason) else ended
         for label, value in (("training text", info["train"]["payload_sha256"][:12]),
                              ("context", f"{t.context_length:,}"), ("rows per step", f"{t.rows_per_step:,}"),
                              ("windows", t.windows), ("hardware", info["hardware"]), ("dtype", info["dtype"]),
                              ("processes", info["processes"]),
-                             ("tokens", "unknown" if tokens is None else f"{tokens:,}"), ("end", budget["ended"])):
+                             ("tokens", "unknown" if tokens is None else f"{tokens:,}"), ("end", ended)):
             by_label.setdefault(label, {}).setdefault(str(value), []).append(run.name)
     lines = [f"{label}: " + ", ".join(f"{value} ({', '.join(names)})" for value, names in values.items())
              for label, values in by_label.items() if len(values) > 1]
@@ -287,11 +288,14 @@ def _check_different_weights(folders: list[Path], checkpoint: str | int) -> None
     """Raise `UserError` where two runs have the same weights: one of them is a copy, whatever its run.json says."""
     names: dict[str, str] = {}  # by SHA-256 of the weights, which loading compares with the file's
     for folder in folders:
-        manifest = json.loads((find_checkpoint(folder, checkpoint, []) / "MANIFEST.json").read_text(encoding="utf-8"))
+        weights = find_checkpoint(folder, checkpoint, [])
+        manifest = json.loads((weights / "MANIFEST.json").read_text(encoding="utf-8"))
         first = names.setdefault(manifest["files"]["model.safetensors"], folder.name)
         if first != folder.name:
+            untrained = " These are the weights of step 0, which the seed decides: no later evaluation was better." * (
+                step_of(weights) == 0)
             raise UserError(f"{first} and {folder.name} have the same weights; expected runs that were trained "
-                            "separately. Name only one of them.")
+                            f"separately.{untrained} Name only one of them.")
 
 
 def _check_unseen(name: str, info: dict, data: Path, test: TokenFile, train: Path | None,

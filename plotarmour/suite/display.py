@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from plotarmour.cli import UserError, duration, warn
+from plotarmour.cli import UserError, duration, file_size, warn
 from plotarmour.config import Recipe
 from plotarmour.evaluation.arms import Arm
 from plotarmour.report.figures import training_curves
@@ -35,7 +35,7 @@ def describe_recipe(recipe: Recipe, *only: str) -> str:
 
 def describe_ending(ending: Ending, run: Path) -> str:
     """Return how the run in the folder `run` ended, in lines for people, and what to do if it is not complete."""
-    rows = {run.name: ending.reason.label,
+    rows = {run.name: ending.label,
             "trained": f"{ending.step:,} steps, {ending.tokens_seen:,} tokens, {duration(ending.elapsed_s)} over all "
                        "sessions",
             "best": ending.best,
@@ -118,8 +118,7 @@ def list_files(folder: Path) -> str:
     """Return the files below a folder with their sizes, one per line, without hidden ones."""
     names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-    return "\n".join([f"{folder}, in MiB:",
-                      *(f"{(folder / name).stat().st_size / 2**20:12,.3f}  {name}" for name in shown)])
+    return "\n".join([f"{folder}:", *(f"{file_size(folder / name):>12}  {name}" for name in shown)])
 
 
 def download_link(run: Path) -> Any:

@@ -165,7 +165,7 @@ def _resolve(values: dict[str, Value], defaults: dict[str, Value], recipe: str, 
 
 def _data_parameters(row: Row, text: Path | None, extra_text: Path | None) -> dict[str, Value]:
     """Return the parameters of notebook 1, with the overrides that it reads: a shape of GPT-2 may be none for BDH."""
-    known = {field.name for field in fields(DataConfig)} | {"context_length"}  # which a figure shows
+    known = {field.name for field in fields(DataConfig)} | {"context_length", "windows"}  # for the least length
     overrides = [o for o in _split_overrides(row.parameters["overrides"]) if o.partition("=")[0].strip() in known]
     return {"recipe": row.parameters["recipe"], "results": row.parameters["results"], "overrides": ";".join(overrides),
             "text": str(text.resolve()) if text else "", "extra_text": str(extra_text.resolve()) if extra_text else ""}

@@ -130,7 +130,8 @@ def _run_rows(grid: Grid) -> list[State]:
 
     def settle(i: int, state: State) -> None:
         states[i] = state
-        ending, reason = state.ending, state.reason
+        ending = state.ending
+        reason = ending.reason.label if state.status == "done" and ending else state.reason
         loss = ending.best_val_loss if state.status == "done" and ending else None
         if state.status == "stopped" and ending and ending.last_checkpoint is not None:
             reason += f", saved at step {ending.last_checkpoint:,}"

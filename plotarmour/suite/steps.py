@@ -19,7 +19,7 @@ from plotarmour.training.ending import Ending
 OPTIONAL = {"extra": "tokens.extra.bin", "facts": "built-in.facts.jsonl"}  # not every recipe has them
 
 
-def tell_corpus(path: Path, n_stories: int, seed: int, events: tuple[int, int]) -> tuple[Path, Path]:
+def tell_corpus(path: AnyPath, n_stories: int, seed: int, events: tuple[int, int]) -> tuple[Path, Path]:
     """Write stories of the built-in corpus as text, and their facts and exact nats beside it; return both paths.
 
     Args:
@@ -30,6 +30,7 @@ def tell_corpus(path: Path, n_stories: int, seed: int, events: tuple[int, int]) 
     """
     if n_stories < 1:
         raise UserError(f"{n_stories} stories; expected at least 1.")
+    path = as_path(path)
     facts = path.with_suffix(".facts.jsonl")
     temporary = unfinished(facts)
     try:
@@ -46,7 +47,7 @@ def prepare(recipe: Recipe, folder: AnyPath, text: AnyPath | None = None,
     """Write the token files of a recipe; files of the same text and settings are kept.
 
     Args:
-        recipe: resolved; only its data settings matter.
+        recipe: resolved; its data settings matter, and whether train and val are as long as a context.
         folder: for the token files.
         text: UTF-8 text to learn from; None for the built-in corpus.
         extra_text: a second test set; its stories that are also in `text` are left out.
@@ -71,8 +72,9 @@ def prepare(recipe: Recipe, folder: AnyPath, text: AnyPath | None = None,
         else:
             of_corpus = [name for name in vars(recipe.data) if name.startswith("corpus_")]
             warn_ignored(recipe, of_corpus, f"{text} takes the place of the built-in corpus")
+        least = recipe.training.context_length if recipe.training.windows == "stream" else 1
         paths = dict(zip(PARTS, pre_tokenize([text], recipe.data.tokenizer, folder / "tokens.bin", recipe.data.split,
-                                             recipe.data.stories, replace=True), strict=True))
+                                             recipe.data.stories, replace=True, least_tokens=least), strict=True))
         if draft is not None:
             text, paths["facts"] = folder / text.name, folder / OPTIONAL["facts"]
             for path in (text, paths["facts"]):

@@ -43,9 +43,9 @@ class Reason(StrEnum):
         reason._value_, reason.label, reason.exit_code, reason.advice = value, label, exit_code, advice
         return reason
 
-    MAX_STEPS = "max_steps", "done: all steps taken"
-    SCHEDULE_MINUTES = "schedule_minutes", "done: the minutes of the schedule are over"
-    EARLY_STOPPING = "early stopping", "done: the validation loss had stopped improving"
+    MAX_STEPS = "max_steps", "all steps taken"
+    SCHEDULE_MINUTES = "schedule_minutes", "the minutes of the schedule are over"
+    EARLY_STOPPING = "early stopping", "the validation loss had stopped improving"
     TIME_BUDGET = "time budget", "stopped: the time of this session is over", 0, CONTINUES
     SIGINT = "signal SIGINT", "stopped by signal SIGINT", 130, CONTINUES
     SIGTERM = "signal SIGTERM", "stopped by signal SIGTERM", 130, CONTINUES
@@ -107,6 +107,11 @@ class Ending:
     def is_done(self) -> bool:
         """Whether the run is complete."""
         return self.reason in DONE
+
+    @property
+    def label(self) -> str:
+        """How the run ended, for people."""
+        return f"done: {self.reason.label}" if self.is_done else self.reason.label
 
     @property
     def best(self) -> str:

@@ -151,6 +151,12 @@ def test_the_known_copies_of_real_texts_are_found(shared, tmp_path):
     assert sum(row["part_a"] == "a" and row["part_b"] == "b" for row in found.examples) == 8
 
 
+def test_a_table_has_a_path_that_is_text(make, tmp_path):
+    """Guards: AttributeError for a path that is text."""
+    find_duplicates(make(train=["a story"]), str(tmp_path / "copies.csv"), near=False)
+    assert sorted(path.name for path in tmp_path.glob("*.csv")) == ["copies.counts.csv", "copies.csv"]
+
+
 def test_wrong_thresholds_and_mixed_tokenizers_are_refused(make, tmp_path):
     """Guards: a threshold at which the bands propose next to nothing; ids of two vocabularies compared."""
     files = make(train=["a story", "another story of more words"])

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -18,6 +19,7 @@ from plotarmour.config import load_recipe
 from plotarmour.data.pretokenize import pre_tokenize
 from plotarmour.data.token_file import HEADER_BYTES, TokenFile, read_header
 from plotarmour.data.token_writer import header_block
+from plotarmour.report import compare
 from plotarmour.report.compare import check_together, compare_runs, find_runs
 from plotarmour.report.verdict import readable_table, text_table
 from plotarmour.run import train_run
@@ -243,6 +245,29 @@ def test_a_run_and_its_copy_are_refused_whatever_run_json_says(token_files, runs
     with pytest.raises(UserError, match="bdh_seed-1 and copy have the same weights; expected runs that were trained"):
         compare_runs([*runs, tmp_path / "copy"], token_files["test"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_how_runs_ended_is_told_in_words():
+    """Guards: "end: max_steps (bdh)" in a sentence for readers."""
+    training = load_recipe("tiny", "bdh").training
+    info = {"train": {"payload_sha256": "abc"}, "hardware": "CPU", "dtype": "float32", "processes": 1}
+    runs = [SimpleNamespace(name=name, info=info, config=SimpleNamespace(model="bdh", training=training))
+            for name in ("bdh", "late", "cut")]
+    ended = {"bdh": "max_steps", "late": "schedule_minutes", "cut": "unfinished"}
+    budgets = {name: {"train_tokens": 9, "hardware": "CPU", "ended": end} for name, end in ended.items()}
+    assert compare._differences(runs, budgets, same_order=True) == [
+        "end: all steps taken (bdh), the minutes of the schedule are over (late), unfinished (cut)"]
+
+
+def test_runs_of_one_seed_that_have_learned_nothing_are_told_why_they_are_equal(monkeypatch, tmp_path):
+    """Guards: "the same weights" without a reason, of two runs that diverged and whose best step is 0."""
+    for name in ("low", "high"):
+        folder = tmp_path / name / "checkpoints" / "step_00000000"
+        folder.mkdir(parents=True)
+        (folder / "MANIFEST.json").write_text('{"files": {"model.safetensors": "abc"}}')
+    monkeypatch.setattr(compare, "find_checkpoint", lambda folder, *_: folder / "checkpoints" / "step_00000000")
+    with pytest.raises(UserError, match="weights of step 0, which the seed decides: no later evaluation was"):
+        compare._check_different_weights([tmp_path / "low", tmp_path / "high"], "best")
 
 
 @pytest.mark.parametrize(("one", "other", "message"), [

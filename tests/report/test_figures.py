@@ -48,6 +48,17 @@ def test_text_in_figures_is_text(tmp_path, monkeypatch, name):
     assert sum(name in text and not is_math for text, is_math in shown) >= 5  # curves, bars and title, pair, positions
 
 
+def test_points_of_seeds_are_named_only_where_there_are_some(tmp_path, monkeypatch):
+    """Guards: "points: seeds" below a figure without a point."""
+    labels = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: labels.append(figure.axes[0].get_xlabel()))
+    for seeds in (["bdh"], ["bdh_1", "bdh_2"]):
+        by_run = pd.DataFrame({"name": seeds, "perplexity": 9.0})
+        figures.perplexities([Arm("bdh", "bdh", tuple(seeds), tuple(range(len(seeds))))],
+                             pd.DataFrame({"name": ["bdh"], "model": ["bdh"], "perplexity": [9.0]}), by_run, tmp_path)
+    assert ["points: seeds" in label for label in labels] == [False, True]
+
+
 @pytest.mark.parametrize("name", ["_bdh", "狼_run", "हिन्दी"])
 def test_no_name_is_left_out_of_a_figure(tmp_path, monkeypatch, name):
     """Guards: a run whose name begins with `_` is missing from legends; a character without a glyph is a warning."""

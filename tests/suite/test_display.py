@@ -177,11 +177,12 @@ def test_a_link_leads_to_a_zip_of_what_is_small_and_no_weights(run, monkeypatch)
 
 
 def test_a_list_of_files_leaves_out_hidden_folders(tmp_path):
-    """Guards: the lock of a grid among the results that a notebook lists."""
+    """Guards: the lock of a grid among the results that a notebook lists; sizes of "0.000" MiB."""
     for name in (".lock/owner.json", ".hidden", "run/log.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("x" * 2**10)
-    assert list_files(tmp_path).splitlines()[1:] == ["       0.001  run/log.csv"]
+        (tmp_path / name).write_text("x" * 812)
+    (tmp_path / "data.bin").write_bytes(bytes(3 * 2**10))
+    assert list_files(tmp_path).splitlines()[1:] == ["     3.0 KiB  data.bin", "   812 bytes  run/log.csv"]
 
 
 def test_a_run_that_has_not_begun_is_refused(tmp_path):

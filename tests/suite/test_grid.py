@@ -156,6 +156,7 @@ def test_the_suite_is_a_grid_of_one_row_per_model(tmp_path):
 def test_notebook_1_gets_the_settings_of_the_data_and_no_others(written, tmp_path):
     """Guards: token files of other settings than the rows'; a shape of GPT-2 that is none for BDH; a blank after a
     semicolon that loses a setting."""
-    grid = plan(written("model,overrides\ngpt2,n_head=8;n_embd=24; context_length=40\n"), tmp_path)
-    assert grid.data["overrides"] == "corpus_stories=300;tokenizer=bpe:400;split=8:1:1; context_length=40"
-    assert grid.rows[0].parameters["overrides"].endswith("eval_interval=5;n_head=8;n_embd=24; context_length=40")
+    own = "windows=stories; context_length=40"
+    grid = plan(written(f"model,overrides\ngpt2,n_head=8;n_embd=24;{own}\n"), tmp_path)
+    assert grid.data["overrides"] == f"corpus_stories=300;tokenizer=bpe:400;split=8:1:1;{own}"
+    assert grid.rows[0].parameters["overrides"].endswith(f"eval_interval=5;n_head=8;n_embd=24;{own}")

@@ -7,7 +7,7 @@ import pytest
 from plotarmour.cli import UserError
 from plotarmour.config import load_recipe
 from plotarmour.report.compare import find_runs
-from plotarmour.suite.steps import find_prepared, prepare
+from plotarmour.suite.steps import find_prepared, prepare, tell_corpus
 
 SMALL = ["max_steps=2", "warmup_steps=0"]
 
@@ -39,6 +39,20 @@ def test_a_refused_start_leaves_the_built_in_corpus_as_it_was(tmp_path, wrong):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == kept
 
 
+def test_a_text_too_short_for_one_context_leaves_the_built_in_corpus_as_it_was(tmp_path):
+    """Guards: token files that no run can be trained on in place of those of the corpus, whose facts are removed."""
+    small = [*SMALL, "tokenizer=bytes", "split=8:1:1"]
+    prepare(load_recipe("tiny", "bdh", [*small, "corpus_stories=60"]), tmp_path)
+    kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    text = tmp_path.parent / f"{tmp_path.name}.txt"
+    text.write_text("\n".join(f"Story {i}." for i in range(40)))
+    short = [*small, "stories=line", "context_length=200"]
+    with pytest.raises(UserError, match="val part would hold .* tokens, fewer than one context of 200"):
+        prepare(load_recipe("tiny", "bdh", [*short, "windows=stream"]), tmp_path, text)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == kept
+    prepare(load_recipe("tiny", "bdh", [*short, "windows=stories"]), tmp_path, text)  # whose windows may be shorter
+
+
 def test_settings_of_the_corpus_beside_a_text_are_warned_of(tmp_path, token_files, warned):
     """Guards: a corpus asked for with --set of which no story is in the token files; warnings about a recipe."""
     prepare(load_recipe("tiny", "bdh", ["tokenizer=bytes", "split=8:1:1"]), tmp_path, token_files["text"])
@@ -56,3 +70,4 @@ def test_the_paths_of_a_step_may_be_text_that_begins_with_a_tilde(tmp_path, monk
         find_prepared("~/tokens")
     with pytest.raises(UserError, match=re.escape(str(tmp_path / "tales.txt"))):
         prepare(load_recipe("tiny", "bdh", SMALL), "~/results", "~/tales.txt")
+    assert tell_corpus("~/built-in.txt", 1, 0, (0, 1))[1] == tmp_path / "built-in.facts.jsonl"

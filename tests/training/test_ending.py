@@ -36,7 +36,7 @@ def test_an_ending_is_read_as_it_was_written_and_its_file_says_whether_it_is_com
     ending.write(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["DONE.json" if reason in DONE else "STOPPED.json"]
     assert Ending.read(tmp_path) == ending and is_complete(tmp_path) == ending.is_done
-    assert reason.label.startswith("done") == ending.is_done == (reason.advice == "")
+    assert ending.label.startswith("done: ") == ending.is_done == (reason.advice == "")
     assert reason.exit_code == 0 or not ending.is_done
     assert pickle.loads(pickle.dumps(ending)) == ending  # as other processes get it
     assert ending.is_done or "step 8" in ending.advice("A cell")

@@ -18,7 +18,7 @@ def said(root):
     """What the script says of each part, by the words that its line begins with, and all of it."""
     command = [sys.executable, str(root / "benchmarks" / "resume_training.py"), "--parts", "each-step,signals,kills",
                "--max-steps", "12", "--steps", "1,7", "--signals", "6", "--kills", "20", "--seed", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
     starts = ("each-step:", "signals:", "20 kills")
     found = {begin: "".join(re.findall(f"^{begin}.*", done.stdout, re.MULTILINE)) for begin in starts}
     return found | {"all": done.stdout + done.stderr}
