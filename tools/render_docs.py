@@ -191,7 +191,8 @@ def example_report() -> str:
     import pandas as pd
 
     from plotarmour.evaluation.arms import group_runs
-    from plotarmour.report.verdict import Comparison, render_page
+    from plotarmour.report.page import render_page
+    from plotarmour.report.verdict import Comparison
     from plotarmour.run import Run, recipe_of
 
     folder = REFERENCE / "example"
@@ -200,8 +201,8 @@ def example_report() -> str:
                                                           for name in EXAMPLE_TABLES)
     runs = [Run(folder / name, None, None, recipe_of(info), info, 0, None) for name, info in infos.items()]
     same_order = len({info["train"]["order_sha256"] for info in infos.values()}) == 1
-    comparison = Comparison("test stories of recipe tiny", group_runs(infos), table, by_arm, pairs, checks, [],
-                            examples, samples, runs, None, same_order, "test")
+    comparison = Comparison("test stories of recipe tiny", group_runs(infos), table, by_arm, pairs, pairs[:0], checks,
+                            [], examples, samples, runs, None, same_order, "test")
     figures = sorted(path.name for path in (folder / "comparison").glob("*.png"))
     return render_page(comparison, folder / "comparison", {name: name for name in figures})
 

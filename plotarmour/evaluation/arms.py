@@ -1,5 +1,6 @@
 """Arms of a comparison: runs that differ only in their seed are one arm, and arms are compared in pairs."""
 
+import itertools
 import json
 import math
 import os.path
@@ -59,16 +60,40 @@ def group_runs(infos: dict[str, dict]) -> list[Arm]:
     return [arm if names.count(arm.name) == 1 else replace(arm, name=arm.runs[0]) for arm in arms]
 
 
-def pairs_of(arms: list[Arm], reference: str) -> list[tuple[Arm, Arm]]:
-    """Return the pairs to compare: each arm of the reference kind with each arm of another kind.
+def pairs_of(arms: list[Arm], reference: str, losses: dict[str, float]) -> list[tuple[Arm, Arm]]:
+    """Return the pairs to compare: each arm of the reference kind with each arm of another kind, the strongest first.
 
     Args:
         arms: arms of the comparison.
         reference: kind of model. If no arm or every arm is of this kind, the first arm is compared with all others.
+        losses: by run name, the best validation loss, which says how strong an arm is.
     """
     first = [arm for arm in arms if arm.model == reference]
     others = [arm for arm in arms if arm.model != reference]
-    return [(a, b) for a in first for b in others] if first and others else [(arms[0], b) for b in arms[1:]]
+    if not (first and others):
+        first, others = arms[:1], arms[1:]
+    others = sorted(others, key=lambda arm: sum(losses[run] for run in arm.runs) / len(arm.runs))
+    return [(a, b) for a in first for b in others]
+
+
+def ladder_of(pairs: list[tuple[Arm, Arm]], by_arm: pd.DataFrame) -> list[tuple[Arm, Arm]]:
+    """Return each arm with the next worse one, from the worst on, for arms with the reference's training tokens.
+
+    Args:
+        pairs: of `pairs_of`.
+        by_arm: name, loss and train_tokens of each arm.
+
+    Returns:
+        Pairs (better, worse); none for fewer than three arms.
+    """
+    arms = {arm.name: arm for pair in pairs for arm in pair}
+    known = by_arm[by_arm["name"].isin(arms)].dropna(subset=["train_tokens"]).set_index("name")
+    if not pairs or pairs[0][0].name not in known.index:
+        return []
+    tolerance = next(tolerance for _, column, tolerance in MATCHINGS if column == "train_tokens")
+    is_level = (known["train_tokens"].astype(float) / known.at[pairs[0][0].name, "train_tokens"] - 1).abs() <= tolerance
+    level = known[is_level].sort_values("loss", ascending=False).index
+    return [(arms[one], arms[other]) for other, one in itertools.pairwise(level)] if len(level) > 2 else []
 
 
 def compare_arms(pairs: list[tuple[Arm, Arm]], scores: dict[str, pd.DataFrame], budgets: dict[str, dict],

@@ -96,7 +96,7 @@ class LSTM(nn.Module):
         self.layers = nn.LSTM(c.n_embd, c.hidden_size, c.n_layer, batch_first=True,
                               dropout=c.dropout if c.n_layer > 1 else 0.0)
         self.projection = nn.Linear(c.hidden_size, c.n_embd, bias=False)
-        nn.init.normal_(self.embed.weight, std=0.02)
+        nn.init.normal_(self.embed.weight, std=0.1)  # with 0.02 the gates hardly see the token, and learning is slow
         self.lm_head = None if c.tied_head else nn.Parameter(torch.empty(c.vocab_size, c.n_embd).normal_(std=0.02))
 
     @property

@@ -1,7 +1,9 @@
 """Comparison of runs: scores every story under each run, checks for leaks, and writes tables, figures and a report."""
 
+import base64
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pandas as pd
 from plotarmour.cli import AnyPath, UserError, as_path, warn
 from plotarmour.data.tales import read_facts
 from plotarmour.data.token_file import TokenFile
-from plotarmour.evaluation.arms import compare_arms, group_runs, nats_of, pairs_of
+from plotarmour.evaluation.arms import compare_arms, group_runs, ladder_of, nats_of, pairs_of
 from plotarmour.evaluation.leak_checks import check_run, check_stories, require
 from plotarmour.evaluation.ngrams import ORDERS, counted_tokens, evaluate_baselines
 from plotarmour.evaluation.scoring import (
@@ -27,7 +29,8 @@ from plotarmour.files import write_text
 from plotarmour.models import REFERENCE
 from plotarmour.report import figures
 from plotarmour.report.examples import different_stories, samples_of
-from plotarmour.report.verdict import Comparison, arm_table, write_verdict
+from plotarmour.report.page import render_page
+from plotarmour.report.verdict import Comparison, arm_table, summary_text
 from plotarmour.resume import read_info
 from plotarmour.run import Run, check_same_tokenizer, load_run
 from plotarmour.training.checkpoint import find_checkpoint, step_of
@@ -36,7 +39,7 @@ from plotarmour.training.log import read_log
 
 OUTPUTS = ("report.html", "summary.txt", "totals.csv", "arms.csv", "pairs.csv", "checks.csv", "positions.csv",
            "win_shares.csv", "different_stories.csv", "samples.csv", "perplexity.png", "training_curves.png",
-           "loss_by_position.png", "differences.png", "win_shares.png")
+           "loss_by_position.png", "differences.png", "win_shares.png", "ladder.csv", "ladder.png", "gap.png")
 
 
 def compare_runs(folders: list[AnyPath], data: AnyPath, out: AnyPath, train: AnyPath | None = None,
@@ -90,7 +93,7 @@ def compare_runs(folders: list[AnyPath], data: AnyPath, out: AnyPath, train: Any
         checks.append(check_stories(train_data, test))
         write_csv(checks[0], out / "checks.csv")
         require(checks[0])
-    pairs = pairs_of(arms, REFERENCE)
+    pairs = pairs_of(arms, REFERENCE, {folder.name: _validation_loss(folder) for folder in folders})
     arm_of_first_run = {arm.runs[0]: arm.name for arm in arms} if pairs else {}
     first_pair = [arm.runs[0] for arm in pairs[0]] if pairs else []  # for the examples
     scores, positions, budgets, runs, token_nats, samples = {}, [], {}, [], {}, {}
@@ -118,10 +121,13 @@ def compare_runs(folders: list[AnyPath], data: AnyPath, out: AnyPath, train: Any
         scores |= {f"{name}{BASELINE}": frame for name, frame in evaluate_baselines(train_data, test).items()}
         budgets |= {f"{order}{BASELINE}": {"train_tokens": counted_tokens(train_data)} for order in ORDERS}
     table, same_order = comparison_table(scores, budgets), _same_order(runs)
+    by_arm = arm_table(arms, table)
+    ladder = ladder_of(pairs, by_arm)
     step = checkpoint if isinstance(checkpoint, str) else f"step-{checkpoint}"
     comparison = Comparison(
-        title or f"{data.name}, {step} checkpoints", arms, table, arm_table(arms, table),
-        compare_arms(pairs, scores, budgets, same_order), checks, _differences(runs, budgets, same_order),
+        title or f"{data.name}, {step} checkpoints", arms, table, by_arm,
+        *(compare_arms(each, scores, budgets, same_order) for each in (pairs, ladder)), checks,
+        _differences(runs, budgets, same_order),
         different_stories(first_pair, scores, token_nats, test, runs[0].tokenizer),
         pd.concat([samples[arm.name] for arm in arms]) if pairs else pd.DataFrame(),
         runs, stride, same_order, test.header.get("part"))
@@ -133,11 +139,22 @@ def compare_runs(folders: list[AnyPath], data: AnyPath, out: AnyPath, train: Any
                    "samples.csv": comparison.samples, "win_shares.csv": pd.concat(
                        [win_share_by_length(*nats_of(a, b, scores)).assign(
                            pair=f"{comparison.labels[a.name]} against {comparison.labels[b.name]}") for a, b in pairs])}
+    if ladder:
+        tables["ladder.csv"] = comparison.ladder
     for name, frame in tables.items():
         write_csv(frame, out / name)
     _draw(comparison, tables, budgets, out)
-    write_verdict(comparison, out)
+    write_text(out / "summary.txt", summary_text(comparison))
+    images = {path.name: f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+              for path in out.glob("*.png")}
+    write_text(out / "report.html", render_page(comparison, out, images))
     return table
+
+
+def _validation_loss(folder: Path) -> float:
+    """Return the best validation loss of a run, or infinity if it is unknown."""
+    ending = Ending.read(folder)
+    return math.inf if ending is None or ending.best_val_loss is None else ending.best_val_loss
 
 
 def _budget_of(run: Run) -> dict:
@@ -241,8 +258,8 @@ def _draw(c: Comparison, tables: dict[str, pd.DataFrame], budgets: dict[str, dic
     baselines = c.table.loc[c.table["name"].str.endswith(BASELINE), ["name", "loss"]]  # sorted by loss
     contexts = {run.context_length for run in c.runs}
     figures.perplexities(c.arms, c.by_arm, c.table, out / "perplexity.png", c.title)
-    figures.training_curves(c.arms, {run.name: read_log(run.folder / "log.csv") for run in c.runs},
-                            out / "training_curves.png",
+    logs = {run.name: read_log(run.folder / "log.csv") for run in c.runs}
+    figures.training_curves(c.arms, logs, out / "training_curves.png",
                             {arm.name: 3 * budgets[arm.runs[0]]["flops_per_token"] for arm in c.arms},
                             None if baselines.empty else tuple(baselines.iloc[0]))
     figures.loss_by_position(c.arms, tables["positions.csv"], out / "loss_by_position.png",
@@ -250,6 +267,11 @@ def _draw(c: Comparison, tables: dict[str, pd.DataFrame], budgets: dict[str, dic
     if len(c.pairs):
         figures.differences_forest(c.arms, c.pairs, out / "differences.png")
         figures.win_shares(tables["win_shares.csv"], out / "win_shares.png")
+    if len(c.ladder):
+        figures.ladder(c.arms, c.ladder, c.by_arm, out / "ladder.png")
+        level, [reference, *_] = {*c.ladder["a"], *c.ladder["b"]}, [a for a in c.arms if a.name == c.pairs["a"].iloc[0]]
+        figures.gap_against_tokens(reference, [arm for arm in c.arms if arm.name in level and arm != reference], logs,
+                                   out / "gap.png")
 
 
 def _clear(out: Path) -> None:

@@ -156,6 +156,62 @@ def differences_forest(arms: list[Arm], pairs: pd.DataFrame, path: Path) -> Path
     return save_figure(figure, path)
 
 
+def ladder(arms: list[Arm], steps: pd.DataFrame, by_arm: pd.DataFrame, path: Path) -> Path:
+    """Draw the loss of arms from the highest to the lowest, and the difference of each to the one before it.
+
+    Args:
+        arms: arms of the comparison.
+        steps: table of `compare_arms` for each arm with the next worse one, from the worst on.
+        by_arm: name and loss of arms.
+    """
+    steps, loss, style = steps[steps["is_arms"]], by_arm.set_index("name")["loss"], styles(arms)
+    figure, axes = new_figure(6.4, 1.5 + 0.5 * len(steps), "Step by step, at the same training tokens",
+                              "loss (nats per token); bars: difference to the arm above, lines: its 95 % interval")
+    names = [steps["b"].iloc[0], *steps["a"]]
+    axes.plot(loss[names[0]], 0, "o", color=style[names[0]]["color"])
+    for i, (_, step) in enumerate(steps.iterrows(), 1):
+        before, color = loss[step["b"]], style[step["a"]]["color"]
+        axes.barh(i, step["loss_difference"], left=before, height=0.5, color=color, alpha=0.6)
+        low, high = step["loss_difference_low"], step["loss_difference_high"]
+        axes.plot([before + low, before + high], [i, i], color="black", linewidth=1.2)
+        axes.annotate(f"  {step['loss_difference']:+.3f} ({low:+.3f} to {high:+.3f})", (max(before, before + high), i),
+                      va="center", fontsize=9)
+    labels = {arm.name: _label(arm) for arm in arms}
+    axes.set_yticks(range(len(names)), [f"{labels[name]}: {loss[name]:.3f}" for name in names])
+    axes.set_ylim(len(steps) + 0.5, -0.5)
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high + 0.45 * (high - low))  # room for the words
+    return save_figure(figure, path)
+
+
+def gap_against_tokens(reference: Arm, others: list[Arm], logs: dict[str, pd.DataFrame], path: Path) -> Path:
+    """Draw validation loss less that of the reference arm against training tokens; bands show the range over seeds.
+
+    Args:
+        reference, others: arms; runs of one seed evaluate at the same steps.
+        logs: by run name, the rows of log.csv.
+    """
+    name = _label(reference)
+    figure, axes = new_figure(6.4, 3.8, f"Validation loss less that of {name}", "training tokens (million)",
+                              f"difference (nats per token)\nabove 0 {name} is better")
+    style, loss_of = styles([reference, *others]), {}
+    for run, log in logs.items():
+        rows = log[log["val_loss"].notna()]
+        loss_of[run] = rows.set_index("tokens_seen")["val_loss"].iloc[int(len(rows) > 3):]  # not the untrained model's
+    own = pd.concat([loss_of[run] for run in reference.runs], axis=1).mean(axis=1)
+    for arm in others:
+        gaps = pd.concat([loss_of[run] for run in arm.runs], axis=1).sub(own, axis=0).dropna()
+        x, mean = gaps.index / 1e6, gaps.mean(axis=1)
+        line = style[arm.name]
+        axes.fill_between(x, gaps.min(axis=1), gaps.max(axis=1), color=line["color"], alpha=0.15, linewidth=0)
+        axes.plot(x, mean, markersize=3.5, linewidth=1.8,
+                  label=f"{_label(arm)}: last {mean.iloc[-1]:+.2f}" if len(mean) else _label(arm), **line)
+    axes.axhline(0, color=DARK_GRAY, linewidth=1)
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False, fontsize=9)
+    return save_figure(figure, path)
+
+
 def loss_by_position(arms: list[Arm], positions: pd.DataFrame, path: Path, context_length: int | None = None) -> Path:
     """Draw loss against the position in the story, on a logarithmic axis, in bins of increasing width.
 

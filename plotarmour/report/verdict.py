@@ -1,28 +1,18 @@
-"""Verdict of a comparison, for readers: sentences and tables with intervals, denominators and limits.
+"""Verdict of a comparison, for readers: sentences and tables with intervals, denominators and limits (summary.txt)."""
 
-It is written as summary.txt and as report.html, one page with its figures inside and nothing from the network. The page
-is the template `page.html.j2`, which escapes every value.
-"""
-
-import base64
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import jinja2
 import pandas as pd
 
 from plotarmour.evaluation.arms import MATCHINGS, Arm
 from plotarmour.evaluation.leak_checks import LONG_OVERLAP
 from plotarmour.evaluation.metrics import totals
 from plotarmour.evaluation.scoring import BASELINE, UNBOUNDED
-from plotarmour.files import write_text
-from plotarmour.models import KINDS
+from plotarmour.models import SUITE
 from plotarmour.report.figures import arm_label, row_labels
 from plotarmour.run import Run
 from plotarmour.training.ending import DONE
-from plotarmour.training.log import read_log
 
-TEMPLATE = Path(__file__).with_name("page.html.j2")
 SPEAKS_OF = {
     "checkpoints": "With one seed each, the interval covers other stories only: it is about these two checkpoints, not "
                    "about their recipes.",
@@ -53,7 +43,8 @@ class Comparison:
     arms: list[Arm]
     table: pd.DataFrame  # totals, a row per run, baseline and corpus
     by_arm: pd.DataFrame  # totals, a row per arm, baseline and corpus
-    pairs: pd.DataFrame  # of `compare_arms`
+    pairs: pd.DataFrame  # of `compare_arms`, the strongest opponent first
+    ladder: pd.DataFrame  # of `compare_arms`: each arm with the next worse one, at equal training tokens; may be empty
     checks: pd.DataFrame  # leak checks, a row per run and check; none failed, but a long overlap is possible
     unequal: list[str]  # differences between the runs' settings and budgets
     examples: pd.DataFrame  # stories with the largest differences between the first pair
@@ -73,43 +64,14 @@ class Comparison:
         return any(len(arm.runs) > 1 for arm in self.arms)
 
 
-def write_verdict(c: Comparison, out: Path) -> None:
-    """Write summary.txt and report.html, which shows the figures in `out`."""
+def summary_text(c: Comparison) -> str:
+    """Return summary.txt."""
     pairs, numbers = arm_pairs(c.pairs, c.labels), readable_table(c.by_arm if c.several_seeds else c.table)
-    lines = [c.title, "", text_table(numbers), "", _denominators(c.table), "", _answer(c, pairs)]
-    lines += [*(_describe(pair) for _, pair in pairs.iterrows()), "", *_calibration(c),
+    lines = [c.title, "", text_table(numbers), "", denominators(c.table), "", answer(c, pairs)]
+    lines += [*(describe(pair) for _, pair in pairs.iterrows()), "", *_calibration(c),
               f"{c.checks.passed.sum()} leak checks passed (checks.csv)."]
     lines += [f"Not equal between the runs: {difference}." for difference in c.unequal]
-    write_text(out / "summary.txt", "\n".join(lines) + "\n")
-    images = {path.name: f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-              for path in out.glob("*.png")}
-    write_text(out / "report.html", render_page(c, out, images))
-
-
-def render_page(c: Comparison, out: Path, images: dict[str, str]) -> str:
-    """Return report.html.
-
-    Args:
-        out: folder with positions.csv and win_shares.csv.
-        images: by the name of a figure's file, where the page finds it: the image itself as a data URL, or a path.
-    """
-    labels, pairs = c.labels, arm_pairs(c.pairs, c.labels)
-    kinds = {arm.name: KINDS[arm.model] for arm in c.arms}
-    kind_labels = dict.fromkeys(kind.label for kind in kinds.values())
-    results, costs = _results_and_costs(c.by_arm if c.several_seeds else c.table)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        zip=zip, c=c, heading=" and ".join(labels.values() if len(labels) < 3 else kind_labels),
-        answer=_answer(c, pairs), verdicts=[_describe(pair) for _, pair in pairs.iterrows()],
-        results=results, costs=costs, denominators=_denominators(c.table), images=images,
-        findings=_findings(c, pairs, out), matchings=_matchings(pairs), several_kinds=len(kind_labels) > 1,
-        several_seeds=c.several_seeds, labels=labels,
-        colors={name: kind.colors[0] for name, kind in kinds.items()},
-        run_labels={run: labels[arm.name] for arm in c.arms for run in arm.runs},
-        examples=list(c.examples.itertuples()), protocol=_protocol(c), info=c.runs[0].info,
-        strides=sorted({c.stride or run.context_length // 2 for run in c.runs}),
-        checks=c.checks.assign(passed=c.checks["passed"].map({True: "yes", False: "NO"}).fillna("not checked")),
-        every_run=_results_and_costs(c.table))
+    return "\n".join(lines) + "\n"
 
 
 def readable_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -124,45 +86,11 @@ def readable_table(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns, index=table.index, dtype=object)
 
 
-def _results_and_costs(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the columns of `readable_table` as two tables that fit on a page: metrics, and budgets where known."""
-    numbers = readable_table(table)
-    titles = [title for column, title, _ in COLUMNS if column in (*BUDGETS, "checkpoint_step") and title in numbers]
-    costs = numbers[["name", *titles]]
-    return numbers.drop(columns=titles), costs[(numbers[titles] != "").any(axis=1)]
-
-
-def _denominators(table: pd.DataFrame) -> str:
+def denominators(table: pd.DataFrame) -> str:
     """Return a sentence with the tokens, stories and bytes that losses are means over."""
     first = table.iloc[0]
     return (f"Loss is nats per token over {first['tokens']:,} tokens of {first['stories']:,} stories (with the "
             f"closing end-of-text of each story), bits per byte over {first['bytes']:,} bytes of their text.")
-
-
-def _findings(c: Comparison, pairs: pd.DataFrame, out: Path) -> dict[str, str]:
-    """Return what each figure shows, as a sentence for readers who cannot see it, by the name of its file."""
-    rows = zip(row_labels(c.by_arm), c.by_arm["perplexity"], strict=True)
-    findings = {"perplexity.png": "Perplexity: " + ", ".join(f"{name} {value:,.3f}" for name, value in rows)}
-    logs = {run.name: read_log(run.folder / "log.csv")["val_loss"].dropna() for run in c.runs}
-    last = {arm.name: [logs[run].iloc[-1] for run in arm.runs if len(logs[run])] for arm in c.arms}
-    findings["training_curves.png"] = "Last validation loss: " + ", ".join(
-        f"{c.labels[name]} {sum(values) / len(values):.3f}" for name, values in last.items() if values)
-    positions = pd.read_csv(out / "positions.csv")
-    tokens = positions.groupby("position")["tokens"].sum().cumsum()
-    middle = tokens.index[tokens >= tokens.iloc[-1] / 2][0]  # half of all tokens are at positions up to this one
-    parts = []
-    for arm in c.arms:
-        own = positions[positions["run"].isin(arm.runs)]
-        halves = own.groupby(own["position"] > middle)[["nats", "tokens"]].sum()
-        losses = [f"{loss:.3f}" for loss in halves["nats"] / halves["tokens"]]
-        parts.append(f"{c.labels[arm.name]} {', then '.join(losses)}")
-    findings["loss_by_position.png"] = f"Mean loss up to position {middle}, and after it: {'; '.join(parts)}"
-    if len(pairs):
-        shares = pd.read_csv(out / "win_shares.csv").groupby("pair", sort=False)["share"].agg(["min", "max"])
-        findings |= {"differences.png": headline(pairs).removesuffix("."), "win_shares.png":
-                     "Stories won by the first of a pair, from the lowest to the highest share: " + "; ".join(
-                         f"{pair} {100 * low:.0f} to {100 * high:.0f} %" for pair, low, high in shares.itertuples())}
-    return findings
 
 
 def text_table(numbers: pd.DataFrame) -> str:
@@ -231,7 +159,7 @@ def headline(pairs: pd.DataFrame) -> str:
     return "; ".join(parts) + "."
 
 
-def _describe(pair: pd.Series) -> str:
+def describe(pair: pd.Series) -> str:
     """Return the difference of a pair of arms in nats, what its interval covers, and its sign test."""
     difference = (f"{pair['a']} against {pair['b']}: {pair['loss_difference']:+.4f} nats per token (95 % interval "
                   f"{pair['loss_difference_low']:+.4f} to {pair['loss_difference_high']:+.4f}).")
@@ -242,9 +170,12 @@ def _describe(pair: pd.Series) -> str:
     return f"{difference} {SPEAKS_OF[pair['speaks_of']].format(**pair)} {wins}"
 
 
-def _answer(c: Comparison, pairs: pd.DataFrame) -> str:
-    """Return the sentences that a report opens with."""
-    return " ".join([*_reservations(c), headline(pairs) if len(pairs) else "One arm only: there is no comparison."])
+def answer(c: Comparison, pairs: pd.DataFrame) -> str:
+    """Return the sentences that a report opens with: against the strongest other kind first, then against GPT-2."""
+    if pairs.empty:
+        return " ".join([*_reservations(c), "One arm only: there is no comparison."])
+    kinds = pairs["b"].map({c.labels[arm.name]: arm.model for arm in c.arms})
+    return " ".join([*_reservations(c), headline(pairs[kinds.isin({kinds.iloc[0], *SUITE})])])
 
 
 def _reservations(c: Comparison) -> list[str]:
@@ -286,35 +217,6 @@ def _calibration(c: Comparison) -> list[str]:
         lines.append("Without a training file (--train), nothing says whether the models are better than counting, or "
                      "whether the stories stand in the training text.")
     return lines
-
-
-def _matchings(pairs: pd.DataFrame) -> pd.DataFrame:
-    """Return the budgets in which each pair of arms matches, and the ratios of all budgets: a column per pair."""
-    columns = {}
-    for _, pair in pairs.iterrows():
-        ratios = {label: pair[f"{column}_ratio"] for label, column, _ in MATCHINGS}
-        change, low, high = (pair[f"perplexity_ratio{end}"] - 1 for end in ("", "_low", "_high"))
-        columns[f"{pair['a']} against {pair['b']}"] = {
-            "the same": pair["matched"] or "nothing",
-            **{label: "" if pd.isna(ratio) else f"× {ratio:.2f}" for label, ratio in ratios.items()},
-            "perplexity": f"{change:+.1%} ({low:+.1%} to {high:+.1%})"}
-    return pd.DataFrame(columns).rename_axis("").reset_index()
-
-
-def _protocol(c: Comparison) -> pd.DataFrame:
-    """Return the settings: a column per arm."""
-    columns = {}
-    for arm in c.arms:
-        runs = [run for run in c.runs if run.name in arm.runs]
-        config, t, info = runs[0].config, runs[0].config.training, runs[0].info
-        orders = sorted({run.info["train"]["order_sha256"][:12] for run in runs})
-        columns[c.labels[arm.name]] = {
-            "recipe": config.name, "shape": ", ".join(f"{name} {value}" for name, value in config.architecture.items()),
-            "learning rate": f"{t.learning_rate:g}", "schedule": t.schedule, "steps": f"{t.max_steps:,}",
-            "tokens per step": f"{t.tokens_per_step:,}", "context": f"{t.context_length:,}",
-            "seeds": f"{len(arm.seeds)} ({', '.join(map(str, arm.seeds))})",
-            "order of the data (hash)": ", ".join(orders), "dtype": info["dtype"], "hardware": info["hardware"]}
-    return pd.DataFrame(columns).rename_axis("").reset_index()
 
 
 def _change(pair: pd.Series) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from plotarmour.cli import UserError
 from plotarmour.config import load_recipe
-from plotarmour.evaluation.arms import compare_arms, group_runs, pairs_of
+from plotarmour.evaluation.arms import Arm, compare_arms, group_runs, ladder_of, pairs_of
 
 
 def infos(**settings):
@@ -22,7 +22,20 @@ def test_runs_that_differ_only_in_their_seed_are_one_arm():
     assert [(arm.name, arm.runs, arm.seeds) for arm in arms] == [
         ("bdh", ("bdh_1", "bdh_2"), (1, 2)), ("gpt2", ("gpt2_1", "gpt2_2"), (1, 2)),
         ("gpt2_long_1", ("gpt2_long_1",), (1,))]
-    assert [(a.name, b.name) for a, b in pairs_of(arms, "bdh")] == [("bdh", "gpt2"), ("bdh", "gpt2_long_1")]
+    losses = {"bdh_1": 2.0, "bdh_2": 2.0, "gpt2_1": 3.0, "gpt2_2": 3.2, "gpt2_long_1": 3.05}
+    pairs = pairs_of(arms, "bdh", losses)
+    assert [(a.name, b.name) for a, b in pairs] == [("bdh", "gpt2_long_1"), ("bdh", "gpt2")]
+
+
+def test_a_ladder_leads_from_the_worst_arm_to_the_best_at_equal_tokens():
+    """Guards: a step from a model that had more tokens; a step whose sign is turned around."""
+    arms = {name: Arm(name, name, (name,), (1,)) for name in ("bdh", "gpt2", "llama", "modern", "lstm")}
+    pairs = [(arms["bdh"], arms[name]) for name in ("modern", "llama", "gpt2", "lstm")]
+    by_arm = pd.DataFrame({"name": ["modern", "bdh", "llama", "gpt2", "lstm", "trigram baseline"],
+                           "loss": [2.5, 2.6, 2.7, 3.0, 3.1, 3.3],
+                           "train_tokens": [2000, 1000, 1010, 1000, None, 9000]})
+    assert [(a.name, b.name) for a, b in ladder_of(pairs, by_arm)] == [("llama", "gpt2"), ("bdh", "llama")]
+    assert ladder_of(pairs[:2], by_arm[:3].assign(train_tokens=[2000, 1000, 1010])) == ladder_of([], by_arm) == []
 
 
 def test_one_run_under_two_names_is_refused():
@@ -45,7 +58,7 @@ def test_pairs_say_what_is_matched_and_what_the_interval_speaks_of():
              "train_s": 60}
     dear = cheap | {"core_params": 102, "flops_per_token": 20, "train_flops": 2e4, "train_s": None}
     budgets = {name: dear if name.startswith("bdh") else cheap for name in nats}
-    pairs = compare_arms(pairs_of(arms, "bdh"), scores, budgets, same_order=True)
+    pairs = compare_arms(pairs_of(arms, "bdh", dict.fromkeys(scores, 1.0)), scores, budgets, same_order=True)
     assert pairs["speaks_of"].tolist() == ["recipes", "checkpoints", "checkpoints"]
     assert pairs["is_arms"].tolist() == [True, False, False]
     whole = pairs.iloc[0]

@@ -164,6 +164,24 @@ def test_each_run_is_loaded_once(runs, token_files, tmp_path, monkeypatch):
     assert [checkpoint.parents[1] for checkpoint in loaded] == runs[:3]
 
 
+def test_several_kinds_give_a_ladder_and_the_strongest_opponent_stands_first(runs, token_files, tmp_path):
+    """Guards: a verdict that begins with the weakest baseline; a step from an arm that had more tokens."""
+    others = [train(token_files, tmp_path / "llama", "llama", "seed=1", "max_steps=6", "learning_rate=1e-2"),
+              *(train(token_files, tmp_path / kind, kind, "seed=1") for kind in ("modern", "lstm"))]
+    out = tmp_path / "out"
+    compare_runs([runs[0], runs[2], *others], token_files["test"], out)
+    pairs, ladder = (pd.read_csv(out / f"{name}.csv") for name in ("pairs", "ladder"))
+    loss = pd.read_csv(out / "totals.csv").set_index("name")["loss"]
+    assert pairs["b"].iloc[0] == "llama" and set(ladder["a"]) | set(ladder["b"]) == {*loss.index} - {"llama"}
+    assert all(loss[step.a] < loss[step.b] for step in ladder.itertuples()) and len(ladder) == 3
+    differences = [loss[step.a] - loss[step.b] for step in ladder.itertuples()]
+    assert ladder["loss_difference"].tolist() == pytest.approx(differences)
+    answer = (out / "summary.txt").read_text(encoding="utf-8").split("bytes of their text.\n\n")[1].splitlines()[0]
+    assert re.search(r"that of Llama,.*that of gpt2_seed-1 \(GPT-2\),", answer) and "Modern" not in answer
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "Loss falls step by step: " in page and "Last differences in validation loss: " in page
+
+
 def test_runs_that_have_not_ended_are_refused_or_labelled(token_files, runs, tmp_path, warned):
     """Guards: a checkpoint of half a run taken for the recipe's result."""
     half = train(token_files, tmp_path / "half", "gpt2", "max_minutes=0.00001", "max_steps=50")

@@ -1,3 +1,5 @@
+import math
+
 import pandas as pd
 import pytest
 from matplotlib.legend import Legend
@@ -27,6 +29,11 @@ def draw_all(folder, name):
                             ("trigram baseline", 2.2))
     figures.perplexities(own, table, table, folder / "perplexity.png", name)
     figures.differences_forest(own, pd.DataFrame([PAIR | {"a": name}]), folder / "differences.png")
+    step = PAIR | {"a": name, "b": "plain", "is_arms": True, "loss_difference": -0.5, "loss_difference_low": -0.6,
+                   "loss_difference_high": -0.4}
+    losses = table.assign(loss=table["perplexity"].map(math.log))
+    figures.ladder(own, pd.DataFrame([step]), losses, folder / "ladder.png")
+    figures.gap_against_tokens(own[0], own[1:], {name: LOG, "plain": LOG}, folder / "gap.png")
     figures.loss_by_position(own, positions, folder / "positions.png")
     figures.win_shares(SHARES.assign(pair=f"{name} against b"), folder / "shares.png")
     figures.story_lengths([3, 4, 9], folder / "lengths.png", 8)
@@ -44,8 +51,8 @@ def test_text_in_figures_is_text(tmp_path, monkeypatch, name):
 
     monkeypatch.setattr(figures, "save_figure", record)
     draw_all(tmp_path, name)
-    assert len(list(tmp_path.iterdir())) == 6
-    assert sum(name in text and not is_math for text, is_math in shown) >= 5  # curves, bars and title, pair, positions
+    assert len(list(tmp_path.iterdir())) == 8
+    assert sum(name in text and not is_math for text, is_math in shown) >= 7  # all but shares; bars and title
 
 
 def test_points_of_seeds_are_named_only_where_there_are_some(tmp_path, monkeypatch):
