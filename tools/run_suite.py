@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run the whole suite headless: pretokenize, train BDH and GPT-2, compare. All results go into one folder.
+"""Run the whole suite headless: pretokenize, train the models, compare. All results go into one folder.
 
 With --grid, run one training per row of a CSV instead. Either way, summary.csv has a row for each run, and the same
 command continues: it skips runs that are done, resumes stopped ones and tries failed ones again.
@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plotarmour.cli import HelpFormatter, UserError, add_common, as_path, duration, overrides_of, run_command, say
 from plotarmour.config import recipe_names
+from plotarmour.models import KINDS, SUITE
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,6 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
                         "excluded and counted")
     parser.add_argument("--out", type=as_path, help="results folder (default: results/RECIPE, or results/GRID without "
                         "its .csv)")
+    parser.add_argument("--models", default=",".join(SUITE), metavar="KINDS",
+                        help=f"kinds of model to train and compare, of {', '.join(KINDS)}")
     add_common(parser, "set", "device")
     parser.add_argument("--gpus", type=int, default=1, metavar="N",
                         help="GPUs of this machine that train each model together")
@@ -40,6 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
+    if args.grid is not None and args.models != ",".join(SUITE):
+        raise UserError("--models is for a suite without a grid; expected the column model in the grid instead.")
     if args.notebook is not None and args.grid is None:
         raise UserError("--notebook is what the rows of a grid run; expected --grid CSV beside it.")
     endings = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # no SIGHUP on Windows
@@ -51,7 +56,7 @@ def main() -> None:
 
     out, begun = args.out or results_folder(str(args.grid or args.recipe)), time.monotonic()
     grid = plan_grid(args.grid, args.recipe, out, args.notebook or TRAIN, args.text, args.extra_text,
-                     overrides_of(args), args.gpus, args.at_once)
+                     overrides_of(args), args.gpus, args.at_once, args.models.replace(" ", "").split(","))
     print(f"{len(grid.rows)} run{'s' * (len(grid.rows) > 1)}; results go to {out}", flush=True)
     from plotarmour.suite.runner import compare_rows, describe_best, run_grid  # seconds of imports
 

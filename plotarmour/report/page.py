@@ -9,7 +9,7 @@ import jinja2
 import pandas as pd
 
 from plotarmour.evaluation.arms import MATCHINGS
-from plotarmour.models import KINDS
+from plotarmour.models import KINDS, REFERENCE
 from plotarmour.report.figures import row_labels
 from plotarmour.report.verdict import (
     BUDGETS,
@@ -44,7 +44,8 @@ def render_page(c: Comparison, out: Path, images: dict[str, str]) -> str:
         zip=zip, c=c, heading=" and ".join(labels.values() if len(labels) < 3 else kind_labels),
         answer=answer(c, pairs), verdicts=[describe(pair) for _, pair in pairs.iterrows()],
         results=results, costs=costs, denominators=denominators(c.table), images=images,
-        findings=_findings(c, pairs, out), matchings=_matchings(pairs), several_kinds=len(kind_labels) > 1,
+        findings=_findings(c, pairs, out), matchings=_matchings(pairs),
+        has_reference=len(kind_labels) > 1 and KINDS[REFERENCE] in kinds.values(),
         several_seeds=c.several_seeds, labels=labels,
         colors={name: kind.colors[0] for name, kind in kinds.items()},
         run_labels={run: labels[arm.name] for arm in c.arms for run in arm.runs},

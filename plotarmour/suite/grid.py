@@ -8,6 +8,7 @@ are moved or added. The suite without a CSV is a grid of one row per model.
 import csv
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -51,7 +52,8 @@ class Grid:
 
 
 def plan_grid(path: Path | None, recipe: str, out: Path, notebook: Path = TRAIN, text: Path | None = None,
-              extra_text: Path | None = None, overrides: list[str] = (), gpus: int = 1, at_once: int = 1) -> Grid:
+              extra_text: Path | None = None, overrides: list[str] = (), gpus: int = 1, at_once: int = 1,
+              models: Sequence[str] = SUITE) -> Grid:
     """Read a grid, resolve each row and check everything that can be checked before a run starts.
 
     Args:
@@ -64,6 +66,7 @@ def plan_grid(path: Path | None, recipe: str, out: Path, notebook: Path = TRAIN,
         overrides: "key=value" for all rows; a row's own overrides come after them.
         gpus: GPUs per row, for rows that do not say.
         at_once: rows that run at the same time.
+        models: kinds of model, a row each, where `path` is None.
 
     Raises:
         UserError: a file that cannot be used, or the first mistake of each row, one per line.
@@ -82,7 +85,7 @@ def plan_grid(path: Path | None, recipe: str, out: Path, notebook: Path = TRAIN,
     for given in filter(None, (text, extra_text)):
         check_text(given)
     columns, records = (_read_csv(path, defaults) if path is not None else
-                        (["model"], [(0, {"model": kind}) for kind in SUITE]))
+                        (["model"], [(0, {"model": kind}) for kind in models]))
     rows, wrong = [], []
     for line, cells in records:
         try:

@@ -148,6 +148,10 @@ def test_the_suite_is_a_grid_of_one_row_per_model(tmp_path):
     grid = plan(None, tmp_path)
     assert [(row.run, row.executed.name) for row in grid.rows] == [("bdh", "02_train_bdh.ipynb"),
                                                                    ("gpt2", "02_train_gpt2.ipynb")]
+    assert [row.recipe.model for row in plan(None, tmp_path, models=["bdh", "modern", "gpt2"]).rows] == [
+        "bdh", "modern", "gpt2"]
+    with pytest.raises(UserError, match="unknown model 'modrn' .did you mean 'modern'"):
+        plan(None, tmp_path, models=["bdh", "modrn"])
     with pytest.raises(UserError) as refused:
         plan(None, tmp_path, ["corpus_stories=0"])
     assert str(refused.value).startswith("recipe tiny needs a text") and "\n" not in str(refused.value)

@@ -195,6 +195,7 @@ def test_bad_training_calls_give_one_line_and_leave_nothing(run_main, files, cas
     ("run_suite", ["--recipe", "laptop", "--text", "nowhere.txt", "--out", "OUT"], "does not exist"),
     ("evaluate", ["nowhere", "--data", "x.bin", "--out", "OUT"], "nowhere is not a run folder"),
     ("run_suite", ["--grid", "nowhere.csv", "--out", "OUT"], "nowhere.csv: No such file or directory"),
+    ("run_suite", ["--grid", "g.csv", "--models", "bdh,llama", "--out", "OUT"], "expected the column model"),
     ("run_suite", ["--notebook", "n.ipynb", "--out", "OUT"], "expected --grid CSV beside it"),
     ("generate", ["nowhere"], "is not a run folder"),
     ("pre_tokenize", ["t.txt", "--tokenizer", "bpe:10", "--out", "x.bin"], "does not exist"),
