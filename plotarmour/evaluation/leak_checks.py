@@ -87,6 +87,13 @@ def require(checks: pd.DataFrame) -> None:
         raise UserError(f"no comparison, because leak checks failed: {complaints}. Do not use these runs' scores.")
 
 
+def passed_checks(checks: pd.DataFrame) -> str:
+    """Return how many of the checks that were possible passed, and which did not."""
+    failed = checks.loc[checks["passed"].eq(False), "check"]
+    return (f"{checks['passed'].sum()} of {checks['passed'].count()} leak checks passed"
+            + f"; {', '.join(failed)} did not" * bool(len(failed)))
+
+
 def _table(rows: list[tuple], name: str) -> pd.DataFrame:
     """Return the rows of checks.csv."""
     checks = pd.DataFrame(rows, columns=["check", "expected", "found", "passed"]).astype({"passed": "boolean"})

@@ -13,7 +13,7 @@ from plotarmour.cli import AnyPath, UserError, as_path, warn
 from plotarmour.data.tales import read_facts
 from plotarmour.data.token_file import TokenFile
 from plotarmour.evaluation.arms import compare_arms, group_runs, ladder_of, nats_of, pairs_of
-from plotarmour.evaluation.leak_checks import check_run, check_stories, require
+from plotarmour.evaluation.leak_checks import check_run, check_stories, passed_checks, require
 from plotarmour.evaluation.ngrams import ORDERS, counted_tokens, evaluate_baselines
 from plotarmour.evaluation.scoring import (
     BASELINE,
@@ -116,7 +116,7 @@ def compare_runs(folders: list[AnyPath], data: AnyPath, out: AnyPath, train: Any
         runs.append(dataclasses.replace(run, model=None))
         del run  # memory holds one model at a time
     checks = pd.concat(checks, ignore_index=True)
-    print(f"{checks.passed.sum()} leak checks passed", flush=True)
+    print(passed_checks(checks), flush=True)
     if train_data is not None:
         scores |= {f"{name}{BASELINE}": frame for name, frame in evaluate_baselines(train_data, test).items()}
         budgets |= {f"{order}{BASELINE}": {"train_tokens": counted_tokens(train_data)} for order in ORDERS}

@@ -109,7 +109,7 @@ def perplexities(arms: list[Arm], by_arm: pd.DataFrame, by_run: pd.DataFrame, pa
     """
     figure, axes = new_figure(6.4, 1.1 + 0.42 * len(by_arm),
                               _escape(title) or "Perplexity: models in colour, n-gram baselines in gray",
-                              "perplexity on held-out stories\n(logarithmic; lower is better"
+                              "perplexity on the scored stories\n(logarithmic; lower is better"
                               + "; points: seeds" * any(len(arm.runs) > 1 for arm in arms) + ")")
     style, arm_of = styles(arms), {arm.name: arm for arm in arms}
     points = by_run.set_index("name")["perplexity"]

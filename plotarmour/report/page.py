@@ -9,6 +9,7 @@ import jinja2
 import pandas as pd
 
 from plotarmour.evaluation.arms import MATCHINGS
+from plotarmour.evaluation.leak_checks import passed_checks
 from plotarmour.models import KINDS, REFERENCE
 from plotarmour.report.figures import row_labels
 from plotarmour.report.verdict import (
@@ -51,6 +52,7 @@ def render_page(c: Comparison, out: Path, images: dict[str, str]) -> str:
         run_labels={run: labels[arm.name] for arm in c.arms for run in arm.runs},
         examples=list(c.examples.itertuples()), protocol=_protocol(c), info=c.runs[0].info,
         strides=sorted({c.stride or run.context_length // 2 for run in c.runs}),
+        passed_checks=passed_checks(c.checks),
         checks=c.checks.assign(passed=c.checks["passed"].map({True: "yes", False: "NO"}).fillna("not checked")),
         every_run=_results_and_costs(c.table))
 
@@ -83,7 +85,7 @@ def _findings(c: Comparison, pairs: pd.DataFrame, out: Path) -> dict[str, str]:
     findings["loss_by_position.png"] = f"Mean loss up to position {middle}, and after it: {'; '.join(parts)}"
     if len(pairs):
         shares = pd.read_csv(out / "win_shares.csv").groupby("pair", sort=False)["share"].agg(["min", "max"])
-        findings |= {"differences.png": headline(pairs).removesuffix("."), "win_shares.png":
+        findings |= {"differences.png": headline(pairs, c.stories).removesuffix("."), "win_shares.png":
                      "Stories won by the first of a pair, from the lowest to the highest share: " + "; ".join(
                          f"{pair} {100 * low:.0f} to {100 * high:.0f} %" for pair, low, high in shares.itertuples())}
     if len(c.ladder):

@@ -1,11 +1,12 @@
 """Verdict of a comparison, for readers: sentences and tables with intervals, denominators and limits (summary.txt)."""
 
+import textwrap
 from dataclasses import dataclass, replace
 
 import pandas as pd
 
 from plotarmour.evaluation.arms import MATCHINGS, Arm
-from plotarmour.evaluation.leak_checks import LONG_OVERLAP
+from plotarmour.evaluation.leak_checks import LONG_OVERLAP, passed_checks
 from plotarmour.evaluation.metrics import totals
 from plotarmour.evaluation.scoring import BASELINE, UNBOUNDED
 from plotarmour.models import SUITE
@@ -63,15 +64,20 @@ class Comparison:
     def several_seeds(self) -> bool:
         return any(len(arm.runs) > 1 for arm in self.arms)
 
+    @property
+    def stories(self) -> str:
+        """What to call the scored stories."""
+        return "held-out stories" if self.checks["passed"].fillna(True).all() else "test stories"
+
 
 def summary_text(c: Comparison) -> str:
     """Return summary.txt."""
     pairs, numbers = arm_pairs(c.pairs, c.labels), readable_table(c.by_arm if c.several_seeds else c.table)
-    lines = [c.title, "", text_table(numbers), "", denominators(c.table), "", answer(c, pairs)]
-    lines += [*(describe(pair) for _, pair in pairs.iterrows()), "", *_calibration(c),
-              f"{c.checks.passed.sum()} leak checks passed (checks.csv)."]
-    lines += [f"Not equal between the runs: {difference}." for difference in c.unequal]
-    return "\n".join(lines) + "\n"
+    checked = " ".join([*_calibration(c), f"{passed_checks(c.checks)} (checks.csv)."])
+    prose = [denominators(c.table), answer(c, pairs), *(describe(pair) for _, pair in pairs.iterrows()), checked,
+             *(f"Not equal between the runs: {difference}." for difference in c.unequal)]
+    wrapped = (textwrap.fill(text, 80, break_long_words=False, break_on_hyphens=False) for text in prose)
+    return "\n\n".join([c.title, text_table(numbers), *wrapped]) + "\n"
 
 
 def readable_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -96,10 +102,12 @@ def denominators(table: pd.DataFrame) -> str:
 def text_table(numbers: pd.DataFrame) -> str:
     """Return a table of `readable_table` as text of at most 80 columns, without columns that only totals.csv has.
 
-    Columns that do not fit beside the others follow in a block below them.
+    Columns that do not fit beside the others follow in a block below them; seconds are left out if that saves a block.
     """
     shown = numbers.drop(columns=ONLY_IN_CSV, errors="ignore").set_index("name").rename_axis(None)
-    return "\n".join(line.rstrip(" \\") for line in shown.to_string(line_width=80).splitlines())
+    tables = [frame.to_string(line_width=80) for frame in (shown, shown.drop(columns="seconds", errors="ignore"))]
+    shortest = min(tables, key=lambda table: table.count("\n\n"))
+    return "\n".join(line.rstrip(" \\") for line in shortest.splitlines())
 
 
 def arm_table(arms: list[Arm], table: pd.DataFrame) -> pd.DataFrame:
@@ -141,11 +149,12 @@ def arm_pairs(pairs: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
     return pairs[pairs["is_arms"]].replace({"a": labels, "b": labels}) if len(pairs) else pairs
 
 
-def headline(pairs: pd.DataFrame) -> str:
+def headline(pairs: pd.DataFrame, stories: str = "held-out stories") -> str:
     """Return one sentence with the difference of each pair of arms, its interval and its budgets.
 
     Args:
         pairs: from `arm_pairs`.
+        stories: what to call the scored stories.
 
     Example:
         "BDH's perplexity on held-out stories is 24.0 % lower (95 % interval 22.1 to 25.9 %) than that of GPT-2, at the
@@ -153,7 +162,7 @@ def headline(pairs: pd.DataFrame) -> str:
     """
     parts, previous = [], None
     for _, pair in pairs.iterrows():
-        subject = f"{pair['a']}'s perplexity on held-out stories is " if pair["a"] != previous else ""
+        subject = f"{pair['a']}'s perplexity on {stories} is " if pair["a"] != previous else ""
         parts.append(f"{subject}{_change(pair)} {pair['b']}, {_budgets(pair)}")
         previous = pair["a"]
     return "; ".join(parts) + "."
@@ -175,7 +184,7 @@ def answer(c: Comparison, pairs: pd.DataFrame) -> str:
     if pairs.empty:
         return " ".join([*_reservations(c), "One arm only: there is no comparison."])
     kinds = pairs["b"].map({c.labels[arm.name]: arm.model for arm in c.arms})
-    return " ".join([*_reservations(c), headline(pairs[kinds.isin({kinds.iloc[0], *SUITE})])])
+    return " ".join([*_reservations(c), *_scope(c), headline(pairs[kinds.isin({kinds.iloc[0], *SUITE})], c.stories)])
 
 
 def _reservations(c: Comparison) -> list[str]:
@@ -183,11 +192,22 @@ def _reservations(c: Comparison) -> list[str]:
     lines, (baseline, _, others) = [], _against_counting(c)
     for check in c.checks[(c.checks["check"] == LONG_OVERLAP) & c.checks["passed"].eq(False)].itertuples():
         lines.append(f"NOT HELD OUT: {check.found} have half of their tokens, in one piece, in one training story, so "
-                     "a model can recall them.")
+                     "a model can recall them. tools/find_duplicates.py lists copies; remove them, and what many "
+                     "stories share.")
     if others:
         lines.append(f"NO BETTER THAN COUNTING: {_join(others)} {'are' if len(others) > 1 else 'is'} not better than "
                      f"{baseline}.")
     return lines
+
+
+def _scope(c: Comparison) -> list[str]:
+    """Return what a comparison with one seed each can show and what it cannot."""
+    if c.several_seeds:
+        return []
+    return ["This comparison has one seed each and generated tales: it shows that everything works, not which model is "
+            "better." if "over_corpus" in c.table else
+            "This comparison has one seed each: it shows which of these checkpoints predicts these stories better, not "
+            "which model is better."]
 
 
 def _against_counting(c: Comparison) -> tuple[str | None, list[str], list[str]]:

@@ -102,7 +102,21 @@ def test_the_report_stands_alone(compared):
                  "sign test"):
         assert said in page, said
     summary = (compared / "summary.txt").read_text(encoding="utf-8")
-    assert "95 % interval" in summary and " leak checks passed" in summary
+    assert "95 % interval" in summary and " leak checks passed" in summary and "This comparison has one" not in summary
+
+
+def test_one_seed_each_opens_with_what_that_can_show(token_files, runs, tmp_path):
+    """Guards: a percentage with an interval, shown to a newcomer first, of a run that cannot tell which is better;
+    lines that a terminal cuts inside words."""
+    for facts, shown in ((token_files["facts"], "and generated tales: it shows that everything works, not which"),
+                         (None, "each: it shows which of these checkpoints predicts these stories better, not which")):
+        compare_runs(runs[:3:2], token_files["test"], tmp_path, token_files["train"], facts)
+        summary = (tmp_path / "summary.txt").read_text(encoding="utf-8")
+        opening = r"better than the \w+ baseline \(perplexity [\d.]+\)\. This comparison has one seed each"
+        assert re.search(opening, " ".join(summary.split())) and shown in " ".join(summary.split())
+        assert max(map(len, summary.splitlines())) <= 80
+        page = " ".join((tmp_path / "report.html").read_text(encoding="utf-8").split())
+        assert shown in page and "these checkpoints is to be expected" in page and "results with another seed" in page
 
 
 def test_the_report_explains_its_words_and_says_what_its_figures_show(compared):
@@ -145,6 +159,10 @@ def test_the_table_of_the_summary_fits_a_terminal(root, name):
     blocks = 2  # a row in each
     assert all(table.count(run) == blocks for run in ("bdh_seed-2 (BDH)  ", "trigram baseline"))
     assert all(title in table for title in ("perplexity", "bits/byte", "core params", "trained on", "seconds"))
+    own = totals[totals["name"].str.contains("^(?:bdh|gpt2)_seed-1$|baseline")]
+    own = own.replace({"name": "_seed-1"}, "", regex=True)
+    own = text_table(readable_table(own.drop(columns=["over_corpus", "recall_loss", "other_loss"], errors="ignore")))
+    assert own.count("trigram baseline") == 1 and "trained on" in own, "no second block for one column"
 
 
 def test_nothing_in_the_report_is_taken_for_markup(runs, token_files, tmp_path):
@@ -176,7 +194,8 @@ def test_several_kinds_give_a_ladder_and_the_strongest_opponent_stands_first(run
     assert all(loss[step.a] < loss[step.b] for step in ladder.itertuples()) and len(ladder) == 3
     differences = [loss[step.a] - loss[step.b] for step in ladder.itertuples()]
     assert ladder["loss_difference"].tolist() == pytest.approx(differences)
-    answer = (out / "summary.txt").read_text(encoding="utf-8").split("bytes of their text.\n\n")[1].splitlines()[0]
+    prose = re.split(r"of\s+their\s+text\.\n\n", (out / "summary.txt").read_text(encoding="utf-8"))[1]
+    answer = " ".join(prose.split("\n\n")[0].split())
     assert re.search(r"that of Llama,.*that of gpt2_seed-1 \(GPT-2\),", answer) and "Modern" not in answer
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "Loss falls step by step: " in page and "Last differences in validation loss: " in page
@@ -246,12 +265,23 @@ def test_the_verdict_begins_with_what_makes_it_worthless(token_files, runs, near
     that are no better than counting."""
     compare_runs(runs[:3:2], near_train, tmp_path, token_files["train"])
     first = re.search(r"<strong>(.*?)</strong>", (tmp_path / "report.html").read_text(encoding="utf-8"))[1]
-    assert first.startswith("NOT HELD OUT: 20 stories of 20 (100.0%) have half of their tokens, in one piece, in one "
-                            "training story, so a model can recall them. NO BETTER THAN COUNTING: ")
+    assert re.match(r"NOT HELD OUT: 20 stories of 20 \(100.0%\) have half of their tokens, in one piece, in one "
+                    r"training story, so a model can recall them. \S+find_duplicates.py lists .* NO BETTER ", first)
     [arms] = re.findall(r"COUNTING: (.*) are not better than the \w+ baseline \(perplexity [\d.]+\)\. ", first)
     assert "BDH" in arms and " and " in arms and "GPT-2" in arms
-    assert "perplexity on held-out stories is " in first.split(arms)[1]
-    assert first.replace("&#39;", "'") in (tmp_path / "summary.txt").read_text(encoding="utf-8")
+    assert "perplexity on test stories is " in first.split(arms)[1]
+    summary = (tmp_path / "summary.txt").read_text(encoding="utf-8")
+    assert first.replace("&#39;", "'") in " ".join(summary.split())
+
+
+def test_a_long_overlap_is_a_check_that_did_not_pass(token_files, runs, near_train, tmp_path, capsys):
+    """Guards: "12 leak checks passed" of 13, without a word of the one that did not."""
+    compare_runs(runs[:3:2], near_train, tmp_path, token_files["train"])
+    n, sentence = len(pd.read_csv(tmp_path / "checks.csv")), r"{} of {} leak checks passed; long overlap did not"
+    sentence = sentence.format(n - 1, n)
+    for text in (capsys.readouterr().out, *((tmp_path / name).read_text(encoding="utf-8")
+                                            for name in ("summary.txt", "report.html"))):
+        assert sentence in " ".join(text.split()) and "held-out" not in text
 
 
 def test_a_run_and_its_copy_are_refused_whatever_run_json_says(token_files, runs, tmp_path):
