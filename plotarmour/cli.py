@@ -78,7 +78,9 @@ def refuse_existing(path: Path, force: bool) -> None:
 def require_run(folder: Path) -> None:
     """Raise `UserError` unless a folder is a run folder; tools check this before their heavy imports."""
     if not (folder / "run.json").is_file():
-        raise UserError(f"{folder} is not a run folder: it has no run.json. Make one with tools/train.py.")
+        runs = ", ".join(sorted(path.parent.name for path in folder.glob("*/run.json")))
+        remedy = f"It holds {runs}: name one of them" if runs else "Make one with tools/train.py"
+        raise UserError(f"{folder} is not a run folder: it has no run.json. {remedy}.")
 
 
 def _checkpoint(text: str) -> str | int:

@@ -200,15 +200,15 @@ def _short(name: str) -> str:
 def _no_story(job: Job, part: str, n_stories: int, n_excluded: int) -> str:
     """Return the message for a part without a story."""
     names = ", ".join(source.name for source in job.sources[:3])
-    where = f"{names}, with {n_stories} stories in all, leaves the {part} part empty" if job.shares else (
+    count = "1 story" if n_stories == 1 else f"{n_stories} stories"
+    where = f"{names}, with {count} in all, leaves the {part} part empty" if job.shares else (
         f"{names} holds no story")
     remedy = "Use more text" + (", or another --split" if job.shares else "")
     if n_excluded and not n_stories:
         remedy = f"All its {n_excluded:,} stories are left out by --exclude"
     elif n_stories < 10 and job.policies["stories"] == "endoftext" and any(s.kind == "text" for s in job.sources):
         likely = likely_stories(job.sources)
-        remedy = (f"Is there no <|endoftext|> between the stories? Then use --stories {likely} (in a suite: --set "
-                  f"stories={likely}), or more text")
+        remedy = f"Is there no <|endoftext|> between the stories? Then use --stories {likely}, or more text"
     return f"{where}; expected at least one story{' in each part' if job.shares else ''}. {remedy}."
 
 

@@ -304,7 +304,8 @@ def _is_there(job: Job, spec: str, tokenizer: Tokenizer | None, replace: bool, v
             raise UserError(f"{path} exists and was made from something else ({'; '.join(differences)}); expected a "
                             "new name. Use another --out, or --force to replace it.")
     say(f"{', '.join(map(str, paths))}: made from this text with these settings before"
-        f"{', all of it read and compared' if verify else ''}; nothing to do (--force makes it again)")
+        f"{', all of it read and compared' if verify else ''}; nothing to do "
+        f"({'delete them, or use another --out, to make' if replace else '--force makes'} them again)")
     return True
 
 

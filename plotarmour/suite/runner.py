@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from plotarmour.cli import LINE_EVERY_S, UserError, duration
+from plotarmour.data.stories import PARTS
 from plotarmour.data.token_file import TokenFile
 from plotarmour.files import locked
 from plotarmour.report.compare import write_csv
@@ -25,7 +26,7 @@ from plotarmour.suite.notebooks import ROOT, read_executed, run_notebook, start_
 from plotarmour.suite.steps import find_prepared, prepare
 from plotarmour.training.checkpoint import latest_whole_step
 from plotarmour.training.ending import Ending, Reason
-from plotarmour.training.log import last_step
+from plotarmour.training.log import read_log
 
 LOOK_S = 0.2  # seconds between two looks at the processes
 MEASURED = ("model", "params", "core_params", "seed", "learning_rate", "max_steps", "step", "tokens_seen",
@@ -99,7 +100,7 @@ def describe_best(grid: Grid, states: list[State], tool: str) -> str:
 
 def compare_rows(grid: Grid) -> None:
     """Compare the runs of a grid whose rows are all done, by notebook 3."""
-    print("comparison ...", flush=True)
+    print("comparison (a minute or more) ...", flush=True)
     parameters = {"recipe": grid.data["recipe"], "results": grid.data["results"],
                   "runs": ";".join(row.run for row in grid.rows)}
     run_notebook(ROOT / "notebooks" / "03_compare.ipynb", grid.out / "notebooks" / "03_compare.ipynb", parameters)
@@ -108,21 +109,23 @@ def compare_rows(grid: Grid) -> None:
 def _make_token_files(grid: Grid) -> None:
     """Make the token files of all rows by notebook 1, or check that those of an earlier start are still right."""
     executed, begun = grid.out / "notebooks" / "01_pretokenize.ipynb", time.monotonic()
-    print("token files ...", flush=True)
+    print("token files (half a minute, or minutes for gigabytes) ...", flush=True)
     before = read_executed(executed)
     if before.is_complete and before.parameters == grid.data:  # `prepare` keeps files that are still right
         texts = (Path(grid.data[name]) if grid.data[name] else None for name in ("text", "extra_text"))
         prepare(grid.rows[0].recipe, grid.out, *texts)
     else:
         run_notebook(ROOT / "notebooks" / "01_pretokenize.ipynb", executed, grid.data)
-    print(f"token files done in {duration(time.monotonic() - begun)}", flush=True)
+    n = {part: TokenFile.open(path).n_stories for part, path in find_prepared(grid.out).items() if part in PARTS}
+    print(f"token files done in {duration(time.monotonic() - begun)}; {sum(n.values()):,} stories: "
+          + ", ".join(f"{n[part]:,} {part}" for part in PARTS), flush=True)
 
 
 def _run_rows(grid: Grid) -> list[State]:
     """Run all rows that are not done, and return the state of each row."""
     states, free, running = [_find_state(row) for row in grid.rows], list(grid.environments), {}
     waiting = [i for i, state in enumerate(states) if state.status in ("waiting", "stopped")]
-    begun = line_at = time.monotonic()
+    line_at = time.monotonic()
 
     def report(i: int, text: str) -> None:
         _write_summary(states, grid)
@@ -139,8 +142,8 @@ def _run_rows(grid: Grid) -> list[State]:
                + (reason if loss is None else f"validation loss {loss:.4f}"))
 
     _write_summary(states, grid)
-    print(_progress_line(states, 0, 0.0), flush=True)
-    n_before = len(states) - len(waiting)
+    if len(waiting) < len(states):
+        print(_progress_line(states), flush=True)
     try:
         while waiting or running:
             while waiting and free:
@@ -157,7 +160,7 @@ def _run_rows(grid: Grid) -> list[State]:
                     settle(i, _judge(grid.rows[i], process.returncode))
             if running and time.monotonic() - line_at >= LINE_EVERY_S:
                 line_at = time.monotonic()
-                print(_progress_line(states, n_before, line_at - begun), flush=True)
+                print(_progress_line(states), flush=True)
     except BaseException:  # interrupted: no process may go on writing in the background
         try:
             stop_notebooks([process for process, *_ in running.values()])
@@ -233,17 +236,24 @@ def _write_summary(states: list[State], grid: Grid) -> None:
     write_csv(pd.DataFrame(rows, dtype=object), grid.out / "summary.csv")  # as objects, counts stay whole
 
 
-def _progress_line(states: list[State], n_before: int, elapsed_s: float) -> str:
-    """Return how far a grid is, of which `n_before` rows were done when this start began, `elapsed_s` seconds ago.
+def _progress_line(states: list[State]) -> str:
+    """Return how far a grid is; the time left follows from the steps left and the seconds of the steps so far.
 
-    Example: 2 done, 2 running, 8 waiting (bdh_seed-2 at step 300, gpt2_seed-2 at step 20); about 70 min left
+    Example: 2 done, 2 running, 8 waiting (bdh_seed-2 at step 300 of 2,200, ...); about 70 min left
     """
-    n = Counter(state.status for state in states)
+    n, runs, left, steps, seconds = Counter(state.status for state in states), [], 0, 0, 0.0
     text = ", ".join(f"{n[status]} {status}" for status in ("done", "failed", "stopped", "running", "waiting")
                      if n[status])
-    runs = [f"{state.row.run} at step {last_step(state.row.folder / 'log.csv') or 0:,}" for state in states
-            if state.status == "running" and state.row.recipe]
+    for state in states:
+        if state.row.recipe is None or state.status not in ("done", "running", "waiting"):
+            continue
+        step, of, took_s = 0, state.row.recipe.training.max_steps, 0.0
+        if state.status == "done":
+            step, of, took_s = state.ending.step, state.ending.step, state.ending.elapsed_s
+        elif state.status == "running":
+            log = read_log(state.row.folder / "log.csv")
+            step, took_s = (int(log["step"].iloc[-1]), log["elapsed_s"].iloc[-1]) if len(log) else (0, 0.0)
+            runs.append(f"{state.row.run} at step {step:,} of {of:,}")
+        left, steps, seconds = left + of - step, steps + step, seconds + took_s
     text += f" ({', '.join(runs)})" * bool(runs)
-    n_new = n["done"] - n_before
-    left = elapsed_s / n_new * (n["running"] + n["waiting"]) if n_new else 0
-    return f"{text}; about {duration(left)} left" if left else text
+    return f"{text}; about {duration(left * seconds / steps / n['running'])} left" if steps and n["running"] else text

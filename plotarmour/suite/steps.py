@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from plotarmour.cli import AnyPath, UserError, as_path
+from plotarmour.cli import AnyPath, UserError, as_path, require_run
 from plotarmour.config import Recipe, load_recipe, warn_ignored
 from plotarmour.data.pretokenize import part_path, pre_tokenize
 from plotarmour.data.readers import check_text
@@ -79,6 +79,8 @@ def prepare(recipe: Recipe, folder: AnyPath, text: AnyPath | None = None,
             text, paths["facts"] = folder / text.name, folder / OPTIONAL["facts"]
             for path in (text, paths["facts"]):
                 publish(draft / path.name, path)
+    except UserError as error:  # options of tools/pre_tokenize.py are settings here
+        raise UserError(str(error).replace("--stories ", "--set stories=")) from None
     finally:
         if draft is not None:
             shutil.rmtree(draft, ignore_errors=True)
@@ -134,9 +136,7 @@ def _copy_run(run: Path, out: Path) -> None:
     if out.exists():
         print(f"{out} exists already: continuing it, not another copy of {run}")
         return
-    if not (run / "run.json").is_file():
-        runs = ", ".join(sorted(path.parent.name for path in run.glob("*/run.json"))) or "no run folder"
-        raise UserError(f"{run} is not a run folder; it holds {runs}. Name a folder with a run.json in continue_from.")
+    require_run(run)
     temporary = unfinished(out)
     try:
         shutil.copytree(run, temporary, copy_function=shutil.copyfile)

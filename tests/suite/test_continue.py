@@ -50,7 +50,7 @@ def test_an_attached_output_is_brought_once_and_can_be_written_to(called, attach
 
 def test_a_folder_of_runs_names_those_within(called, attached, tmp_path):
     """Guards: an attached output that holds the run folder, of which is said that it is none."""
-    with pytest.raises(UserError, match=f"is not a run folder; it holds {attached.name}. Name"):
+    with pytest.raises(UserError, match=f"is not a run folder: it has no run.json. It holds {attached.name}: name"):
         train_recipe("tiny", "bdh", tmp_path, tmp_path / "out", continue_from=attached.parent)
     assert not called
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -181,11 +182,23 @@ def test_the_end_of_a_grid_names_the_best_run_and_the_comparison(grid):
 def test_one_line_tells_how_far_a_grid_is(grid):
     """Guards: a log file full of control characters; a night without a word of how far it is."""
     end(grid.rows[0])
-    RunLog(grid.rows[5].folder / "log.csv", -1).append(step=5)
+    log = RunLog(grid.rows[5].folder / "log.csv", -1)
     states = [_find_state(grid.rows[0]), *(State(row) for row in grid.rows[1:5]), State(grid.rows[5], "running")]
-    assert _progress_line(states, 0, 8.0) == (
-        "1 done, 1 running, 4 waiting (gpt2_learning_rate-0.1 at step 5); about 40 s left")
-    assert _progress_line(states[:1], 1, 0.0) == "1 done"
+    log.append(step=5, elapsed_s=1.5)
+    assert _progress_line(states) == (
+        "1 done, 1 running, 4 waiting (gpt2_learning_rate-0.1 at step 5 of 20); about 19 s left")
+    assert _progress_line(states[:1]) == "1 done"
+
+
+def test_the_time_left_of_a_grid_falls_while_its_rows_train(grid):
+    """Guards: a forecast that grows, because a running row counts as untouched; none before the first row is done."""
+    states, left = [State(row, "running") for row in grid.rows[:2]] + [State(grid.rows[2])], []
+    assert "left" not in _progress_line(states)
+    for step in range(1, 19):
+        for i, row in enumerate(grid.rows[:2], 1):
+            RunLog(row.folder / "log.csv", step).append(step=step, elapsed_s=10.0 * i * step)
+        left.append(re.search(r"about (.*) left", _progress_line(states))[1])
+    assert (left[0], left[8], left[-1]) == ("7 min", "5 min", "3 min") and left == sorted(left, reverse=True)
 
 
 def test_the_best_rate_is_chosen_on_validation_and_an_edge_is_reported(grid, tmp_path, capsys):

@@ -61,6 +61,18 @@ def test_settings_of_the_corpus_beside_a_text_are_warned_of(tmp_path, token_file
         prepare(load_recipe("tiny", "bdh", overrides), tmp_path, token_files["text"])
 
 
+def test_a_message_of_the_suite_names_options_of_the_suite(tmp_path, token_files, capsys):
+    """Guards: --stories or --force as the remedy, which run_suite does not know."""
+    recipe = load_recipe("tiny", "bdh", ["tokenizer=bytes", "split=8:1:1"])
+    plain = tmp_path / "t.txt"
+    plain.write_text("First Citizen:\nSpeak.\n\n" * 50)
+    with pytest.raises(UserError, match="with 1 story in all.*Then use --set stories=paragraph, or more text"):
+        prepare(recipe, tmp_path, plain)
+    for _ in range(2):
+        prepare(recipe, tmp_path, token_files["text"])
+    assert "nothing to do (delete them, or use another --out, to make them again)" in capsys.readouterr().err
+
+
 def test_the_paths_of_a_step_may_be_text_that_begins_with_a_tilde(tmp_path, monkeypatch):
     """Guards: AttributeError for a path that is text; a folder named ~."""
     for variable in ("HOME", "USERPROFILE"):
