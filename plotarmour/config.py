@@ -192,24 +192,16 @@ def load_recipe(name: str, model: str, overrides: Collection[str] = ()) -> Recip
     if model not in KINDS:
         raise UserError(f"unknown model {model!r}{_closest(model, KINDS)}; expected one of {', '.join(KINDS)}.")
     sections = _read_sections(path, model)
-    known = {"data": DataConfig.__dataclass_fields__, "training": TrainingConfig.__dataclass_fields__,
-             model: architecture_fields(model)}
-    overridden, wrong = _override(sections, known, overrides)
-    complaints = {section: _check_values(section, sections[section], known[section]) for section in known}
-    if not complaints[model]:
-        try:
-            model_config(model, sections[model], vocab_size=1, context_length=1)
-        except ValueError as error:
-            complaints[model].append(str(error))
-    wrong += sum(complaints.values(), [])
-    if not wrong:
-        recipe = Recipe(path.stem, model, DataConfig(**sections["data"]), TrainingConfig(**sections["training"]),
-                        sections[model], tuple(overridden))
-        wrong = _check_together(recipe)
-    if wrong:
-        raise UserError(f"recipe {path.stem} ({model}): {'; '.join(wrong)}.")
+    overridden, wrong = _override(sections, _known(model), overrides)
+    recipe = _checked(path.stem, model, sections, overridden, wrong)
     _warn_unused(recipe)
     return recipe
+
+
+def restored(stored: dict) -> Recipe:
+    """Return the recipe that run.json holds. Raise an error if it is not as `dataclasses.asdict` gave it."""
+    sections = {"data": stored["data"], "training": stored["training"], stored["model"]: stored["architecture"]}
+    return _checked(stored["name"], stored["model"], sections, stored["overridden"], [])
 
 
 def warn_ignored(recipe: Recipe, keys: Collection[str], why: str) -> None:
@@ -244,7 +236,7 @@ def _override(sections: dict, known: dict, overrides: Collection[str]) -> tuple[
         key, equals, value = (part.strip() for part in override.partition("="))  # a=1; b=2 in a notebook
         if not equals or key not in section_of:
             keys = _closest(key, section_of) or f"; keys are {', '.join(sorted(section_of))}"
-            wrong.append(f"--set {override.strip()}: expected key=value with a known key{keys}")
+            wrong.append(f"--set {' '.join(override.split())}: expected key=value with a known key{keys}")
             continue
         section = section_of[key]
         kind = _kind(known[section][key])[0]
@@ -253,6 +245,30 @@ def _override(sections: dict, known: dict, overrides: Collection[str]) -> tuple[
         sections[section][key] = value
         overridden.append(key)
     return overridden, wrong
+
+
+def _known(model: str) -> dict[str, dict[str, dataclasses.Field]]:
+    """Return the keys of the sections [data], [training] and [MODEL]."""
+    return {"data": DataConfig.__dataclass_fields__, "training": TrainingConfig.__dataclass_fields__,
+            model: architecture_fields(model)}
+
+
+def _checked(name: str, model: str, sections: dict, overridden: list[str], wrong: list[str]) -> Recipe:
+    """Return a recipe of its sections. Raise `UserError` with `wrong` and all other complaints."""
+    complaints = {section: _check_values(section, sections[section], known) for section, known in _known(model).items()}
+    if not complaints[model]:
+        try:
+            model_config(model, sections[model], vocab_size=1, context_length=1)
+        except ValueError as error:
+            complaints[model].append(str(error))
+    wrong = sum(complaints.values(), wrong)
+    if not wrong:
+        recipe = Recipe(name, model, DataConfig(**sections["data"]), TrainingConfig(**sections["training"]),
+                        sections[model], tuple(overridden))
+        wrong = _check_together(recipe)
+    if wrong:
+        raise UserError(f"recipe {name} ({model}): {'; '.join(wrong)}.")
+    return recipe
 
 
 def _check_values(section: str, values: dict[str, Any], known: dict[str, dataclasses.Field]) -> list[str]:
@@ -281,6 +297,7 @@ def _check_together(recipe: Recipe) -> list[str]:
     """Return complaints about values that are impossible together."""
     d, t = recipe.data, recipe.training
     rules = (
+        (t.rows_per_step <= 2**20, f"rows_per_step = {t.rows_per_step} must be at most 2**20"),
         (t.warmup_steps < t.max_steps,
          f"warmup_steps = {t.warmup_steps} must be less than max_steps = {t.max_steps}"),
         (d.corpus_min_events <= d.corpus_max_events,

@@ -80,9 +80,38 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+@contextmanager
+def content_of(path: Path, *errors: type[Exception]) -> Iterator[None]:
+    """Raise `UserError` that names a file where the block, or one of `errors`, says that its content is wrong."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, *errors) as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:200]}. Restore it from a copy, or start "
+                        "anew with another --out.") from None
+
+
 def read_json(path: Path) -> dict:
-    """Return the content of a JSON file; {} if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """Return the content of a JSON object; {} if there is no file. Raise `UserError` for anything else."""
+    with content_of(path):
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        check_types(content, dict, path.name)
+    return content
+
+
+def check_types(value: object, kind: object, name: str) -> None:
+    """Raise `ValueError` with the first part of a value from a JSON file that is not of its type.
+
+    `kind` is a type, or the types of an object's entries by key; a missing entry is None.
+
+    Example:
+        check_types({"n": "7"}, {"n": int}, "train") says "train.n is '7', expected int".
+    """
+    if isinstance(kind, dict):
+        check_types(value, dict, name)
+        for key, each in kind.items():
+            check_types(value.get(key), each, f"{name}.{key}")
+    elif not isinstance(value, kind) and not (type(value) is int and isinstance(0.0, kind)):
+        raise ValueError(f"{name} is {value!r:.60}, expected {getattr(kind, '__name__', kind)}")
 
 
 def download(url: str, path: Path) -> None:

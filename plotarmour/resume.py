@@ -1,10 +1,10 @@
 """Continuing a run: only the same run, from where it was, with every change recorded in run.json."""
 
-import json
 from pathlib import Path
 
 from plotarmour.cli import UserError, require_run, warn
-from plotarmour.config import training_settings
+from plotarmour.config import restored, training_settings
+from plotarmour.files import check_types, content_of, read_json
 from plotarmour.training.checkpoint import find_checkpoint, find_latest_whole, latest_whole_step, rewind, step_of
 from plotarmour.training.distributed import check_share
 from plotarmour.training.ending import DONE, Ending
@@ -13,6 +13,11 @@ from plotarmour.training.log import last_step, record_change
 RUN_FORMAT = 1
 LOCK = ".lock"  # a folder in the run folder while a process trains it
 EXTENDABLE = training_settings("extendable")
+TEXT = {"file": str, "payload_sha256": str}
+INFO = {  # what this program reads of run.json, beside the recipe
+    "vocab_size": int, "tokenizer": {"kind": str, "sha256": str}, "train": TEXT | {"order_sha256": str}, "val": TEXT,
+    "params": int, "core_params": int, "hardware": str, "device": str, "processes": int, "dtype": str, "versions": dict,
+    "changes": list | None}
 
 
 def read_info(folder: Path) -> dict:
@@ -23,17 +28,13 @@ def read_info(folder: Path) -> dict:
     """
     path = folder / "run.json"
     require_run(folder)
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-        version = info.get("format")
-        if version == RUN_FORMAT:
-            _identity(info), _circumstances(info)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # no UTF-8, no JSON, or other content
-        raise UserError(f"{path} is damaged: {error}. Restore it from a copy, or start anew with another "
-                        "--out.") from None
-    if version != RUN_FORMAT:
-        raise UserError(f"{folder} has run format {version}; this program reads {RUN_FORMAT}. Continue with the "
+    info = read_json(path)
+    if (version := info.get("format")) != RUN_FORMAT:
+        raise UserError(f"{folder} has run format {version!r:.60}; this program reads {RUN_FORMAT}. Continue with the "
                         "program that wrote it, or name another folder.")
+    with content_of(path):
+        check_types(info, INFO, "run.json")
+        restored(info["recipe"]), _identity(info)
     return info
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from plotarmour.cli import AnyPath, UserError, as_path, say, warn
-from plotarmour.config import AUTO, DataConfig, Recipe, TrainingConfig
+from plotarmour.config import AUTO, Recipe, restored
 from plotarmour.data.batches import Tokens, Windows, tokenize_in_memory
 from plotarmour.data.duplicates import overlapping_stories
 from plotarmour.data.token_file import TokenFile, looks_like_token_file, open_tokenizer
@@ -215,17 +215,25 @@ def load_run(folder: AnyPath, checkpoint: str | int = "best", device: str = "aut
     """
     folder = as_path(folder)
     info = read_info(folder)
-    recipe = recipe_of(info)
+    recipe = restored(info["recipe"])
     tokenizer_text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     tokenizer = Tokenizer(tokenizer_text, info["tokenizer"]["kind"])
     if tokenizer.sha256 != info["tokenizer"]["sha256"]:
         raise UserError(f"{folder / 'tokenizer.json'} is not the tokenizer that run.json names; restore it.")
+    if tokenizer.vocab_size != info["vocab_size"]:
+        raise UserError(f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size:,} entries; run.json expects "
+                        f"{info['vocab_size']:,}. Restore both from a copy.")
     checkpoint_folder = find_checkpoint(folder, checkpoint, files=["model.safetensors"])
     if device == "auto" and recipe.training.device == "cpu":
         device = "cpu"  # as in training: this torch may have no kernels for the GPU
     machine = find_machine(device)
     if machine.device.type == "cuda":  # a CPU scores any run in float32
         machine = find_machine(device, recipe.training.dtype)
+
+    weights, expected = checkpoint_folder / "model.safetensors", recipe.model_config(info["vocab_size"]).params
+    if weights.stat().st_size < 4 * expected:  # before memory is taken for a model that run.json describes wrongly
+        raise UserError(f"{weights} holds fewer than the {expected:,} weights that run.json describes; restore the run "
+                        "from a copy.")
 
     def load() -> nn.Module:
         model = recipe.build_model(info["vocab_size"])
@@ -238,13 +246,6 @@ def load_run(folder: AnyPath, checkpoint: str | int = "best", device: str = "aut
         warn(f"{folder} is not finished: this is its checkpoint of step {step:,}. Continue it with the "
              "command that started it.")
     return Run(folder, model, tokenizer, recipe, info, step, machine)
-
-
-def recipe_of(info: dict) -> Recipe:
-    """Return the resolved recipe that a run.json holds."""
-    stored = info["recipe"]
-    return Recipe(stored["name"], stored["model"], DataConfig(**stored["data"]), TrainingConfig(**stored["training"]),
-                  stored["architecture"], tuple(stored["overridden"]))
 
 
 def check_same_tokenizer(data: Tokens, sha256: str, owner: str) -> None:

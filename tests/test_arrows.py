@@ -8,14 +8,14 @@ import pytest
 
 BASIC = {"cli", "files", "machine"}
 MAY_KNOW = {
-    "cli": set(), "files": {"cli"}, "config": {"cli", "models"},
+    "cli": set(), "files": {"cli"}, "config": {"cli", "files", "models"},
     "machine": {"cli"}, "loss": set(),
     "data": BASIC | {"loss"}, "models": set(),
     "training": BASIC | {"config", "loss", "data", "evaluation"},  # of it metrics alone
     "evaluation": BASIC | {"config", "loss", "data"},
     # follows their constants instead of copying them
     "memory": {"config", "cli", "loss", "machine", "models", "training"},
-    "resume": {"cli", "config", "training"},
+    "resume": {"cli", "files", "config", "training"},
     "run": BASIC | {"config", "memory", "resume", "data", "training", "evaluation"},
     "report": BASIC | {"config", "data", "training", "evaluation", "run", "resume", "models"},
     "suite": BASIC | {"config", "loss", "data", "models", "training", "evaluation", "report", "run",

@@ -245,3 +245,10 @@ def test_a_recipe_that_is_no_toml_is_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=complaint):
             load_recipe(str(path), "bdh")
+
+
+def test_a_line_break_in_an_override_stays_in_one_line():
+    """Guards: an error of two lines for a value that was pasted."""
+    with pytest.raises(UserError) as refused:
+        load_recipe("tiny", "bdh", ["no\nkey=1"])
+    assert "--set no key=1" in str(refused.value) and "\n" not in str(refused.value)

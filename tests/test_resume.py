@@ -5,13 +5,16 @@ import os
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from plotarmour import run as runs
 from plotarmour.cli import UserError
 from plotarmour.config import DataConfig, Recipe, TrainingConfig
 from plotarmour.resume import check_folder, note_changes
 from plotarmour.run import load_run, train_run
-from plotarmour.training.checkpoint import FILES, find_checkpoint
+from plotarmour.training.checkpoint import FILES, find_checkpoint, sealed_json, write_manifest
+from plotarmour.training.ending import Ending
 from plotarmour.training.step import learning_rate
 
 RECIPE = Recipe("small", "gpt2", DataConfig("bpe:400"),
@@ -280,6 +283,59 @@ def test_a_run_json_with_a_broken_inside_is_one_line(run, token_files, recipe):
     (run / "run.json").write_text(json.dumps(info_of(run) | {"recipe": recipe}))
     with pytest.raises(UserError, match="run.json is damaged: .* Restore it from a copy"):
         train(token_files, run)
+
+
+FORGED = {  # file of a run or of its latest checkpoint, changed entries or text, and what is found
+    "wrong type": ("run.json", {"params": "many"}, "run.json.params is 'many', expected int"),
+    "no setting": ("run.json", {"recipe": {}}, "damaged: 'data'"),
+    "brackets": ("run.json", "[" * 10**5, "maximum recursion depth"),
+    "another vocabulary": ("run.json", {"vocab_size": 399}, "has 400 entries; run.json expects 399"),
+    "weights": ("model.safetensors", b"\0" * 50000, "damaged: .*header"),
+    "moments": ("optimizer.safetensors", save({"x/step": torch.zeros(())}), "the optimizer's state of another"),
+    "best step": ("state.json", {"best_step": "3"}, "state.best_step is '3', expected int"),
+    "no seconds": ("state.json", {"took_s": {}}, "state.took_s.evaluation is None"),
+    "no list": ("state.json", "[]", "expected dict"),
+    "manifest": ("MANIFEST.json", {"files": 3}, "damaged .it is not as"),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_a_forged_run_folder_is_one_line(run, token_files, case):
+    """Guards: a traceback, or memory without bound, for files whose checksums are right and whose content is not."""
+    name, change, found = FORGED[case]
+    folder = run if name == "run.json" else run / "checkpoints" / "step_00000006"
+    if isinstance(change, dict):
+        change = json.dumps(json.loads((folder / name).read_text()) | change)
+    (folder / name).write_bytes(change if isinstance(change, bytes) else change.encode())
+    if name == "MANIFEST.json":
+        content = json.loads(change)
+        del content["sha256"]
+        (folder / name).write_text(sealed_json(content))
+        shutil.rmtree(run / "checkpoints" / "step_00000003")
+    elif folder != run:
+        write_manifest(folder, 6)
+    with pytest.raises(UserError, match=found) as refused:
+        load_run(run, "latest")
+        train(token_files, run, {"max_steps": 7}, extend=True)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_model_that_the_weights_are_not_of_takes_no_memory(run, monkeypatch):
+    """Guards: a run.json whose n_embd takes all memory before the weights are looked at."""
+    architecture = RECIPE.architecture | {"n_embd": 2**20}
+    (run / "run.json").write_text(json.dumps(info_of(run) | {"recipe": info_of(run)["recipe"] | {
+        "architecture": architecture}}))
+    monkeypatch.setattr(Recipe, "build_model", lambda *args: pytest.fail("the model was built"))
+    with pytest.raises(UserError, match="holds fewer than the .* weights that run.json describes"):
+        load_run(run)
+
+
+@pytest.mark.parametrize("change", [{"best_val_loss": "a"}, {"step": None}, {"elapsed_s": [1]}])
+def test_an_end_with_impossible_numbers_is_no_end(run, change):
+    """Guards: a traceback where the numbers of DONE.json are printed or compared."""
+    path = run / "DONE.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert Ending.read(run) is None
 
 
 def test_a_file_as_run_folder_is_refused(run, token_files):

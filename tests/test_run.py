@@ -54,7 +54,7 @@ def test_of_a_complete_run_nothing_is_built_and_searched(token_files, overlappin
 
 @pytest.mark.parametrize(("content", "message"), [
     (b'{"name": "a run of another program"}', "has run format None; this program reads 1. Continue with the program"),
-    (b"[1, 2]", "run.json is damaged"), (b'{"format": 1}', "run.json is damaged: 'recipe'"),
+    (b"[1, 2]", "run.json is damaged"), (b'{"format": 1}', "run.json is damaged: run.json.vocab_size is None"),
     (b'{"format": 2}', "has run format 2; this program reads 1"), (b'{"format": 1', "run.json is damaged"),
     (b"\xff\xfe", "run.json is damaged"),
 ])

@@ -190,16 +190,17 @@ def example_report() -> str:
     """Return results/reference/example/comparison/report.html, from the tables and with the figures beside it."""
     import pandas as pd
 
+    from plotarmour.config import restored
     from plotarmour.evaluation.arms import group_runs
     from plotarmour.report.page import render_page
     from plotarmour.report.verdict import Comparison
-    from plotarmour.run import Run, recipe_of
+    from plotarmour.run import Run
 
     folder = REFERENCE / "example"
     infos = {name: json.loads((folder / name / "run.json").read_text(encoding="utf-8")) for name in EXAMPLE_RUNS}
     table, by_arm, pairs, checks, examples, samples, _ = (pd.read_csv(folder / "comparison" / f"{name}.csv")
                                                           for name in EXAMPLE_TABLES)
-    runs = [Run(folder / name, None, None, recipe_of(info), info, 0, None) for name, info in infos.items()]
+    runs = [Run(folder / name, None, None, restored(info["recipe"]), info, 0, None) for name, info in infos.items()]
     same_order = len({info["train"]["order_sha256"] for info in infos.values()}) == 1
     comparison = Comparison("test stories of recipe tiny", group_runs(infos), table, by_arm, pairs, pairs[:0], checks,
                             [], examples, samples, runs, None, same_order, "test")

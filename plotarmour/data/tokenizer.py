@@ -28,6 +28,18 @@ SAMPLED_CHARACTERS = 2048  # of one story, at most
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@contextmanager
+def _failures(kind: str, action: str) -> Iterator[None]:
+    """Raise `UserError` for a failure or panic of the library: it knows plain Exception, and PanicException."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"the {kind} tokenizer cannot {action} ({' '.join(str(error).split())[:200]}); "
+                        "expected a Hugging Face tokenizer.json that the package tokenizers can use.") from None
+
+
 class Tokenizer:
     """A tokenizer with an end-of-text id.
 
@@ -43,7 +55,7 @@ class Tokenizer:
         import tokenizers
 
         self.kind = kind
-        with self._failures("be read"):
+        with _failures(self.kind, "be read"):
             self.backend = tokenizers.Tokenizer.from_str(json_text)
         self.json, self.sha256 = json_text, hashlib.sha256(json_text.encode()).hexdigest()
         self.vocab_size, self.end_of_text_id = self.backend.get_vocab_size(), self.backend.token_to_id(END_OF_TEXT)
@@ -62,6 +74,9 @@ class Tokenizer:
         if model.get("dropout"):
             return (f"has BPE dropout {model['dropout']}: it gives other ids at every start; expected none. Set "
                     '"dropout" to null in its tokenizer.json.')
+        ids = sorted(self.backend.get_vocab(with_added_tokens=False).values())
+        if twice := [i for i, following in zip(ids, ids[1:], strict=False) if i == following]:
+            return f"has two entries with id {twice[0]:,}: it gives other texts at every start. Number them anew."
         if (largest := max(vocabulary.values())) >= self.vocab_size:
             return (f"has an entry with id {largest:,}, beyond its {self.vocab_size:,} entries; expected ids from 0 on "
                     "without gaps. Number them anew.")
@@ -80,35 +95,24 @@ class Tokenizer:
         steps += [step for parent in steps for key in ("pretokenizers", "normalizers") for step in parent.get(key, [])]
         return settings["model"].get("type", "BPE") == "BPE" and any(step.get("type") == "ByteLevel" for step in steps)
 
-    @contextmanager
-    def _failures(self, action: str) -> Iterator[None]:
-        """Raise `UserError` for a failure or panic of the library: it knows plain Exception, and PanicException."""
-        try:
-            yield
-        except BaseException as error:
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise UserError(f"the {self.kind} tokenizer cannot {action} ({' '.join(str(error).split())[:200]}); "
-                            "expected a Hugging Face tokenizer.json that the package tokenizers can use.") from None
-
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without any end-of-text id."""
-        with self._failures("encode"):
+        with _failures(self.kind, "encode"):
             return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text, computed on all cores."""
-        with self._failures("encode"):
+        with _failures(self.kind, "encode"):
             return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; the end-of-text id becomes `<|endoftext|>`."""
-        with self._failures("decode"):
+        with _failures(self.kind, "decode"):
             return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def decode_batch(self, rows: list[np.ndarray]) -> list[str]:
         """Return the text of each row of ids, as `decode` does, computed on all cores."""
-        with self._failures("decode"):
+        with _failures(self.kind, "decode"):
             return self.backend.decode_batch([row.tolist() for row in rows], skip_special_tokens=False)
 
     @cached_property
@@ -237,7 +241,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
     file = path / "tokenizer.json" if path.is_dir() else path
     vocab, merges = path / "vocab.json", path / "merges.txt"
     if not file.is_file() and vocab.is_file() and merges.is_file():
-        return Tokenizer(_byte_level(models.BPE.from_file(str(vocab), str(merges))).to_str(), "file")
+        with _failures(str(path), "be read"):
+            content = _byte_level(models.BPE.from_file(str(vocab), str(merges))).to_str()
+        return Tokenizer(content, "file")
     if not file.is_file():
         raise UserError(f"{path} holds no tokenizer; expected tokenizer.json, or vocab.json and merges.txt.")
     try:

@@ -16,10 +16,12 @@ a killed process leaves behind (`tidy`).
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -29,11 +31,39 @@ from torch import Tensor, nn
 
 from plotarmour.cli import UserError, warn
 from plotarmour.config import TrainingConfig
-from plotarmour.files import publish, sync, unfinished, write_text
+from plotarmour.files import check_types, content_of, publish, read_json, sync, unfinished, write_text
 from plotarmour.training.ending import forget_ending
 
 FORMAT = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+
+
+@dataclass
+class TrainState:
+    """The numbers that a run needs to continue: a checkpoint's state.json."""
+
+    step: int = 0  # attempted updates
+    tokens_seen: int = 0
+    elapsed_s: float = 0.0  # of training, over all sessions
+    skipped_steps: int = 0  # without an update, because loss or gradients were not finite
+    scaler_overflows: int = 0  # steps without an update, because float16 overflowed
+    non_finite_in_a_row: int = 0  # skipped steps since the last update
+    val_loss: float | None = None
+    evaluated_step: int | None = None  # of val_loss
+    best_val_loss: float = math.inf
+    best_step: int = 0
+    evaluations_without_improvement: int = 0
+    train_loss: float | None = None  # of the last row of log.csv with one
+    nats: float = 0.0  # summed over the finite steps since the last row
+    n_targets: int = 0  # of these steps
+    log_rows: int | None = None  # rows in log.csv
+    micro_batch_setting: int | str | None = None  # the recipe's micro_batch_size
+    micro_batch_rows: int | None = None  # what memory allowed
+    took_s: dict = field(default_factory=lambda: {"evaluation": 0.0, "save": 0.0})  # the last one of each
+    scaler: dict = field(default_factory=dict)  # of torch's GradScaler; empty without float16
+
+
+STATE = {field.name: field.type for field in fields(TrainState)} | {"took_s": {"evaluation": float, "save": float}}
 
 
 def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict,
@@ -173,13 +203,17 @@ def load_model(folder: Path, model: nn.Module) -> None:
             parameter.copy_(tensors[name])
 
 
-def load_training(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+def load_training(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
     """Load weights and optimizer state; return the content of state.json."""
     load_model(folder, model)
-    parameters = dict(model.named_parameters())
-    for key, value in _read_tensors(folder / "optimizer.safetensors").items():
-        name, entry = key.split("/", 1)
-        optimizer.state[parameters[name]][entry] = value.to(parameters[name].device)
+    parameters, moments = dict(model.named_parameters()), _read_tensors(folder / "optimizer.safetensors")
+    of_adamw = {f"{name}/{entry}": () if entry == "step" else parameter.shape for name, parameter in parameters.items()
+                if f"{name}/step" in moments for entry in ("step", "exp_avg", "exp_avg_sq")}  # else it had no gradient
+    if {key: value.shape for key, value in moments.items()} != of_adamw:
+        raise UserError(f"{folder} holds the optimizer's state of another model than its run.json describes.")
+    for key, value in moments.items():
+        name, entry = key.rsplit("/", 1)
+        optimizer.state[parameters[name]][entry] = value.to(parameters[name].device, torch.float32)
     return _state_of(folder)
 
 
@@ -206,17 +240,19 @@ def damage_of(folder: Path, files: Sequence[str] = FILES) -> str | None:
         if sealed_json({key: value for key, value in manifest.items() if key != "sha256"}) != text:
             return f"{path} is damaged (its SHA-256 is not that of its content)"
         if manifest["format"] != FORMAT:
-            raise UserError(f"{folder} has checkpoint format {manifest['format']}; this program reads {FORMAT}. "
+            raise UserError(f"{folder} has checkpoint format {manifest['format']!r:.60}; this program reads {FORMAT}. "
                             "Continue with the newer program that wrote it.")
         if manifest["step"] != step_of(folder):
-            return f"{path} is damaged (it is of step {manifest['step']:,})"
+            return f"{path} is damaged (it is of step {manifest['step']!r:.60})"
         for name in files:
             path = folder / name
             if _sha256_of(path) != manifest["files"][name]:
                 return f"{path} is damaged (its SHA-256 is not the manifest's)"
     except OSError as error:
         return f"{path} is damaged ({error.strerror})"
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError):  # no UTF-8, no JSON, no object
+    except UserError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # no UTF-8, no JSON, another content
         return f"{path} is damaged (it is not as this program writes it)"
     return None
 
@@ -252,15 +288,15 @@ def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file; it is read as a whole where its mount has no shared mappings."""
-    try:
+    with suppress(OSError, SafetensorError):
         return load_file(path)
-    except (OSError, SafetensorError):
+    with content_of(path, SafetensorError):
         return load(path.read_bytes())
 
 
 def _best_of(latest: Path) -> Path:
     """Return the best checkpoint by the latest's state.json; the latest itself where the best is gone."""
-    best = checkpoint_of(latest.parents[1], _state_of(latest)["best_step"])
+    best = checkpoint_of(latest.parents[1], _state_of(latest).best_step)
     return best if best.is_dir() else latest
 
 
@@ -287,8 +323,12 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def _state_of(folder: Path) -> dict:
-    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+def _state_of(folder: Path) -> TrainState:
+    path = folder / "state.json"
+    values = vars(TrainState()) | read_json(path) | {"step": step_of(folder)}
+    with content_of(path):
+        check_types(values, STATE, "state")
+    return TrainState(**{name: values[name] for name in STATE})
 
 
 def _sha256_of(path: Path) -> str:

@@ -19,7 +19,7 @@ import psutil
 
 from plotarmour.config import AUTO
 from plotarmour.evaluation.metrics import perplexity
-from plotarmour.files import write_json
+from plotarmour.files import check_types, write_json
 from plotarmour.machine import host
 
 FILES = ("DONE.json", "STOPPED.json")
@@ -88,14 +88,18 @@ class Ending:
     def read(cls, folder: Path) -> "Ending | None":
         """Return how the run in a folder ended; None while it trains, and where the file is damaged.
 
-        A notebook of one's own in a grid may write its reason and fewer numbers: the others are None.
+        A notebook of one's own in a grid may write its reason and fewer numbers: the others are None. In a run folder,
+        which has a run.json, all numbers are there.
         """
+        is_run = (folder / "run.json").exists()
+        types = {field.name: field.type if is_run else field.type | None for field in fields(cls)}
         for name in FILES:
             try:
                 values = json.loads((folder / name).read_text(encoding="utf-8"))
-                return cls(**{field.name: values.get(field.name) for field in fields(cls)}
-                           | {"reason": Reason(values["reason"])})
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                values["reason"] = Reason(values["reason"])
+                check_types(values, types, name)
+                return cls(**{name: values.get(name) for name in types})
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 continue
         return None
 

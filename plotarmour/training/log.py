@@ -78,7 +78,8 @@ def read_log(path: AnyPath) -> "pd.DataFrame":
     import pandas as pd  # not at the top: training itself does without it
 
     rows = [line for line in _lines(as_path(path))[0] if _step(line) is not None]
-    return pd.read_csv(io.StringIO("\n".join([HEADER, *rows])))
+    log = pd.read_csv(io.StringIO("\n".join([HEADER, *rows])))
+    return log.assign(**log[[*COLUMNS[1:]]].apply(pd.to_numeric, errors="coerce"))  # a text is "not measured"
 
 
 def last_step(path: Path) -> int | None:
@@ -99,7 +100,7 @@ def record_change(run: Path, step: int, why: str, holds: dict | None = None, **c
     path = run / "run.json"
     info = json.loads(path.read_text(encoding="utf-8"))
     utc = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    info.setdefault("changes", []).append({"utc": utc, "step": step, "why": why} | changed)
+    info["changes"] = [*(info.get("changes") or []), {"utc": utc, "step": step, "why": why} | changed]
     write_json(path, info | (holds or {}))
 
 

@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from plotarmour.config import TrainingConfig
 from plotarmour.data.batches import Windows
 from plotarmour.evaluation.metrics import totals
 from plotarmour.machine import Machine, peak_memory, peak_memory_mib
-from plotarmour.training.checkpoint import checkpoint_of, load_training, save_checkpoint, warn_of_low_disk
+from plotarmour.training.checkpoint import TrainState, checkpoint_of, load_training, save_checkpoint, warn_of_low_disk
 from plotarmour.training.distributed import ALONE, LostProcess, Ranks
 from plotarmour.training.ending import Ending, Reason, StopRequest, forget_ending, session_minutes
 from plotarmour.training.log import RunLog, record_change
@@ -29,30 +29,6 @@ from plotarmour.training.progress import TIMED_STEPS, Pace, unused_hardware
 from plotarmour.training.step import EVALUATION_ROWS, Updates, evaluate_windows, learning_rate, too_large, try_to_fit
 
 NON_FINITE_IN_A_ROW = 10  # skipped steps that end a run
-
-
-@dataclass
-class TrainingState:
-    """The numbers that a run needs to continue: a checkpoint's state.json."""
-
-    step: int = 0  # attempted updates
-    tokens_seen: int = 0
-    elapsed_s: float = 0.0  # of training, over all sessions
-    skipped_steps: int = 0  # without an update, because loss or gradients were not finite
-    scaler_overflows: int = 0  # steps without an update, because float16 overflowed
-    non_finite_in_a_row: int = 0  # skipped steps since the last update
-    val_loss: float | None = None
-    evaluated_step: int | None = None  # of val_loss
-    best_val_loss: float = math.inf
-    best_step: int = 0
-    evaluations_without_improvement: int = 0
-    train_loss: float | None = None  # of the last row of log.csv with one
-    nats: float = 0.0  # summed over the finite steps since the last row
-    n_targets: int = 0  # of these steps
-    log_rows: int | None = None  # rows in log.csv
-    micro_batch_size: tuple[int | str | None, int | None] = (None, None)  # the recipe's, and what memory allowed
-    took_s: dict = field(default_factory=lambda: {"evaluation": 0.0, "save": 0.0})  # the last one of each
-    scaler: dict = field(default_factory=dict)  # of torch's GradScaler; empty without float16
 
 
 @dataclass
@@ -74,7 +50,7 @@ class Session:
     def __post_init__(self) -> None:
         run, config, ranks = self.run, self.config, self.ranks
         self.updates = Updates(self.model, self.windows, config, self.machine, ranks)
-        self.state = state = TrainingState() if self.resume_from is None else self._load(self.resume_from)
+        self.state = state = TrainState() if self.resume_from is None else self._load(self.resume_from)
         self.last_checkpoint = state.step
         self.pace = Pace(config, session_minutes(config.max_minutes), state.elapsed_s, state.took_s)
         self.val_rows, self.evaluation_rows = self.val_windows.first_rows(config.eval_tokens), EVALUATION_ROWS
@@ -85,9 +61,8 @@ class Session:
             warn_of_low_disk(run, self.model, state.step, config)
             self.log = RunLog(run / "log.csv", -1 if self.resume_from is None else state.step, state.log_rows)
         # What memory allowed stays in force while the recipe's setting is the same: the bits depend on it.
-        before, allowed = state.micro_batch_size
-        self.updates.begin(state.step, allowed if before == config.micro_batch_size else
-                           self.first_micro_batch_size or config.micro_batch_rows)
+        allowed = state.micro_batch_rows if state.micro_batch_setting == config.micro_batch_size else None
+        self.updates.begin(state.step, allowed or self.first_micro_batch_size or config.micro_batch_rows)
 
     def train(self) -> Ending:
         """Train until the schedule ends, early stopping fires, or something stops the run.
@@ -204,7 +179,8 @@ class Session:
         state = self.state
         if self.ranks.is_first:
             state.elapsed_s, state.log_rows = self.pace.elapsed_s, self.log.n_rows
-            state.micro_batch_size = (self.config.micro_batch_size, self.updates.micro_batch_size)
+            state.micro_batch_setting = self.config.micro_batch_size
+            state.micro_batch_rows = self.updates.micro_batch_size
             state.scaler = self.updates.scaler.state_dict()
             with self.pace.timing("save"):
                 save_checkpoint(self.run, state.step, self.model, self.updates.optimizer, asdict(state),
@@ -223,9 +199,9 @@ class Session:
             ending.write(self.run)
         return ending
 
-    def _load(self, checkpoint: Path) -> TrainingState:
+    def _load(self, checkpoint: Path) -> TrainState:
         """Load weights, optimizer state and numbers of a checkpoint."""
-        state = TrainingState(**load_training(checkpoint, self.model, self.updates.optimizer))
+        state = load_training(checkpoint, self.model, self.updates.optimizer)
         if not checkpoint_of(self.run, state.best_step).is_dir():  # after --from-step
             is_evaluated = state.evaluated_step == state.step
             state.best_step, state.best_val_loss = state.step, state.val_loss if is_evaluated else math.inf

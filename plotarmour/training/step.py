@@ -227,7 +227,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an allocation failed: on a GPU, or in RAM where the system refuses it instead of killing."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in (
-            "DefaultCPUAllocator", "CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")))
+            "DefaultCPUAllocator", "CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+            "Storage size calculation overflowed")))
 
 
 def try_to_fit(act: Callable[[], Any]) -> Any:

@@ -69,15 +69,24 @@ def without(*bytes_):
 @pytest.mark.parametrize(("change", "found"), [
     (lambda made: made["model"].update(dropout=0.5), "has BPE dropout 0.5: it gives other ids at every start"),
     (lambda made: made["model"]["vocab"].update(a=10**6), "an entry with id 1,000,000, beyond its 257 entries"),
+    (lambda made: made["model"]["vocab"].update(a=5), "has two entries with id 5"),
     (lambda made: made.update(without(0x33)), "without an entry for 1 of the bytes, such as 0x33"),
     (lambda made: made.update(version="x"), "cannot be read")])
 def test_a_tokenizer_that_cannot_be_relied_on_is_refused_when_it_is_loaded(change, found):
-    """Guards: other tokens at every start; an IndexError in training; characters that vanish without a word."""
+    """Guards: other ids or texts at every start; an IndexError in training; characters that vanish without a word."""
     made = json.loads(BYTES.json)
     change(made)
     with pytest.raises(UserError, match=found) as refused:
         Tokenizer(json.dumps(made), "file")
     assert "\n" not in str(refused.value)
+
+
+def test_a_wrong_vocab_json_is_one_line(tmp_path):
+    """Guards: a traceback of the library for vocab.json and merges.txt; tokenizer.json has its message."""
+    (tmp_path / "vocab.json").write_text('{"a": "b"}')
+    (tmp_path / "merges.txt").write_text("a b")
+    with pytest.raises(UserError, match="cannot be read .Error while"):
+        make_tokenizer(str(tmp_path))
 
 
 def test_bytes_that_utf8_never_has_may_be_missing():

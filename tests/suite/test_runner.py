@@ -69,7 +69,8 @@ def end(row, name="DONE.json", **changes):
     row.folder.mkdir(exist_ok=True)
     (row.folder / "run.json").write_text(json.dumps({
         "format": 1, "recipe": asdict(row.recipe), "tokenizer": train["tokenizer"], "vocab_size": 400,
-        "train": {"payload_sha256": train["payload_sha256"]}, "val": {"payload_sha256": val["payload_sha256"]},
+        "train": {"file": "train.bin", "payload_sha256": train["payload_sha256"], "order_sha256": "0"},
+        "val": {"file": "val.bin", "payload_sha256": val["payload_sha256"]}, "device": "cpu",
         "dtype": "float32", "params": 1000, "core_params": 600, "hardware": "CPU, 2 threads",
         "processes": 1, "versions": {}}))
     (row.folder / name).write_text(json.dumps(asdict(ENDING) | changes))

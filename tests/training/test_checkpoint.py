@@ -181,7 +181,7 @@ def test_a_save_that_fails_anywhere_leaves_the_old_checkpoints_and_says_so(saved
             else:
                 assert contents(run) == before
         else:
-            assert load_training(find_checkpoint(run, "latest"), *network(0))["step"] == 12
+            assert load_training(find_checkpoint(run, "latest"), *network(0)).step == 12
         save(run, 15)  # it goes on
         if not said and not messages:
             break

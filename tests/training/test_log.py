@@ -3,7 +3,7 @@ import csv
 import pytest
 
 from plotarmour.training import log as runlog
-from plotarmour.training.log import COLUMNS, RunLog, last_step, read_log
+from plotarmour.training.log import COLUMNS, HEADER, RunLog, last_step, read_log
 
 
 def steps(path):
@@ -85,3 +85,11 @@ def test_a_log_is_read_while_it_is_written_and_where_it_is_damaged(tmp_path):
         rows = read_log(path)
         assert list(rows["step"]) == [1, 20] and last_step(path) == 20
         assert rows["val_loss"].iloc[0] == 2.5 and rows["val_loss"].isna().iloc[1] and rows["utc"].isna().all()
+
+
+def test_a_text_in_place_of_a_number_is_not_measured(tmp_path):
+    """Guards: a traceback of the figures for a cell that an editor has changed."""
+    row = ["2026-01-01T00:00:00Z", "1", *["0"] * 5, "much", *["0"] * 7]
+    (tmp_path / "log.csv").write_text("\n".join([HEADER, ",".join(row), ""]))
+    log = read_log(tmp_path / "log.csv")
+    assert log["grad_norm"].isna().all() and log["step"].tolist() == [1]

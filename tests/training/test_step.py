@@ -282,7 +282,8 @@ def test_waiting_for_batches_is_counted(token_files, monkeypatch):
 
 def small_gpt2(token_files):
     torch.manual_seed(0)
-    return HFModel(GPT2Config(1, 16, 2, TokenFile.open(token_files["train"]).header["vocab_size"], 24, 0.0)).train()
+    return HFModel(GPT2Config(
+        1, 16, 2, TokenFile.open(token_files["train"]).header["vocab_size"], context_length=24, dropout=0.0)).train()
 
 
 def test_gradients_that_overflow_for_ever_end_the_run_at_a_scale_that_still_trains(token_files, monkeypatch):
