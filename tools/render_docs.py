@@ -202,8 +202,8 @@ def example_report() -> str:
                                                           for name in EXAMPLE_TABLES)
     runs = [Run(folder / name, None, None, restored(info["recipe"]), info, 0, None) for name, info in infos.items()]
     same_order = len({info["train"]["order_sha256"] for info in infos.values()}) == 1
-    comparison = Comparison("test stories of recipe tiny", group_runs(infos), table, by_arm, pairs, pairs[:0], checks,
-                            [], examples, samples, runs, None, same_order, "test")
+    comparison = Comparison("test stories of built-in.txt, best checkpoints", group_runs(infos), table, by_arm, pairs,
+                            pairs[:0], checks, [], examples, samples, runs, None, same_order, "test")
     figures = sorted(path.name for path in (folder / "comparison").glob("*.png"))
     return render_page(comparison, folder / "comparison", {name: name for name in figures})
 

@@ -124,7 +124,7 @@ def perplexities(arms: list[Arm], by_arm: pd.DataFrame, by_run: pd.DataFrame, pa
     axes.set_yticks(range(len(by_arm)), map(_escape, row_labels(by_arm)))
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlim(1, by_arm["perplexity"].max() * 2.2)
+    axes.set_xlim(1, by_arm["perplexity"].max() * 4)  # with room for the numbers
     return save_figure(figure, path)
 
 

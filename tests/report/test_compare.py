@@ -173,6 +173,13 @@ def test_nothing_in_the_report_is_taken_for_markup(runs, token_files, tmp_path):
     assert "<script" not in page and page.count("&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; ") == 2
 
 
+def test_a_comparison_is_titled_by_the_text_of_its_stories(runs, token_files, tmp_path):
+    """Guards: "test stories of recipe laptop" above somebody's own text."""
+    compare_runs(runs[:1], token_files["test"], tmp_path)
+    first = (tmp_path / "summary.txt").read_text(encoding="utf-8").splitlines()[0]
+    assert first == f"test stories of {token_files['text'].name}, best checkpoints"
+
+
 def test_each_run_is_loaded_once(runs, token_files, tmp_path, monkeypatch):
     """Guards: weights read and hashed again for the examples and for the samples; paths that must be a Path."""
     loaded, load_model = [], run.load_model
