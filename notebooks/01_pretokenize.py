@@ -55,7 +55,7 @@ from plotarmour.suite.steps import prepare
 given = check_parameters(globals(), recipe=str, text=Path, extra_text=Path, results=Path, overrides=list)
 folder = results_folder(given.recipe, given.results)
 settings = load_recipe(given.recipe, "bdh", given.overrides)
-print(describe_recipe(settings, "data", text=given.text))
+print(describe_recipe(settings, "data"))
 
 # %% [markdown]
 # ## The work

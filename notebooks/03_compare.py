@@ -87,7 +87,7 @@ example.loc[costly].T
 
 # %%
 table = compare_runs(run_folders, paths["test"], folder / "comparison", paths["train"], paths.get("facts"),
-                     unfinished=given.unfinished)
+                     title=f"test stories of recipe {Path(given.recipe).stem}", unfinished=given.unfinished)
 readable_table(table)
 
 # %%
@@ -113,7 +113,7 @@ pd.read_csv(folder / "comparison" / "checks.csv")
 # %%
 if "extra" in paths:
     extra = compare_runs(run_folders, paths["extra"], folder / "comparison_extra", paths["train"],
-                         unfinished=given.unfinished)
+                         title=f"second text, recipe {Path(given.recipe).stem}", unfinished=given.unfinished)
     display(readable_table(extra), Image(folder / "comparison_extra" / "perplexity.png"))
 
 # %% [markdown]

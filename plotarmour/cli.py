@@ -30,7 +30,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of every option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        has_none = action.default is None or action.default is False or action.default in ([], "")  # 0 is one
+        has_none = action.default is None or action.default is False or action.default == []  # 0 is a default
         return action.help if has_none else super()._get_help_string(action)
 
 

@@ -299,8 +299,7 @@ def _check_together(recipe: Recipe) -> list[str]:
     rules = (
         (t.rows_per_step <= 2**20, f"rows_per_step = {t.rows_per_step} must be at most 2**20"),
         (t.warmup_steps < t.max_steps,
-         f"warmup_steps = {t.warmup_steps} must be less than max_steps = {t.max_steps}: set warmup_steps to "
-         f"{t.max_steps // 20}"),
+         f"warmup_steps = {t.warmup_steps} must be less than max_steps = {t.max_steps}"),
         (d.corpus_min_events <= d.corpus_max_events,
          f"corpus_min_events = {d.corpus_min_events} must not exceed corpus_max_events = {d.corpus_max_events}"),
         (t.rows_per_step % t.micro_batch_rows == 0,

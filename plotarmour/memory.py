@@ -99,11 +99,12 @@ def describe_memory(recipe: Recipe, vocab_size: int, memory_gib: float | None = 
     lines = [f"each of {processes} processes, with its share of every step:"] * (processes > 1)
     lines += [f"{recipe.model}: micro-batch {rows} x {t.context_length:,} tokens, vocabulary {vocab_size:,}, "
               f"{str(dtype).removeprefix('torch.')} on {device}",
-              f"estimate for the moment that takes most memory ({plan.moment}):"]
+              f"estimated at the fullest moment, {plan.moment}:"]
     lines += [f"  {name:<15} {size / 2**20:>9,.0f} MiB" for name, size in (plan.parts | {"sum": plan.total}).items()]
     room = f"{gib:.3g} GiB less {RESERVE / 2**30:.1f} in reserve"
     if plan.total <= budget:
-        advice = f"fits {room}: the largest micro-batch is {largest} of {t.rows_per_step} rows; the recipe's is {rows}"
+        advice = (f"fits {room}: the largest micro-batch of {t.rows_per_step} rows per step is {largest}; the recipe's "
+                  f"is {rows}")
     elif largest:
         advice = f"does not fit {room}: set micro_batch_size={largest}, which keeps {t.tokens_per_step:,} tokens a step"
     else:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,10 +79,8 @@ class Run:
             The prompt and what follows it.
 
         Raises:
-            UserError: a prompt that is not text, or options that are unknown or out of range.
+            UserError: a prompt that is not text, or options out of range.
         """
-        if unknown := options.keys() - signature(generate).parameters.keys():
-            raise UserError(f"unknown to generate: {', '.join(unknown)}; expected such as max_new_tokens or seed.")
         try:
             prompt.encode()
         except UnicodeEncodeError:

@@ -118,7 +118,7 @@ def test_the_advice_names_what_to_set(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     recipe = load_recipe("kaggle_t4", "gpt2", ["micro_batch_size=64", "device=cuda", "dtype=float16"])
     told = [describe_memory(recipe, 50257, n).splitlines()[-1] for n in (15, 7, 1)]
-    assert told[0] == ("fits 15 GiB less 1.0 in reserve: the largest micro-batch is 64 of 64 rows; "
+    assert told[0] == ("fits 15 GiB less 1.0 in reserve: the largest micro-batch of 64 rows per step is 64; "
                        "the recipe's is 64")
     assert "set micro_batch_size=16, which keeps 32,768 tokens a step" in told[1]
     assert "not even a row at a time" in told[2]

@@ -14,7 +14,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("runs", nargs="+", type=as_path, metavar="RUN", help="run folders, all of one tokenizer; runs "
                         "that differ only in their seed are put together")
-    parser.add_argument("--data", type=as_path, required=True, help="token file to score: the test part, for a result")
+    parser.add_argument("--data", type=as_path, required=True, help="token file to score, best the test part")
     parser.add_argument("--out", type=as_path, required=True, help="folder for the CSVs and figures")
     parser.add_argument("--train", type=as_path, help="training token file: adds baselines, and checks that stories "
                         "are held out and do not overlap with it")

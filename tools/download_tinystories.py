@@ -14,8 +14,6 @@ DATASET = "roneneldan/TinyStories"
 FILES = {("v2", "train"): "TinyStoriesV2-GPT4-train.txt", ("v2", "val"): "TinyStoriesV2-GPT4-valid.txt",
          ("v1", "train"): "TinyStories-train.txt", ("v1", "val"): "TinyStories-valid.txt"}
 
-SIZES = dict(zip(FILES.values(), ("2.2 GB", "22 MB", "1.9 GB", "19 MB"), strict=True))
-
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -44,10 +42,7 @@ def download(name: str, folder: Path, force: bool) -> tuple[Path, bool]:
     if path.exists() and not force:
         return path, False
     from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # not each of its attempts: the error below says what to do
-    print(f"downloading {name} ({SIZES[name]}) from {constants.ENDPOINT} ...", flush=True)
     try:
         hf_hub_download(DATASET, name, repo_type="dataset", local_dir=folder, force_download=force)
     except Exception as error:  # the library's exceptions come from the HTTP client, which differs between its versions

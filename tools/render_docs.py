@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from plotarmour.cli import HelpFormatter, UserError, as_path, run_command
 from plotarmour.config import DataConfig, TrainingConfig
+from plotarmour.models import KINDS
 
 REFERENCE = ROOT / "results" / "reference"
 EXAMPLE_REPORT = REFERENCE / "example" / "comparison" / "report.html"
@@ -85,6 +86,44 @@ def learning_rates() -> str:
     rows = rows_of("learning_rates/summary.csv")
     return table(["model", "learning rate", "validation loss"],
                  [[r["model"], f"{float(r['learning_rate']):g}", f"{float(r['best_val_loss']):.3f}"] for r in rows])
+
+
+def _arms_of_controls() -> dict[str, dict[str, str]]:
+    """Return the arms of the controls by kind, without baselines and unbounded scores."""
+    return {arm["model"]: arm for arm in rows_of("controls/comparison/arms.csv") if arm["train_s"]}
+
+
+def controls() -> str:
+    """Return the test loss of each kind with its best learning rate, and its difference to BDH's with the interval."""
+    rates: dict[str, set[float]] = {}
+    for row in rows_of("controls/summary.csv"):
+        rates.setdefault(row["model"], set()).add(float(row["learning_rate"]))
+    chosen = [row for row in rows_of("controls/learning_rates.csv") if row["chosen"] == "True"]
+    best = {row["model"]: float(row["learning_rate"]) for row in chosen}
+    pairs = {row["b"]: row for row in rows_of("controls/comparison/pairs.csv")}
+    seconds = {row["arm"]: float(row["ratio"]) for row in rows_of("controls/same_time.csv")}
+    lines = []
+    for kind, arm in _arms_of_controls().items():
+        against = ""
+        if kind in pairs:  # BDH minus the other: turned around, so that a number above 0 is worse than BDH
+            against = "{:+.3f} ({:+.3f} to {:+.3f})".format(*(-float(pairs[kind][f"loss_difference{end}"])
+                                                              for end in ("", "_high", "_low")))
+        lines.append([KINDS[kind].label, f"{float(arm['core_params']):,.0f}", f"{float(arm['params']):,.0f}",
+                      ", ".join(f"**{rate:g}**" if rate == best[kind] else f"{rate:g}" for rate in sorted(rates[kind])),
+                      f"{float(arm['loss']):.3f}",
+                      f"{float(arm['perplexity']):.2f}", against, f"{seconds[kind]:.2f}"])
+    return table(["", "core params", "all params", "learning rates tried (**best**)", "loss", "perplexity",
+                  "nats above BDH", "time of a step"], lines)
+
+
+def controls_sentence() -> str:
+    """Return what the controls say about the lead over GPT-2."""
+    arms = _arms_of_controls()
+    loss = {kind: float(arm["loss"]) for kind, arm in arms.items()}
+    lead, rope, left = loss["gpt2"] - loss["bdh"], loss["gpt2"] - loss["gpt2_rope"], loss["modern"] - loss["bdh"]
+    tokens = float(arms["bdh"]["train_tokens"]) / 1e6
+    return (f"> **Controls: after {tokens:.1f} million tokens, rotary positions alone are {rope:.2f} of the {lead:.2f} "
+            f"nats by which BDH leads GPT-2.\n> A modern transformer of BDH's size is {left:.2f} nats behind BDH.**")
 
 
 def pretokenize_speed() -> str:
@@ -202,8 +241,8 @@ def example_report() -> str:
                                                           for name in EXAMPLE_TABLES)
     runs = [Run(folder / name, None, None, restored(info["recipe"]), info, 0, None) for name, info in infos.items()]
     same_order = len({info["train"]["order_sha256"] for info in infos.values()}) == 1
-    comparison = Comparison("test stories of built-in.txt, best checkpoints", group_runs(infos), table, by_arm, pairs,
-                            pairs[:0], checks, [], examples, samples, runs, None, same_order, "test")
+    comparison = Comparison("test stories of recipe tiny", group_runs(infos), table, by_arm, pairs, pairs[:0], checks,
+                            [], examples, samples, runs, None, same_order, "test")
     figures = sorted(path.name for path in (folder / "comparison").glob("*.png"))
     return render_page(comparison, folder / "comparison", {name: name for name in figures})
 
@@ -296,6 +335,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "verdict": lambda: verdict("comparison"),
     "verdict-extra": lambda: verdict("comparison_extra"),
     "learning-rates": learning_rates,
+    "controls": controls,
+    "controls-sentence": controls_sentence,
     "gap": gap,
     "over-corpus": over_corpus,
     "pretokenize-speed": pretokenize_speed,

@@ -10,7 +10,6 @@ from pathlib import Path
 import pandas as pd
 
 from plotarmour.cli import AnyPath, UserError, as_path, warn
-from plotarmour.data.stories import PARTS
 from plotarmour.data.tales import read_facts
 from plotarmour.data.token_file import TokenFile
 from plotarmour.evaluation.arms import compare_arms, group_runs, ladder_of, nats_of, pairs_of
@@ -61,7 +60,7 @@ def compare_runs(folders: list[AnyPath], data: AnyPath, out: AnyPath, train: Any
         train: training token file; None skips the n-gram baselines and the checks that stories are held out.
         facts: .facts.jsonl of the built-in corpus, or None.
         stride: stride of sliding windows, in tokens; None: half a context.
-        title: title of figures and report; by default the part, the names of its texts, and the checkpoint.
+        title: title of figures and report; by default the names of token file and checkpoint.
         checkpoint: "best" by validation loss, "latest" or a step.
         device: "auto", "cpu" or "cuda".
         unfinished: whether to accept runs that are not complete; tables then label them.
@@ -125,16 +124,13 @@ def compare_runs(folders: list[AnyPath], data: AnyPath, out: AnyPath, train: Any
     by_arm = arm_table(arms, table)
     ladder = ladder_of(pairs, by_arm)
     step = checkpoint if isinstance(checkpoint, str) else f"step-{checkpoint}"
-    part = test.header.get("part")
-    of_part = f"{part} stories" if part in PARTS else "stories"
-    texts = ", ".join(source["name"] for source in test.header["source"])
     comparison = Comparison(
-        title or f"{of_part} of {texts}, {step} checkpoints", arms, table, by_arm,
+        title or f"{data.name}, {step} checkpoints", arms, table, by_arm,
         *(compare_arms(each, scores, budgets, same_order) for each in (pairs, ladder)), checks,
         _differences(runs, budgets, same_order),
         different_stories(first_pair, scores, token_nats, test, runs[0].tokenizer),
         pd.concat([samples[arm.name] for arm in arms]) if pairs else pd.DataFrame(),
-        runs, stride, same_order, part)
+        runs, stride, same_order, test.header.get("part"))
     tables = {_file_of(name): frame for name, frame in scores.items()}
     tables |= {"totals.csv": table, "arms.csv": comparison.by_arm,
                "positions.csv": pd.concat(positions)[["run", "position", "tokens", "nats"]]}

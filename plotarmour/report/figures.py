@@ -124,7 +124,7 @@ def perplexities(arms: list[Arm], by_arm: pd.DataFrame, by_run: pd.DataFrame, pa
     axes.set_yticks(range(len(by_arm)), map(_escape, row_labels(by_arm)))
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlim(1, by_arm["perplexity"].max() * 4)  # with room for the numbers
+    axes.set_xlim(1, by_arm["perplexity"].max() * 2.2)
     return save_figure(figure, path)
 
 
@@ -166,7 +166,7 @@ def ladder(arms: list[Arm], steps: pd.DataFrame, by_arm: pd.DataFrame, path: Pat
     """
     steps, loss, style = steps[steps["is_arms"]], by_arm.set_index("name")["loss"], styles(arms)
     figure, axes = new_figure(6.4, 1.5 + 0.5 * len(steps), "Step by step, at the same training tokens",
-                              "loss (nats per token); bars: difference to the arm above, lines: its 95 % interval")
+                              "loss (nats per token)\nbars: difference to the arm above; lines: its 95 % interval")
     names = [steps["b"].iloc[0], *steps["a"]]
     axes.plot(loss[names[0]], 0, "o", color=style[names[0]]["color"])
     for i, (_, step) in enumerate(steps.iterrows(), 1):
@@ -180,7 +180,7 @@ def ladder(arms: list[Arm], steps: pd.DataFrame, by_arm: pd.DataFrame, path: Pat
     axes.set_yticks(range(len(names)), [f"{labels[name]}: {loss[name]:.3f}" for name in names])
     axes.set_ylim(len(steps) + 0.5, -0.5)
     low, high = axes.get_xlim()
-    axes.set_xlim(low, high + 0.45 * (high - low))  # room for the words
+    axes.set_xlim(low, high + 0.7 * (high - low))  # room for the words
     return save_figure(figure, path)
 
 

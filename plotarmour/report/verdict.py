@@ -1,5 +1,6 @@
 """Verdict of a comparison, for readers: sentences and tables with intervals, denominators and limits (summary.txt)."""
 
+import math
 import textwrap
 from dataclasses import dataclass, replace
 
@@ -8,7 +9,7 @@ import pandas as pd
 from plotarmour.evaluation.arms import MATCHINGS, Arm
 from plotarmour.evaluation.leak_checks import LONG_OVERLAP, passed_checks
 from plotarmour.evaluation.metrics import totals
-from plotarmour.evaluation.scoring import BASELINE, UNBOUNDED
+from plotarmour.evaluation.scoring import BASELINE, CORPUS, UNBOUNDED
 from plotarmour.models import SUITE
 from plotarmour.report.figures import arm_label, row_labels
 from plotarmour.run import Run
@@ -201,13 +202,22 @@ def _reservations(c: Comparison) -> list[str]:
 
 
 def _scope(c: Comparison) -> list[str]:
-    """Return what a comparison with one seed each can show and what it cannot."""
-    if c.several_seeds:
-        return []
-    return ["This comparison has one seed each and generated tales: it shows that everything works, not which model is "
-            "better." if "over_corpus" in c.table else
-            "This comparison has one seed each: it shows which of these checkpoints predicts these stories better, not "
-            "which model is better."]
+    """Return what a comparison with one seed each can show and what it cannot, and what of it other seeds repeat."""
+    lines = []
+    if "other_loss" in c.by_arm:
+        losses = c.by_arm.set_index("name")[["other_loss", "recall_loss"]]
+        own = losses.loc[list(c.labels)]
+        within = math.ceil(100 * (own["other_loss"].max() / losses.at[CORPUS, "other_loss"] - 1))
+        facts = ", ".join(f"{label} {own.at[name, 'recall_loss']:.3f}" for name, label in c.labels.items())
+        lines = [f"Where a story leaves the next word open, all models are within {within} % of the corpus's own nats. "
+                 "Facts that a story determines are learned suddenly, at a step that varies with seed and threads, and "
+                 f"decide the perplexity here (loss on facts: {facts})."]
+    if not c.several_seeds:
+        lines.append("This comparison has one seed each and generated tales: it shows that everything works, not which "
+                     "model is better." if "over_corpus" in c.table else
+                     "This comparison has one seed each: it shows which of these checkpoints predicts these stories "
+                     "better, not which model is better.")
+    return lines
 
 
 def _against_counting(c: Comparison) -> tuple[str | None, list[str], list[str]]:

@@ -22,14 +22,12 @@ WAITING = "The curves appear here, after half a minute of training at the earlie
 NEW_SESSION = " In a new session, attach the output of this one first, and set continue_from to its run folder {run}."
 
 
-def describe_recipe(recipe: Recipe, *only: str, text: Path | None = None) -> str:
+def describe_recipe(recipe: Recipe, *only: str) -> str:
     """Return the settings of a resolved recipe, by group, in lines of at most 100 characters.
 
-    The groups are the model's kind, "data" and "training", or `only` some of them. With a `text`, those of the built-in
-    corpus, which have no effect, are left out.
+    The groups are the model's kind, "data" and "training", or `only` some of them.
     """
-    data = {key: value for key, value in vars(recipe.data).items() if text is None or not key.startswith("corpus_")}
-    groups = {recipe.model: recipe.architecture, "data": data,
+    groups = {recipe.model: recipe.architecture, "data": vars(recipe.data),
               "training": vars(recipe.training) | {"tokens_per_step": f"at most {recipe.training.tokens_per_step:,}"}}
     return _two_columns({name: ", ".join(f"{key} {value}" for key, value in group.items())
                          for name, group in groups.items() if name in (only or groups)})

@@ -148,10 +148,9 @@ def _run_rows(grid: Grid) -> list[State]:
         while waiting or running:
             while waiting and free:
                 i, environment = waiting.pop(0), free.pop(0)
-                row, ending = grid.rows[i], states[i].ending
+                row = grid.rows[i]
                 states[i] = State(row, "running")
-                at = ending and ending.last_checkpoint
-                report(i, f"continues from step {at:,} ..." if at else "...")
+                report(i, "...")
                 process = start_notebook(grid.notebook, row.executed, row.parameters, environment)
                 running[i] = process, environment, time.monotonic()
             time.sleep(LOOK_S)

@@ -6,18 +6,16 @@ import time
 import warnings
 import zipfile
 from dataclasses import replace
-from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
 from plotarmour.cli import UserError
-from plotarmour.config import load_recipe
 from plotarmour.evaluation.arms import Arm
 from plotarmour.report.figures import training_curves
 from plotarmour.suite import display
-from plotarmour.suite.display import LiveCurves, describe_ending, describe_recipe, download_link, list_files
+from plotarmour.suite.display import LiveCurves, describe_ending, download_link, list_files
 from plotarmour.training.ending import Ending, Reason
 from plotarmour.training.log import RunLog, read_log
 
@@ -139,14 +137,6 @@ def test_outside_notebooks_nothing_is_drawn(log, tmp_path, monkeypatch):
     with LiveCurves("bdh", tmp_path, every_s=0.0) as curves:
         curves.row()
         assert sys.stderr is before
-
-
-def test_settings_of_the_corpus_are_not_shown_of_a_text():
-    """Guards: "corpus_stories 40000" above somebody's own text."""
-    recipe = load_recipe("tiny", "bdh")
-    assert "corpus_stories 40000" in describe_recipe(recipe, "data")
-    assert describe_recipe(recipe, "data", text=Path("my.txt")) == (
-        "data  tokenizer bpe:1024, stories endoftext, split 38:1:1")
 
 
 def test_an_ending_comes_with_what_to_do_next(tmp_path):

@@ -30,8 +30,7 @@ def test_a_dropped_connection_is_resumed_and_the_next_command_printed(download, 
     assert done.returncode == 0, done.stderr
     spans = [span for method, path, span in site.requests if (method, path) == ("GET", FOLDER + NAME)]
     assert spans == [None, f"bytes={10 * 2**20}-"]
-    begun, first, last = done.stdout.splitlines()
-    assert begun.startswith(f"downloading {NAME} (22 MB) from http")
+    first, last = done.stdout.splitlines()
     path = os.path.join("d", NAME)
     assert first == f"{path}: {len(CONTENT):,} bytes, SHA-256 {hashlib.sha256(CONTENT).hexdigest()}"
     assert last.endswith(f"pre_tokenize.py d/{NAME} --tokenizer bpe:4096 --split 90:5:5 "
@@ -59,10 +58,3 @@ def test_a_hub_without_the_file_is_one_line_that_says_where_to_put_it(download, 
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "404" in done.stderr and f"at {os.path.join('d', NAME)}." in done.stderr and "HF_ENDPOINT" in done.stderr
     assert not (tmp_path / "d" / NAME).exists()
-
-
-@pytest.mark.slow  # the library waits between its attempts
-def test_without_a_network_there_is_one_line(download):
-    """Guards: eleven lines of the library's retries before the error that says what to do."""
-    done = download("http://127.0.0.1:9")
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
