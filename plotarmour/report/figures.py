@@ -95,7 +95,10 @@ def training_curves(arms: list[Arm], logs: dict[str, pd.DataFrame], path: Path,
                             ha="right", va="bottom", color=DARK_GRAY, fontsize=9)
     margin = 0.08 * (max(losses) - min(losses)) + 0.01 if losses else 1.0
     panels[0].set_ylim(min(losses, default=0.0) - margin, max(losses, default=0.0) + margin)
-    if panels[0].get_legend_handles_labels()[0]:
+    if len(arms) > 3:  # a legend of many arms covers their curves
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False,
+                      fontsize=9)
+    elif panels[0].get_legend_handles_labels()[0]:
         panels[0].legend(frameon=False, loc="upper right", fontsize=9)
     return save_figure(figure, path)
 

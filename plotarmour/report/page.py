@@ -21,6 +21,7 @@ from plotarmour.report.verdict import (
     denominators,
     describe,
     headline,
+    join_words,
     readable_table,
 )
 from plotarmour.training.log import read_log
@@ -42,7 +43,7 @@ def render_page(c: Comparison, out: Path, images: dict[str, str]) -> str:
     results, costs = _results_and_costs(c.by_arm if c.several_seeds else c.table)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        zip=zip, c=c, heading=" and ".join(labels.values() if len(labels) < 3 else kind_labels),
+        zip=zip, c=c, heading=join_words(list(labels.values() if len(labels) < 3 else kind_labels)),
         answer=answer(c, pairs), verdicts=[describe(pair) for _, pair in pairs.iterrows()],
         results=results, costs=costs, denominators=denominators(c.table), images=images,
         findings=_findings(c, pairs, out), matchings=_matchings(pairs),

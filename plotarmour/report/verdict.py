@@ -196,8 +196,8 @@ def _reservations(c: Comparison) -> list[str]:
                      "a model can recall them. tools/find_duplicates.py lists copies; remove them, and what many "
                      "stories share.")
     if others:
-        lines.append(f"NO BETTER THAN COUNTING: {_join(others)} {'are' if len(others) > 1 else 'is'} not better than "
-                     f"{baseline}.")
+        lines.append(f"NO BETTER THAN COUNTING: {join_words(others)} {'are' if len(others) > 1 else 'is'} not better "
+                     f"than {baseline}.")
     return lines
 
 
@@ -264,9 +264,9 @@ def _budgets(pair: pd.Series) -> str:
     known = [(label, pair[f"{column}_ratio"]) for label, column, _ in MATCHINGS if pd.notna(pair[f"{column}_ratio"])]
     other = [f"{ratio:.2f} times the {label}" for label, ratio in known if label not in same
              and not (label == "FLOPs per token" and "training tokens" in same)]  # the same ratio as training FLOPs
-    parts = ([f"at the same {_join(same)}"] if same else []) + ([f"with {_join(other)}"] if other else [])
+    parts = ([f"at the same {join_words(same)}"] if same else []) + ([f"with {join_words(other)}"] if other else [])
     return ", ".join(parts) or "at unknown budgets"
 
 
-def _join(words: list[str]) -> str:
+def join_words(words: list[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
