@@ -100,30 +100,42 @@ def controls() -> str:
         rates.setdefault(row["model"], set()).add(float(row["learning_rate"]))
     chosen = [row for row in rows_of("controls/learning_rates.csv") if row["chosen"] == "True"]
     best = {row["model"]: float(row["learning_rate"]) for row in chosen}
-    pairs = {row["b"]: row for row in rows_of("controls/comparison/pairs.csv")}
-    seconds = {row["arm"]: float(row["ratio"]) for row in rows_of("controls/same_time.csv")}
-    lines = []
-    for kind, arm in _arms_of_controls().items():
-        against = ""
-        if kind in pairs:  # BDH minus the other: turned around, so that a number above 0 is worse than BDH
-            against = "{:+.3f} ({:+.3f} to {:+.3f})".format(*(-float(pairs[kind][f"loss_difference{end}"])
-                                                              for end in ("", "_high", "_low")))
-        lines.append([KINDS[kind].label, f"{float(arm['core_params']):,.0f}", f"{float(arm['params']):,.0f}",
-                      ", ".join(f"**{rate:g}**" if rate == best[kind] else f"{rate:g}" for rate in sorted(rates[kind])),
-                      f"{float(arm['loss']):.3f}",
+    pairs = {row["b"]: row for folder in ("comparison", "comparison_time")
+             for row in rows_of(f"controls/{folder}/pairs.csv")}
+    [timed] = [arm for arm in rows_of("controls/comparison_time/arms.csv") if arm["name"] == "modern-time"]
+    seconds, lines = {row["arm"]: float(row["ratio"]) for row in rows_of("controls/same_time.csv")}, []
+    for arm in [*_arms_of_controls().values(), timed]:
+        kind, against = arm["model"], ""
+        if pair := pairs.get(arm["name"]):  # BDH less the other: turned around, so that above 0 is worse than BDH
+            numbers = (-float(pair[f"loss_difference{end}"]) for end in ("", "_high", "_low"))
+            against = "{:+.3f} ({:+.3f} to {:+.3f})".format(*numbers)
+        tried = (f"**{rate:g}**" if rate == best[kind] else f"{rate:g}" for rate in sorted(rates[kind]))
+        lines.append([KINDS[kind].label + ", for BDH's time" * (arm is timed),
+                      f"{float(arm['train_tokens']) / 1e6:.2f}", f"{float(arm['core_params']):,.0f}",
+                      f"{float(arm['params']):,.0f}", ", ".join(tried), f"{float(arm['loss']):.3f}",
                       f"{float(arm['perplexity']):.2f}", against, f"{seconds[kind]:.2f}"])
-    return table(["", "core params", "all params", "learning rates tried (**best**)", "loss", "perplexity",
-                  "nats above BDH", "time of a step"], lines)
+    return table(["", "tokens, million", "core params", "all params", "learning rates tried (**best**)", "loss",
+                  "perplexity", "nats above BDH", "time of a step"], lines)
 
 
 def controls_sentence() -> str:
-    """Return what the controls say about the lead over GPT-2."""
+    """Return what the controls say: against the modern transformer at equal time and tokens, and against GPT-2."""
     arms = _arms_of_controls()
     loss = {kind: float(arm["loss"]) for kind, arm in arms.items()}
-    lead, rope, left = loss["gpt2"] - loss["bdh"], loss["gpt2"] - loss["gpt2_rope"], loss["modern"] - loss["bdh"]
-    tokens = float(arms["bdh"]["train_tokens"]) / 1e6
-    return (f"> **Controls: after {tokens:.1f} million tokens, rotary positions alone are {rope:.2f} of the {lead:.2f} "
-            f"nats by which BDH leads GPT-2.\n> A modern transformer of BDH's size is {left:.2f} nats behind BDH.**")
+    share = 100 * (loss["gpt2"] - loss["gpt2_rope"]) / (loss["gpt2"] - loss["bdh"])
+    pairs = {row["b"]: row for row in rows_of("controls/comparison_time/pairs.csv")}
+    # Perplexity of BDH / perplexity of the other.
+    by_time, by_tokens = ([float(pairs[name][f"perplexity_ratio{end}"]) for end in ("", "_low", "_high")]
+                          for name in ("modern-time", "modern"))
+    time, *time_ends = (100 * (1 - 1 / ratio) for ratio in by_time)
+    tokens, *tokens_ends = (100 * (1 - ratio) for ratio in by_tokens)
+    million, stories = float(arms["bdh"]["train_tokens"]) / 1e6, int(pairs["modern"]["stories"])
+    ends = [f"{min(pair):.1f} to {max(pair):.1f} %" for pair in (time_ends, tokens_ends)]
+    return (
+        f"> **For the same training time, a modern transformer of BDH's size has {time:.1f} % lower perplexity than "
+        f"BDH; for\n> the same tokens, BDH's is {tokens:.1f} % lower. {share:.0f} % of BDH's lead over GPT-2, in nats, "
+        f"is rotary positions.**\n> {million:.1f} million tokens, {stories:,} held-out stories, one seed; 95 % "
+        f"intervals {ends[0]} and {ends[1]}\n> ([controls](docs/results.md#controls-what-the-lead-is-made-of)).")
 
 
 def pretokenize_speed() -> str:
