@@ -49,7 +49,11 @@ CASES = {  # in each, another part of the memory is large
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+OF_OTHER_KINDS = ("GPT-2 with rotary positions", "Llama", "modern", "mixture of experts", "LSTM")
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case in OF_OTHER_KINDS else ())
+                                  for case in CASES])
 def test_the_plan_is_within_a_fifth_of_what_torch_allocates(benchmark, case):
     """Guards: a buffer added to a model or the loss that no config states; a recipe that then dies on the GPU."""
     model, vocab_size, dtype, settings = CASES[case]

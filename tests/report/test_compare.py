@@ -185,6 +185,7 @@ def test_each_run_is_loaded_once(runs, token_files, tmp_path, monkeypatch):
     assert [checkpoint.parents[1] for checkpoint in loaded] == runs[:3]
 
 
+@pytest.mark.slow
 def test_several_kinds_give_a_ladder_and_the_strongest_opponent_stands_first(runs, token_files, tmp_path):
     """Guards: a verdict that begins with the weakest baseline; a step from an arm that had more tokens."""
     others = [train(token_files, tmp_path / "llama", "llama", "seed=1", "max_steps=6", "learning_rate=1e-2"),
