@@ -134,7 +134,7 @@ def controls_sentence() -> str:
     return (
         f"> **For the same training time, a modern transformer of BDH's size has {time:.1f} % lower perplexity than "
         f"BDH; for\n> the same tokens, BDH's is {tokens:.1f} % lower. {share:.0f} % of BDH's lead over GPT-2, in nats, "
-        f"is rotary positions.**\n> {million:.1f} million tokens, {stories:,} held-out stories, one seed; 95 % "
+        f"is rotary positions.**\n> {million:.1f} million tokens for BDH, {stories:,} held-out stories, one seed; 95 % "
         f"intervals {ends[0]} and {ends[1]}\n> ([controls](docs/results.md#controls-what-the-lead-is-made-of)).")
 
 
