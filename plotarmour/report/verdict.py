@@ -207,14 +207,16 @@ def _scope(c: Comparison) -> list[str]:
     if "other_loss" in c.by_arm:
         losses = c.by_arm.set_index("name")[["other_loss", "recall_loss"]]
         own = losses.loc[list(c.labels)]
-        within = math.ceil(100 * (own["other_loss"].max() / losses.at[CORPUS, "other_loss"] - 1))
+        # In steps of 5 %, so that every seed gives the same sentence.
+        within = 5 * math.ceil(20 * (own["other_loss"].max() / losses.at[CORPUS, "other_loss"] - 1))
         facts = ", ".join(f"{label} {own.at[name, 'recall_loss']:.3f}" for name, label in c.labels.items())
         lines = [f"Where a story leaves the next word open, all models are within {within} % of the corpus's own nats. "
                  "Facts that a story determines are learned suddenly, at a step that varies with seed and threads, and "
                  f"decide the perplexity here (loss on facts: {facts})."]
     if not c.several_seeds:
         lines.append("This comparison has one seed each and generated tales: it shows that everything works, not which "
-                     "model is better." if "over_corpus" in c.table else
+                     "model is better. The difference that follows is another one with another seed or number of "
+                     "threads." if "over_corpus" in c.table else
                      "This comparison has one seed each: it shows which of these checkpoints predicts these stories "
                      "better, not which model is better.")
     return lines
