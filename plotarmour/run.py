@@ -23,7 +23,7 @@ from plotarmour.data.batches import Tokens, Windows, tokenize_in_memory
 from plotarmour.data.duplicates import overlapping_stories
 from plotarmour.data.token_file import TokenFile, looks_like_token_file, open_tokenizer
 from plotarmour.data.tokenizer import Tokenizer
-from plotarmour.evaluation.generation import generate
+from plotarmour.evaluation.generation import stream
 from plotarmour.files import locked, write_json, write_text
 from plotarmour.machine import Machine, find_machine, memory_bytes, versions
 from plotarmour.memory import RESERVE, largest_micro_batch
@@ -68,26 +68,35 @@ class Run:
         return (f"Run({self.folder}: {self.config.model} with {self.info['params']:,} parameters, step {self.step:,} "
                 f"of {self.config.training.max_steps:,}, on {self.machine.device})")
 
-    def generate(self, prompt: str = "Once upon a time", **options) -> str:
-        """Continue a prompt; print why, if nothing follows it.
+    def generate(self, prompt: str = "Once upon a time", other: "Run | None" = None, share: float = 0.5,
+                 **options) -> str:
+        """Continue a prompt, alone or blended with another run; print why, if nothing follows it.
 
         Args:
             prompt: how the story begins.
-            options: see `plotarmour.evaluation.generation.generate`, such as `max_new_tokens`, `top_p` and `seed`.
+            other: run of the same tokenizer whose probabilities are blended with those of this one.
+            share: of this run in the blend, 0 to 1.
+            options: see `plotarmour.evaluation.generation.stream`, such as `max_new_tokens`, `top_p` and `seed`.
 
         Returns:
             The prompt and what follows it.
 
         Raises:
-            UserError: a prompt that is not text, or options out of range.
+            UserError: a prompt that is not text, options out of range, or different tokenizers.
         """
         try:
             prompt.encode()
         except UnicodeEncodeError:
             raise UserError(f"the prompt {prompt!r} holds bytes that are not UTF-8; expected text. Type it again, in a "
                             "terminal whose encoding is UTF-8.") from None
-        ids = self.tokenizer.encode(prompt)
-        new = generate(self.model, ids, self.tokenizer.end_of_text_id, self.machine, **options)
+        ids, models, shares = self.tokenizer.encode(prompt), [self.model], [1.0]
+        if other is not None:
+            if other.tokenizer.sha256 != self.tokenizer.sha256:
+                raise UserError(f"{self.name} and {other.name} have different tokenizers; expected one for both. Blend "
+                                "runs that were trained on the same token files.")
+            models, shares = [self.model, other.model], [share, 1 - share]
+        new = [token.id for token in stream(models, shares, ids, self.tokenizer.end_of_text_id, self.machine,
+                                            **options)]
         if not new:
             say("nothing follows the prompt, because the first token that the model chose is end-of-text: it takes "
                 f"the prompt for a whole story. In its training text a story is made by {self.config.data.stories}. "

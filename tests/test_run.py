@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ from plotarmour import run as runs
 from plotarmour.cli import UserError
 from plotarmour.data.pretokenize import pre_tokenize
 from plotarmour.data.token_file import TokenFile
+from plotarmour.data.tokenizer import make_tokenizer
 from plotarmour.run import load_run, train_run
 
 SEPARATOR = "\n<|endoftext|>\n"
@@ -92,7 +94,10 @@ def test_from_python_a_run_is_trained_and_used_by_plain_names(lines, small_recip
     assert story.startswith("7 dogs") and story == run.generate("7 dogs", max_new_tokens=3, seed=1)
     with pytest.raises(UserError, match="holds bytes that are not UTF-8"):
         run.generate("caf\udce9")
+    assert run.generate("7 dogs", run, 0.25, max_new_tokens=3, seed=1) == story
+    with pytest.raises(UserError, match="different tokenizers; expected one for both"):
+        run.generate("7 dogs", dataclasses.replace(run, tokenizer=make_tokenizer("bytes")))
     capsys.readouterr()
-    monkeypatch.setattr(runs, "generate", lambda *args, **options: [])
+    monkeypatch.setattr(runs, "stream", lambda *args, **options: iter([]))
     assert run.generate("7 dogs") == "7 dogs"
     assert "first token that the model chose is end-of-text" in capsys.readouterr().err

@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
+from scipy.stats import chi2_contingency
 
 from plotarmour.cli import UserError
-from plotarmour.evaluation.generation import PIECE, generate, next_token_probabilities
+from plotarmour.evaluation.generation import PIECE, blend_logits, generate, next_token_probabilities, stream
 from plotarmour.machine import find_machine
 from plotarmour.models.bdh import BDH, BDHConfig
 from plotarmour.models.hf import HFModel
@@ -207,3 +208,88 @@ def test_a_tiny_temperature_is_as_good_as_none(gpt2):
     greedy_story = generate(gpt2, [1, 2], END, CPU, 10, temperature=0)
     for temperature in (1e-40, 1e-9, 1e-6):
         assert generate(gpt2, [1, 2], END, CPU, 10, temperature=temperature) == greedy_story
+
+
+@pytest.fixture
+def pair(gpt2):
+    """A BDH with large weights and a GPT-2 with the same vocabulary."""
+    torch.manual_seed(1)
+    bdh = BDH(BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4, vocab_size=97)).eval()
+    for parameter in bdh.parameters():
+        parameter.data.mul_(6.0)
+    return [bdh, gpt2]
+
+
+@pytest.mark.parametrize("blend", ["linear", "logarithmic"])
+def test_the_ends_of_a_blend_are_the_models_alone(pair, blend):
+    """Guards: a slider whose end is not the model: states that mix, or rounding in the blend. 50 seeds."""
+    for seed in range(50):
+        options = {"seed": seed, "top_p": 0.9, "repetition_penalty": 1.2}
+        alone = [generate(model, [5, 6], END, CPU, 8, **options) for model in pair]
+        ends = [[token.id for token in stream(pair, shares, [5, 6], END, CPU, 8, blend=blend, **options)]
+                for shares in ([1.0, 0.0], [0.0, 1.0])]
+        assert ends == alone
+
+
+@pytest.mark.parametrize("blend", ["linear", "logarithmic"])
+def test_the_slider_moves_steadily_from_one_model_to_the_other(blend):
+    """Guards: a blend that leaves the way between its ends: total variation to either end is monotone."""
+    logits = 3 * torch.randn(2, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p = torch.stack([blend_logits(logits, [i / 100, 1 - i / 100], blend).softmax(-1) for i in range(101)])
+    for end, sign in ((0, 1), (100, -1)):
+        distance = (p - p[end]).abs().sum(1) / 2
+        assert (sign * distance.diff() > 0).all()
+
+
+def test_a_linear_blend_is_a_model_chosen_at_each_token():
+    """Guards: shares applied to logits instead of probabilities: .9 and .1 blend to .5 at equal shares."""
+    logits = torch.tensor([[0.9, 0.1], [0.1, 0.9]]).log()
+    assert blend_logits(logits, [0.5, 0.5]).exp().tolist() == pytest.approx([0.5, 0.5])
+    assert blend_logits(logits, [0.25, 0.75]).exp().tolist() == pytest.approx([0.3, 0.7])
+    assert blend_logits(logits, [0.25, 0.75], "logarithmic").softmax(0).tolist() == pytest.approx([0.25, 0.75])
+
+
+def test_a_blend_draws_as_a_coin_between_the_models_does():
+    """Guards: sampling that is not from the mixture. A coin chooses the model of each of 4,000 tokens; chi-square."""
+    random = torch.Generator().manual_seed(3)
+    logits = 2 * torch.randn(2, 40, generator=random)
+    coins = torch.rand(4000, generator=random) < 0.3
+    of_coin = torch.stack([torch.multinomial(logits[int(not coin)].softmax(-1), 1, generator=random) for coin in coins])
+    p = next_token_probabilities(blend_logits(logits, [0.3, 0.7]))
+    of_blend = torch.multinomial(p, 4000, replacement=True, generator=random)
+    counts = torch.stack([draws.flatten().bincount(minlength=40) for draws in (of_coin, of_blend)])
+    assert chi2_contingency(counts[:, counts.sum(0) > 10]).pvalue > 1e-3
+
+
+def test_a_mixture_never_needs_more_nats_than_the_mean_of_its_models():
+    """Guards: a blend that is not normalised. Jensen: nats of the mixture <= the mean of the nats."""
+    logits = 3 * torch.randn(2, 50, 97, generator=torch.Generator().manual_seed(2))
+    for share in (0.1, 0.5, 0.9):
+        shares = torch.tensor([share, 1 - share])
+        nats = -blend_logits(logits, shares.tolist()).log_softmax(-1)
+        assert (nats <= (shares[:, None, None] * -logits.log_softmax(-1)).sum(0) + 1e-5).all()
+
+
+def test_each_new_token_comes_with_the_probability_of_each_model(pair):
+    """Guards: colours of the blend, or of the tempered distribution, shown as those of a model."""
+    seen = [END, 5, 6]
+    for token in stream(pair, [0.5, 0.5], [5, 6], END, CPU, 12, temperature=0.5, top_k=5):
+        with torch.no_grad():
+            own = [(model.features(torch.tensor([seen]))[0][0, -1] @ model.unembedding.T).softmax(-1) for model in pair]
+        assert token.probabilities == pytest.approx([float(p[token.id]) for p in own], rel=1e-4)
+        seen.append(token.id)
+
+
+def test_a_repetition_penalty_makes_repetition_rare(pair):
+    """Guards: a penalty that helps the repeated token, as multiplying a positive logit does."""
+    plain, penalised = (generate(pair[0], [5], END, CPU, 60, temperature=0.7, repetition_penalty=penalty)
+                        for penalty in (1.0, 2.0))
+    assert len(set(penalised)) / len(penalised) > len(set(plain)) / len(plain)
+
+
+@pytest.mark.parametrize("options", [{"shares": [0.5, 0.6]}, {"shares": [1.5, -0.5]}, {"blend": "cubic"},
+                                     {"repetition_penalty": 0.5}])
+def test_a_blend_that_cannot_be_is_refused(pair, options):
+    """Guards: a distribution that is none, drawn from in silence."""
+    with pytest.raises(UserError, match="must"):
+        next(stream(pair, options.pop("shares", [0.5, 0.5]), [5], END, CPU, **options))
