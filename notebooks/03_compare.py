@@ -17,7 +17,7 @@
 
 # %% [markdown]
 # ## Set-up
-# The next cell finds the package. It installs nothing.
+# The next cell finds the package. On Kaggle and Colab it installs what is missing there, but never another torch.
 
 # %% tags=["set-up"]
 import set_up  # noqa: F401  (the notebook has the text of set_up.py here)

@@ -89,6 +89,14 @@ def _checkpoint(text: str) -> str | int:
     raise argparse.ArgumentTypeError(f"{text!r} is not a checkpoint; expected best, latest or a step")
 
 
+def mistake_of(error: BaseException) -> str | None:
+    """Return the line that tells a user's mistake, or a path or disk that cannot be used; None for other exceptions."""
+    if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}. Check the path, its permissions and the disk."
+    return str(error) if isinstance(error, UserError) else None
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command line's `main` and end the process: 0 on success, 2 on the user's mistake, 1 on our failure."""
     for name in ("stdout", "stderr"):
@@ -106,10 +114,7 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        message = str(error) if isinstance(error, UserError) else None
-        if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
-            where = f"{error.filename}: " if error.filename else ""
-            message = f"{where}{error.strerror}. Check the path, its permissions and the disk."
+        message = mistake_of(error)
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun and suite/multi_gpu.py read it
             kind = "UserError" if message else type(error).__name__
             content = {"kind": kind, "message": message or traceback.format_exc(), "timestamp": int(time.time())}

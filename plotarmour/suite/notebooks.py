@@ -32,18 +32,23 @@ def notebook_scripts() -> list[Path]:
 def generate_notebook(script: Path, root: Path = ROOT) -> str:
     """Return the .ipynb of a percent script as text: without outputs and tool versions, with cell ids from content.
 
-    A cell tagged `set-up` gets the text of notebooks/set_up.py. A cell's id depends on its text and on how often that
-    text occurs before it, so that an edit of one cell leaves all other ids as they are.
+    A cell tagged `set-up` gets the text of notebooks/set_up.py, with the repository that pyproject.toml names. A cell's
+    id depends on its text and on how often that text occurs before it, so that an edit of one cell leaves all other ids
+    as they are.
     """
     import jupytext
 
     notebook = jupytext.read(script, fmt="py:percent")
-    if badges := _badges(script, root):
-        notebook.cells[0].source += "\n\n" + badges
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    set_up = script.with_name("set_up.py").read_text(encoding="utf-8").strip()
+    if repository := project["tool"]["plotarmour"]["repository"]:
+        notebook.cells[0].source += "\n\n" + _badges(script, repository)
+        address = f"https://github.com/{repository}/archive/refs/heads/main.zip"
+        set_up = set_up.replace('archive = ""', f'archive = "{address}"')
     seen = Counter()
     for cell in notebook.cells:
         if "set-up" in cell.metadata.get("tags", []):
-            cell.source = script.with_name("set_up.py").read_text(encoding="utf-8").strip()
+            cell.source = set_up
         content = f"{cell.cell_type}\n{cell.source}"
         seen[content] += 1
         cell.id = hashlib.sha256(f"{seen[content]}\n{content}".encode()).hexdigest()[:12]
@@ -64,12 +69,8 @@ def out_of_step() -> list[Path]:
             if not notebook.exists() or notebook.read_text(encoding="utf-8") != generate_notebook(script)]
 
 
-def _badges(script: Path, root: Path) -> str:
-    """Return badges that open the notebook in Kaggle and Colab, if pyproject.toml names the repository."""
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
-    repository = project["tool"]["plotarmour"]["repository"]
-    if not repository:
-        return ""
+def _badges(script: Path, repository: str) -> str:
+    """Return badges that open the notebook in Kaggle and Colab."""
     path = f"{repository}/blob/main/notebooks/{script.stem}.ipynb"
     return (f"[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]"
             f"(https://kaggle.com/kernels/welcome?src=https://github.com/{path}) "
