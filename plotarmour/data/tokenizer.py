@@ -100,6 +100,12 @@ class Tokenizer:
         with _failures(self.kind, "encode"):
             return self.backend.encode(text, add_special_tokens=False).ids
 
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Return the ids of a text as `encode` does, and the end of each in characters of the text."""
+        with _failures(self.kind, "encode"):
+            encoding = self.backend.encode(text, add_special_tokens=False)
+        return encoding.ids, [end for _, end in encoding.offsets]
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text, computed on all cores."""
         with _failures(self.kind, "encode"):

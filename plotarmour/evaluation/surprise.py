@@ -1,0 +1,161 @@
+"""Surprise: how well each word of a draft fits the story so far.
+
+A word that contradicts the story costs a model that has read it more nats than a model that has not. The misfit of a
+word w of a draft is
+
+    (nats of w given the story and the draft before it - nats of w given only the draft before it) / (1 + H)
+
+where H is the entropy, in nats, of the model's predictions of the word's tokens given the story: where the model
+expects many words, a difference says little. Words are what white space separates; their tokens' nats are added.
+
+Source: surprisal marks contradictions at the word and is gone at the end of the story (arXiv 2512.07777), so words are
+scored, never whole stories; errors stand where the entropy is high (arXiv 2603.05890), so it divides.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from plotarmour.cli import UserError
+from plotarmour.data.token_file import TokenFile
+from plotarmour.evaluation.scoring import windows_of
+
+PIECE = 512  # tokens per forward pass; their logits are in memory at once
+# A sentence ends at . ! or ? where no small letter follows, and at a line end.
+SENTENCE = re.compile(r"\S.*?(?:[.!?]+[\"')\]]*(?=\s+[^a-z\s]|\s*$)|(?=\n)|$)", re.S)
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of a draft."""
+
+    begin: int  # [begin, end) in characters of the draft
+    end: int
+    nats: float  # given the story
+    nats_alone: float  # given only the draft before it
+    entropy: float  # nats; sum over its tokens, given the story
+
+    @property
+    def misfit(self) -> float:
+        """How much less likely the story makes the word; about 0 for a word of which the story says nothing."""
+        return (self.nats - self.nats_alone) / (1 + self.entropy)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A model that has read a story.
+
+    A model without a `context_length` keeps its state, which for BDH has the same size after any story. A model with
+    a limited context keeps the last tokens, as many as leave half of its positions to a draft.
+    """
+
+    run: Any  # a `plotarmour.run.Run`
+    tokens: list[int]  # that the model reads before a draft; at least the last one
+    state: Any  # `plotarmour.models.State` after the tokens before these; None: they are all that it reads
+
+    @classmethod
+    def of(cls, run, story: str) -> "Memory":
+        """Read a story; "" is none."""
+        model, machine = run.model, run.machine
+        tokens = [run.tokenizer.end_of_text_id, *run.tokenizer.encode(story.rstrip())]
+        if model.context_length is not None:
+            return cls(run, tokens[-(model.context_length // 2):], None)
+        state = model.initial_state(1)
+        with torch.no_grad(), machine.autocast:
+            for begin in range(0, len(tokens) - 1, PIECE):
+                piece = torch.tensor([tokens[begin:min(begin + PIECE, len(tokens) - 1)]], device=machine.device)
+                _, state = model.features(piece, state)
+        return cls(run, tokens[-1:], state)
+
+    def score(self, draft: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the nats of each token of a draft, and the entropy of its prediction; float32 (n,) each."""
+        model, tokens = self.run.model, torch.tensor([[*self.tokens, *draft]], device=self.run.machine.device)
+        n, head, nats, entropies = tokens.shape[1] - 1, model.unembedding.float(), [], []
+        state = None if self.state is None else self.state.copy()  # other drafts continue from it, too
+        windows = (windows_of(n, model.context_length, model.context_length // 2) if state is None else
+                   [(begin, min(begin + PIECE, n), 0) for begin in range(0, n, PIECE)])
+        with torch.no_grad():
+            for begin, end, first in windows:
+                with self.run.machine.autocast:
+                    features, state = model.features(tokens[:, begin:end], state)
+                log_p = (features[0, first:].float() @ head.T).log_softmax(-1)
+                nats.append(-log_p.gather(1, tokens[0, begin + first + 1:end + 1, None])[:, 0])
+                entropies.append(-(log_p.exp() * log_p).sum(-1))
+        return tuple(torch.cat(parts)[n - len(draft):].cpu().numpy() for parts in (nats, entropies))
+
+    def words(self, draft: str, alone: "Memory") -> list[Word]:
+        """Return the words of a draft that follows the story, with their nats.
+
+        Args:
+            draft: text; a space is put before it, and the blank space at its ends does not count.
+            alone: the same model without the story, `Memory.of(run, "")`.
+
+        Raises:
+            UserError: an empty draft.
+        """
+        spans = [match.span() for match in re.finditer(r"\S+", draft)]
+        if not spans:
+            raise UserError("the draft is empty; expected at least one word.")
+        ids, ends = self.run.tokenizer.encode_with_ends(f" {draft}".rstrip())
+        (nats, entropy), (nats_alone, _) = self.score(ids), alone.score(ids)
+        # A token belongs to the word in which it ends; one of blank space only, to the word that follows.
+        owner = np.searchsorted([end for _, end in spans], np.array(ends) - 1).clip(max=len(spans) - 1)
+        sums = [np.bincount(owner, weights, len(spans)) for weights in (nats, nats_alone, entropy)]
+        return [Word(*span, *map(float, values)) for span, *values in zip(spans, *sums, strict=True)]
+
+
+def threshold_of(run, data: TokenFile, stories: int = 200, false_alarms: float = 0.01) -> float:
+    """Return the misfit above which a word is marked: of the words of held-out stories, a share is above it.
+
+    The last sentence of each story is the draft, the sentences before it are the story.
+
+    Args:
+        run: the run whose misfits are meant.
+        data: held-out stories, best the validation part.
+        stories: how many of them to read, from the first on.
+        false_alarms: share of words that are above the threshold and fit.
+
+    Raises:
+        UserError: no story with two sentences.
+    """
+    misfits, alone = [], Memory.of(run, "")
+    for i in range(min(stories, data.n_stories)):
+        text = run.tokenizer.decode(data.story(i))
+        if len(spans := sentences(text)) > 1:
+            begin = spans[-1][0]
+            misfits += [word.misfit for word in Memory.of(run, text[:begin]).words(text[begin:], alone)]
+    if not misfits:
+        raise UserError(f"{data.path} has no story with two sentences; expected stories to calibrate on.")
+    return float(np.quantile(misfits, 1 - false_alarms))
+
+
+def sentences(text: str) -> list[tuple[int, int]]:
+    """Return the [begin, end) of each sentence; a line end ends one, too.
+
+    Example:
+        'He ran. "Stop!" she said.' has two sentences: [0, 7) and [8, 25).
+    """
+    return [match.span() for match in SENTENCE.finditer(text)]
+
+
+def causes(run, story: str, draft: str, word: int, most: int = 20) -> list[tuple[tuple[int, int], float]]:
+    """Return which sentences of the story make a word of the draft a misfit: by how much it falls without each.
+
+    Args:
+        run: the run that has marked the word.
+        story, draft: texts.
+        word: index into the words of the draft.
+        most: sentences to leave out, one at a time, from the last one back; each costs a reading of the story.
+
+    Returns:
+        [begin, end) of a sentence in the story, and the misfit less that without this sentence; largest first.
+    """
+    alone, falls = Memory.of(run, ""), []
+    before = Memory.of(run, story).words(draft, alone)[word].misfit
+    for begin, end in sentences(story)[-most:]:
+        without = Memory.of(run, story[:begin] + story[end:]).words(draft, alone)[word].misfit
+        falls.append(((begin, end), before - without))
+    return sorted(falls, key=lambda fall: -fall[1])

@@ -1,0 +1,92 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from in_memory import data
+
+from plotarmour.cli import UserError
+from plotarmour.data.tokenizer import make_tokenizer
+from plotarmour.evaluation.surprise import Memory, Word, causes, sentences, threshold_of
+from plotarmour.machine import find_machine
+from plotarmour.models.bdh import BDH, BDHConfig
+from plotarmour.models.hf import HFModel
+from plotarmour.models.hf_kinds import GPT2Config
+
+STORY, DRAFT = "Kim had a kite. \"It is mine!\" said Kim. She ran home.", "Then Käte\u2009took the 🪁 kite."
+
+
+@pytest.fixture(params=["bdh", "gpt2"])
+def run(request):
+    """A model of bytes with large weights; GPT-2 has 40 positions, fewer than the story."""
+    torch.manual_seed(0)
+    if request.param == "bdh":
+        model = BDH(BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4, vocab_size=257))
+    else:
+        model = HFModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=257, dropout=0.0, context_length=40))
+    for parameter in model.parameters():
+        parameter.data.mul_(5.0)
+    return SimpleNamespace(model=model.eval(), machine=find_machine("cpu"), tokenizer=make_tokenizer("bytes"))
+
+
+def nats_of(model, ids, n):
+    """Nats and entropy of the last `n` ids, read in one piece."""
+    with torch.no_grad():
+        log_p = model(torch.tensor([ids[:-1]]))[0, -n:].log_softmax(-1)
+    return F.nll_loss(log_p, torch.tensor(ids[-n:]), reduction="none"), -(log_p.exp() * log_p).sum(-1)
+
+
+@pytest.mark.parametrize("piece", [512, 7])
+def test_a_draft_has_the_nats_of_story_and_draft_in_one_piece(run, monkeypatch, piece):
+    """Guards: a state that forgets or is cut; a draft that changes what the next draft is scored against."""
+    monkeypatch.setattr("plotarmour.evaluation.surprise.PIECE", piece)
+    end, encode = run.tokenizer.end_of_text_id, run.tokenizer.encode
+    memory, draft = Memory.of(run, STORY + "  \n"), encode(" Then he ran.")
+    whole = [end, *encode(STORY), *draft]
+    if limit := run.model.context_length:
+        whole = whole[-len(draft) - limit // 2:]
+    for _ in range(2):
+        for found, expected in zip(memory.score(draft), nats_of(run.model, whole, len(draft)), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    assert len(memory.score(encode(" word" * 50))[0]) == 250  # longer than the positions of GPT-2
+
+
+def test_words_have_the_nats_of_their_tokens(run):
+    """Guards: nats that fall between two words, or on the word before; characters of several bytes."""
+    memory, alone = Memory.of(run, STORY), Memory.of(run, "")
+    words = memory.words(DRAFT, alone)
+    assert [DRAFT[word.begin:word.end] for word in words] == DRAFT.split()
+    nats, entropy = memory.score(run.tokenizer.encode(" " + DRAFT))
+    assert sum(word.nats for word in words) == pytest.approx(nats.sum(), rel=1e-5)
+    assert sum(word.entropy for word in words) == pytest.approx(entropy.sum(), rel=1e-5)
+    size = len(b" Then")
+    assert words[0].nats == pytest.approx(nats[:size].sum(), rel=1e-5)
+    assert words[1].nats == pytest.approx(nats[size:size + len(" Käte".encode())].sum(), rel=1e-5)
+    assert Word(0, 1, 5.0, 2.0, 0.5).misfit == 2.0
+    for draft in ("", " \n"):
+        with pytest.raises(UserError, match="the draft is empty"):
+            memory.words(draft, alone)
+
+
+def test_a_share_of_the_words_that_fit_is_above_the_threshold(run):
+    """Guards: a threshold over stories instead of words, or the share turned around."""
+    texts = [f"Kim had {i} kites. Then Kim lost {i % 7} of the {i} kites again." for i in range(30)]
+    held_out = data(*(run.tokenizer.encode(text) for text in texts), vocab_size=257, end=256)
+    held_out.tokenizer = lambda: run.tokenizer
+    threshold = threshold_of(run, held_out, 30, 0.1)
+    misfits = [word.misfit for text in texts for word in
+               Memory.of(run, text.split(". ")[0] + ".").words(text.split(". ")[1], Memory.of(run, ""))]
+    assert np.mean(np.array(misfits) > threshold) == pytest.approx(0.1, abs=0.01)
+
+
+def test_the_sentence_that_a_misfit_comes_from_is_found(run):
+    """Guards: sentences numbered otherwise than they stand; a fall with the wrong sign."""
+    spans = sentences(STORY)
+    assert [STORY[begin:end] for begin, end in spans] == ["Kim had a kite.", '"It is mine!" said Kim.', "She ran home."]
+    assert [len(sentences(text)) for text in ("One\nTwo. three 3.5 Four!", "", "a")] == [2, 0, 1]
+    found, alone = causes(run, STORY, DRAFT, 2), Memory.of(run, "")
+    assert [fall for _, fall in found] == sorted((fall for _, fall in found), reverse=True) and len(found) == 3
+    for (begin, end), fall in found:
+        without = Memory.of(run, STORY[:begin] + STORY[end:]).words(DRAFT, alone)[2].misfit
+        assert fall == pytest.approx(Memory.of(run, STORY).words(DRAFT, alone)[2].misfit - without, abs=1e-4)
