@@ -1,4 +1,4 @@
-"""The machine: device, dtype with its reason, cores and memory within a container's limits, versions. Without torch."""
+"""The machine: host, device, dtype with its reason, what a container and a session may use, versions. Without torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,16 @@ if TYPE_CHECKING:
     import torch
 
 CGROUP = Path("/sys/fs/cgroup")  # where Linux shows a container its own limits
+KAGGLE = Path("/kaggle")  # input/ has what is attached, working/ is kept as the output
+KAGGLE_KEEPS = 20 * 2**30  # bytes of working/
+# Kaggle ends sessions after 9 hours (interactive) or 12 (batch); the rest is for what comes after training.
+KAGGLE_MINUTES = {"Interactive": 510.0, "Batch": 660.0}
+
+
+REMEDY = (  # cu126 wheels have sm_60 up to torch 2.14
+    'Install a torch that has it: pip install "torch<2.15" --index-url https://download.pytorch.org/whl/cu126, then '
+    "restart; or choose a T4 (on Kaggle: Settings > Accelerator > GPU T4 x2); or hide the GPU with the environment "
+    "variable CUDA_VISIBLE_DEVICES=-1.")
 
 
 @dataclass(frozen=True)
@@ -81,8 +92,8 @@ def _find_gpu() -> Machine:
     gpu, (major, minor), built = cuda.get_device_properties(), cuda.get_device_capability(), cuda.get_arch_list()
     numbers = [int(n) for arch in built if (n := arch.removeprefix("sm_").removeprefix("compute_")).isdigit()]
     if numbers and 10 * major + minor < min(numbers):
-        raise UserError(f"{gpu.name} is sm_{major}{minor}, but this torch was built for {', '.join(built)}: its first "
-                        "kernel would fail. Install a torch with that architecture (for sm_60: a cu126 wheel).")
+        raise UserError(f"{gpu.name} is sm_{major}{minor}, and torch {torch.__version__} was built for "
+                        f"{', '.join(built)}: its first kernel would fail. {REMEDY}")
     dtype, reason = dtype_for(major, minor)
     return Machine(torch.device("cuda", cuda.current_device()), getattr(torch, dtype), reason,
                    f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
@@ -99,7 +110,7 @@ def dtype_for(major: int, minor: int) -> tuple[str, str]:
 
 def host() -> str:
     """Return "kaggle", "colab" or "own machine"."""
-    if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") or Path("/kaggle/working").is_dir():
+    if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") or (KAGGLE / "working").is_dir():
         return "kaggle"
     return "colab" if "COLAB_RELEASE_TAG" in os.environ or "google.colab" in sys.modules else "own machine"
 
@@ -163,16 +174,67 @@ def versions() -> dict[str, str | None]:
             **{name: version(name) for name in ("transformers", "tokenizers", "numpy")}, "git_commit": commit}
 
 
-def report() -> str:
-    """Return a description of the machine in a few lines."""
+def session_minutes() -> float | None:
+    """Return how many minutes of Kaggle's session are left for training; None where no session ends."""
+    import psutil
+
+    if host() != "kaggle":
+        return None
+    limit = KAGGLE_MINUTES.get(os.environ.get("KAGGLE_KERNEL_RUN_TYPE", ""), min(KAGGLE_MINUTES.values()))
+    process = psutil.Process()
+    # The oldest ancestor, because a notebook's kernel may have been restarted and a command started late.
+    began = min(ancestor.create_time() for ancestor in (process, *process.parents()))
+    return max(1.0, limit - (time.time() - began) / 60)
+
+
+def free_disk(folder: Path) -> int:
+    """Return how many bytes may still be written to a folder; of Kaggle's working folder only 20 GB are kept."""
+    free, working = shutil.disk_usage(folder).free, KAGGLE / "working"
+    if host() != "kaggle" or working not in (folder.resolve(), *folder.resolve().parents):
+        return free
+    taken = sum(path.stat().st_size for path in working.rglob("*") if path.is_file())
+    return max(0, min(free, KAGGLE_KEEPS - taken))
+
+
+def run_kernel(machine: Machine) -> None:
+    """Multiply two matrices on the device and wait for the result; raise `UserError` where that fails."""
+    import torch
+
     try:
-        machine = find_machine()
-        hardware, dtype = machine.hardware, f"{str(machine.dtype).removeprefix('torch.')}: {machine.reason}"
-    except UserError as error:
-        hardware, dtype = str(error), "float32 on the CPU, with device=cpu"
-    rows = {"host": f"{host()}, {platform.system()} {platform.machine()}", "hardware": hardware, "dtype": dtype,
-            "versions": ", ".join(f"{k} {v}" for k, v in versions().items() if v)}
-    return "\n".join(f"{key:<9} {value}" for key, value in rows.items())
+        ones = torch.ones(64, 64, device=machine.device, dtype=machine.dtype)
+        (ones @ ones).sum().item()
+    except RuntimeError as error:
+        raise UserError(f"{machine.hardware} computes nothing with torch {torch.__version__}: "
+                        f"{str(error).splitlines()[0]} {REMEDY}") from None
+
+
+def report() -> str:
+    """Return a description of the machine in a few lines, after a product was computed on its device.
+
+    Raises:
+        UserError: this torch has no kernels for the GPU.
+    """
+    import torch
+
+    machine, where = find_machine(), host()
+    run_kernel(machine)
+    hardware = machine.hardware
+    if machine.device.type == "cuda":
+        n, capability = torch.cuda.device_count(), torch.cuda.get_device_capability()
+        hardware += (f", sm_{''.join(map(str, capability))}, GPUs: {n}; this torch was built for "
+                     f"{', '.join(torch.cuda.get_arch_list())}")
+    else:
+        switch = {"kaggle": " (Settings > Accelerator > GPU T4 x2)",
+                  "colab": " (Runtime > Change runtime type > T4 GPU)"}.get(where, "")
+        hardware += f"; no GPU{switch}. On two cores, recipe tiny takes 1 to 2 minutes a model, and laptop 6 to 20"
+    free = (memory_bytes(torch.device("cpu")) / 2**30, free_disk(Path.cwd()) / 2**30)
+    session = {"kaggle": f"training stops by itself in {session_minutes() or 0:.0f} minutes, before Kaggle ends it",
+               "colab": "ends after at most 12 h, and its disk with it; results on Google Drive stay"}
+    rows = {"host": f"{where}, {platform.system()} {platform.machine()}, cores: {cores()}; free: {free[0]:.1f} GiB of "
+                    f"memory, {free[1]:.1f} GiB of disk",
+            "hardware": hardware, "dtype": f"{str(machine.dtype).removeprefix('torch.')}: {machine.reason}",
+            "session": session.get(where), "versions": ", ".join(f"{k} {v}" for k, v in versions().items() if v)}
+    return "\n".join(f"{key:<9} {value}" for key, value in rows.items() if value)
 
 
 def _cgroup_numbers(name: str) -> list[int]:

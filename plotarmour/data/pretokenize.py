@@ -45,6 +45,7 @@ from plotarmour.data.stories import PARTS, PIECE, SEPARATORS, parse_split, piece
 from plotarmour.data.token_file import TokenFile, open_tokenizer
 from plotarmour.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, vocab_size_of
 from plotarmour.files import LOCK_FILES, locked, publish, read_json, write_json, write_text
+from plotarmour.machine import free_disk
 
 BPE_BYTES = 64 * 10**6
 OVERHEAD = 200  # bytes of memory for each text of a sample, beside its characters
@@ -211,7 +212,7 @@ def _cleared_after_errors(work: Path, out: Path, n_bytes: int) -> Iterator[None]
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        free = shutil.disk_usage(work).free
+        free = free_disk(work)
         _empty(work)
         # Two bytes for each token, and a token for each byte or about four; the index, for very short stories.
         raise UserError(f"{out.parent.resolve()}: {error.strerror}. Needed are about {0.6 * n_bytes / 1e6:,.1f} MB "

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from plotarmour.cli import UserError, warn
 from plotarmour.config import TrainingConfig
 from plotarmour.files import check_types, content_of, publish, read_json, sync, unfinished, write_text
+from plotarmour.machine import free_disk
 from plotarmour.training.ending import forget_ending
 
 FORMAT = 1
@@ -93,7 +94,7 @@ def warn_of_low_disk(run: Path, model: nn.Module, step: int, config: TrainingCon
     kept = config.max_steps // config.keep_every - step // config.keep_every if config.keep_every else 0
     # The latest, the one before, the best, and one that is being written; some of them exist already.
     wanted = kept + 4 - min(3, len(checkpoint_folders(run)))
-    free = shutil.disk_usage(run).free
+    free = free_disk(run)
     if free < wanted * each:
         warn(f"{run} will need up to {wanted * each / 1e6:,.0f} MB more for its checkpoints "
              f"({each / 1e6:,.0f} MB each), and the disk has {free / 1e6:,.0f} MB left: free some, or keep "

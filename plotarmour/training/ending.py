@@ -9,23 +9,18 @@ import os
 import signal
 import sys
 import threading
-import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 
-import psutil
-
+from plotarmour import machine
 from plotarmour.config import AUTO
 from plotarmour.evaluation.metrics import perplexity
 from plotarmour.files import check_types, write_json
-from plotarmour.machine import host
 
 FILES = ("DONE.json", "STOPPED.json")
 UNTRAINED = " (before any training: no later evaluation was better)"
-# Kaggle ends sessions after 9 hours (interactive) or 12 (batch); the rest is for what comes after training.
-KAGGLE_MINUTES = {"Interactive": 510.0, "Batch": 660.0}
 
 HANGUP = getattr(signal, "SIGHUP", None)  # none on Windows
 
@@ -198,12 +193,4 @@ def session_minutes(max_minutes: float | str) -> float:
         max_minutes: of the recipe. AUTO is no limit except on Kaggle, where the session's clock also runs while text
             is prepared.
     """
-    if max_minutes != AUTO:
-        return max_minutes
-    if host() != "kaggle":
-        return 0.0
-    limit = KAGGLE_MINUTES.get(os.environ.get("KAGGLE_KERNEL_RUN_TYPE", ""), min(KAGGLE_MINUTES.values()))
-    process = psutil.Process()
-    # The oldest ancestor, because a notebook's kernel may have been restarted and a command started late.
-    began = min(ancestor.create_time() for ancestor in (process, *process.parents()))
-    return max(1.0, limit - (time.time() - began) / 60)
+    return (machine.session_minutes() or 0.0) if max_minutes == AUTO else max_minutes
