@@ -139,5 +139,15 @@ print(copies.table())
 # Stories left of the orange line in the figure of lengths fit into one context and are scored in one piece. Longer
 # stories are scored by a sliding window, in which each token still sees at least half a context before it. If most
 # stories are longer than one context, use a recipe with a longer `context_length`.
+
+# %% [markdown]
+# ## Files written
+# The link downloads one zip with the CSV and the figure. On Kaggle both also lie by themselves under *Output*; notebook
+# 2 finds the token files when the output of this notebook is attached to it.
 #
 # **Next:** `02_train`, once with `model = "bdh"` and once with `model = "gpt2"`, with the same results folder.
+
+# %%
+from plotarmour.suite.display import download_links
+
+download_links(folder, gather=given.results is None)

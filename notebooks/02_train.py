@@ -33,8 +33,9 @@ print(report())
 # %% [markdown]
 # ## Parameters
 # Run this notebook once per model. Both runs read the same tokens in the same order, because the order depends only on
-# the recipe's seed. On Kaggle each notebook has its own disk: attach the output of notebook 1 and name its folder in
-# `tokens`. To continue a session that was cut, attach its output and name its run folder in `continue_from`.
+# the recipe's seed. On Kaggle each notebook has its own disk: attach the output of notebook 1 (*Add Input > Your
+# Work*), and to continue a session that was cut, its output. Leave `tokens` and `continue_from` empty there: this
+# notebook finds both and says which it took.
 #
 # To make a finished run longer, set a higher `max_steps` in `overrides` and `extend = True`. `from_step` goes back to a
 # kept checkpoint and discards all later steps, every time the cell runs: set it back to -1 afterwards.
@@ -44,8 +45,8 @@ model = "bdh"  # bdh, gpt2, gpt2_rope, llama, modern, moe or lstm
 recipe = "tiny"  # name of a file in plotarmour/recipes, without .toml
 results = ""  # folder for the run; empty: results/RECIPE
 run = ""  # name of the run folder; empty: the model
-tokens = ""  # folder that notebook 1 wrote, such as its output attached on Kaggle; empty: the results folder
-continue_from = ""  # run folder of an earlier session to continue, such as an attached output; empty: none
+tokens = ""  # folder that notebook 1 wrote; empty: the results folder, or an attached output
+continue_from = ""  # run folder of an earlier session to continue; empty: one in an attached output, if there is any
 overrides = ""  # settings of the recipe to override, separated by ; (see tools/train.py, --set)
 gpus = 1  # GPUs of this machine that train together; 2 on Kaggle's GPU T4 x2
 extend = False  # True: continue a run that began with another max_steps, schedule_minutes or patience
@@ -58,13 +59,14 @@ from plotarmour.config import load_recipe
 from plotarmour.suite.display import describe_ending, describe_recipe, list_files
 from plotarmour.suite.multi_gpu import check_gpus
 from plotarmour.suite.parameters import check_parameters, results_folder
-from plotarmour.suite.steps import find_prepared, train_recipe
+from plotarmour.suite.steps import find_earlier, find_prepared, find_tokens, train_recipe
 
 given = check_parameters(globals(), model=str, recipe=str, results=Path, run=str, tokens=Path, continue_from=Path,
                          overrides=list, gpus=int, extend=bool, from_step=int)
 folder = results_folder(given.recipe, given.results)
-data_folder, run_folder = given.tokens or folder, folder / (given.run or given.model)
+data_folder, run_folder = find_tokens(folder, given.tokens), folder / (given.run or given.model)
 settings = load_recipe(given.recipe, given.model, given.overrides)
+earlier = find_earlier(run_folder, settings, data_folder, given.continue_from, given.extend)
 check_gpus(given.gpus, settings)
 print(describe_recipe(settings))
 
@@ -103,7 +105,7 @@ print(describe_memory(settings, data.header["vocab_size"], processes=given.gpus)
 # never trains on the validation text, so a widening gap between the two is overfitting.
 
 # %%
-final = train_recipe(given.recipe, given.model, data_folder, run_folder, given.overrides, given.continue_from,
+final = train_recipe(given.recipe, given.model, data_folder, run_folder, given.overrides, earlier,
                      given.gpus, given.extend, given.from_step)
 
 # %% [markdown]
@@ -132,18 +134,19 @@ print(best.generate("Once upon a time", max_new_tokens=120, top_p=0.95, seed=1))
 
 # %% [markdown]
 # ## Files written
-# The run folder is all you need later: it holds weights, tokenizer and settings. On Kaggle, find it under *Output*.
+# The run folder is all you need later: it holds weights, tokenizer and settings.
 
 # %%
 print(list_files(run_folder))
 
 # %% [markdown]
-# The link downloads one small zip with the log, settings, ending and figures, without weights. It is named after the
-# run folder and the UTC time of the last row of the log.
+# The links download small zips. The first, named after the run folder and the UTC time, has the log, settings, ending
+# and figures. On Kaggle and Colab the second has the best weights too: unzip it, and `tools/generate.py` writes with
+# them.
 #
 # **Next:** the other model, then `03_compare`.
 
 # %%
-from plotarmour.suite.display import download_link
+from plotarmour.suite.display import download_links
 
-download_link(run_folder)
+download_links(run_folder, gather=given.results is None)

@@ -31,14 +31,15 @@ print(report())
 
 # %% [markdown]
 # ## Parameters
-# Use the same recipe and results folder as before. On Kaggle, attach the outputs of the other notebooks and name their
-# run folders in `runs`. Runs that differ only in their seed are compared as one arm.
+# Use the same recipe and results folder as before. On Kaggle, attach the outputs of the other notebooks (*Add Input >
+# Your Work*) and leave `tokens` and `runs` empty: this notebook finds them and says which it took. Runs that differ
+# only in their seed are compared as one arm.
 
 # %% tags=["parameters"]
 recipe = "tiny"  # name of a file in plotarmour/recipes, without .toml
 results = ""  # folder for the comparison; empty: results/RECIPE
-tokens = ""  # folder that notebook 1 wrote; empty: the results folder
-runs = ""  # run folders separated by ; each a path, or a name in the results folder; empty: all in that folder
+tokens = ""  # folder that notebook 1 wrote; empty: the results folder, or an attached output
+runs = ""  # run folders separated by ; each a path, or a name in the results folder; empty: all there and in inputs
 unfinished = False  # True: also compare runs that are not complete; they are labelled
 
 # %% [markdown]
@@ -52,17 +53,17 @@ from pathlib import Path
 
 from plotarmour.data.token_file import TokenFile
 from plotarmour.evaluation.scoring import score_stories
-from plotarmour.report.compare import check_together, compare_runs, find_runs
+from plotarmour.report.compare import check_together, compare_runs
 from plotarmour.report.verdict import readable_table
 from plotarmour.run import load_run
 from plotarmour.suite.display import list_files
 from plotarmour.suite.parameters import check_parameters, results_folder
-from plotarmour.suite.steps import find_prepared
+from plotarmour.suite.steps import find_all_runs, find_prepared, find_tokens
 
 given = check_parameters(globals(), recipe=str, results=Path, tokens=Path, runs=list, unfinished=bool)
 folder = results_folder(given.recipe, given.results)
-paths = find_prepared(given.tokens or folder)
-run_folders = find_runs(folder, given.runs)
+paths = find_prepared(find_tokens(folder, given.tokens))
+run_folders = find_all_runs(folder, given.recipe, given.runs)
 check_together(run_folders, given.unfinished)
 test = TokenFile.open(paths["test"])
 
@@ -132,3 +133,11 @@ print((folder / "comparison" / "summary.txt").read_text(encoding="utf-8"))
 
 # %%
 print(list_files(folder / "comparison"))
+
+# %% [markdown]
+# The link downloads one zip with the CSVs, figures and the page. On Kaggle, each also lies by itself under *Output*.
+
+# %%
+from plotarmour.suite.display import download_links
+
+download_links(folder / "comparison", gather=given.results is None)

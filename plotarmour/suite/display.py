@@ -2,24 +2,30 @@
 
 import os
 import shutil
-import tempfile
 import textwrap
 import time
-from datetime import datetime
+import zipfile
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from plotarmour import machine
 from plotarmour.cli import UserError, duration, file_size, warn
 from plotarmour.config import Recipe
 from plotarmour.evaluation.arms import Arm
+from plotarmour.files import complete_file
+from plotarmour.machine import free_disk, host
 from plotarmour.report.figures import training_curves
+from plotarmour.training.checkpoint import find_checkpoint
 from plotarmour.training.ending import Ending, Reason
 from plotarmour.training.log import read_log
 
 SHARE = 0.01  # largest share of the time that drawing takes
 WIDTH = 100  # characters of a line
 WAITING = "The curves appear here, after half a minute of training at the earliest."
-NEW_SESSION = " In a new session, attach the output of this one first, and set continue_from to its run folder {run}."
+NEW_SESSION = (" In a new session on Kaggle, attach the output of this one (Add Input > Your Work): the same cells "
+               "find the run {run} there. Elsewhere, set continue_from to its folder.")
+SMALL = (".csv", ".html", ".json", ".png")  # endings of results that are small
 
 
 def describe_recipe(recipe: Recipe, *only: str) -> str:
@@ -121,23 +127,49 @@ def list_files(folder: Path) -> str:
     return "\n".join([f"{folder}:", *(f"{file_size(folder / name):>12}  {name}" for name in shown)])
 
 
-def download_link(run: Path) -> Any:
-    """Zip the small files of a run folder, such as log, settings and figures, and return a link to the zip, to display.
+def download_links(folder: Path, gather: bool = False) -> Any:
+    """Zip what is small in a folder, such as CSVs, figures and a report, and return links to display, with sizes.
 
-    The zip, which has no weights, is beside the run folder. Its name ends with the UTC time of the last row of log.csv,
-    as in bdh_20261121-0934.zip.
+    The zip is beside the folder. Its name ends with the UTC time of the latest CSV, as in bdh_20261121-0934.zip.
+
+    Args:
+        folder: a run folder, or another one with results.
+        gather: on Kaggle and Colab, also zip the best weights, as a run folder; on Kaggle, put the zips and the
+            CSVs, figures and report by themselves into /kaggle/working, where one finds and downloads them at once.
 
     Raises:
-        UserError: the log has no row.
+        UserError: the folder has no CSV.
     """
-    from IPython.display import FileLink
+    from IPython.display import HTML, FileLink
 
-    log = read_log(run / "log.csv")
-    if log.empty:
-        raise UserError(f"{run / 'log.csv'} has no row; expected a run that has begun. Train it first.")
-    name = f"{run.name}_{datetime.fromisoformat(log['utc'].iloc[-1]):%Y%m%d-%H%M}"
-    with tempfile.TemporaryDirectory() as folder:
-        large = shutil.ignore_patterns("checkpoints", "tokenizer.json", ".*")
-        shutil.copytree(run, Path(folder) / run.name, ignore=large)
-        packed = shutil.make_archive(str(run.with_name(name)), "zip", folder, run.name)
-    return FileLink(os.path.relpath(packed))  # Jupyter and Kaggle serve only what is below the working folder
+    where, name = host() if gather else "", folder.resolve().name
+    small = [path for path in sorted([*folder.glob("*"), *folder.glob("figures/*")])
+             if path.suffix in SMALL and path.name != "tokenizer.json" or path.name == "summary.txt"]
+    times = [path.stat().st_mtime for path in small if path.suffix == ".csv"]
+    if not times:
+        raise UserError(f"{folder} has no CSV; expected results. Run the cells above first.")
+    base = machine.KAGGLE / "working" if where == "kaggle" else folder.parent
+    links = [_zip(base / f"{name}_{datetime.fromtimestamp(max(times), UTC):%Y%m%d-%H%M}.zip", folder, small)]
+    if where in ("kaggle", "colab") and (folder / "checkpoints").is_dir():
+        best = find_checkpoint(folder, "best", ["model.safetensors"])
+        weights = [folder / "tokenizer.json",
+                   *(path for path in best.iterdir() if not path.name.startswith("optimizer"))]
+        links.append(_zip(base / f"{name}_best.zip", folder, [*small, *weights]))
+    if where == "kaggle":
+        for path in small:
+            if path.suffix in (".csv", ".png", ".html"):
+                links.append(base / f"{name}_{path.name}")
+                shutil.copyfile(path, links[-1])
+        if (free := free_disk(base)) < 2 * 2**30:
+            warn(f"{base} has {free / 2**30:.1f} GiB left of the 20 that Kaggle keeps; delete what you do not need, "
+                 "such as checkpoints of runs that are done.")
+    # Jupyter and Kaggle serve only what is below the working folder.
+    return HTML("<br>".join(f"{FileLink(os.path.relpath(path))._repr_html_()} {file_size(path)}" for path in links))
+
+
+def _zip(path: Path, folder: Path, files: list[Path]) -> Path:
+    """Write a zip with files of a folder, below the folder's name, and return its path."""
+    with complete_file(path, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for each in files:
+            archive.write(each, Path(folder.resolve().name) / each.relative_to(folder))
+    return path

@@ -1,7 +1,6 @@
-"""Notebooks on Kaggle and Colab: what is missing there, one line for a user's mistake, and what an input brings along.
+"""The set-up of a notebook: what Kaggle and Colab lack, one line for a user's mistake, and inputs that are attached.
 
-Kaggle attaches inputs below /kaggle/input, flat or as datasets/OWNER/SLUG and notebooks/OWNER/SLUG, and every notebook
-has a disk of its own: token files and runs of an earlier notebook are found there.
+It must not import what may be missing there.
 """
 
 import re
@@ -82,3 +81,11 @@ def install_missing() -> None:
     names = ", ".join(missing)
     print(f"installed {names}" if done.returncode == 0 else
           f"not installed: {names} (no internet?). What needs them says so; the rest works without.")
+
+
+def attached_folders(name: str) -> list[Path]:
+    """Return the folders of Kaggle's inputs that hold a file of this name.
+
+    An input is a folder of /kaggle/input, or datasets/OWNER/SLUG or notebooks/OWNER/SLUG there.
+    """
+    return sorted(path.parent for path in (machine.KAGGLE / "input").rglob(name))

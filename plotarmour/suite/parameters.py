@@ -5,9 +5,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from plotarmour import machine
 from plotarmour.cli import UserError
 from plotarmour.config import Recipe
-from plotarmour.machine import host
 
 EXPECTED = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", Path: "a path",
             list: "texts, in a list or separated by ;"}
@@ -70,8 +70,9 @@ def require_text(recipe: Recipe, text: Path | None) -> None:
 
 
 def results_folder(recipe: str, given: Path | None = None) -> Path:
-    """Return the folder of a recipe's results: `given`, or results/RECIPE in the checkout or /kaggle/working."""
+    """Return the folder of a recipe's results: `given`, or results/RECIPE in the checkout or the host's own folder."""
     if given is not None:
         return given
-    base = Path("/kaggle/working") if host() == "kaggle" else Path(__file__).resolve().parents[2]
+    base = {"kaggle": machine.KAGGLE / "working", "colab": Path.cwd()}.get(machine.host(),
+                                                                           Path(__file__).resolve().parents[2])
     return base / "results" / Path(recipe).stem

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -19,11 +19,11 @@ from plotarmour.data.stories import PARTS
 from plotarmour.data.token_file import TokenFile
 from plotarmour.files import locked
 from plotarmour.report.compare import write_csv
-from plotarmour.resume import LOCK, differences, read_info
+from plotarmour.resume import LOCK, read_info
 from plotarmour.suite.grid import Grid, Row
 from plotarmour.suite.learning_rates import write_rates
 from plotarmour.suite.notebooks import ROOT, read_executed, run_notebook, start_notebook, stop_notebooks
-from plotarmour.suite.steps import find_prepared, prepare
+from plotarmour.suite.steps import different_settings, find_prepared, prepare
 from plotarmour.training.checkpoint import latest_whole_step
 from plotarmour.training.ending import Ending, Reason
 from plotarmour.training.log import read_log
@@ -195,14 +195,9 @@ def _holds_run_of(row: Row) -> bool:
     if row.recipe is None:  # only the executed notebook holds the settings
         return read_executed(row.executed).parameters == row.parameters
     try:
-        before, prepared = read_info(row.folder), find_prepared(row.folder.parent)
-        headers = {part: TokenFile.open(prepared[part]).header for part in ("train", "val")}
+        return not different_settings(row.folder, row.recipe, row.folder.parent)
     except UserError:
         return False
-    dtype = row.recipe.training.dtype
-    wanted = {"recipe": asdict(row.recipe), "tokenizer": headers["train"]["tokenizer"],
-              "dtype": before["dtype"] if dtype == "auto" else dtype}
-    return not differences(row.folder, before | wanted | headers)
 
 
 def _judge(row: Row, code: int) -> State:

@@ -1,6 +1,11 @@
-"""The steps of the suite that notebooks and command lines call: prepare the token files, train a recipe."""
+"""The steps of the suite that notebooks and command lines call: prepare the token files, train a recipe.
+
+On Kaggle every notebook has a disk of its own, so what an earlier one wrote is also found in the attached inputs.
+"""
 
 import shutil
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from plotarmour.cli import AnyPath, UserError, as_path, require_run
@@ -9,11 +14,17 @@ from plotarmour.data.pretokenize import part_path, pre_tokenize
 from plotarmour.data.readers import check_text
 from plotarmour.data.stories import PARTS, SEPARATOR, parse_split
 from plotarmour.data.tales import tell_stories, write_facts
+from plotarmour.data.token_file import TokenFile
 from plotarmour.files import publish, unfinished, write_text
+from plotarmour.machine import host
+from plotarmour.report.compare import find_runs
+from plotarmour.resume import EXTENDABLE, differences, read_info
 from plotarmour.run import train_run
 from plotarmour.suite.display import LiveCurves
+from plotarmour.suite.kaggle import attached_folders
 from plotarmour.suite.multi_gpu import check_gpus, launch
 from plotarmour.suite.parameters import require_text
+from plotarmour.training.checkpoint import checkpoint_folders, step_of
 from plotarmour.training.ending import Ending
 
 OPTIONAL = {"extra": "tokens.extra.bin", "facts": "built-in.facts.jsonl"}  # not every recipe has them
@@ -102,6 +113,68 @@ def find_prepared(folder: AnyPath) -> dict[str, Path]:
     return paths | {name: folder / file for name, file in OPTIONAL.items() if (folder / file).exists()}
 
 
+def find_tokens(folder: Path, given: Path | None = None) -> Path:
+    """Return the folder with the token files: `given`, else the results folder, else an input of Kaggle.
+
+    Raises:
+        UserError: on Kaggle, none has them, or inputs have those of different texts.
+    """
+    name = part_path(folder / "tokens.bin", "train").name
+    if given is not None or host() != "kaggle" or (folder / name).exists():
+        return given or folder
+    found = attached_folders(name)
+    found = [path for path in found if path.name == folder.name] or found  # of this recipe, if there are any
+    texts = {TokenFile.open(path / name).header["payload_sha256"]: path for path in reversed(found)}
+    if not texts:
+        raise UserError(f"neither {folder} nor an attached input has token files; expected those of notebook "
+                        "01_pretokenize. Attach its output (Add Input > Your Work), or run it in this session.")
+    if len(texts) > 1:
+        raise UserError(f"inputs have token files of {len(texts)} texts: {', '.join(map(str, texts.values()))}; "
+                        "expected one. Set tokens to one of these folders, or remove an input.")
+    [path] = texts.values()
+    print(f"tokens: {path}")
+    return path
+
+
+def find_earlier(run: Path, recipe: Recipe, tokens: Path, given: Path | None = None,
+                 extend: bool = False) -> Path | None:
+    """Return the run folder of an earlier session to continue: `given`, or the same run in an input of Kaggle."""
+    if given is not None or (run / "run.json").exists() or host() != "kaggle":
+        return given
+    earlier = _attached_runs(recipe.name).get(run.name)
+    if earlier is None:
+        return None
+    differing = [key for key in different_settings(earlier, recipe, tokens) if not (extend and key in EXTENDABLE)]
+    print(f"{earlier} is another run ({', '.join(differing)}): a new one begins" if differing else
+          f"continuing {earlier}")
+    return None if differing else earlier
+
+
+def find_all_runs(folder: Path, recipe: str, named: list[str] = ()) -> list[Path]:
+    """Return the run folders to compare: see `find_runs`; on Kaggle also those of a recipe in the inputs."""
+    attached = _attached_runs(Path(recipe).stem) if host() == "kaggle" else {}
+    if not attached:
+        return find_runs(folder, named)
+    here = {path.parent.name: path.parent for path in folder.glob("*/run.json")}
+    runs = [Path((attached | here).get(name, name)) for name in named or sorted(attached | here)]
+    print(f"runs: {', '.join(map(str, runs))}")
+    return runs
+
+
+def different_settings(run: Path, recipe: Recipe, data_folder: Path) -> list[str]:
+    """Return the names of the settings, tokenizer and texts in which a run differs from one of a recipe and tokens.
+
+    Raises:
+        UserError: there is no run, or there are no token files.
+    """
+    before, prepared = read_info(run), find_prepared(data_folder)
+    headers = {part: TokenFile.open(prepared[part]).header for part in ("train", "val")}
+    dtype = recipe.training.dtype
+    wanted = {"recipe": asdict(recipe), "tokenizer": headers["train"]["tokenizer"],
+              "dtype": before["dtype"] if dtype == "auto" else dtype}
+    return differences(run, before | wanted | headers)
+
+
 def train_recipe(name: str, model: str, data_folder: AnyPath, out: AnyPath, overrides: list[str] = (),
                  continue_from: AnyPath | None = None, gpus: int = 1, extend: bool = False,
                  from_step: int = -1) -> Ending:
@@ -127,6 +200,17 @@ def train_recipe(name: str, model: str, data_folder: AnyPath, out: AnyPath, over
             return train_run(recipe, paths["train"], paths["val"], out, from_step=back_to, extend=extend,
                              on_row=live.row)
         return launch(recipe, name, paths["train"], paths["val"], out, list(overrides), gpus, extend, back_to, live.row)
+
+
+def _attached_runs(recipe: str) -> dict[str, Path]:
+    """Return the run folders of a recipe in Kaggle's inputs by name; of one name, that with the latest checkpoint."""
+    runs = {}
+    for folder in attached_folders("run.json"):
+        with suppress(UserError):  # a file of that name which others wrote
+            if read_info(folder)["recipe"]["name"] == recipe:
+                runs.setdefault(folder.name, []).append(folder)
+    return {name: max(folders, key=lambda folder: max(map(step_of, checkpoint_folders(folder)), default=-1))
+            for name, folders in runs.items()}
 
 
 def _copy_run(run: Path, out: Path) -> None:

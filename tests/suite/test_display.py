@@ -1,6 +1,7 @@
 """What a notebook shows of a run."""
 
 import base64
+import os
 import sys
 import time
 import warnings
@@ -15,7 +16,7 @@ from plotarmour.cli import UserError
 from plotarmour.evaluation.arms import Arm
 from plotarmour.report.figures import training_curves
 from plotarmour.suite import display
-from plotarmour.suite.display import LiveCurves, describe_ending, download_link, list_files
+from plotarmour.suite.display import LiveCurves, describe_ending, download_links, list_files
 from plotarmour.training.ending import Ending, Reason
 from plotarmour.training.log import RunLog, read_log
 
@@ -148,32 +149,60 @@ def test_an_ending_comes_with_what_to_do_next(tmp_path):
                     "memory   0.50 GiB at most, in micro-batches of 4 rows"]
     stopped = " ".join(describe_ending(replace(ENDING, reason=Reason.SIGINT), tmp_path / "bdh").split())
     assert "stopped by signal SIGINT" in stopped and "continues from the checkpoint of step 2,200" in stopped
-    assert "set continue_from to its run folder bdh" in stopped
+    assert "attach the output of this one" in stopped and "find the run bdh there" in stopped
     failed = " ".join(describe_ending(replace(ENDING, reason=Reason.NON_FINITE), tmp_path / "bdh").split())
     assert "with a lower learning_rate" in failed and "continue_from" not in failed
 
 
 @pytest.fixture
 def run(tmp_path):
-    folder = tmp_path / "bdh"
+    folder = tmp_path / "working" / "results" / "tiny" / "bdh"
     (folder / "figures").mkdir(parents=True)
-    (folder / "checkpoints" / "step_00000001").mkdir(parents=True)
-    (folder / "checkpoints" / "step_00000001" / "model.safetensors").write_bytes(b"weights")
+    (folder / "checkpoints").mkdir()
     (folder / "figures" / "training.png").write_bytes(b"png")
     for name in ("run.json", "DONE.json", "tokenizer.json"):
         (folder / name).write_text("{}")
     RunLog(folder / "log.csv", -1).append(utc="2026-11-21T09:34:59Z", step=1)
+    os.utime(folder / "log.csv", (1795253699,) * 2)
     return folder
+
+
+def names_in(path):
+    with zipfile.ZipFile(path) as bundle:
+        return sorted(bundle.namelist())
+
+
+SMALL = ["bdh/DONE.json", "bdh/figures/training.png", "bdh/log.csv", "bdh/run.json"]
 
 
 def test_a_link_leads_to_a_zip_of_what_is_small_and_no_weights(run, monkeypatch):
     """Guards: gigabytes to download for a curve."""
     monkeypatch.chdir(run.parent)
-    assert "href='bdh_20261121-0934.zip'" in download_link(run)._repr_html_(), "no server follows an absolute path"
-    with zipfile.ZipFile("bdh_20261121-0934.zip") as bundle:
-        files = [name for name in bundle.namelist() if not name.endswith("/")]
-        assert sorted(files) == ["bdh/DONE.json", "bdh/figures/training.png", "bdh/log.csv", "bdh/run.json"]
-        assert bundle.read("bdh/log.csv") == (run / "log.csv").read_bytes()
+    html = download_links(run, gather=True).data
+    assert "href='bdh_20261121-0934.zip'" in html, "no server follows an absolute path"
+    assert names_in("bdh_20261121-0934.zip") == SMALL and html.count("href") == 1
+
+
+def test_on_kaggle_what_one_wants_lies_flat_in_the_working_folder(run, tmp_path, monkeypatch, warned):
+    """Guards: results that one finds only in a tree of checkpoints; no weights to play with; 20 GB that are exceeded
+    without a word; a grid of fifty runs that fills the working folder."""
+    best = run / "checkpoints" / "step_00000001"
+    best.mkdir()
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        (best / name).write_bytes(b"weights")
+    monkeypatch.setattr(display, "find_checkpoint", lambda *_: best)
+    monkeypatch.setattr(display, "host", lambda: "kaggle")
+    monkeypatch.setattr(display.machine, "KAGGLE", tmp_path)
+    monkeypatch.chdir(tmp_path / "working")
+    assert "results/tiny/bdh_2026" in download_links(run).data and os.listdir() == ["results"]
+    html = download_links(run, gather=True).data
+    names = ["bdh_20261121-0934.zip", "bdh_best.zip", "bdh_log.csv", "bdh_training.png"]
+    assert sorted(os.listdir()) == [*names, "results"] and all(f"href='{name}'" in html for name in names)
+    assert names_in("bdh_best.zip") == sorted([*SMALL, "bdh/tokenizer.json", *(
+        f"bdh/checkpoints/step_00000001/{name}" for name in ("model.safetensors", "state.json"))])
+    monkeypatch.setattr(display, "free_disk", lambda folder: 2**30)
+    with warned("has 1.0 GiB left of the 20 that Kaggle keeps"):
+        download_links(run, gather=True)
 
 
 def test_a_list_of_files_leaves_out_hidden_folders(tmp_path):
@@ -187,5 +216,5 @@ def test_a_list_of_files_leaves_out_hidden_folders(tmp_path):
 
 def test_a_run_that_has_not_begun_is_refused(tmp_path):
     """Guards: an empty zip with a made-up name."""
-    with pytest.raises(UserError, match="has no row; expected"):
-        download_link(tmp_path)
+    with pytest.raises(UserError, match="has no CSV; expected"):
+        download_links(tmp_path)

@@ -1,14 +1,22 @@
 """Notebooks on simulated hosts: Kaggle, Colab, and a laptop's folders."""
 
+import shutil
 import sys
 import zipfile
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from plotarmour.suite import kaggle
+from plotarmour import machine
+from plotarmour.cli import UserError
+from plotarmour.config import load_recipe
+from plotarmour.data.pretokenize import pre_tokenize
+from plotarmour.data.token_file import TokenFile
+from plotarmour.files import write_json
+from plotarmour.suite import kaggle, steps
 from plotarmour.suite.notebooks import ROOT, generate_notebook, read_executed
 
 
@@ -138,3 +146,75 @@ def test_a_mistake_in_a_notebook_is_one_line_and_keeps_its_kind(root, tmp_path, 
         assert frames == [line] if line else (len(frames) > 2) == bool(kind)
     assert read_executed(tmp_path / "x.ipynb").message == "division by zero"
     assert notebook.cells[1].outputs[0].evalue == "too short; add --extend."
+
+
+@pytest.fixture
+def host(tmp_path, monkeypatch, token_files):
+    """A Kaggle host; returns a function that attaches token files or a run as an input."""
+    monkeypatch.setattr(machine, "KAGGLE", tmp_path)
+    monkeypatch.setattr(machine, "host", lambda: "kaggle")
+    monkeypatch.setattr(steps, "host", lambda: "kaggle")
+    headers = {part: TokenFile.open(token_files[part]).header for part in ("train", "val")}
+
+    def attach_tokens(name, is_other=False):
+        folder = tmp_path / "input" / name
+        folder.mkdir(parents=True)
+        for part in ("train", "val", "test"):
+            shutil.copyfile(token_files[part], folder / f"tokens.{part}.bin")
+        if is_other:
+            pre_tokenize([token_files["text"]], "bytes", folder / "tokens.bin", "80:10:10", replace=True)
+        return folder
+
+    def attach_run(name, recipe, step):
+        run = tmp_path / "input" / name
+        (run / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+        write_json(run / "run.json", {
+            "format": 1, "recipe": asdict(recipe), "tokenizer": headers["train"]["tokenizer"], "vocab_size": 400,
+            "params": 1, "core_params": 1, "hardware": "", "device": "cpu", "processes": 1, "dtype": "float32",
+            "versions": {}, "train": {"file": "", "order_sha256": "", **headers["train"]},
+            "val": {"file": "", **headers["val"]}})
+        return run
+
+    return SimpleNamespace(results=tmp_path / "working" / "results" / "tiny", tokens=attach_tokens, run=attach_run)
+
+
+def test_token_files_of_an_attached_output_are_found(host, capsys):
+    """Guards: a path that a person must guess; tokens of another text, taken without a word."""
+    with pytest.raises(UserError, match="neither .* nor an attached input has token files.*Add Input > Your Work"):
+        steps.find_tokens(host.results)
+    first = host.tokens("notebooks/me/one/results/tiny")
+    host.tokens("one/results/tiny")  # the same output in the other layout
+    host.tokens("other/results/laptop", is_other=True)
+    assert steps.find_tokens(host.results) == first and f"tokens: {first}" in capsys.readouterr().out
+    assert steps.find_tokens(host.results, first.parent) == first.parent
+    other = host.tokens("two/results/tiny", is_other=True)
+    with pytest.raises(UserError, match=f"token files of 2 texts: .*{other}.*Set tokens to one"):
+        steps.find_tokens(host.results)
+    host.results.mkdir(parents=True)
+    (host.results / "tokens.train.bin").touch()
+    assert steps.find_tokens(host.results) == host.results
+
+
+def test_a_run_of_an_attached_output_continues_if_it_is_the_same_run(host, capsys):
+    """Guards: a session that begins anew beside its own checkpoints; an attached run of other settings, copied in place
+    of the one that was asked for; of two outputs, the older one."""
+    recipe, tokens = load_recipe("tiny", "bdh"), host.tokens("one")
+    run = host.results / "bdh"
+    assert steps.find_earlier(run, recipe, tokens) is None
+    host.run("one/results/tiny/bdh", recipe, 400)
+    later = host.run("notebooks/me/two/results/tiny/bdh", recipe, 800)
+    write_json(host.run("x/data", recipe, 1) / "run.json", {"of": "others"})
+    assert steps.find_earlier(run, recipe, tokens) == later and f"continuing {later}" in capsys.readouterr().out
+    assert steps.find_earlier(run, recipe, tokens, tokens) == tokens
+    assert steps.find_earlier(host.results / "seed2", recipe, tokens) is None
+    longer = load_recipe("tiny", "bdh", ["max_steps=9000"])
+    assert steps.find_earlier(run, longer, tokens, extend=True) == later
+    assert steps.find_earlier(run, longer, tokens) is None
+    assert "is another run (max_steps): a new one begins" in capsys.readouterr().out
+    gpt2 = host.run("three/results/tiny/gpt2", load_recipe("tiny", "gpt2"), 400)
+    assert steps.find_all_runs(host.results, "tiny") == [later, gpt2]
+    assert steps.find_all_runs(host.results, "tiny", ["gpt2"]) == [gpt2]
+    run.mkdir(parents=True)
+    (run / "run.json").touch()
+    assert steps.find_earlier(run, recipe, tokens) is None
+    assert steps.find_all_runs(host.results, "tiny") == [run, gpt2]
