@@ -51,6 +51,12 @@ def main() -> None:
     for number in endings:  # end like Ctrl-C, so that the running notebooks are ended too
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, signal.default_int_handler)
+    from plotarmour.machine import host
+
+    if host() != "own machine":
+        from plotarmour.suite.kaggle import install_missing
+
+        install_missing()
     from plotarmour.suite.grid import TRAIN, plan_grid
     from plotarmour.suite.parameters import results_folder
 
@@ -71,6 +77,11 @@ def main() -> None:
             sys.exit(2 if all(state.error == "UserError" for state in unfinished) else 1)
         if args.grid is None:
             compare_rows(grid)
+            if host() != "own machine":
+                from plotarmour.suite.display import download_links
+
+                for folder in (out / "comparison", *(row.folder for row in grid.rows)):
+                    download_links(folder, gather=True)
             print(f"suite {args.recipe} done in {duration(time.monotonic() - begun)}: {out}")
             print((out / "comparison" / "summary.txt").read_text(encoding="utf-8"))
             print(f"Open {out / 'comparison' / 'report.html'} in a browser: all results with their figures.")

@@ -1,6 +1,9 @@
 """Notebooks on simulated hosts: Kaggle, Colab, and a laptop's folders."""
 
+import os
+import re
 import shutil
+import subprocess
 import sys
 import zipfile
 from dataclasses import asdict
@@ -16,6 +19,7 @@ from plotarmour.config import load_recipe
 from plotarmour.data.pretokenize import pre_tokenize
 from plotarmour.data.token_file import TokenFile
 from plotarmour.files import write_json
+from plotarmour.run import load_run
 from plotarmour.suite import kaggle, steps
 from plotarmour.suite.notebooks import ROOT, generate_notebook, read_executed
 
@@ -25,7 +29,7 @@ def set_up(tmp_path, monkeypatch):
     """Run the set-up cell as on Kaggle, up to its import; returns where it finds the package."""
     (tmp_path / "working").mkdir()
     monkeypatch.chdir(tmp_path / "working")
-    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(kaggle, "set_up_notebook", lambda: None)
 
     def run(archive=""):
@@ -218,3 +222,67 @@ def test_a_run_of_an_attached_output_continues_if_it_is_the_same_run(host, capsy
     (run / "run.json").touch()
     assert steps.find_earlier(run, recipe, tokens) is None
     assert steps.find_all_runs(host.results, "tiny") == [run, gpt2]
+
+
+SMALL = "corpus_stories=300; tokenizer=bpe:400; split=8:1:1; n_embd=16; max_steps=20; warmup_steps=2; eval_tokens=200"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="no paths that begin with /kaggle")
+def test_the_notebooks_run_on_a_kaggle_host_from_the_bundle_alone(root, tmp_path):
+    """Guards: a journey of four notebooks that only works in a checkout, with the internet on, on one disk, or with
+    paths that a person must guess; results that lie where nobody looks; inputs that are written to.
+
+    The host is a folder in place of /kaggle, in all files of the bundle.
+    """
+    kaggle_host, bundle = tmp_path / "kaggle", tmp_path / "kaggle" / "input" / "datasets" / "me" / "plot-armour"
+    done = subprocess.run([sys.executable, str(root / "tools" / "bundle_kaggle.py"), "--owner", "me", "--out",
+                           str(tmp_path / "bundle")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    shutil.unpack_archive(tmp_path / "bundle" / "dataset" / "plot-armour.zip", bundle)
+    for path in [*bundle.rglob("*.py"), *bundle.rglob("*.ipynb")]:
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace('"/kaggle', f'"{kaggle_host}').replace('\\"/kaggle', f'\\"{kaggle_host}'),
+                        encoding="utf-8")
+    before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+        "KAGGLE_KERNEL_RUN_TYPE": "Batch", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1",
+        **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")}
+    working = kaggle_host / "working"
+
+    def run(name, output, **parameters):
+        """Run all of one notebook on a new disk, and attach its output as `output`."""
+        working.mkdir()
+        options = [part for item in {"overrides": SMALL, **parameters}.items() for part in ("-r", *item)]
+        ended = subprocess.run([sys.executable, "-m", "papermill", str(bundle / "notebooks" / f"{name}.ipynb"),
+                                str(working / "__notebook__.ipynb"), "--kernel", "python3", *options, "--cwd",
+                                str(working)], env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        text = "".join("".join(output.get("text", "")) for cell in nbformat.read(
+            working / "__notebook__.ipynb", as_version=4).cells for output in cell.get("outputs", []))
+        files = {path.name for path in working.iterdir()}
+        (kaggle_host / "input" / output).parent.mkdir(parents=True, exist_ok=True)
+        working.rename(kaggle_host / "input" / output)
+        return text, files
+
+    text, files = run("01_pretokenize", "notebooks/me/01-pretokenize")
+    assert f"plotarmour 0.1.0 from {bundle}" in text and "host      kaggle" in text
+    assert {"tiny_duplicates.csv", "tiny_story_lengths.png"} < files
+    tokens = kaggle_host / "input" / "notebooks" / "me" / "01-pretokenize" / "results" / "tiny"
+    for model, output in (("bdh", "02-train-bdh"), ("gpt2", "notebooks/me/02-train-gpt2")):
+        text, files = run("02_train", output, model=model)
+        assert f"tokens: {tokens}" in text and "all steps taken" in text
+        assert {f"{model}_log.csv", f"{model}_training.png", f"{model}_best.zip", "results"} < files
+    text, files = run("03_compare", "03-compare")
+    runs = [kaggle_host / "input" / name / "results" / "tiny"
+            for name in ("02-train-bdh", "notebooks/me/02-train-gpt2")]
+    assert f"runs: {runs[0] / 'bdh'}, {runs[1] / 'gpt2'}" in text
+    assert {"comparison_report.html", "comparison_totals.csv", "comparison_perplexity.png"} < files
+    assert len([name for name in files if re.fullmatch(r"comparison_\d{8}-\d{4}\.zip", name)]) == 1
+    best = tmp_path / "best"
+    shutil.unpack_archive(kaggle_host / "input" / "02-train-bdh" / "bdh_best.zip", best)
+    assert load_run(best / "bdh").generate("Once", max_new_tokens=2, seed=1).startswith("Once")
+    longer = SMALL.replace("max_steps=20", "max_steps=24")
+    text, _ = run("02_train", "02-train-bdh-longer", model="bdh", overrides=longer, extend="True")
+    assert f"continuing {runs[0] / 'bdh'}" in text and "24 steps" in text
+    assert before == {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
