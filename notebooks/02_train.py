@@ -124,7 +124,16 @@ measured[["tokens_seen", "elapsed_s", "val_loss", "val_perplexity", "val_bits_pe
 
 # %% [markdown]
 # ## What it writes
-# The best checkpoint continues the beginning of a story. The same seed gives the same story.
+# How the model continued one prompt while it learned, at steps that double: first noise, then syllables, words,
+# sentences. `samples_by_step.csv` holds them. A run of a few seconds takes no samples.
+
+# %%
+from plotarmour.suite.display import describe_samples
+
+print(describe_samples(run_folder))
+
+# %% [markdown]
+# Now the best checkpoint continues the beginning of a story. The same seed gives the same story.
 
 # %%
 from plotarmour.run import load_run

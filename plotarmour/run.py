@@ -23,7 +23,7 @@ from plotarmour.data.batches import Tokens, Windows, tokenize_in_memory
 from plotarmour.data.duplicates import overlapping_stories
 from plotarmour.data.token_file import TokenFile, looks_like_token_file, open_tokenizer
 from plotarmour.data.tokenizer import Tokenizer
-from plotarmour.evaluation.generation import stream
+from plotarmour.evaluation.generation import generate, stream
 from plotarmour.files import locked, write_json, write_text
 from plotarmour.machine import Machine, find_machine, memory_bytes, versions
 from plotarmour.memory import RESERVE, largest_micro_batch
@@ -204,11 +204,18 @@ def train_run(recipe: Recipe, train_path: AnyPath, val_path: AnyPath, out: AnyPa
             write_text(out / "tokenizer.json", shared_tokenizer.json)  # again, because it may have been damaged
             return checkpoint, _planned_rows(recipe, shared_tokenizer.vocab_size, machine, ranks.size)
 
+        prompt, n_new = val_data.story(0)[:4].tolist(), min(40, t.context_length - 5)
+
+        def sample() -> str:
+            """Continue the beginning of the validation text, in one line."""
+            new = generate(model, prompt, shared_tokenizer.end_of_text_id, machine, n_new, top_p=0.95)
+            return "".join(c if c.isprintable() else " " for c in shared_tokenizer.decode([*prompt, *new]))
+
         checkpoint, planned_rows = ranks.first(claim)
         # A step is split where it does not fit; the weights and the optimizer's state cannot be.
         return within_memory("training", lambda: Session(
             out, model.to(machine.device), windows, val_windows, shared_tokenizer.token_bytes, t, machine, checkpoint,
-            ranks, planned_rows, on_row).train())
+            ranks, planned_rows, on_row, sample if n_new > 0 else None).train())
 
 
 def load_run(folder: AnyPath, checkpoint: str | int = "best", device: str = "auto") -> Run:

@@ -18,7 +18,7 @@ from plotarmour.machine import free_disk, host
 from plotarmour.report.figures import training_curves
 from plotarmour.training.checkpoint import find_checkpoint
 from plotarmour.training.ending import Ending, Reason
-from plotarmour.training.log import read_log
+from plotarmour.training.log import read_log, read_samples
 
 SHARE = 0.01  # largest share of the time that drawing takes
 WIDTH = 100  # characters of a line
@@ -57,6 +57,12 @@ def describe_ending(ending: Ending, run: Path) -> str:
         if ending.reason != Reason.NON_FINITE:
             rows["next"] += NEW_SESSION.format(run=run.name)
     return _two_columns(rows)
+
+
+def describe_samples(run: Path) -> str:
+    """Return how a run continued one prompt as it learned, a paragraph per step; a line where it took no samples."""
+    samples = read_samples(run)
+    return _two_columns({f"step {step:,}": text for step, text in samples.items()}) if samples else "no samples yet"
 
 
 def _two_columns(rows: dict[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: a row of `log.csv` per logged step, and in `run.json` what changes on the way.
+"""What a run writes down as it goes: a row of `log.csv` per logged step, some samples, and changes in `run.json`.
 
 The columns of `log.csv` have a fixed order; an empty cell means "not measured".
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plotarmour.cli import AnyPath, UserError, as_path, warn
-from plotarmour.files import write_json, write_text
+from plotarmour.files import complete_file, write_json, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,6 +20,7 @@ COLUMNS = ("utc", "step", "epoch", "tokens_seen", "elapsed_s", "learning_rate", 
            "val_perplexity", "val_bits_per_byte", "tokens_per_s", "peak_memory_mib", "skipped_steps",
            "scaler_overflows")
 HEADER = ",".join(COLUMNS)
+SAMPLES = "samples_by_step.csv"
 
 
 class RunLog:
@@ -85,6 +86,21 @@ def read_log(path: AnyPath) -> "pd.DataFrame":
 def last_step(path: Path) -> int | None:
     """Return the step of the last row of a log.csv; None where there is no row."""
     return next((step for line in reversed(_lines(path)[0]) if (step := _step(line)) is not None), None)
+
+
+def read_samples(run: Path) -> dict[int, str]:
+    """Return what the model of a run folder wrote as it learned, by step; {} where there is nothing yet."""
+    if not (run / SAMPLES).exists():
+        return {}
+    with (run / SAMPLES).open(encoding="utf-8", errors="replace", newline="") as file:
+        return {int(row[0]): row[1] for row in csv.reader(file) if len(row) == 2 and row[0].isdecimal()}
+
+
+def add_sample(run: Path, step: int, text: str) -> None:
+    """Add a sample to a run folder, in place of samples of this step and later ones if training has gone back."""
+    rows = {at: text for at, text in read_samples(run).items() if at < step} | {step: text}
+    with complete_file(run / SAMPLES) as file:
+        csv.writer(file, lineterminator="\n").writerows([("step", "text"), *rows.items()])
 
 
 def record_change(run: Path, step: int, why: str, holds: dict | None = None, **changed: list) -> None:

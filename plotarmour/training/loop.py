@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from plotarmour.cli import duration, progress, say
+from plotarmour.cli import duration, progress, say, warn
 from plotarmour.config import TrainingConfig
 from plotarmour.data.batches import Windows
 from plotarmour.evaluation.metrics import totals
@@ -24,7 +24,7 @@ from plotarmour.machine import Machine, peak_memory, peak_memory_mib
 from plotarmour.training.checkpoint import TrainState, checkpoint_of, load_training, save_checkpoint, warn_of_low_disk
 from plotarmour.training.distributed import ALONE, LostProcess, Ranks
 from plotarmour.training.ending import Ending, Reason, StopRequest, forget_ending, session_minutes
-from plotarmour.training.log import RunLog, record_change
+from plotarmour.training.log import RunLog, add_sample, record_change
 from plotarmour.training.progress import TIMED_STEPS, Pace, unused_hardware
 from plotarmour.training.step import EVALUATION_ROWS, Updates, evaluate_windows, learning_rate, too_large, try_to_fit
 
@@ -46,6 +46,7 @@ class Session:
     ranks: Ranks = ALONE  # which of several processes this is; only the first one writes into the run folder
     first_micro_batch_size: int | None = None  # rows per micro-batch to begin with; None for those of the recipe
     on_row: Callable[[], None] | None = None  # called after every row of log.csv, for example to draw it
+    sample: Callable[[], str] | None = None  # continues a prompt with the model, which is in evaluation mode meanwhile
 
     def __post_init__(self) -> None:
         run, config, ranks = self.run, self.config, self.ranks
@@ -109,6 +110,8 @@ class Session:
                 measured = self.evaluate() if end or state.step % config.eval_interval == 0 else {}
                 if measured or state.step % config.log_interval == 0:
                     self.write_row(rate, norm, measured)
+                if self.sample and self.ranks.is_first and self.pace.is_sample_due(state.step, end is not None):
+                    self.write_sample()
                 if measured:  # it may have used up the schedule's minutes, or the patience
                     end = end or self._end()
                 reason = self._reason_to_stop(end, stop.asked)
@@ -173,6 +176,17 @@ class Session:
             scaler_overflows=state.scaler_overflows, **measured)
         if self.on_row is not None:
             self.on_row()
+
+    def write_sample(self) -> None:
+        """Write down how the model continues a prompt now; nothing random in training changes."""
+        self.model.eval()
+        with self.pace.timing("sample"):
+            try:
+                add_sample(self.run, self.state.step, text := self.sample())
+                say(f"{self.run.name} writes at step {self.state.step:,}: {text}")
+            except Exception as error:  # of any kind: training goes on without it
+                warn(f"no sample at step {self.state.step:,} ({type(error).__name__}: {error})")
+        self.model.train()
 
     def save(self) -> None:
         """Write a checkpoint of the current step."""

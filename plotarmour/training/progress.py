@@ -12,13 +12,16 @@ from plotarmour.cli import duration
 from plotarmour.config import TrainingConfig
 
 TIMED_STEPS = 5  # before the forecast
+SAMPLES = 11  # at most in a run: at ten powers of two, and at its end
+SAMPLE_S = 0.01  # seconds that a sample takes at least
+SAMPLES_SHARE = 0.01  # largest share of a run's time that samples may take
 
 
 class Pace:
     """The time that a run takes: so far, per step, evaluation and checkpoint, and until its end.
 
     This session may take `minutes` (0: no limit); earlier sessions took `before_s`. `took_s` has the seconds of the
-    last "evaluation" and the last "save"; `timing` changes it.
+    last "evaluation", the last "save" and the last "sample"; `timing` changes it.
     """
 
     def __init__(self, config: TrainingConfig, minutes: float, before_s: float, took_s: dict[str, float]):
@@ -48,7 +51,7 @@ class Pace:
 
     @contextmanager
     def timing(self, what: str) -> Iterator[None]:
-        """Time an "evaluation" or a "save"."""
+        """Time an "evaluation", a "save" or a "sample"."""
         begun = time.perf_counter()
         yield
         self.took_s[what] = time.perf_counter() - begun
@@ -73,6 +76,16 @@ class Pace:
         if t.schedule_minutes:
             left = min(left, max(0.0, 60 * t.schedule_minutes - self.elapsed_s))
         return left
+
+    def is_sample_due(self, step: int, is_end: bool) -> bool:
+        """Return whether to sample after this step: at the last ten powers of two and the end, where it costs little.
+
+        Example (max_steps = 2,200):
+            at 4, 8, ..., 2,048 and 2,200, if 11 samples take at most 1 % of the time of the run.
+        """
+        at_power = step & (step - 1) == 0 and step * 2**(SAMPLES - 1) > self.config.max_steps
+        cost_s = SAMPLES * max(self.took_s.get("sample", 0.0), SAMPLE_S)
+        return (at_power or is_end) and cost_s <= SAMPLES_SHARE * (self.elapsed_s + self.left_s(step))
 
     def session_left_s(self, step: int) -> float:
         """Return the seconds until the schedule or this session ends, whichever comes first."""

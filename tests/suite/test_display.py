@@ -16,9 +16,9 @@ from plotarmour.cli import UserError
 from plotarmour.evaluation.arms import Arm
 from plotarmour.report.figures import training_curves
 from plotarmour.suite import display
-from plotarmour.suite.display import LiveCurves, describe_ending, download_links, list_files
+from plotarmour.suite.display import LiveCurves, describe_ending, describe_samples, download_links, list_files
 from plotarmour.training.ending import Ending, Reason
-from plotarmour.training.log import RunLog, read_log
+from plotarmour.training.log import RunLog, add_sample, read_log
 
 ENDING = Ending(Reason.MAX_STEPS, step=2200, tokens_seen=926179, elapsed_s=83.0, train_loss=0.5, val_loss=0.6,
                 best_step=2000, best_val_loss=0.5, skipped_steps=0, scaler_overflows=0, peak_memory_mib=512.0,
@@ -218,3 +218,13 @@ def test_a_run_that_has_not_begun_is_refused(tmp_path):
     """Guards: an empty zip with a made-up name."""
     with pytest.raises(UserError, match="has no CSV; expected"):
         download_links(tmp_path)
+
+
+def test_samples_are_listed_by_step(tmp_path):
+    """Guards: a missing table that ends notebook 02; long samples that run out of the page."""
+    assert describe_samples(tmp_path) == "no samples yet"
+    add_sample(tmp_path, 512, "Once upon a time")
+    add_sample(tmp_path, 1024, "Once upon a time " * 8)
+    lines = describe_samples(tmp_path).splitlines()
+    assert lines[0] == "step 512    Once upon a time" and lines[1].startswith("step 1,024  Once")
+    assert lines[2].startswith(" " * 12) and max(map(len, lines)) <= 100
