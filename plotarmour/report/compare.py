@@ -212,7 +212,8 @@ def find_runs(folder: Path, named: Sequence[str] = ()) -> list[Path]:
         return [folder / name if (folder / name).is_dir() else as_path(name) for name in named]
     runs = sorted(path.parent for path in folder.glob("*/run.json"))
     if not runs:
-        raise UserError(f"{folder} holds no run folder; expected one or more, of notebook 02_train. Name them.")
+        raise UserError(f"{folder} holds no run folder; expected one or more, of notebook 02_train. Name them, or "
+                        "on Kaggle attach their outputs (Add Input > Your Work).")
     return runs
 
 
@@ -238,7 +239,7 @@ def check_together(folders: list[Path], unfinished: bool = False) -> dict[str, d
     waiting = [folder.name for folder in folders if not is_complete(folder)]
     if waiting and not unfinished:
         raise UserError(f"{', '.join(waiting)}: not finished, no DONE.json; expected complete runs. Continue them with "
-                        "the commands that started them, or add --unfinished (in notebook 3: unfinished = True).")
+                        "the commands that started them, or add --unfinished.")
     tokenizers = {info["tokenizer"]["sha256"]: f"{name} has {info['tokenizer']['kind']} "
                   f"{info['tokenizer']['sha256'][:12]}" for name, info in infos.items()}
     if len(tokenizers) > 1:

@@ -6,7 +6,6 @@ It must not import what may be missing there.
 import re
 import subprocess
 import sys
-import tempfile
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -72,12 +71,9 @@ def install_missing() -> None:
             missing.append(str(requirement))
     if not missing:
         return
-    with tempfile.TemporaryDirectory() as folder:
-        constraints = Path(folder) / "constraints.txt"
-        constraints.write_text(f"torch=={version('torch')}\n", encoding="utf-8")
-        done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
-                               "--retries", "0", "--timeout", "10", "-c", str(constraints), *missing],
-                              capture_output=True, check=False)
+    # The torch that is there, named beside them, makes pip refuse a package that wants another one.
+    done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--retries", "0", "--timeout", "10",
+                           f"torch=={version('torch')}", *missing], capture_output=True, check=False)
     names = ", ".join(missing)
     print(f"installed {names}" if done.returncode == 0 else
           f"not installed: {names} (no internet?). What needs them says so; the rest works without.")

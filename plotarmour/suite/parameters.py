@@ -64,7 +64,7 @@ def require_text(recipe: Recipe, text: Path | None) -> None:
     """Raise `UserError` where a recipe needs a text and none is given."""
     if text is None and not recipe.data.corpus_stories:
         raise UserError(
-            f"recipe {recipe.name} needs a text; expected --text FILE (in a notebook: the parameter text). "
+            f"recipe {recipe.name} needs a text; expected --text FILE. "
             "TinyStories: python tools/download_tinystories.py fetches 22 MB, enough for a laptop (--part train: 2.2 "
             "GB). Without a text: --recipe tiny.")
 

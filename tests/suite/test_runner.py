@@ -12,12 +12,16 @@ import time
 from dataclasses import asdict, replace
 
 import nbformat
+import pandas as pd
 import psutil
 import pytest
 
 from plotarmour.cli import UserError
+from plotarmour.config import restored
 from plotarmour.data.token_file import TokenFile
 from plotarmour.machine import cores
+from plotarmour.resume import read_info
+from plotarmour.run import train_run
 from plotarmour.suite.grid import plan_grid
 from plotarmour.suite.learning_rates import _compare, _describe, write_rates
 from plotarmour.suite.notebooks import Executed, read_executed
@@ -30,10 +34,10 @@ from plotarmour.suite.runner import (
     describe_best,
     run_grid,
 )
-from plotarmour.suite.steps import prepare
+from plotarmour.suite.steps import find_prepared, prepare
 from plotarmour.training.checkpoint import FILES, write_manifest
 from plotarmour.training.ending import Ending, Reason
-from plotarmour.training.log import RunLog
+from plotarmour.training.log import RunLog, read_log
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="signals and limits")
 SMALL = ["corpus_stories=300", "tokenizer=bpe:400", "split=8:1:1", "n_embd=16", "max_steps=20", "warmup_steps=2",
@@ -359,7 +363,8 @@ def test_an_interrupt_lets_the_row_save_and_leaves_nobody_behind(command, tmp_pa
 @posix_only
 @pytest.mark.slow
 def test_of_four_runs_the_three_that_die_are_named_and_alone_run_again(command, tmp_path):
-    """Guards: a grid that ends with its first killed kernel, exception or full disk; a run that cannot be resumed."""
+    """Guards: a grid that ends with its first killed kernel, exception or full disk; a run that cannot be resumed, or
+    that ends with other numbers than one that nobody killed."""
     dies = {0: ("killed", "it ended without an error"), 1: ("exception", "RuntimeError: the cable came out"),
             3: ("disk", "File too large")}
     lines = [f'{"bdh" if i % 2 else "gpt2"},"seed={i}",{dies.get(i, ("",))[0]}' for i in range(4)]
@@ -380,3 +385,8 @@ def test_of_four_runs_the_three_that_die_are_named_and_alone_run_again(command, 
     assert sorted(started(again.stdout)) == sorted(rows[i]["run"] for i in dies)
     assert {row["status"] for row in rows_of(tmp_path)} == {"done"}
     assert not [path for path in (tmp_path / "out").rglob("*") if "unfinished" in path.name]
+    out, data = tmp_path / "out", find_prepared(tmp_path / "out")
+    train_run(restored(read_info(out / rows[0]["run"])["recipe"]), data["train"], data["val"], tmp_path / "whole")
+    killed, whole = (read_log(folder / "log.csv")[["step", "tokens_seen", "train_loss", "grad_norm", "val_loss"]]
+                     for folder in (out / rows[0]["run"], tmp_path / "whole"))
+    pd.testing.assert_frame_equal(killed, whole, rtol=1e-5)  # other numbers of threads add in another order
