@@ -1,14 +1,10 @@
-"""Notebooks: each .ipynb is generated from a .py in percent format, and runs in a papermill process of its own."""
+"""Notebooks as functions: their parameters, a papermill process of their own for each, and what came of it."""
 
 import ast
-import hashlib
-import json
 import os
 import signal
 import subprocess
 import sys
-import tomllib
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,60 +18,6 @@ from plotarmour.suite.multi_gpu import family, kill
 ROOT = Path(__file__).resolve().parents[2]
 Value = int | float | bool | str  # of a notebook's parameter
 SAVE_S = 60.0  # how long a run that is asked to stop may take to finish its step, save and end its notebook
-
-
-def notebook_scripts() -> list[Path]:
-    """Return the .py of every notebook, in order."""
-    return sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.py"))
-
-
-def generate_notebook(script: Path, root: Path = ROOT) -> str:
-    """Return the .ipynb of a percent script as text: without outputs and tool versions, with cell ids from content.
-
-    A cell tagged `set-up` gets the text of notebooks/set_up.py, with the repository that pyproject.toml names. A cell's
-    id depends on its text and on how often that text occurs before it, so that an edit of one cell leaves all other ids
-    as they are.
-    """
-    import jupytext
-
-    notebook = jupytext.read(script, fmt="py:percent")
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
-    set_up = script.with_name("set_up.py").read_text(encoding="utf-8").strip()
-    if repository := project["tool"]["plotarmour"]["repository"]:
-        notebook.cells[0].source += "\n\n" + _badges(script, repository)
-        address = f"https://github.com/{repository}/archive/refs/heads/main.zip"
-        set_up = set_up.replace('archive = ""', f'archive = "{address}"')
-    seen = Counter()
-    for cell in notebook.cells:
-        if "set-up" in cell.metadata.get("tags", []):
-            cell.source = set_up
-        content = f"{cell.cell_type}\n{cell.source}"
-        seen[content] += 1
-        cell.id = hashlib.sha256(f"{seen[content]}\n{content}".encode()).hexdigest()[:12]
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-        cell.metadata = nbformat.NotebookNode({k: v for k, v in cell.metadata.items() if k == "tags"})
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    notebook.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
-    notebook.nbformat, notebook.nbformat_minor = 4, 5
-    nbformat.validate(notebook)
-    return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-
-
-def out_of_step() -> list[Path]:
-    """Return the .ipynb files that are missing or differ from what their .py gives."""
-    pairs = [(script, script.with_suffix(".ipynb")) for script in notebook_scripts()]
-    return [notebook for script, notebook in pairs
-            if not notebook.exists() or notebook.read_text(encoding="utf-8") != generate_notebook(script)]
-
-
-def _badges(script: Path, repository: str) -> str:
-    """Return badges that open the notebook in Kaggle and Colab."""
-    path = f"{repository}/blob/main/notebooks/{script.stem}.ipynb"
-    return (f"[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]"
-            f"(https://kaggle.com/kernels/welcome?src=https://github.com/{path}) "
-            f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-            f"(https://colab.research.google.com/github/{path})")
 
 
 def parameters_of(notebook: Path) -> dict[str, Value | None]:

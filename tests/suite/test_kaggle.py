@@ -22,7 +22,8 @@ from plotarmour.data.token_file import TokenFile
 from plotarmour.files import write_json
 from plotarmour.run import load_run
 from plotarmour.suite import kaggle, steps
-from plotarmour.suite.notebooks import ROOT, generate_notebook, read_executed
+from plotarmour.suite.notebooks import ROOT, read_executed
+from tools.sync_notebooks import generate_notebook
 
 
 @pytest.fixture

@@ -1,5 +1,8 @@
 import ast
+import json
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,7 +11,9 @@ import nbformat
 import pytest
 from papermill.inspection import inspect_notebook
 
-from plotarmour.suite.notebooks import ROOT, generate_notebook, notebook_scripts, out_of_step
+from plotarmour.cli import UserError
+from tools import sync_notebooks
+from tools.sync_notebooks import ROOT, generate_notebook, notebook_scripts, out_of_step, taken_over
 
 SCRIPTS = notebook_scripts()
 
@@ -92,8 +97,69 @@ def test_every_notebook_finds_the_package_with_the_code_of_set_up(script):
     assert not any("import set_up " in cell.source for cell in cells)
 
 
-def test_badges_appear_once_the_repository_is_named(tmp_path):
-    """Guards: links that lead nowhere."""
+def test_badges_and_links_lead_to_files_that_exist(tmp_path):
+    """Guards: links that lead nowhere, and badges before the repository is named."""
     (tmp_path / "pyproject.toml").write_text('[tool.plotarmour]\nrepository = "someone/plot-armour"\n')
-    assert "someone/plot-armour/blob/main/notebooks/02_train.ipynb" in generate_notebook(SCRIPTS[1], tmp_path)
-    assert "badge" not in generate_notebook(SCRIPTS[1], ROOT)
+    for script in SCRIPTS:
+        assert "badge" not in generate_notebook(script)
+        cells = nbformat.reads(generate_notebook(script, tmp_path), as_version=4).cells
+        targets = re.findall(r"\]\(([^)]+)\)", "\n".join(c.source for c in cells if c.cell_type == "markdown"))
+        ours = [target.rpartition("/blob/main/")[2] for target in targets if "someone/plot-armour" in target]
+        assert ours == [f"notebooks/{script.stem}.ipynb"] * 2
+        others = [target.partition("#")[0] for target in targets if "//" not in target]
+        assert all((ROOT / path).exists() for path in ours) and all((script.parent / path).exists() for path in others)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A copy of the notebooks, on which tools/sync_notebooks.py works."""
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    shutil.copyfile(ROOT / "pyproject.toml", tmp_path / "pyproject.toml")
+    monkeypatch.setattr(sync_notebooks, "ROOT", tmp_path)
+
+    def sync(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sync_notebooks.py", *map(str, arguments)])
+        sync_notebooks.main()
+
+    return tmp_path / "notebooks", sync
+
+
+def test_a_notebook_edited_on_kaggle_comes_back_into_its_script(checkout, tmp_path):
+    """Guards: edits that are copied by hand, with outputs, injected parameters and the text of the set-up cell."""
+    folder, sync = checkout
+    assert [taken_over(script.with_suffix(".ipynb"), script) for script in SCRIPTS] == [
+        script.read_text(encoding="utf-8") for script in SCRIPTS]
+    notebook = nbformat.read(folder / "02_train.ipynb", as_version=4)
+    notebook.metadata["kaggle"] = {"accelerator": "nvidiaTeslaT4"}
+    for i, cell in enumerate(notebook.cells):
+        cell.metadata["trusted"], cell.id = True, f"kaggle-{i}"
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [nbformat.v4.new_output("stream", text="0 s")], i
+    notebook.cells[0].source = notebook.cells[0].source.replace("Train one model", "Train a größeres model")
+    [at] = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
+    notebook.cells.insert(at + 1, nbformat.v4.new_code_cell("model = 7", metadata={"tags": ["injected-parameters"]}))
+    edited = tmp_path / "plot-armour-02-train-bdh.ipynb"
+    nbformat.write(notebook, edited)
+    sync(edited)
+    before, after = (path.read_text(encoding="utf-8") for path in (SCRIPTS[1], folder / "02_train.py"))
+    assert after == before.replace("Train one model", "Train a größeres model") != before
+    assert out_of_step() == [] and "größeres" in (folder / "02_train.ipynb").read_text(encoding="utf-8")
+
+
+def test_an_edited_notebook_is_not_overwritten(checkout, tmp_path):
+    """Guards: an afternoon's edits in Jupyter that tools/sync_notebooks.py replaces by the .py; a wrong file taken."""
+    folder, sync = checkout
+    path = folder / "02_train.ipynb"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["cells"][0]["source"] += " Mine."
+    path.write_text(json.dumps(content), encoding="utf-8")
+    os.utime(path, (2**31, 2**31))
+    with pytest.raises(UserError, match="02_train.ipynb was edited after its .py"):
+        sync()
+    sync(path)
+    assert "Mine." in (folder / "02_train.py").read_text(encoding="utf-8")
+    for name, text, message in (("other.ipynb", "{}", "does not say which"), ("02_train.ipynb", "{}", "not a notebook"),
+                                ("03_compare.ipynb", json.dumps(content | {"cells": []}), "tagged set-up and param")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=message):
+            sync(tmp_path / name)
