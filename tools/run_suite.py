@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -36,8 +37,16 @@ def build_parser() -> argparse.ArgumentParser:
                         "notebook (model, overrides, ...); the column run names the run folders")
     parser.add_argument("--notebook", type=as_path, help="what a row of the grid runs (default: "
                         "notebooks/02_train.ipynb)")
-    parser.add_argument("--at-once", type=int, default=1, metavar="N",
-                        help="runs at the same time: each on a GPU of its own, or on its share of the CPU cores")
+    parser.add_argument("--at-once", type=int, metavar="N", help="runs at the same time: each on a GPU of its own, or "
+                        "on its share of the CPU cores (default: 1; on Slurm: all)")
+    parser.add_argument("--status", action="store_true", help="only show how far the runs are, by their folders")
+    others = parser.add_argument_group("other machines (docs/grids.md)")
+    others.add_argument("--executor", choices=("local", "slurm"), default="local",
+                        help="what runs the rows: this machine, or Slurm, where each row is a job")
+    others.add_argument("--walltime", type=float, default=240, metavar="MINUTES",
+                        help="after which a row saves and continues in another job")
+    others.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="an option of sbatch for "
+                        "each job, such as partition=gpu; may be repeated")
     return parser
 
 
@@ -47,6 +56,9 @@ def main() -> None:
         raise UserError("--models is for a suite without a grid; expected the column model in the grid instead.")
     if args.notebook is not None and args.grid is None:
         raise UserError("--notebook is what the rows of a grid run; expected --grid CSV beside it.")
+    is_local = args.executor == "local"
+    if args.slurm and args.executor != "slurm":
+        raise UserError("--slurm has options of sbatch; expected --executor slurm beside it.")
     endings = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # no SIGHUP on Windows
     for number in endings:  # end like Ctrl-C, so that the running notebooks are ended too
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -62,12 +74,18 @@ def main() -> None:
 
     out, begun = args.out or results_folder(str(args.grid or args.recipe)), time.monotonic()
     grid = plan_grid(args.grid, args.recipe, out, args.notebook or TRAIN, args.text, args.extra_text,
-                     overrides_of(args), args.gpus, args.at_once, args.models.replace(" ", "").split(","))
-    print(f"{len(grid.rows)} run{'s' * (len(grid.rows) > 1)}; results go to {out}", flush=True)
-    from plotarmour.suite.runner import compare_rows, describe_best, run_grid  # seconds of imports
+                     overrides_of(args), args.gpus, args.at_once if is_local and args.at_once is not None else 1,
+                     args.models.replace(" ", "").split(","))
+    if not args.status:
+        print(f"{len(grid.rows)} run{'s' * (len(grid.rows) > 1)}; results go to {out}", flush=True)
+    from plotarmour.suite.executors import Local, Slurm  # seconds of imports
+    from plotarmour.suite.runner import compare_rows, describe_best, describe_status, run_grid
 
+    if args.status:
+        return print(describe_status(grid))
     try:
-        states = run_grid(grid)
+        states = run_grid(grid, Local if is_local else
+                          partial(Slurm, at_once=args.at_once, minutes=args.walltime, options=args.slurm))
         if args.grid is not None:
             best = describe_best(grid, states, Path(sys.argv[0]).with_name("compare.py").as_posix())
             print(f"{len(states)} runs: {out / 'summary.csv'}", *filter(None, [best]), sep="\n", flush=True)

@@ -1,4 +1,4 @@
-"""Runs the rows of a grid, each as a notebook in a papermill process of its own, and keeps summary.csv up to date.
+"""Runs the rows of a grid, each as a notebook of its own, by an executor, and keeps summary.csv up to date.
 
 What became of a row is read from its run folder (DONE.json or STOPPED.json, if they are of the row's own settings,
 tokenizer and text) and, where it failed, from the error in its executed notebook.
@@ -9,7 +9,8 @@ import shutil
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -20,15 +21,15 @@ from plotarmour.data.token_file import TokenFile
 from plotarmour.files import locked
 from plotarmour.report.compare import write_csv
 from plotarmour.resume import LOCK, read_info
+from plotarmour.suite.executors import Executor, Local
 from plotarmour.suite.grid import Grid, Row
 from plotarmour.suite.learning_rates import write_rates
-from plotarmour.suite.notebooks import ROOT, read_executed, run_notebook, start_notebook, stop_notebooks
+from plotarmour.suite.notebooks import ROOT, read_executed, run_notebook
 from plotarmour.suite.steps import different_settings, find_prepared, prepare
 from plotarmour.training.checkpoint import latest_whole_step
 from plotarmour.training.ending import Ending, Reason
 from plotarmour.training.log import read_log
 
-LOOK_S = 0.2  # seconds between two looks at the processes
 MEASURED = ("model", "params", "core_params", "seed", "learning_rate", "max_steps", "step", "tokens_seen",
             "best_step", "best_val_loss", "val_loss", "elapsed_s", "peak_memory_mib", "hardware")
 
@@ -51,15 +52,15 @@ class State:
         return f"{self.row.run} {self.status}: {self.reason} ({remedy})"
 
 
-def run_grid(grid: Grid) -> list[State]:
+def run_grid(grid: Grid, executor_of: Callable[[Grid], Executor] = Local) -> list[State]:
     """Run all rows of a grid that are not done; write summary.csv and, if rates were compared, learning_rates.csv.
 
     The same call continues: it skips rows that are done, resumes stopped ones and tries failed ones again. The states
-    that it returns are in the grid's order.
+    that it returns are in the grid's order. `executor_of` gives what runs the rows; see `plotarmour.suite.executors`.
 
     Raises:
-        UserError: another process runs a grid in this folder, it holds another grid's summary, or no token files could
-            be made of the text. A new folder is removed again.
+        UserError: another process runs a grid in this folder, it holds another grid's summary, the executor cannot
+            work here, or no token files could be made of the text. A new folder is removed again.
     """
     out, is_new = grid.out, not grid.out.exists()
     try:
@@ -69,15 +70,17 @@ def run_grid(grid: Grid) -> list[State]:
             if runs and not {row.run for row in grid.rows} & set(runs):
                 raise UserError(f"{summary} is of another grid (its first run: {runs[0]}); expected a folder of its "
                                 "own for this one. Use another --out.")
+            executor = executor_of(grid)
             (out / "notebooks").mkdir(parents=True, exist_ok=True)
             if grid.data is not None:
                 _make_token_files(grid)
-            states = _run_rows(grid)
+            is_new = False  # from here on it holds work
+            states = _run_rows(grid, executor)
             ended = [state for state in states if state.row.recipe and state.ending]
             write_rates([(state.row.recipe, state.ending) for state in ended
                          if state.status == "done" or state.ending.reason == Reason.NON_FINITE], out)
     except UserError:
-        if is_new and not any(row.folder.exists() for row in grid.rows):
+        if is_new:
             shutil.rmtree(out, ignore_errors=True)
         raise
     return states
@@ -96,6 +99,23 @@ def describe_best(grid: Grid, states: list[State], tool: str) -> str:
     command = ["python", tool, *(state.row.folder for state in done), "--data", paths["test"], "--train",
                paths["train"], *facts, "--out", grid.out / "comparison"]
     return f"best: {best.row.run}, {best.ending.best}\nnext: {shlex.join(map(str, command))}"
+
+
+def describe_status(grid: Grid) -> str:
+    """Return how far the runs of a grid are, by their folders alone: a line each, and one for all.
+
+    A run without an ending whose log.csv has rows counts as running; the line says how old the log is.
+    """
+    states, lines = [_find_state(row) for row in grid.rows], []
+    for i, state in enumerate(states):
+        log, text = state.row.folder / "log.csv", state.status
+        if state.ending:
+            text += f": {state.ending.label}; {state.ending.best}"
+        elif state.status == "waiting" and len(rows := read_log(log)):
+            states[i] = replace(state, status="running")
+            text = f"at step {rows['step'].iloc[-1]:,}; log.csv is {duration(time.time() - log.stat().st_mtime)} old"
+        lines.append(f"{state.row.run} {text}")
+    return "\n".join([*lines, _progress_line(states)])
 
 
 def compare_rows(grid: Grid) -> None:
@@ -121,9 +141,9 @@ def _make_token_files(grid: Grid) -> None:
           + ", ".join(f"{n[part]:,} {part}" for part in PARTS), flush=True)
 
 
-def _run_rows(grid: Grid) -> list[State]:
+def _run_rows(grid: Grid, executor: Executor) -> list[State]:
     """Run all rows that are not done, and return the state of each row."""
-    states, free, running = [_find_state(row) for row in grid.rows], list(grid.environments), {}
+    states, begun = [_find_state(row) for row in grid.rows], {}
     waiting = [i for i, state in enumerate(states) if state.status in ("waiting", "stopped")]
     line_at = time.monotonic()
 
@@ -138,34 +158,31 @@ def _run_rows(grid: Grid) -> list[State]:
         loss = ending.best_val_loss if state.status == "done" and ending else None
         if state.status == "stopped" and ending and ending.last_checkpoint is not None:
             reason += f", saved at step {ending.last_checkpoint:,}"
-        report(i, f"{state.status} in {duration(time.monotonic() - running.pop(i)[2])}, "
+        report(i, f"{state.status} in {duration(time.monotonic() - begun.pop(i))}, "
                + (reason if loss is None else f"validation loss {loss:.4f}"))
 
     _write_summary(states, grid)
     if len(waiting) < len(states):
         print(_progress_line(states), flush=True)
     try:
-        while waiting or running:
-            while waiting and free:
-                i, environment = waiting.pop(0), free.pop(0)
-                row = grid.rows[i]
-                states[i] = State(row, "running")
+        while waiting or begun:
+            for i in executor.start(waiting):
+                waiting.remove(i)
+                states[i], begun[i] = State(grid.rows[i], "running"), time.monotonic()
                 report(i, "...")
-                process = start_notebook(grid.notebook, row.executed, row.parameters, environment)
-                running[i] = process, environment, time.monotonic()
-            time.sleep(LOOK_S)
-            for i, (process, environment, _) in list(running.items()):
-                if process.poll() is not None:
-                    free.append(environment)
-                    settle(i, _judge(grid.rows[i], process.returncode))
-            if running and time.monotonic() - line_at >= LINE_EVERY_S:
+            time.sleep(executor.look_s)
+            for i, outcome in executor.ended():
+                settle(i, _judge(grid.rows[i], outcome))
+                if isinstance(outcome, str) and states[i].status == "stopped":
+                    waiting.append(i)
+            if begun and time.monotonic() - line_at >= LINE_EVERY_S:
                 line_at = time.monotonic()
                 print(_progress_line(states), flush=True)
     except BaseException:  # interrupted: no process may go on writing in the background
         try:
-            stop_notebooks([process for process, *_ in running.values()])
+            executor.stop()
         finally:  # also when interrupted again
-            for i in list(running):
+            for i in list(begun):
                 state = _find_state(grid.rows[i])
                 settle(i, state if state.ending else State(grid.rows[i], "stopped", "interrupted"))
         raise
@@ -200,13 +217,15 @@ def _holds_run_of(row: Row) -> bool:
         return False
 
 
-def _judge(row: Row, code: int) -> State:
-    """Return the state of a row whose papermill process has ended.
+def _judge(row: Row, outcome: int | str) -> State:
+    """Return the state of a row that has ended, by its folder and by what the executor says.
 
-    Its exit code is 0 for some dead kernels, and 1 for a finished run whose figure failed.
+    The exit code is 0 for some dead kernels, and 1 for a finished run whose figure failed.
     """
     state, executed = _find_state(row), read_executed(row.executed)
-    failed = code != 0 or executed.error
+    if isinstance(outcome, str):
+        return state if state.status == "done" else replace(state, status="stopped", reason=outcome)
+    failed = outcome != 0 or executed.error
     if state.status == "done" and failed:
         print(f"warning: {row.run} is done, and its notebook failed after that: {executed.failure}", file=sys.stderr,
               flush=True)
