@@ -218,21 +218,20 @@ def report() -> str:
 
     machine, where = find_machine(), host()
     run_kernel(machine)
-    hardware = machine.hardware
     if machine.device.type == "cuda":
-        n, capability = torch.cuda.device_count(), torch.cuda.get_device_capability()
-        hardware += (f", sm_{''.join(map(str, capability))}, GPUs: {n}; this torch was built for "
-                     f"{', '.join(torch.cuda.get_arch_list())}")
+        capability = "".join(map(str, torch.cuda.get_device_capability()))
+        gpu = f"sm_{capability}, GPUs: {torch.cuda.device_count()}; torch has {', '.join(torch.cuda.get_arch_list())}"
     else:
         switch = {"kaggle": " (Settings > Accelerator > GPU T4 x2)",
                   "colab": " (Runtime > Change runtime type > T4 GPU)"}.get(where, "")
-        hardware += f"; no GPU{switch}. On two cores, recipe tiny takes 1 to 2 minutes a model, and laptop 6 to 20"
+        gpu = f"none{switch}; on two cores recipe tiny takes 1 to 2 minutes a model, laptop 6 to 20"
     free = (memory_bytes(torch.device("cpu")) / 2**30, free_disk(Path.cwd()) / 2**30)
     session = {"kaggle": f"training stops by itself in {session_minutes() or 0:.0f} minutes, before Kaggle ends it",
                "colab": "ends after at most 12 h, and its disk with it; results on Google Drive stay"}
     rows = {"host": f"{where}, {platform.system()} {platform.machine()}, cores: {cores()}; free: {free[0]:.1f} GiB of "
                     f"memory, {free[1]:.1f} GiB of disk",
-            "hardware": hardware, "dtype": f"{str(machine.dtype).removeprefix('torch.')}: {machine.reason}",
+            "hardware": machine.hardware, "gpu": gpu,
+            "dtype": f"{str(machine.dtype).removeprefix('torch.')}: {machine.reason}",
             "session": session.get(where), "versions": ", ".join(f"{k} {v}" for k, v in versions().items() if v)}
     return "\n".join(f"{key:<9} {value}" for key, value in rows.items() if value)
 

@@ -44,8 +44,8 @@ def test_the_report_of_a_gpu_says_what_torch_was_built_for(gpu, monkeypatch, nam
     ran = gpu(name, capability, CU128, gib, count)
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
     text = machine.report()
-    assert f"{name}, {gib} GiB, sm_{capability[0]}{capability[1]}, GPUs: {count}; this torch was built for sm_75" in (
-        text)
+    assert f"{name}, {gib} GiB\n" in text
+    assert f"gpu       sm_{capability[0]}{capability[1]}, GPUs: {count}; torch has sm_75, sm_80" in text
     assert dtype in text and "training stops by itself in" in text and len(ran) == 1
     assert all(f" {what}" in text for what in ("kaggle", "cores: ", "GiB of memory", "GiB of disk", "torch 2"))
 
@@ -62,13 +62,13 @@ def test_a_p100_whose_torch_lacks_its_kernels_stops_the_report_with_what_mends_i
 
 
 @pytest.mark.parametrize(("where", "switch"), [("kaggle", " (Settings > Accelerator"), ("colab", " (Runtime > Change"),
-                                               ("own machine", ". On two cores")])
+                                               ("own machine", "; on two cores")])
 def test_without_a_gpu_the_report_says_how_long_the_recipes_take(gpu, monkeypatch, where, switch):
     """Guards: a night on two cores because a switch was off; a limit of Colab that is met when the disk is gone."""
     gpu(None, (0, 0), [], 0, 0)
     monkeypatch.setattr(machine, "host", lambda: where)
     text = machine.report()
-    assert f"; no GPU{switch}" in text and "tiny takes 1 to 2 minutes a model" in text and "float32: the CPU" in text
+    assert f"gpu       none{switch}" in text and "tiny takes 1 to 2 minutes a model" in text
     assert ("session " in text) == (where != "own machine")
 
 

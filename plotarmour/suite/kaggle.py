@@ -1,7 +1,4 @@
-"""The set-up of a notebook: what Kaggle and Colab lack, one line for a user's mistake, and inputs that are attached.
-
-It must not import what may be missing there.
-"""
+"""Set-up of a notebook: what Kaggle and Colab lack, and one line for a user's mistake; imports nothing they lack."""
 
 import re
 import subprocess
@@ -77,11 +74,3 @@ def install_missing() -> None:
     names = ", ".join(missing)
     print(f"installed {names}" if done.returncode == 0 else
           f"not installed: {names} (no internet?). What needs them says so; the rest works without.")
-
-
-def attached_folders(name: str) -> list[Path]:
-    """Return the folders of Kaggle's inputs that hold a file of this name.
-
-    An input is a folder of /kaggle/input, or datasets/OWNER/SLUG or notebooks/OWNER/SLUG there.
-    """
-    return sorted(path.parent for path in (machine.KAGGLE / "input").rglob(name))

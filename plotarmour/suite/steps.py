@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from plotarmour import machine
 from plotarmour.cli import AnyPath, UserError, as_path, require_run
 from plotarmour.config import Recipe, load_recipe, warn_ignored
 from plotarmour.data.pretokenize import part_path, pre_tokenize
@@ -16,12 +17,10 @@ from plotarmour.data.stories import PARTS, SEPARATOR, parse_split
 from plotarmour.data.tales import tell_stories, write_facts
 from plotarmour.data.token_file import TokenFile
 from plotarmour.files import publish, unfinished, write_text
-from plotarmour.machine import host
 from plotarmour.report.compare import find_runs
 from plotarmour.resume import EXTENDABLE, differences, read_info
 from plotarmour.run import train_run
 from plotarmour.suite.display import LiveCurves
-from plotarmour.suite.kaggle import attached_folders
 from plotarmour.suite.multi_gpu import check_gpus, launch
 from plotarmour.suite.parameters import require_text
 from plotarmour.training.checkpoint import checkpoint_folders, step_of
@@ -120,9 +119,9 @@ def find_tokens(folder: Path, given: Path | None = None) -> Path:
         UserError: on Kaggle, none has them, or inputs have those of different texts.
     """
     name = part_path(folder / "tokens.bin", "train").name
-    if given is not None or host() != "kaggle" or (folder / name).exists():
+    if given is not None or machine.host() != "kaggle" or (folder / name).exists():
         return given or folder
-    found = attached_folders(name)
+    found = _attached(name)
     found = [path for path in found if path.name == folder.name] or found  # of this recipe, if there are any
     texts = {TokenFile.open(path / name).header["payload_sha256"]: path for path in reversed(found)}
     if not texts:
@@ -139,7 +138,7 @@ def find_tokens(folder: Path, given: Path | None = None) -> Path:
 def find_earlier(run: Path, recipe: Recipe, tokens: Path, given: Path | None = None,
                  extend: bool = False) -> Path | None:
     """Return the run folder of an earlier session to continue: `given`, or the same run in an input of Kaggle."""
-    if given is not None or (run / "run.json").exists() or host() != "kaggle":
+    if given is not None or (run / "run.json").exists() or machine.host() != "kaggle":
         return given
     earlier = _attached_runs(recipe.name).get(run.name)
     if earlier is None:
@@ -152,7 +151,7 @@ def find_earlier(run: Path, recipe: Recipe, tokens: Path, given: Path | None = N
 
 def find_all_runs(folder: Path, recipe: str, named: list[str] = ()) -> list[Path]:
     """Return the run folders to compare: see `find_runs`; on Kaggle also those of a recipe in the inputs."""
-    attached = _attached_runs(Path(recipe).stem) if host() == "kaggle" else {}
+    attached = _attached_runs(Path(recipe).stem) if machine.host() == "kaggle" else {}
     if not attached:
         return find_runs(folder, named)
     here = {path.parent.name: path.parent for path in folder.glob("*/run.json")}
@@ -202,10 +201,15 @@ def train_recipe(name: str, model: str, data_folder: AnyPath, out: AnyPath, over
         return launch(recipe, name, paths["train"], paths["val"], out, list(overrides), gpus, extend, back_to, live.row)
 
 
+def _attached(name: str) -> list[Path]:
+    """Return the folders in Kaggle's inputs, such as notebooks/OWNER/SLUG/results/tiny, that hold a file of a name."""
+    return sorted(path.parent for path in (machine.KAGGLE / "input").rglob(name))
+
+
 def _attached_runs(recipe: str) -> dict[str, Path]:
     """Return the run folders of a recipe in Kaggle's inputs by name; of one name, that with the latest checkpoint."""
     runs = {}
-    for folder in attached_folders("run.json"):
+    for folder in _attached("run.json"):
         with suppress(UserError):  # a file of that name which others wrote
             if read_info(folder)["recipe"]["name"] == recipe:
                 runs.setdefault(folder.name, []).append(folder)

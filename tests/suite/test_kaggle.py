@@ -157,7 +157,6 @@ def host(tmp_path, monkeypatch, token_files):
     """A Kaggle host; returns a function that attaches token files or a run as an input."""
     monkeypatch.setattr(machine, "KAGGLE", tmp_path)
     monkeypatch.setattr(machine, "host", lambda: "kaggle")
-    monkeypatch.setattr(steps, "host", lambda: "kaggle")
     headers = {part: TokenFile.open(token_files[part]).header for part in ("train", "val")}
 
     def attach_tokens(name, is_other=False):
