@@ -93,9 +93,9 @@ def resident(device, reset: bool = False, peak: bool = False) -> int | None:
         import ctypes
 
         ctypes.CDLL(None).malloc_trim(0)  # what is free but kept would hide in the base
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     key = "VmHWM:" if peak else "VmRSS:"
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
+    line = next(x for x in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if x.startswith(key))
     return int(line.split()[1]) * 1024
 
 

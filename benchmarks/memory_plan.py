@@ -106,7 +106,7 @@ def resident_growth():
     linux = sys.platform == "linux"
     if linux:
         ctypes.CDLL(None).malloc_trim(0)  # freed heap memory still counts as resident
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts anew
         before = _status("VmRSS")
     yield grown
     if linux:
@@ -114,7 +114,7 @@ def resident_growth():
 
 
 def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 

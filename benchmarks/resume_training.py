@@ -130,14 +130,15 @@ def mistakes_of_an_end(run: Path, status: int, settings: dict, expected: dict, c
     if status:
         return [f"exit code {os.waitstatus_to_exitcode(status)}"]
     found, expected = result(run), expected_when_cut(expected, settings, cut)
-    return ["a start warned"] * ("warning" in run.with_suffix(".said").read_text()) + [
+    return ["a start warned"] * ("warning" in run.with_suffix(".said").read_text(encoding="utf-8")) + [
         f"{key} differs" for key in found if found[key] != expected[key]]
 
 
 def report(model: str, what: str, run: Path, mistakes: list[str]) -> int:
     """Print what went wrong, if anything; returns 1 then."""
     if mistakes:
-        print(f"{model}, {what}: {'; '.join(mistakes)}\n{run.with_suffix('.said').read_text()[-2000:]}", flush=True)
+        print(f"{model}, {what}: {'; '.join(mistakes)}",
+              run.with_suffix(".said").read_text(encoding="utf-8")[-2000:], sep="\n", flush=True)
     return 1 if mistakes else 0
 
 
@@ -279,7 +280,7 @@ def kills(folder: Path, files: dict[str, Path], whole: dict[str, tuple[dict, flo
                 if logged - saved > CHECKPOINT_INTERVAL:
                     mistakes.append(f"killed at step {logged}, goes on from {saved}")
         done += 1
-        if "warning" in said.read_text():  # a kill damages nothing: no start has to fall back
+        if "warning" in said.read_text(encoding="utf-8"):  # a kill damages nothing: no start has to fall back
             mistakes.append("a start warned")
         if status:
             mistakes.append(f"exit code {os.waitstatus_to_exitcode(status)}")
@@ -289,7 +290,8 @@ def kills(folder: Path, files: dict[str, Path], whole: dict[str, tuple[dict, flo
             mistakes += [f"{key} differs" for key in found if found[key] != expected[key]]
         if mistakes:
             wrong += 1
-            print(f"{model}, run {done}: {'; '.join(mistakes)}\n{said.read_text()[-2000:]}", flush=True)
+            print(f"{model}, run {done}: {'; '.join(mistakes)}", said.read_text(encoding="utf-8")[-2000:], sep="\n",
+                  flush=True)
     print(f"{sent} kills of {done} runs of {SETTINGS['max_steps']} steps, checkpoints every {CHECKPOINT_INTERVAL} and "
           f"at each best: {wrong} runs ended otherwise than the whole one; at most {lost} steps lost")
     print("killed while " + ", ".join(f"{what}: {count}" for what, count in moments.most_common()), flush=True)

@@ -102,7 +102,7 @@ def whole_run(model: str, files: dict[str, Path], run: Path, settings: dict) -> 
     """Train without a break; returns its `result` and how many seconds it took."""
     said, begun = run.with_suffix(".said"), time.perf_counter()
     if os.waitpid(start(model, files, run, said, settings), 0)[1]:
-        sys.exit(said.read_text())
+        sys.exit(said.read_text(encoding="utf-8"))
     return result(run), time.perf_counter() - begun
 
 

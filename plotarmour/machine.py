@@ -246,5 +246,6 @@ def _cgroup_numbers(name: str) -> list[int]:
 
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")  # Linux
-    match = re.search(r"^model name\s*: (.+)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    match = re.search(r"^model name\s*: (.+)", text, re.MULTILINE)
     return match[1] if match else platform.processor() or platform.machine()

@@ -1,3 +1,4 @@
+import ast
 import io
 import os
 import subprocess
@@ -70,6 +71,22 @@ def test_the_package_warns_in_one_way(root):
     """Guards: a message to people through `warnings.warn`, which PYTHONWARNINGS=error turns into a traceback."""
     sources = [*(root / "plotarmour").rglob("*.py"), *(root / "tools").glob("*.py")]
     assert [path for path in sources if "warnings.warn(" in path.read_text(encoding="utf-8")] == []
+
+
+def test_the_encoding_of_every_text_file_is_stated(root):
+    """Guards: UTF-8 that Windows reads and writes as cp1252."""
+    unstated, opens_others = [], ("os.open", "TokenFile.open")
+    rooms = ("plotarmour", "tools", "notebooks", "benchmarks")
+    for path in (path for room in rooms for path in (root / room).rglob("*.py")):
+        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        for call in calls:
+            name, values = ast.unparse(call.func), [*call.args, *(keyword.value for keyword in call.keywords)]
+            is_binary = any("b" in str(getattr(value, "value", "")) for value in values)
+            opens = name.split(".")[-1] in ("open", "read_text", "write_text") and name not in opens_others
+            # Our own write_text is a plain name, and always UTF-8.
+            if opens and name != "write_text" and not is_binary and "encoding" not in ast.unparse(call):
+                unstated.append(f"{path.name}: {ast.unparse(call)}")
+    assert unstated == []
 
 
 def test_what_the_encoding_of_the_output_lacks_is_escaped(monkeypatch):

@@ -12,7 +12,8 @@ from pathlib import Path
 import nbformat
 import psutil
 
-from plotarmour.cli import UserError, say
+from plotarmour.cli import LINE_EVERY_S, UserError, say, warn
+from plotarmour.files import write_text
 from plotarmour.suite.multi_gpu import family, kill
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,6 +77,28 @@ def read_executed(executed: Path) -> Executed:
     return Executed(dict(parameters), is_complete, error["ename"], error["evalue"])
 
 
+def last_line(executed: Path) -> str:
+    """Return the last line that a running notebook printed, such as its progress; papermill saves it now and then."""
+    try:
+        cells = nbformat.read(executed, as_version=4).cells
+    except (OSError, ValueError, nbformat.ValidationError):
+        return ""
+    printed = "\n".join(o.get("text", "") for cell in cells for o in cell.get("outputs", []))
+    return next((line for line in reversed(printed.splitlines()) if line.strip()), "")
+
+
+def write_html(executed: Path) -> None:
+    """Write an executed notebook as HTML beside it, where nbconvert is installed."""
+    try:
+        from nbconvert import HTMLExporter
+
+        write_text(executed.with_suffix(".html"), HTMLExporter().from_filename(str(executed))[0])
+    except (ImportError, FileNotFoundError):  # it is not installed, or the notebook has not begun
+        pass
+    except Exception as error:  # of any kind: the notebook itself is there
+        warn(f"{executed.name} could not be written as HTML ({type(error).__name__}: {error})")
+
+
 def start_notebook(source: Path, executed: Path, parameters: dict[str, Value],
                    environment: dict[str, str] | None = None) -> subprocess.Popen:
     """Start one notebook, which papermill writes to `executed` with its outputs, cell by cell.
@@ -94,7 +117,7 @@ def start_notebook(source: Path, executed: Path, parameters: dict[str, Value],
 
 
 def run_notebook(source: Path, executed: Path, parameters: dict[str, Value]) -> None:
-    """Run one notebook to its end; see `start_notebook`.
+    """Run one notebook to its end; see `start_notebook`. Every half minute, the last line that it printed is shown.
 
     Raises:
         UserError: a cell raised one.
@@ -102,10 +125,15 @@ def run_notebook(source: Path, executed: Path, parameters: dict[str, Value]) -> 
     """
     process = start_notebook(source, executed, parameters)
     try:
-        process.wait()
+        while process.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(LINE_EVERY_S)
+            if process.poll() is None and (line := last_line(executed)):
+                say(f"{executed.stem}: {line}")
     except BaseException:  # interrupted: no process may go on writing in the background
         stop_notebooks([process])
         raise
+    write_html(executed)
     result = read_executed(executed)
     if result.error == "UserError":
         raise UserError(result.message)

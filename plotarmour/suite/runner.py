@@ -24,7 +24,7 @@ from plotarmour.resume import LOCK, read_info
 from plotarmour.suite.executors import Executor, Local
 from plotarmour.suite.grid import Grid, Row
 from plotarmour.suite.learning_rates import write_rates
-from plotarmour.suite.notebooks import ROOT, read_executed, run_notebook
+from plotarmour.suite.notebooks import ROOT, read_executed, run_notebook, write_html
 from plotarmour.suite.steps import different_settings, find_prepared, prepare
 from plotarmour.training.checkpoint import latest_whole_step
 from plotarmour.training.ending import Ending, Reason
@@ -222,6 +222,7 @@ def _judge(row: Row, outcome: int | str) -> State:
 
     The exit code is 0 for some dead kernels, and 1 for a finished run whose figure failed.
     """
+    write_html(row.executed)
     state, executed = _find_state(row), read_executed(row.executed)
     if isinstance(outcome, str):
         return state if state.status == "done" else replace(state, status="stopped", reason=outcome)
@@ -253,7 +254,7 @@ def _write_summary(states: list[State], grid: Grid) -> None:
 def _progress_line(states: list[State]) -> str:
     """Return how far a grid is; the time left follows from the steps left and the seconds of the steps so far.
 
-    Example: 2 done, 2 running, 8 waiting (bdh_seed-2 at step 300 of 2,200, ...); about 70 min left
+    Example: 2 done, 2 running, 8 waiting (bdh_seed-2 at 14 %, step 300 of 2,200, ...); about 70 min left
     """
     n, runs, left, steps, seconds = Counter(state.status for state in states), [], 0, 0, 0.0
     text = ", ".join(f"{n[status]} {status}" for status in ("done", "failed", "stopped", "running", "waiting")
@@ -267,7 +268,7 @@ def _progress_line(states: list[State]) -> str:
         elif state.status == "running":
             log = read_log(state.row.folder / "log.csv")
             step, took_s = (int(log["step"].iloc[-1]), log["elapsed_s"].iloc[-1]) if len(log) else (0, 0.0)
-            runs.append(f"{state.row.run} at step {step:,} of {of:,}")
+            runs.append(f"{state.row.run} at {100 * step // of} %, step {step:,} of {of:,}")
         left, steps, seconds = left + of - step, steps + step, seconds + took_s
     text += f" ({', '.join(runs)})" * bool(runs)
     return f"{text}; about {duration(left * seconds / steps / n['running'])} left" if steps and n["running"] else text

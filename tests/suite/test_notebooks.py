@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jupytext
 import nbformat
@@ -12,6 +13,7 @@ import pytest
 from papermill.inspection import inspect_notebook
 
 from plotarmour.cli import UserError
+from plotarmour.suite.notebooks import last_line, write_html
 from tools import sync_notebooks
 from tools.sync_notebooks import ROOT, generate_notebook, notebook_scripts, out_of_step, taken_over
 
@@ -163,3 +165,39 @@ def test_an_edited_notebook_is_not_overwritten(checkout, tmp_path):
         (tmp_path / name).write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=message):
             sync(tmp_path / name)
+
+
+def test_a_running_notebook_shows_its_last_line(tmp_path):
+    """Guards: a comparison of an hour of which the terminal says nothing."""
+    path, cell = tmp_path / "03_compare.ipynb", nbformat.v4.new_code_cell
+    assert last_line(path) == ""
+    cells = [cell("1", outputs=[nbformat.v4.new_output("stream", text="a\nbdh: 34% of 900 stories, 2 min left\n\n")]),
+             cell("2", outputs=[nbformat.v4.new_output("display_data", {"text/plain": "figure"})])]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    assert last_line(path) == "bdh: 34% of 900 stories, 2 min left"
+
+
+def test_an_executed_notebook_is_written_as_html_where_nbconvert_is_installed(tmp_path, monkeypatch, warned):
+    """Guards: a suite that needs nbconvert, or ends because of it."""
+    path, page = tmp_path / "02_train.ipynb", tmp_path / "02_train.html"
+    monkeypatch.setitem(sys.modules, "nbconvert", None)
+    write_html(path)
+    assert not page.exists()
+    exporter = SimpleNamespace(from_filename=lambda name: (f"<p>{Path(name).read_text(encoding='utf-8')}</p>", {}))
+    monkeypatch.setitem(sys.modules, "nbconvert", SimpleNamespace(HTMLExporter=lambda: exporter))
+    write_html(path)  # has not begun
+    path.write_bytes(b"\xff")
+    with warned("02_train.ipynb could not be written as HTML .UnicodeDecodeError"):
+        write_html(path)
+    path.write_text("größer", encoding="utf-8")
+    write_html(path)
+    assert page.read_text(encoding="utf-8") == "<p>größer</p>"
+
+
+def test_a_checkout_with_windows_line_ends_is_in_step(checkout):
+    """Guards: a Windows checkout in which every notebook differs from its script."""
+    folder, sync = checkout
+    for path in [*folder.glob("*.py"), *folder.glob("*.ipynb"), folder.parent / "pyproject.toml"]:
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    sync("--check")
+    assert generate_notebook(folder / "02_train.py") == generate_notebook(SCRIPTS[1])

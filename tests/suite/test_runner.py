@@ -191,7 +191,7 @@ def test_one_line_tells_how_far_a_grid_is(grid):
     states = [_find_state(grid.rows[0]), *(State(row) for row in grid.rows[1:5]), State(grid.rows[5], "running")]
     log.append(step=5, elapsed_s=1.5)
     assert _progress_line(states) == (
-        "1 done, 1 running, 4 waiting (gpt2_learning_rate-0.1 at step 5 of 20); about 19 s left")
+        "1 done, 1 running, 4 waiting (gpt2_learning_rate-0.1 at 25 %, step 5 of 20); about 19 s left")
     assert _progress_line(states[:1]) == "1 done"
 
 
