@@ -78,13 +78,13 @@ def read_executed(executed: Path) -> Executed:
 
 
 def last_line(executed: Path) -> str:
-    """Return the last line that a running notebook printed, such as its progress; papermill saves it now and then."""
+    """Return the last line of progress that a running notebook printed; papermill saves it now and then."""
     try:
         cells = nbformat.read(executed, as_version=4).cells
     except (OSError, ValueError, nbformat.ValidationError):
         return ""
     printed = "\n".join(o.get("text", "") for cell in cells for o in cell.get("outputs", []))
-    return next((line for line in reversed(printed.splitlines()) if line.strip()), "")
+    return next((line for line in reversed(printed.splitlines()) if "% of " in line), "")
 
 
 def write_html(executed: Path) -> None:

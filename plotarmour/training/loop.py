@@ -180,7 +180,7 @@ class Session:
     def write_sample(self) -> None:
         """Write down how the model continues a prompt now; nothing random in training changes."""
         self.model.eval()
-        with self.pace.timing("sample"):
+        with self.pace.timing("samples"):
             try:
                 add_sample(self.run, self.state.step, text := self.sample())
                 say(f"{self.run.name} writes at step {self.state.step:,}: {text}")

@@ -21,7 +21,7 @@ class Pace:
     """The time that a run takes: so far, per step, evaluation and checkpoint, and until its end.
 
     This session may take `minutes` (0: no limit); earlier sessions took `before_s`. `took_s` has the seconds of the
-    last "evaluation", the last "save" and the last "sample"; `timing` changes it.
+    last "evaluation" and the last "save", and of all "samples" so far; `timing` changes it.
     """
 
     def __init__(self, config: TrainingConfig, minutes: float, before_s: float, took_s: dict[str, float]):
@@ -51,10 +51,11 @@ class Pace:
 
     @contextmanager
     def timing(self, what: str) -> Iterator[None]:
-        """Time an "evaluation", a "save" or a "sample"."""
+        """Time an "evaluation", a "save" or one of the "samples"."""
         begun = time.perf_counter()
         yield
-        self.took_s[what] = time.perf_counter() - begun
+        before_s = self.took_s.get(what, 0.0) if what == "samples" else 0.0
+        self.took_s[what] = before_s + time.perf_counter() - begun
 
     def count(self, n_tokens: int, seconds: float) -> None:
         """Count a step, with the seconds it took without evaluation and checkpoint."""
@@ -80,12 +81,16 @@ class Pace:
     def is_sample_due(self, step: int, is_end: bool) -> bool:
         """Return whether to sample after this step: at the last ten powers of two and the end, where it costs little.
 
+        Half of the 1 % of the run's time that samples may take is free at once, the rest as it passes.
+
         Example (max_steps = 2,200):
-            at 4, 8, ..., 2,048 and 2,200, if 11 samples take at most 1 % of the time of the run.
+            at 4, 8, ..., 2,048 and 2,200, in a run of 110 s if a sample takes 0.05 s.
         """
         at_power = step & (step - 1) == 0 and step * 2**(SAMPLES - 1) > self.config.max_steps
-        cost_s = SAMPLES * max(self.took_s.get("sample", 0.0), SAMPLE_S)
-        return (at_power or is_end) and cost_s <= SAMPLES_SHARE * (self.elapsed_s + self.left_s(step))
+        elapsed_s = self.elapsed_s
+        total_s, took_s = elapsed_s + self.left_s(step), self.took_s.get("samples", 0.0)
+        return (at_power or is_end) and SAMPLES * SAMPLE_S <= SAMPLES_SHARE * total_s and (
+            took_s <= SAMPLES_SHARE * (elapsed_s + total_s) / 2)
 
     def session_left_s(self, step: int) -> float:
         """Return the seconds until the schedule or this session ends, whichever comes first."""

@@ -171,10 +171,10 @@ def test_a_running_notebook_shows_its_last_line(tmp_path):
     """Guards: a comparison of an hour of which the terminal says nothing."""
     path, cell = tmp_path / "03_compare.ipynb", nbformat.v4.new_code_cell
     assert last_line(path) == ""
-    cells = [cell("1", outputs=[nbformat.v4.new_output("stream", text="a\nbdh: 34% of 900 stories, 2 min left\n\n")]),
+    cells = [cell("1", outputs=[nbformat.v4.new_output("stream", text="bdh: 34% of 900 rows, 2 min left\n2 runs\n")]),
              cell("2", outputs=[nbformat.v4.new_output("display_data", {"text/plain": "figure"})])]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
-    assert last_line(path) == "bdh: 34% of 900 stories, 2 min left"
+    assert last_line(path) == "bdh: 34% of 900 rows, 2 min left"
 
 
 def test_an_executed_notebook_is_written_as_html_where_nbconvert_is_installed(tmp_path, monkeypatch, warned):
