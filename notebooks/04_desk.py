@@ -1,0 +1,130 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 4 · The writing desk
+#
+# **What you get:** a slider between your two models, which write together, and a reader that marks the words of a draft
+# that do not fit the story so far.
+#
+# **Time:** three minutes. **Hardware:** any. **Needs:** two runs of `02_train` with one tokenizer, and the token files
+# of `01_pretokenize`. **Leaves behind:** `desk.csv`, `desk_texts.csv` and `desk.png` in the results folder.
+
+# %% [markdown]
+# ## Set-up
+# The next cell finds the package. On Kaggle and Colab it installs what is missing there, but never another torch.
+
+# %% tags=["set-up"]
+import set_up  # noqa: F401  (the notebook has the text of set_up.py here)
+
+# %%
+from plotarmour.machine import report
+
+print(report())
+
+# %% [markdown]
+# ## Parameters
+# *Logic* and *creativity* are the names of the slider's ends, no more: below, this notebook measures whether the two
+# models deserve them.
+
+# %% tags=["parameters"]
+recipe = "tiny"  # name of a file in plotarmour/recipes, without .toml
+results = ""  # folder of the runs; empty: results/RECIPE
+tokens = ""  # folder that notebook 1 wrote; empty: the results folder
+logic = "bdh"  # run at 100 % of the slider; it also reads the story and checks the draft
+creativity = "gpt2"  # run at 0 % of the slider
+prompt = "Once upon a time there was a brave girl named Lily."  # how a story begins
+story = "Once upon a time there was a brave girl named Lily. Lily lived near the old park with a little dog."  # so far
+draft = "Soon the little cat danced softly near the old park."  # what is to be checked against the story
+
+# %%
+from pathlib import Path
+
+from plotarmour.run import load_run
+from plotarmour.suite.desk import Pair, calibrated, check_draft, desk_strip, draft_html, writing_desk
+from plotarmour.suite.parameters import check_parameters, results_folder
+from plotarmour.suite.steps import find_prepared
+
+given = check_parameters(globals(), recipe=str, results=Path, tokens=Path, logic=str, creativity=str, prompt=str,
+                         story=str, draft=str)
+folder = results_folder(given.recipe, given.results)
+pair = Pair(load_run(folder / given.logic), load_run(folder / given.creativity))
+threshold = calibrated(pair, given.tokens or folder)
+
+# %% [markdown]
+# ## One prompt, five positions
+# At every token the two models' probabilities are blended by the slider's share, and one token is drawn from the blend.
+# The tint of a token says which model gave it more probability. All five texts have the same seed.
+
+# %%
+from IPython.display import HTML, Image, display
+
+HTML(desk_strip(pair, given.prompt, max_new_tokens=80, top_p=0.95, seed=1))
+
+# %% [markdown]
+# ## A draft against its story
+# A word fits badly if a model that has read the story needs many more nats for it than the same model without the
+# story, in relation to how unsure it is. The threshold is the misfit above which only 1 % of the words of validation
+# stories are. Below a marked word stands the sentence without which it would fit best.
+
+# %%
+from plotarmour.evaluation.surprise import Memory
+
+words, found = check_draft(pair.logic, Memory.of(pair.logic, given.story), given.story, given.draft, threshold)
+HTML(draft_html(given.draft, words, threshold, found))
+
+# %% [markdown]
+# ## The desk
+# The same with widgets, for a notebook that runs in a browser. `python tools/desk.py` opens it as a page of its own.
+
+# %%
+display(writing_desk(pair, threshold, given.prompt, given.story, given.draft))
+
+# %% [markdown]
+# ## Is the pair better than either?
+# The loss of the blend on held-out stories against the share of logic. A *linear* blend lets one of the models decide
+# at each token, with the slider's probability; a *logarithmic* one multiplies both, so that both must agree. Below 0,
+# the pair predicts better than the better of the two alone; bars are 95 % intervals over stories.
+
+# %%
+from plotarmour.data.token_file import TokenFile
+from plotarmour.evaluation.blending import blend_losses, blend_texts
+from plotarmour.report.compare import write_csv
+
+test = TokenFile.open(find_prepared(given.tokens or folder)["test"])
+losses = blend_losses((pair.logic, pair.creativity), test, [i / 10 for i in range(11)])
+write_csv(losses, folder / "desk.csv")
+losses.round(4)
+
+# %% [markdown]
+# ## Are the names deserved?
+# What the pair writes at five shares: different pairs of tokens (more of them: more varied), repetition of four tokens,
+# and the share of words in the last sentence that contradict the text before it, as the logic run sees it.
+
+# %%
+texts = blend_texts((pair.logic, pair.creativity), [given.prompt] * 20, [0, 0.25, 0.5, 0.75, 1], threshold, top_p=0.95)
+write_csv(texts, folder / "desk_texts.csv")
+texts.round(4)
+
+# %%
+from plotarmour.report.desk_figures import blend_curves
+
+display(Image(blend_curves(losses, texts, folder / "desk.png")))
+
+# %% [markdown]
+# ## What it means
+# If the curve of losses has its lowest point inside, the two models know different things. If variety falls and
+# contradictions fall with the share of logic, the names are deserved for these runs; if not, they are only names.
+
+# %% [markdown]
+# ## Files written
+
+# %%
+from plotarmour.suite.display import list_files
+
+print(list_files(folder))

@@ -1,0 +1,301 @@
+"""The writing desk: two runs continue a prompt, alone and blended, and one of them checks a draft against its story.
+
+What the desk shows is a pure function of its state: `texts_html` and `draft_html`. `writing_desk` puts core widgets of
+ipywidgets around them; without a browser, `desk_strip` shows the same at five positions of the slider.
+
+The names on the slider, logic and creativity, are labels: notebook 04 measures whether the runs deserve them.
+"""
+
+import html
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from plotarmour.cli import UserError
+from plotarmour.data.token_file import TokenFile
+from plotarmour.data.tokenizer import Tokenizer
+from plotarmour.evaluation.generation import NewToken, stream
+from plotarmour.evaluation.surprise import Memory, Word, causes, threshold_of
+from plotarmour.report.figures import arm_label
+from plotarmour.run import Run
+from plotarmour.suite.steps import find_prepared
+
+MOST_CHARACTERS = 200_000  # of a prompt, a story or a draft: half a minute of reading
+REDRAW_S = 0.1  # a browser gets a new text at most ten times a second
+STYLE = """<style>
+.desk { font: 16px/1.6 system-ui, sans-serif; overflow-wrap: anywhere; }
+.desk .sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)); gap: 1rem; }
+.desk .side { border-top: 4px solid #8888; padding: .3rem .2rem; white-space: pre-wrap; }
+.desk h4 { margin: 0 0 .3rem; font-size: .95rem; } .desk .prompt { opacity: .65; }
+.desk .note { font-size: .9rem; opacity: .8; margin: .4rem 0; } .desk mark { background: #E69F0066; color: inherit;
+ border-bottom: 2px solid #D55E00; } .desk .error { border-left: 4px solid #D55E00; padding-left: .6rem; }
+</style>"""
+LEGEND = "Blue tokens: {logic} gave them more probability than {creativity} did; orange tokens: less."
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that one or more new tokens add to a story."""
+
+    text: str
+    probabilities: tuple[float, ...]  # of the last of these tokens, under each model
+
+
+@dataclass(frozen=True)
+class Side:
+    """One text of the desk."""
+
+    title: str
+    prompt: str
+    pieces: list[Piece]
+    note: str = ""
+
+
+@dataclass
+class Pair:
+    """Two runs of one tokenizer: `logic` is the slider's end at 100 %, `creativity` the one at 0 %.
+
+    Raises:
+        UserError: different tokenizers.
+    """
+
+    logic: Run
+    creativity: Run
+    labels: tuple[str, str] = field(init=False)
+
+    def __post_init__(self):
+        if self.logic.tokenizer.sha256 != self.creativity.tokenizer.sha256:
+            raise UserError(f"{self.logic.name} and {self.creativity.name} have different tokenizers; expected one for "
+                            "both. Use runs that were trained on the same token files.")
+        self.labels = tuple(arm_label(run.name, run.config.model) for run in (self.logic, self.creativity))
+
+    def stream(self, prompt: str, percent: float, **options) -> Iterator[Piece]:
+        """Continue a prompt by a blend with `percent` of logic; `options` are those of `generation.stream`.
+
+        Raises:
+            UserError: an empty or very long prompt, or settings out of range.
+        """
+        if not 0 <= percent <= 100:
+            raise UserError(f"logic is {percent:g} %; expected 0 to 100 %.")
+        tokenizer, share = self.logic.tokenizer, percent / 100
+        ids = tokenizer.encode(checked(prompt, "prompt"))
+        return pieces_of(tokenizer, ids, stream([self.logic.model, self.creativity.model], [share, 1 - share], ids,
+                                                tokenizer.end_of_text_id, self.logic.machine, **options))
+
+
+def checked(text: str, name: str) -> str:
+    """Return a text that somebody has typed; raise `UserError` where it is empty, too long or not UTF-8."""
+    if not text.strip():
+        raise UserError(f"The {name} is empty; write a few words.")
+    if len(text) > MOST_CHARACTERS:
+        raise UserError(f"The {name} has {len(text):,} characters; the desk takes at most {MOST_CHARACTERS:,}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"The {name} has a lone surrogate at character {error.start:,}; remove it.") from None
+    return text
+
+
+def pieces_of(tokenizer: Tokenizer, prompt: list[int], tokens: Iterable[NewToken]) -> Iterator[Piece]:
+    """Yield the text that each new token adds; a character of several tokens comes with the last of them."""
+    ids, shown = list(prompt), tokenizer.decode(prompt)
+    for token in tokens:
+        ids.append(token.id)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            yield Piece(text[len(shown):], token.probabilities)
+            shown = text
+
+
+def texts_html(sides: Sequence[Side], labels: tuple[str, str], message: str = "") -> str:
+    """Return the split view as HTML: a column per text, its prompt and its pieces in the tints of `tint_of`.
+
+    Args:
+        sides: the texts.
+        labels: of logic and creativity, for the legend.
+        message: a sentence for the user, such as what is wrong with the prompt.
+    """
+    columns = []
+    for side in sides:
+        spans = "".join(f'<span style="background:{tint_of(piece.probabilities)}" title="{_title(piece, labels)}">'
+                        f"{html.escape(piece.text)}</span>" for piece in side.pieces)
+        note = f'<div class="note">{html.escape(side.note)}</div>' if side.note else ""
+        columns.append(f'<div class="side"><h4>{html.escape(side.title)}</h4><span class="prompt">'
+                       f"{html.escape(side.prompt)}</span>{spans}{note}</div>")
+    legend = html.escape(LEGEND.format(logic=labels[0], creativity=labels[1]))
+    return (f'{STYLE}<div class="desk">{_message(message)}<div class="sides">{"".join(columns)}</div>'
+            f'<div class="note">{legend}</div></div>')
+
+
+def draft_html(draft: str, words: Sequence[Word], threshold: float, found: dict[int, str], message: str = "") -> str:
+    """Return a draft as HTML in which the words above the threshold are marked.
+
+    Args:
+        draft: text.
+        words: of the draft.
+        threshold: least misfit of a marked word.
+        found: by index of a marked word, the sentence of the story that it contradicts.
+        message: a sentence for the user.
+    """
+    parts, place, reasons = [], 0, []
+    for i, word in enumerate(words):
+        parts.append(html.escape(draft[place:word.begin]))
+        text, place = html.escape(draft[word.begin:word.end]), word.end
+        if word.misfit > threshold:
+            parts.append(f'<mark title="misfit {word.misfit:.1f}, marked above {threshold:.1f}">{text}</mark>')
+            because = f": “{html.escape(found[i])}”" if found.get(i) else ""
+            reasons.append(f"<li><b>{text}</b>{because}</li>")
+        else:
+            parts.append(text)
+    marked = f'<ul class="note">{"".join(reasons)}</ul>' if reasons else ""
+    return (f'{STYLE}<div class="desk">{_message(message)}<div class="side">{"".join(parts)}'
+            f"{html.escape(draft[place:])}</div>{marked}</div>")
+
+
+def tint_of(probabilities: Sequence[float]) -> str:
+    """Return the colour of a token: blue where the first model gave it more probability, orange where less.
+
+    Example:
+        Equal probabilities have no colour; 100 times as much, or more, has the full one.
+    """
+    first, second = (max(p, 1e-9) for p in probabilities)
+    strength = max(-1.0, min(1.0, math.log(first / second) / math.log(100)))
+    red, green, blue = (0, 114, 178) if strength > 0 else (230, 159, 0)
+    return f"rgba({red},{green},{blue},{0.5 * abs(strength):.2f})"
+
+
+def check_draft(run: Run, memory: Memory, story: str, draft: str, threshold: float, explained: int = 3
+                ) -> tuple[list[Word], dict[int, str]]:
+    """Return the words of a draft, and for those with the largest misfit the sentence that they contradict.
+
+    Args:
+        run: the run that has read the story.
+        memory: what it remembers of the story.
+        story, draft: texts.
+        threshold: see `surprise.threshold_of`.
+        explained: marked words to explain, at most; each costs readings of the story without a sentence.
+    """
+    words = memory.words(checked(draft, "draft"), Memory.of(run, ""))
+    marked = sorted((i for i, word in enumerate(words) if word.misfit > threshold), key=lambda i: -words[i].misfit)
+    found = {}
+    for i in marked[:explained]:
+        if falls := causes(run, story, draft, i):
+            (begin, end), fall = falls[0]
+            found[i] = story[begin:end] if fall > 0 else ""
+    return words, found
+
+
+def calibrated(pair: Pair, tokens: Path | None = None) -> float:
+    """Return the misfit above which the desk marks a word: 1 % of the words of validation stories are above it.
+
+    Args:
+        pair: the runs; the first one checks drafts.
+        tokens: folder with the token files of `suite.steps.prepare`; None: the folder of the first run's folder.
+    """
+    paths = find_prepared(tokens or pair.logic.folder.resolve().parent)
+    return threshold_of(pair.logic, TokenFile.open(paths["val"]))
+
+
+def desk_strip(pair: Pair, prompt: str, percents: Sequence[int] = (0, 25, 50, 75, 100), **options) -> str:
+    """Return the blend at several positions of the slider as HTML, for notebooks without a browser."""
+    sides = [Side(f"{percent} % logic", prompt, list(pair.stream(prompt, percent, **options))) for percent in percents]
+    return texts_html(sides, pair.labels)
+
+
+def writing_desk(pair: Pair, threshold: float, prompt: str = "Once upon a time", story: str = "", draft: str = ""
+                 ) -> Any:
+    """Return the desk as a tree of core widgets: slider, prompt, split view, and the check of a draft.
+
+    Texts are written in a thread, and a button stops it. Nothing that is typed is evaluated or read as a path.
+
+    Args:
+        pair: the runs; the first one checks drafts.
+        threshold: misfit above which a word of a draft is marked.
+        prompt, story, draft: what the fields hold first.
+    """
+    import ipywidgets as widgets
+
+    wide = widgets.Layout(width="100%")
+    percent = widgets.IntSlider(50, 0, 100, description="logic %", layout=wide)
+    field_of = {name: widgets.Textarea(text, description=name, rows=2 if name == "prompt" else 4, layout=wide)
+                for name, text in (("prompt", prompt), ("story", story), ("draft", draft))}
+    seed = widgets.BoundedIntText(1, 0, 2**31, description="seed", layout=widgets.Layout(width="12rem"))
+    length = widgets.BoundedIntText(120, 1, 2000, description="tokens", layout=widgets.Layout(width="12rem"))
+    write, stop, check = (widgets.Button(description=name) for name in ("Write", "Stop", "Check"))
+    stop.disabled = True
+    texts, marked = widgets.HTML(layout=wide), widgets.HTML(layout=wide)
+    stopped, memories = threading.Event(), {}
+
+    def write_texts() -> None:
+        text, blended = field_of["prompt"].value, percent.value
+        titles = {blended: f"blend, {blended} % logic", 100: pair.labels[0], 0: pair.labels[1]}
+        shares = sorted(titles, reverse=True)
+        sides = [Side(titles[share], text, []) for share in shares]
+        streams = {i: pair.stream(text, share, max_new_tokens=length.value, top_p=0.95, seed=seed.value)
+                   for i, share in enumerate(shares)}
+        drawn_at = 0.0
+        while streams and not stopped.is_set():
+            for i, new in list(streams.items()):  # a piece of each in turn: all texts grow together
+                if (piece := next(new, None)) is None:
+                    del streams[i]
+                else:
+                    sides[i].pieces.append(piece)
+            if time.monotonic() - drawn_at >= REDRAW_S:
+                texts.value, drawn_at = texts_html(sides, pair.labels), time.monotonic()
+        texts.value = texts_html(sides, pair.labels, "Stopped." if stopped.is_set() else "")
+
+    def check_text() -> None:
+        told = checked(field_of["story"].value, "story")
+        if told not in memories:
+            marked.value = draft_html("", [], threshold, {}, "Reading the story ...")
+            memories.clear()
+            memories[told] = Memory.of(pair.logic, told)
+        words, found = check_draft(pair.logic, memories[told], told, field_of["draft"].value, threshold)
+        n = sum(word.misfit > threshold for word in words)
+        marked.value = draft_html(field_of["draft"].value, words, threshold, found,
+                                  f"{n} of {len(words)} words do not fit the story." if n else
+                                  "Every word fits the story.")
+
+    def run_in_thread(work: Callable[[], None], show: Callable[[str], None]) -> Callable[[Any], None]:
+        def started() -> None:
+            try:
+                work()
+            except UserError as error:
+                show(str(error))
+            except Exception as error:  # of any kind: the page shows a sentence, never a stack trace
+                show(f"This went wrong ({type(error).__name__}: {error}). The desk still works; try another text.")
+            finally:
+                write.disabled, check.disabled, stop.disabled = False, False, True
+
+        def click(_: Any) -> None:
+            write.disabled, check.disabled, stop.disabled = True, True, False
+            stopped.clear()
+            threading.Thread(target=started, daemon=True).start()
+        return click
+
+    def show_beside_texts(message: str) -> None:
+        texts.value = texts_html([], pair.labels, message)
+
+    def show_beside_draft(message: str) -> None:
+        marked.value = draft_html("", [], threshold, {}, message)
+
+    write.on_click(run_in_thread(write_texts, show_beside_texts))
+    check.on_click(run_in_thread(check_text, show_beside_draft))
+    stop.on_click(lambda _: stopped.set())
+    ends = widgets.HTML(f"<small>0 %: creativity, {html.escape(pair.labels[1])} · 100 %: logic, "
+                        f"{html.escape(pair.labels[0])}</small>")
+    flow = widgets.Layout(flex_flow="row wrap")
+    return widgets.VBox([percent, ends, field_of["prompt"], widgets.HBox([write, stop, seed, length], layout=flow),
+                         texts, field_of["story"], field_of["draft"], check, marked])
+
+
+def _title(piece: Piece, labels: tuple[str, str]) -> str:
+    return html.escape(", ".join(f"{label} {p:.1%}" for label, p in zip(labels, piece.probabilities, strict=True)))
+
+
+def _message(message: str) -> str:
+    return f'<div class="note error" role="status">{html.escape(message)}</div>' if message else ""
