@@ -35,12 +35,12 @@ print(report())
 # %% tags=["parameters"]
 recipe = "tiny"  # name of a file in plotarmour/recipes, without .toml
 results = ""  # folder of the runs; empty: results/RECIPE
-tokens = ""  # folder that notebook 1 wrote; empty: the results folder
+tokens = ""  # folder that notebook 1 wrote; empty: the results folder, or an attached output
 logic = "bdh"  # run at 100 % of the slider; it also reads the story and checks the draft
 creativity = "gpt2"  # run at 0 % of the slider
 prompt = "Once upon a time there was a brave girl named Lily."  # how a story begins
-story = "Once upon a time there was a brave girl named Lily. Lily lived near the old park with a little dog."  # so far
-draft = "Soon the little cat danced softly near the old park."  # what is to be checked against the story
+story = "Once upon a time there was a brave girl named Lily. Lily lived near the old park with a little dog. One morning she found her dear kite at the old park."  # so far
+draft = "Soon the little cat danced softly near the old mill."  # what is to be checked against the story
 
 # %%
 from pathlib import Path
@@ -48,13 +48,14 @@ from pathlib import Path
 from plotarmour.run import load_run
 from plotarmour.suite.desk import Pair, calibrated, check_draft, desk_strip, draft_html, writing_desk
 from plotarmour.suite.parameters import check_parameters, results_folder
-from plotarmour.suite.steps import find_prepared
+from plotarmour.suite.steps import find_all_runs, find_prepared, find_tokens
 
 given = check_parameters(globals(), recipe=str, results=Path, tokens=Path, logic=str, creativity=str, prompt=str,
                          story=str, draft=str)
 folder = results_folder(given.recipe, given.results)
-pair = Pair(load_run(folder / given.logic), load_run(folder / given.creativity))
-threshold = calibrated(pair, given.tokens or folder)
+tokens_folder = find_tokens(folder, given.tokens)
+pair = Pair(*map(load_run, find_all_runs(folder, given.recipe, [given.logic, given.creativity])))
+threshold = calibrated(pair, tokens_folder)
 
 # %% [markdown]
 # ## One prompt, five positions
@@ -96,7 +97,7 @@ from plotarmour.data.token_file import TokenFile
 from plotarmour.evaluation.blending import blend_losses, blend_texts
 from plotarmour.report.compare import write_csv
 
-test = TokenFile.open(find_prepared(given.tokens or folder)["test"])
+test = TokenFile.open(find_prepared(tokens_folder)["test"])
 losses = blend_losses((pair.logic, pair.creativity), test, [i / 10 for i in range(11)])
 write_csv(losses, folder / "desk.csv")
 losses.round(4)
@@ -125,6 +126,5 @@ display(Image(blend_curves(losses, texts, folder / "desk.png")))
 # ## Files written
 
 # %%
-from plotarmour.suite.display import list_files
-
-print(list_files(folder))
+for name in ("desk.csv", "desk_texts.csv", "desk.png"):
+    print(folder / name)

@@ -22,7 +22,7 @@ def blend_curves(losses: pd.DataFrame, texts: pd.DataFrame, path: Path) -> Path:
     left.axhline(0, color=DARK_GRAY, linewidth=1)
     left.set_xlabel("share of logic (%)")
     left.set_ylabel("nats per token above the better run")
-    for column, label, color in (("distinct_2", "different pairs of tokens", BLUE), ("repetition", "repetition", ORANGE),
+    for column, label, color in (("distinct_2", "different pairs", BLUE), ("repetition", "repetition", ORANGE),
                                  ("contradictions", "contradicting words", DARK_GRAY)):
         right.plot(100 * texts["share"], 100 * texts[column], color=color, marker="o", markersize=3.5, label=label)
     right.set_xlabel("share of logic (%)")

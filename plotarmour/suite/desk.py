@@ -102,13 +102,16 @@ def checked(text: str, name: str) -> str:
 
 def pieces_of(tokenizer: Tokenizer, prompt: list[int], tokens: Iterable[NewToken]) -> Iterator[Piece]:
     """Yield the text that each new token adds; a character of several tokens comes with the last of them."""
-    ids, shown = list(prompt), tokenizer.decode(prompt)
+    ids, text = list(prompt), tokenizer.decode(prompt)
+    shown = len(text)
     for token in tokens:
         ids.append(token.id)
         text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):
-            yield Piece(text[len(shown):], token.probabilities)
-            shown = text
+            yield Piece(text[shown:], token.probabilities)
+            shown = len(text)
+    if text[shown:]:
+        yield Piece(text[shown:], token.probabilities)
 
 
 def texts_html(sides: Sequence[Side], labels: tuple[str, str], message: str = "") -> str:
@@ -219,7 +222,7 @@ def writing_desk(pair: Pair, threshold: float, prompt: str = "Once upon a time",
     """
     import ipywidgets as widgets
 
-    wide = widgets.Layout(width="100%")
+    wide = widgets.Layout(width="98%")
     percent = widgets.IntSlider(50, 0, 100, description="logic %", layout=wide)
     field_of = {name: widgets.Textarea(text, description=name, rows=2 if name == "prompt" else 4, layout=wide)
                 for name, text in (("prompt", prompt), ("story", story), ("draft", draft))}
