@@ -39,8 +39,8 @@ tokens = ""  # folder that notebook 1 wrote; empty: the results folder, or an at
 logic = "bdh"  # run at 100 % of the slider; it also reads the story and checks the draft
 creativity = "gpt2"  # run at 0 % of the slider
 prompt = "Once upon a time there was a brave girl named Lily."  # how a story begins
-story = "Once upon a time there was a brave girl named Lily. Lily lived near the old park with a little dog. One morning she found her dear kite at the old park."  # so far
-draft = "Soon the little cat danced softly near the old mill."  # what is to be checked against the story
+story = "Once upon a time there was a shy girl named Lily. Lily lived near the old park with a little dog."  # so far
+draft = "One morning he found his dear ball at the old mill."  # what is to be checked against the story
 
 # %%
 from pathlib import Path
