@@ -108,7 +108,7 @@ losses.round(4)
 # and the share of words in the last sentence that contradict the text before it, as the logic run sees it.
 
 # %%
-texts = blend_texts((pair.logic, pair.creativity), [given.prompt] * 20, [0, 0.25, 0.5, 0.75, 1], threshold, top_p=0.95)
+texts = blend_texts((pair.logic, pair.creativity), [given.prompt] * 10, [0, 0.25, 0.5, 0.75, 1], threshold, top_p=0.95)
 write_csv(texts, folder / "desk_texts.csv")
 texts.round(4)
 
