@@ -41,10 +41,10 @@ def build_parser() -> argparse.ArgumentParser:
                         "on its share of the CPU cores (default: 1; on Slurm: all)")
     parser.add_argument("--status", action="store_true", help="only show how far the runs are, by their folders")
     others = parser.add_argument_group("other machines (docs/grids.md)")
-    others.add_argument("--executor", choices=("local", "slurm"), default="local",
-                        help="what runs the rows: this machine, or Slurm, where each row is a job")
-    others.add_argument("--walltime", type=float, default=240, metavar="MINUTES",
-                        help="after which a row saves and continues in another job")
+    others.add_argument("--executor", choices=("local", "slurm", "kaggle"), default="local",
+                        help="what runs the rows: this machine; Slurm, a job for each row; or kernels on Kaggle")
+    others.add_argument("--walltime", type=float, metavar="MINUTES", help="after which a job or kernel saves, and "
+                        "another one continues (default: 240 on Slurm, 660 on Kaggle)")
     others.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="an option of sbatch for "
                         "each job, such as partition=gpu; may be repeated")
     return parser
@@ -84,8 +84,15 @@ def main() -> None:
     if args.status:
         return print(describe_status(grid))
     try:
-        states = run_grid(grid, Local if is_local else
-                          partial(Slurm, at_once=args.at_once, minutes=args.walltime, options=args.slurm))
+        executor_of = Local
+        if args.executor == "slurm":
+            executor_of = partial(Slurm, at_once=args.at_once, minutes=args.walltime or 240, options=args.slurm)
+        elif args.executor == "kaggle":
+            from plotarmour.suite.kaggle_kernels import Kaggle
+            from tools import bundle_kaggle
+
+            executor_of = partial(Kaggle, minutes=args.walltime or 660, bundle=bundle_kaggle)
+        states = run_grid(grid, executor_of)
         if args.grid is not None:
             best = describe_best(grid, states, Path(sys.argv[0]).with_name("compare.py").as_posix())
             print(f"{len(states)} runs: {out / 'summary.csv'}", *filter(None, [best]), sep="\n", flush=True)

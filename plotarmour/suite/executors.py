@@ -65,7 +65,8 @@ class Local:
                 yield i, process.returncode
 
     def stop(self) -> None:
-        stop_notebooks([process for process, _ in self.running.values()])
+        if self.running:
+            stop_notebooks([process for process, _ in self.running.values()])
 
 
 @dataclass

@@ -113,7 +113,7 @@ def plan_grid(path: Path | None, recipe: str, out: Path, notebook: Path = TRAIN,
     if wrong:
         raise UserError("\n".join(dict.fromkeys(wrong)))
     data = _data_parameters(rows[0], text, extra_text) if has_recipe else None
-    return Grid(notebook, out, columns, defaults, rows, data, _share_machine(at_once, rows))
+    return Grid(notebook, out, columns, defaults, rows, data, share_machine(at_once, rows))
 
 
 def _read_csv(path: Path, defaults: dict[str, Value | None]) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
@@ -174,7 +174,7 @@ def _data_parameters(row: Row, text: Path | None, extra_text: Path | None) -> di
             "text": str(text.resolve()) if text else "", "extra_text": str(extra_text.resolve()) if extra_text else ""}
 
 
-def _share_machine(at_once: int, rows: list[Row]) -> list[dict[str, str]]:
+def share_machine(at_once: int, rows: list[Row]) -> list[dict[str, str]]:
     """Return environment variables for each of the rows that run at once: one GPU each, or a share of the CPU cores."""
     if at_once == 1:
         return [{}]

@@ -178,6 +178,7 @@ def _run_rows(grid: Grid, executor: Executor) -> list[State]:
             if begun and time.monotonic() - line_at >= LINE_EVERY_S:
                 line_at = time.monotonic()
                 print(_progress_line(states), flush=True)
+        executor.stop()  # nothing may stay behind
     except BaseException:  # interrupted: no process may go on writing in the background
         try:
             executor.stop()

@@ -192,7 +192,7 @@ def train_recipe(name: str, model: str, data_folder: AnyPath, out: AnyPath, over
     paths, recipe, out = find_prepared(data_folder), load_recipe(name, model, overrides), as_path(out)
     check_gpus(gpus, recipe)
     if continue_from is not None:
-        _copy_run(as_path(continue_from), out)
+        copy_run(as_path(continue_from), out)
     back_to = from_step if from_step >= 0 else None
     with LiveCurves(model, out) as live:
         if gpus == 1:
@@ -217,7 +217,7 @@ def _attached_runs(recipe: str) -> dict[str, Path]:
             for name, folders in runs.items()}
 
 
-def _copy_run(run: Path, out: Path) -> None:
+def copy_run(run: Path, out: Path) -> None:
     """Copy the run folder of an earlier session, which may be read-only, to a folder where it can continue."""
     if out.is_dir() and not any(out.iterdir()):
         out.rmdir()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from plotarmour.cli import UserError
-from plotarmour.suite.grid import SAFE, TRAIN, _run_name, _share_machine, plan_grid
+from plotarmour.suite.grid import SAFE, TRAIN, _run_name, plan_grid, share_machine
 from plotarmour.suite.notebooks import parameters_of
 
 SMALL = ["corpus_stories=300", "tokenizer=bpe:400", "split=8:1:1", "n_embd=16", "max_steps=20", "warmup_steps=2",
@@ -130,17 +130,17 @@ def test_rows_get_their_share_of_the_machine(tmp_path, monkeypatch):
     """Guards: two runs on one GPU; every run with all cores; a GPU number that means another one in the run."""
     rows = plan(None, tmp_path).rows
     monkeypatch.setattr("plotarmour.suite.grid.cores", lambda: 4)
-    assert _share_machine(1, rows) == [{}]
+    assert share_machine(1, rows) == [{}]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert _share_machine(3, rows) == [{"OMP_NUM_THREADS": "1"}] * 3
+    assert share_machine(3, rows) == [{"OMP_NUM_THREADS": "1"}] * 3
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [variables["CUDA_VISIBLE_DEVICES"] for variables in _share_machine(2, rows)] == ["0", "1"]
+    assert [variables["CUDA_VISIBLE_DEVICES"] for variables in share_machine(2, rows)] == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5f")
-    assert [variables["CUDA_VISIBLE_DEVICES"] for variables in _share_machine(2, rows)] == ["3", "GPU-5f"]
+    assert [variables["CUDA_VISIBLE_DEVICES"] for variables in share_machine(2, rows)] == ["3", "GPU-5f"]
     for at_once in (0, 3):
         with pytest.raises(UserError, match=f"--at-once {at_once} is out of range.*torch sees 2"):
-            _share_machine(at_once, rows)
+            share_machine(at_once, rows)
 
 
 def test_the_suite_is_a_grid_of_one_row_per_model(tmp_path):
