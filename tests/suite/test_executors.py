@@ -48,6 +48,7 @@ def strike():
         Path(results, f"{{run}}.at").touch()
         time.sleep(1000 if trouble == "hangs" else 0.5)
 train_run(load_recipe(recipe, model, overrides.split(";")), data["train"], data["val"], out, on_row=strike)
+(out / "rows").open("a").write(f"{{len(rows)}} ")
 """
 
 
@@ -70,9 +71,10 @@ def until(condition):
         time.sleep(0.1)
 
 
-def same_bits_as_uninterrupted(grid, tmp_path):
-    """Check that checkpoints and losses of all rows are those of runs that nothing interrupted."""
-    data = find_prepared(grid.out)
+def same_bits_as_uninterrupted(grid, tmp_path, interrupted):
+    """Check that all rows end as runs that nothing interrupts, and that the interrupted ones, alone, were resumed."""
+    data, last = find_prepared(grid.out), {row.run: (row.folder / "rows").read_text().split()[-1] for row in grid.rows}
+    assert {run for run, rows in last.items() if int(rows) < 20} == interrupted, last
     for row in grid.rows:
         train_run(row.recipe, data["train"], data["val"], tmp_path / "whole" / row.run)
         for file in ("model.safetensors", "optimizer.safetensors"):
@@ -111,7 +113,7 @@ def test_rows_on_slurm_survive_preemption_walltime_and_a_drained_node(planned, t
         assert "drain" in call("sinfo", "--noheader", "--format=%T")
     nodes = {run: (out / f"{run}.nodes").read_text().split() for run in "abcd"}
     assert [len(nodes[run]) for run in "abcd"] == [2, 2, 1, 1] and nodes["b"][0] != nodes["b"][1], nodes
-    same_bits_as_uninterrupted(grid, tmp_path)
+    same_bits_as_uninterrupted(grid, tmp_path, {"a", "b"})
     assert describe_status(grid).splitlines()[-1] == "4 done"
 
 
@@ -223,7 +225,7 @@ def test_rows_on_kaggle_survive_a_dead_kernel_a_hanging_one_and_refusals(planned
     assert account.kernels == {} and account.most == 2 and account.pushes >= 5
     assert [path.name for path in (account.folder / "datasets").iterdir()] == [made[0]._dataset().split("/")[1]]
     assert json.loads((planned.out / "kaggle" / "ledger.json").read_text()) == {}
-    same_bits_as_uninterrupted(planned, tmp_path)
+    same_bits_as_uninterrupted(planned, tmp_path, {"a"})
     table = pd.read_csv(planned.out / "summary.csv")
     assert list(table["status"]) == ["done"] * 6 and list(table["step"]) == [20] * 6
 
