@@ -184,6 +184,7 @@ def test_bad_listings_are_one_line(tmp_path, name):
 def test_bad_settings_are_one_line(wets, run_main, monkeypatch, tmp_path, args, message):
     """Guards: an hour of work under a language that does not exist."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")  # no sbatch, also where Slurm is installed
     (tmp_path / "here.txt").write_text("mine")
     code, out, err = run_main("prepare_common_crawl", wets[0], "--out", "o.txt", *args)
     assert code == 2 and message in err and err.count("\n") == 1 and out == ""
