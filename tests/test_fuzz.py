@@ -174,7 +174,7 @@ def test_a_changed_recipe_is_refused_in_one_line_or_used(finished, token_files, 
 @fuzz(600)
 def test_a_changed_grid_is_refused_in_one_line_or_used(judge, tmp_path, monkeypatch, random):
     """Guards: tracebacks for cells, columns and texts that a spreadsheet may write; no row is run."""
-    monkeypatch.setattr("plotarmour.suite.runner.run_grid", lambda grid: [])
+    monkeypatch.setattr("plotarmour.suite.runner.run_grid", lambda *arguments: [])
     rows = [["run", "model", "overrides", "seed" if random.random() < 0.1 else "recipe"],
             ["a", "bdh", "learning_rate=0.004;seed=2", "tiny"], ["", "gpt2", "", ""],
             ["c", "", "max_steps=300", "tiny"]]
