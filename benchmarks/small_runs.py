@@ -114,7 +114,8 @@ def result(run: Path) -> dict[str, object]:
         rows = [{k: v for k, v in row.items() if k not in TIMING} for row in csv.DictReader(file)]
     latest, before = checkpoint_folders(run)[:2]
     names = {"latest": latest.name, "before": before.name, "best": find_checkpoint(run, "best").name}
-    found = {"files": {str(path.relative_to(run)) for path in run.rglob("*")}, "log.csv": rows, "checkpoints": names}
+    files = {str(path.relative_to(run)) for path in run.rglob("*")} - {"samples_by_step.csv"}  # the clock decides
+    found = {"files": files, "log.csv": rows, "checkpoints": names}
     for path in (run / "DONE.json", latest / "state.json"):
         values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         found[path.name] = {k: v for k, v in values.items() if not k.endswith("_s") and k not in TIMING}

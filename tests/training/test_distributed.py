@@ -79,9 +79,8 @@ def test_two_processes_learn_what_one_learns(model, root, token_files, tmp_path)
         one, two = (column(tmp_path / f"run_{n}", name) for n in (1, 2))
         assert len(one) == len(two) and max(abs(a - b) for a, b in zip(one, two, strict=True)) <= tolerance, name
     assert json.loads((tmp_path / "run_2" / "run.json").read_text())["processes"] == 2
-    one, two = (sorted(p.relative_to(tmp_path / n).as_posix() for p in (tmp_path / n).rglob("*"))
-                for n in ("run_1", "run_2"))
-    assert one == two
+    one, two = ({p.relative_to(tmp_path / n).as_posix() for p in (tmp_path / n).rglob("*")} for n in ("run_1", "run_2"))
+    assert one ^ two <= {"samples_by_step.csv"}  # there are samples only where they take little of the time
 
 
 @pytest.mark.slow
