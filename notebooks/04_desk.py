@@ -76,8 +76,8 @@ HTML(desk_strip(pair, given.prompt, max_new_tokens=80, top_p=0.95, seed=1))
 # %%
 from plotarmour.evaluation.surprise import Memory
 
-words, found = check_draft(pair.logic, Memory.of(pair.logic, given.story), given.story, given.draft, threshold)
-HTML(draft_html(given.draft, words, threshold, found))
+words, reasons = check_draft(pair.logic, Memory.of(pair.logic, given.story), given.story, given.draft, threshold)
+HTML(draft_html(given.draft, words, threshold, reasons))
 
 # %% [markdown]
 # ## The desk

@@ -8,7 +8,7 @@
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -23,7 +23,7 @@ from plotarmour.data.batches import Tokens, Windows, tokenize_in_memory
 from plotarmour.data.duplicates import overlapping_stories
 from plotarmour.data.token_file import TokenFile, looks_like_token_file, open_tokenizer
 from plotarmour.data.tokenizer import Tokenizer
-from plotarmour.evaluation.generation import generate, stream
+from plotarmour.evaluation.generation import NewToken, generate, stream
 from plotarmour.files import locked, write_json, write_text
 from plotarmour.machine import Machine, find_machine, memory_bytes, versions
 from plotarmour.memory import RESERVE, largest_micro_batch
@@ -89,19 +89,35 @@ class Run:
         except UnicodeEncodeError:
             raise UserError(f"the prompt {prompt!r} holds bytes that are not UTF-8; expected text. Type it again, in a "
                             "terminal whose encoding is UTF-8.") from None
-        ids, models, shares = self.tokenizer.encode(prompt), [self.model], [1.0]
-        if other is not None:
-            if other.tokenizer.sha256 != self.tokenizer.sha256:
-                raise UserError(f"{self.name} and {other.name} have different tokenizers; expected one for both. Blend "
-                                "runs that were trained on the same token files.")
-            models, shares = [self.model, other.model], [share, 1 - share]
-        new = [token.id for token in stream(models, shares, ids, self.tokenizer.end_of_text_id, self.machine,
-                                            **options)]
+        ids = self.tokenizer.encode(prompt)
+        with self.machine.autocast:  # one context for all tokens, so that autocast casts the weights once
+            new = [token.id for token in self.stream(ids, other, share, **options)]
         if not new:
             say("nothing follows the prompt, because the first token that the model chose is end-of-text: it takes "
                 f"the prompt for a whole story. In its training text a story is made by {self.config.data.stories}. "
                 "Use another seed, or a prompt with which such a story begins.")
         return self.tokenizer.decode([*ids, *new])
+
+
+    def stream(self, prompt: list[int], other: "Run | None" = None, share: float = 0.5, **options
+               ) -> Iterator[NewToken]:
+        """Continue a prompt of ids, one token after the other; see `generate`, and `generation.stream` for the options.
+
+        Raises:
+            UserError: different tokenizers, or options out of range.
+        """
+        models, shares = [self.model], [1.0]
+        if other is not None:
+            check_one_tokenizer(self, other)
+            models, shares = [self.model, other.model], [share, 1 - share]
+        return stream(models, shares, prompt, self.tokenizer.end_of_text_id, self.machine, **options)
+
+
+def check_one_tokenizer(a: Run, b: Run) -> None:
+    """Raise `UserError` unless two runs have one tokenizer, without which their probabilities cannot be blended."""
+    if a.tokenizer.sha256 != b.tokenizer.sha256:
+        raise UserError(f"{a.name} and {b.name} have different tokenizers; expected one for both. Use runs that were "
+                        "trained on the same token files.")
 
 
 def open_data(path: Path, tokenizer: str | None = None, stories: str = "endoftext") -> Tokens:

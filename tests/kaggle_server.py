@@ -1,15 +1,18 @@
 """A stand-in for Kaggle's servers: takes datasets and kernels, and runs each kernel's script on this machine."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 import threading
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+import psutil
+
+from plotarmour.suite.multi_gpu import kill
 
 
 class Account:
@@ -73,10 +76,21 @@ class Account:
                           for path in files], "log": (self.folder / kernelSlug / "log").read_text()}
 
     def delete_kernel(self, kernelSlug, **_):
-        process = self.kernels.pop(kernelSlug)
-        if process is not None and process.poll() is None:
-            os.killpg(process.pid, 9)
+        self.kernels.pop(kernelSlug)
+        kill(self.processes(kernelSlug))
         return {}
+
+    def processes(self, slug) -> set[psutil.Process]:
+        """Return what still runs of a kernel: its script, the notebooks that it started, and their descendants.
+
+        They are found by their command lines, as a script that died leaves its notebooks behind.
+        """
+        found = {each for each in psutil.process_iter(["cmdline"])
+                 if any(str(self.folder / slug) in part for part in each.info["cmdline"] or ())}
+        for each in list(found):
+            with suppress(psutil.NoSuchProcess):
+                found |= set(each.children(recursive=True))
+        return found
 
     def get_accelerator_quota_statistics(self, **_):
         return {"quotaRefreshTime": "2026-12-05T00:00:00Z", "gpuQuota": {

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from plotarmour.data.batches import Tokens
-from plotarmour.evaluation.generation import BLENDS, blend_logits, stream
+from plotarmour.evaluation.generation import BLENDS, blend_logits
 from plotarmour.evaluation.statistics import compare_losses
 from plotarmour.evaluation.surprise import Memory, sentences
 
@@ -66,13 +66,13 @@ def blend_texts(runs: Sequence[Any], prompts: Sequence[str], shares: Sequence[fl
         pairs, of all texts), repetition (share of tokens that end a sequence of four tokens that the text has already),
         contradictions (share of the words of the last sentence of a text that are above the threshold).
     """
-    tokenizer, models, alone, rows = runs[0].tokenizer, [run.model for run in runs], Memory.of(runs[0], ""), []
+    tokenizer, alone, rows = runs[0].tokenizer, Memory.of(runs[0], ""), []
     for share in shares:
         pairs, repeated, n_fours, marked, n_words = Counter(), 0, 0, 0, 0
         for seed, prompt in enumerate(prompts):
             ids = tokenizer.encode(prompt)
-            new = [token.id for token in stream(models, [share, 1 - share], ids, tokenizer.end_of_text_id,
-                                                runs[0].machine, max_new_tokens, seed=seed, **options)]
+            new = [token.id for token in runs[0].stream(ids, runs[1], share, max_new_tokens=max_new_tokens, seed=seed,
+                                                        **options)]
             pairs.update(zip(new, new[1:], strict=False))
             fours = list(zip(*(new[i:] for i in range(4)), strict=False))
             repeated, n_fours = repeated + len(fours) - len(set(fours)), n_fours + len(fours)

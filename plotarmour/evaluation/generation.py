@@ -89,7 +89,9 @@ def generate(model: nn.Module, prompt: list[int], end_of_text_id: int, machine: 
     Returns:
         The new ids, without prompt and end-of-text id.
     """
-    return [token.id for token in stream([model], [1.0], prompt, end_of_text_id, machine, max_new_tokens, **options)]
+    with machine.autocast:  # one context for all tokens, so that autocast casts the weights once
+        tokens = stream([model], [1.0], prompt, end_of_text_id, machine, max_new_tokens, **options)
+        return [token.id for token in tokens]
 
 
 @torch.no_grad()
@@ -137,26 +139,26 @@ def stream(models: Sequence[nn.Module], shares: Sequence[float], prompt: list[in
         raise UserError(f"seed {seed} must be in [0, 2**32).")
     tokens, new, random = [end_of_text_id, *prompt], [], torch.Generator().manual_seed(seed)
     readers = [_Reader(model, tokens, machine, slide_to) for model in models]
-    with machine.autocast:  # one context for all tokens, so that autocast casts the weights once
-        while len(new) < max_new_tokens:
+    while len(new) < max_new_tokens:
+        with machine.autocast:  # not around `yield`: streams may take turns, and the caller has work of its own
             logits = [reader.read(len(new), max_new_tokens) for reader in readers]
-            if any(own is None for own in logits):
-                return
-            scores = blend_logits(logits, shares, blend)
-            if repetition_penalty > 1 and new:
-                seen = torch.tensor(sorted(set(new)))
-                scores = scores.log_softmax(-1)
-                scores[seen] *= repetition_penalty
-            if temperature < GREEDY:
-                token = int(scores.argmax())
-            else:
-                token = int(torch.multinomial(next_token_probabilities(scores, temperature, top_k, top_p), 1,
-                                              generator=random))
-            if token == end_of_text_id:
-                return
-            new.append(token)
-            tokens.append(token)
-            yield NewToken(token, tuple(float((own[token] - own.logsumexp(-1)).exp()) for own in logits))
+        if any(own is None for own in logits):
+            return
+        scores = blend_logits(logits, shares, blend)
+        if repetition_penalty > 1 and new:
+            seen = torch.tensor(sorted(set(new)))
+            scores = scores.log_softmax(-1)
+            scores[seen] *= repetition_penalty
+        if temperature < GREEDY:
+            token = int(scores.argmax())
+        else:
+            token = int(torch.multinomial(next_token_probabilities(scores, temperature, top_k, top_p), 1,
+                                          generator=random))
+        if token == end_of_text_id:
+            return
+        new.append(token)
+        tokens.append(token)
+        yield NewToken(token, tuple(float((own[token] - own.logsumexp(-1)).exp()) for own in logits))
 
 
 class _Reader:

@@ -141,21 +141,23 @@ def sentences(text: str) -> list[tuple[int, int]]:
     return [match.span() for match in SENTENCE.finditer(text)]
 
 
-def causes(run, story: str, draft: str, word: int, most: int = 20) -> list[tuple[tuple[int, int], float]]:
-    """Return which sentences of the story make a word of the draft a misfit: by how much it falls without each.
+def causes(run, story: str, draft: str, most: int = 20) -> list[tuple[str, np.ndarray]]:
+    """Return by how much the misfit of each word of a draft falls without each of the story's last sentences.
 
     Args:
-        run: the run that has marked the word.
+        run: the run that checks the draft.
         story, draft: texts.
-        word: index into the words of the draft.
-        most: sentences to leave out, one at a time, from the last one back; each costs a reading of the story.
+        most: sentences to leave out, one at a time. Only they are read, once for each.
 
     Returns:
-        [begin, end) of a sentence in the story, and the misfit less that without this sentence; largest first.
+        A sentence of the story, and for each word the misfit less that without this sentence, (words,); in the
+        story's order.
     """
-    alone, falls = Memory.of(run, ""), []
-    before = Memory.of(run, story).words(draft, alone)[word].misfit
-    for begin, end in sentences(story)[-most:]:
-        without = Memory.of(run, story[:begin] + story[end:]).words(draft, alone)[word].misfit
-        falls.append(((begin, end), before - without))
-    return sorted(falls, key=lambda fall: -fall[1])
+    alone, spans = Memory.of(run, ""), sentences(story)[-most:]
+
+    def misfits(text: str) -> np.ndarray:
+        return np.array([word.misfit for word in Memory.of(run, text).words(draft, alone)])
+
+    first = spans[0][0] if spans else 0
+    whole = misfits(story[first:])
+    return [(story[begin:end], whole - misfits(story[first:begin] + story[end:])) for begin, end in spans]

@@ -11,17 +11,17 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plotarmour.cli import UserError
 from plotarmour.data.token_file import TokenFile
 from plotarmour.data.tokenizer import Tokenizer
-from plotarmour.evaluation.generation import NewToken, stream
+from plotarmour.evaluation.generation import NewToken
 from plotarmour.evaluation.surprise import Memory, Word, causes, threshold_of
 from plotarmour.report.figures import arm_label
-from plotarmour.run import Run
+from plotarmour.run import Run, check_one_tokenizer
 from plotarmour.suite.steps import find_prepared
 
 MOST_CHARACTERS = 200_000  # of a prompt, a story or a draft: half a minute of reading
@@ -55,7 +55,7 @@ class Side:
     note: str = ""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pair:
     """Two runs of one tokenizer: `logic` is the slider's end at 100 %, `creativity` the one at 0 %.
 
@@ -65,13 +65,13 @@ class Pair:
 
     logic: Run
     creativity: Run
-    labels: tuple[str, str] = field(init=False)
 
     def __post_init__(self):
-        if self.logic.tokenizer.sha256 != self.creativity.tokenizer.sha256:
-            raise UserError(f"{self.logic.name} and {self.creativity.name} have different tokenizers; expected one for "
-                            "both. Use runs that were trained on the same token files.")
-        self.labels = tuple(arm_label(run.name, run.config.model) for run in (self.logic, self.creativity))
+        check_one_tokenizer(self.logic, self.creativity)
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        return tuple(arm_label(run.name, run.config.model) for run in (self.logic, self.creativity))
 
     def stream(self, prompt: str, percent: float, **options) -> Iterator[Piece]:
         """Continue a prompt by a blend with `percent` of logic; `options` are those of `generation.stream`.
@@ -81,10 +81,8 @@ class Pair:
         """
         if not 0 <= percent <= 100:
             raise UserError(f"logic is {percent:g} %; expected 0 to 100 %.")
-        tokenizer, share = self.logic.tokenizer, percent / 100
-        ids = tokenizer.encode(checked(prompt, "prompt"))
-        return pieces_of(tokenizer, ids, stream([self.logic.model, self.creativity.model], [share, 1 - share], ids,
-                                                tokenizer.end_of_text_id, self.logic.machine, **options))
+        ids = self.logic.tokenizer.encode(checked(prompt, "prompt"))
+        return pieces_of(self.logic.tokenizer, ids, self.logic.stream(ids, self.creativity, percent / 100, **options))
 
 
 def checked(text: str, name: str) -> str:
@@ -134,27 +132,27 @@ def texts_html(sides: Sequence[Side], labels: tuple[str, str], message: str = ""
             f'<div class="note">{legend}</div></div>')
 
 
-def draft_html(draft: str, words: Sequence[Word], threshold: float, found: dict[int, str], message: str = "") -> str:
+def draft_html(draft: str, words: Sequence[Word], threshold: float, reasons: dict[int, str], message: str = "") -> str:
     """Return a draft as HTML in which the words above the threshold are marked.
 
     Args:
         draft: text.
         words: of the draft.
         threshold: least misfit of a marked word.
-        found: by index of a marked word, the sentence of the story that it contradicts.
+        reasons: by index of a marked word, the sentence of the story that it contradicts.
         message: a sentence for the user.
     """
-    parts, place, reasons = [], 0, []
+    parts, place, items = [], 0, []
     for i, word in enumerate(words):
         parts.append(html.escape(draft[place:word.begin]))
         text, place = html.escape(draft[word.begin:word.end]), word.end
         if word.misfit > threshold:
             parts.append(f'<mark title="misfit {word.misfit:.1f}, marked above {threshold:.1f}">{text}</mark>')
-            because = f": “{html.escape(found[i])}”" if found.get(i) else ""
-            reasons.append(f"<li><b>{text}</b>{because}</li>")
+            because = f": “{html.escape(reasons[i])}”" if i in reasons else ""
+            items.append(f"<li><b>{text}</b>{because}</li>")
         else:
             parts.append(text)
-    marked = f'<ul class="note">{"".join(reasons)}</ul>' if reasons else ""
+    marked = f'<ul class="note">{"".join(items)}</ul>' if items else ""
     return (f'{STYLE}<div class="desk">{_message(message)}<div class="side">{"".join(parts)}'
             f"{html.escape(draft[place:])}</div>{marked}</div>")
 
@@ -180,16 +178,16 @@ def check_draft(run: Run, memory: Memory, story: str, draft: str, threshold: flo
         memory: what it remembers of the story.
         story, draft: texts.
         threshold: see `surprise.threshold_of`.
-        explained: marked words to explain, at most; each costs readings of the story without a sentence.
+        explained: marked words to explain, at most.
     """
-    words = memory.words(checked(draft, "draft"), Memory.of(run, ""))
+    words, reasons = memory.words(checked(draft, "draft"), Memory.of(run, "")), {}
     marked = sorted((i for i, word in enumerate(words) if word.misfit > threshold), key=lambda i: -words[i].misfit)
-    found = {}
-    for i in marked[:explained]:
-        if falls := causes(run, story, draft, i):
-            (begin, end), fall = falls[0]
-            found[i] = story[begin:end] if fall > 0 else ""
-    return words, found
+    falls = causes(run, story, draft) if marked else []
+    for i in marked[:explained] if falls else ():
+        sentence, fall = max(falls, key=lambda each: each[1][i])
+        if fall[i] > 0:
+            reasons[i] = sentence
+    return words, reasons
 
 
 def calibrated(pair: Pair, tokens: Path | None = None) -> float:
@@ -252,14 +250,14 @@ def writing_desk(pair: Pair, threshold: float, prompt: str = "Once upon a time",
         texts.value = texts_html(sides, pair.labels, "Stopped." if stopped.is_set() else "")
 
     def check_text() -> None:
-        told = checked(field_of["story"].value, "story")
-        if told not in memories:
+        text = checked(field_of["story"].value, "story")
+        if text not in memories:
             marked.value = draft_html("", [], threshold, {}, "Reading the story ...")
             memories.clear()
-            memories[told] = Memory.of(pair.logic, told)
-        words, found = check_draft(pair.logic, memories[told], told, field_of["draft"].value, threshold)
+            memories[text] = Memory.of(pair.logic, text)
+        words, reasons = check_draft(pair.logic, memories[text], text, field_of["draft"].value, threshold)
         n = sum(word.misfit > threshold for word in words)
-        marked.value = draft_html(field_of["draft"].value, words, threshold, found,
+        marked.value = draft_html(field_of["draft"].value, words, threshold, reasons,
                                   f"{n} of {len(words)} words do not fit the story." if n else
                                   "Every word fits the story.")
 

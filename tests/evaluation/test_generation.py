@@ -1,3 +1,5 @@
+import dataclasses
+import itertools
 import math
 
 import pytest
@@ -293,3 +295,18 @@ def test_a_blend_that_cannot_be_is_refused(pair, options):
     """Guards: a distribution that is none, drawn from in silence."""
     with pytest.raises(UserError, match="must"):
         next(stream(pair, options.pop("shares", [0.5, 0.5]), [5], END, CPU, **options))
+
+
+def test_streams_take_turns_in_half_precision(pair):
+    """Guards: autocast of a stream that waits, on for its caller, or switched off by another stream that ends first."""
+    machine = dataclasses.replace(CPU, dtype=torch.bfloat16)
+    def streams():
+        return [stream([model], [1.0], [5], END, machine, n) for model, n in zip(pair, (4, 9), strict=True)]
+
+    alone, texts = [[token.id for token in new] for new in streams()], [[], []]
+    waiting = streams()
+    for _ in range(9):
+        for text, new in zip(texts, waiting, strict=True):
+            text += [token.id for token in itertools.islice(new, 1)]
+            assert not torch.is_autocast_enabled("cpu")
+    assert texts == alone

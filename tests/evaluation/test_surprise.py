@@ -85,8 +85,12 @@ def test_the_sentence_that_a_misfit_comes_from_is_found(run):
     spans = sentences(STORY)
     assert [STORY[begin:end] for begin, end in spans] == ["Kim had a kite.", '"It is mine!" said Kim.', "She ran home."]
     assert [len(sentences(text)) for text in ("One\nTwo. three 3.5 Four!", "", "a")] == [2, 0, 1]
-    found, alone = causes(run, STORY, DRAFT, 2), Memory.of(run, "")
-    assert [fall for _, fall in found] == sorted((fall for _, fall in found), reverse=True) and len(found) == 3
-    for (begin, end), fall in found:
-        without = Memory.of(run, STORY[:begin] + STORY[end:]).words(DRAFT, alone)[2].misfit
-        assert fall == pytest.approx(Memory.of(run, STORY).words(DRAFT, alone)[2].misfit - without, abs=1e-4)
+    def misfits(story):
+        return np.array([word.misfit for word in Memory.of(run, story).words(DRAFT, Memory.of(run, ""))])
+
+    for most, story in ((20, STORY), (2, STORY[spans[1][0]:])):
+        falls = causes(run, STORY, DRAFT, most)
+        assert [sentence for sentence, _ in falls] == [STORY[begin:end] for begin, end in spans[-most:]]
+        for sentence, fall in falls:
+            np.testing.assert_allclose(fall, misfits(story) - misfits(story.replace(sentence, "")), atol=1e-4)
+    assert causes(run, "", DRAFT) == []

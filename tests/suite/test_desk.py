@@ -1,6 +1,7 @@
 import html
 import re
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from plotarmour.machine import find_machine
 from plotarmour.models.bdh import BDH, BDHConfig
 from plotarmour.models.hf import HFModel
 from plotarmour.models.hf_kinds import GPT2Config
+from plotarmour.run import Run
 from plotarmour.suite.desk import Pair, desk_strip, draft_html, pieces_of, tint_of, writing_desk
 
 BYTES = make_tokenizer("bytes")
@@ -28,8 +30,8 @@ def run_of(kind, tokenizer=BYTES):
         model = BDH(BDHConfig(n_layer=1, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4, vocab_size=257))
     else:
         model = HFModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=257, dropout=0.0, context_length=4096))
-    return SimpleNamespace(name=kind, model=model.eval(), machine=find_machine("cpu"), tokenizer=tokenizer,
-                           context_length=64, config=SimpleNamespace(model=kind))
+    config = SimpleNamespace(model=kind, training=SimpleNamespace(context_length=64))
+    return Run(Path(kind), model.eval(), tokenizer, config, {}, 0, find_machine("cpu"))
 
 
 @pytest.fixture
@@ -114,10 +116,10 @@ def test_a_mistake_is_a_sentence_on_the_page(pair, monkeypatch):
     desk.story.value, desk.draft.value = "Kim ran.", " \n"
     click(desk.check, buttons)
     assert "The draft is empty" in desk.marked.value
-    monkeypatch.setattr(pair.logic, "model", None)
+    monkeypatch.setattr(Run, "stream", lambda *args, **options: 1 / 0)
     desk.prompt.value = "Once"
     click(desk.write, buttons)
-    assert "This went wrong (AttributeError" in desk.texts.value
+    assert "This went wrong (ZeroDivisionError" in desk.texts.value
 
 
 def test_stop_ends_a_text(pair):
