@@ -133,7 +133,7 @@ def stream(models: Sequence[nn.Module], shares: Sequence[float], prompt: list[in
     if not 1 <= repetition_penalty < math.inf:
         raise UserError(f"repetition_penalty {repetition_penalty} must be at least 1, and finite; 1 changes nothing.")
     if min(shares) < 0 or not math.isclose(sum(shares), 1) or blend not in BLENDS:
-        raise UserError(f"shares {list(shares)} must have the sum 1, and blend {blend!r} must be one of "
+        raise UserError(f"shares {list(shares)} must be at least 0 with the sum 1, and blend {blend!r} must be one of "
                         f"{', '.join(BLENDS)}.")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed {seed} must be in [0, 2**32).")
