@@ -49,7 +49,7 @@ class Memory:
     """A model that has read a story.
 
     A model without a `context_length` keeps its state, which for BDH has the same size after any story. A model with
-    a limited context keeps the last tokens, as many as leave half of its positions to a draft.
+    a limited context keeps the last tokens, and reads as many of them as the draft leaves positions for, at least half.
     """
 
     run: Any  # a `plotarmour.run.Run`
@@ -62,7 +62,7 @@ class Memory:
         model, machine = run.model, run.machine
         tokens = [run.tokenizer.end_of_text_id, *run.tokenizer.encode(story.rstrip())]
         if model.context_length is not None:
-            return cls(run, tokens[-(model.context_length // 2):], None)
+            return cls(run, tokens[-model.context_length:], None)
         state = model.initial_state(1)
         with torch.no_grad(), machine.autocast:
             for begin in range(0, len(tokens) - 1, PIECE):
@@ -72,7 +72,10 @@ class Memory:
 
     def score(self, draft: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """Return the nats of each token of a draft, and the entropy of its prediction; float32 (n,) each."""
-        model, tokens = self.run.model, torch.tensor([[*self.tokens, *draft]], device=self.run.machine.device)
+        model, read = self.run.model, self.tokens
+        if model.context_length is not None:
+            read = read[-max(model.context_length // 2, model.context_length + 1 - len(draft)):]
+        tokens = torch.tensor([[*read, *draft]], device=self.run.machine.device)
         n, head, nats, entropies = tokens.shape[1] - 1, model.unembedding.float(), [], []
         state = None if self.state is None else self.state.copy()  # other drafts continue from it, too
         windows = (windows_of(n, model.context_length, model.context_length // 2) if state is None else
