@@ -39,6 +39,19 @@ def token_files(tmp_path_factory) -> dict[str, Path]:
     return {"text": text, "facts": facts} | dict(zip(("train", "val", "test"), parts, strict=True))
 
 
+@pytest.fixture(scope="session")
+def two_runs(token_files, tmp_path_factory) -> list[Path]:
+    """The run folders of a BDH and a GPT-2 of one step."""
+    from plotarmour.config import load_recipe
+    from plotarmour.run import train_run
+
+    folder = tmp_path_factory.mktemp("runs")
+    for model in ("bdh", "gpt2"):
+        recipe = load_recipe("tiny", model, ["max_steps=1", "warmup_steps=0", "n_embd=16", "eval_tokens=100"])
+        train_run(recipe, token_files["train"], token_files["val"], folder / model)
+    return [folder / "bdh", folder / "gpt2"]
+
+
 @pytest.fixture(autouse=True)
 def warned(monkeypatch):
     """A context whose block may warn, and which gives the warnings; with a regular expression, one of them must match.

@@ -122,8 +122,10 @@ def threshold_of(run, data: TokenFile, stories: int = 200, false_alarms: float =
         false_alarms: share of words that are above the threshold and fit.
 
     Raises:
-        UserError: no story with two sentences.
+        UserError: no story with two sentences, or a share that is none.
     """
+    if not 0 <= false_alarms <= 1:
+        raise UserError(f"false alarms are {false_alarms:.0%} of the words that fit; expected 0 to 100 %.")
     misfits, alone = [], Memory.of(run, "")
     for i in range(min(stories, data.n_stories)):
         text = run.tokenizer.decode(data.story(i))

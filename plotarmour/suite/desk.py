@@ -190,15 +190,16 @@ def check_draft(run: Run, memory: Memory, story: str, draft: str, threshold: flo
     return words, reasons
 
 
-def calibrated(pair: Pair, tokens: Path | None = None) -> float:
-    """Return the misfit above which the desk marks a word: 1 % of the words of validation stories are above it.
+def calibrated(pair: Pair, tokens: Path | None = None, false_alarms: float = 0.01) -> float:
+    """Return the misfit above which the desk marks a word.
 
     Args:
         pair: the runs; the first one checks drafts.
         tokens: folder with the token files of `suite.steps.prepare`; None: the folder of the first run's folder.
+        false_alarms: share of the words of validation stories that are above it.
     """
     paths = find_prepared(tokens or pair.logic.folder.resolve().parent)
-    return threshold_of(pair.logic, TokenFile.open(paths["val"]))
+    return threshold_of(pair.logic, TokenFile.open(paths["val"]), false_alarms=false_alarms)
 
 
 def desk_strip(pair: Pair, prompt: str, percents: Sequence[int] = (0, 25, 50, 75, 100), **options) -> str:

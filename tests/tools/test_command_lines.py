@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,7 +198,8 @@ def test_bad_training_calls_give_one_line_and_leave_nothing(run_main, files, cas
     ("run_suite", ["--grid", "nowhere.csv", "--out", "OUT"], "nowhere.csv: No such file or directory"),
     ("run_suite", ["--grid", "g.csv", "--models", "bdh,llama", "--out", "OUT"], "expected the column model"),
     ("run_suite", ["--notebook", "n.ipynb", "--out", "OUT"], "expected --grid CSV beside it"),
-    ("generate", ["nowhere"], "is not a run folder"),
+    ("generate", ["nowhere"], "is not a run folder"), ("generate", ["README", "--logic", "101"], "between 0 and 100"),
+    ("desk", ["nowhere"], "found 1 run folder; expected two"), ("desk", ["nowhere", "README"], "is not a run folder"),
     ("pre_tokenize", ["t.txt", "--tokenizer", "bpe:10", "--out", "x.bin"], "does not exist"),
     ("tell_stories", ["--out", "OUT/t.txt", "--events", "4:2"], "expected least:most"),
     ("tell_stories", ["--out", "README"], "exists already"),
@@ -225,19 +227,6 @@ def test_other_bad_calls_give_one_line(run_main, tmp_path, monkeypatch, root, to
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture(scope="module")
-def two_runs(token_files, tmp_path_factory):
-    """A BDH and a GPT-2 of one step."""
-    from plotarmour.config import load_recipe
-    from plotarmour.run import train_run
-
-    folder = tmp_path_factory.mktemp("runs")
-    for model in ("bdh", "gpt2"):
-        recipe = load_recipe("tiny", model, ["max_steps=1", "warmup_steps=0", "n_embd=16", "eval_tokens=100"])
-        train_run(recipe, token_files["train"], token_files["val"], folder / model)
-    return [folder / "bdh", folder / "gpt2"]
-
-
 @pytest.mark.parametrize(("changes", "message"), [
     ({"data": "train"}, "was trained on"), ({"train": "val"}, "baselines must learn from the same tokens"),
     ({"runs": [0, 0]}, "Name each run once"), ({"stride": 0}, "stride 0 must be between 1"),
@@ -261,6 +250,19 @@ def test_a_story_beyond_the_positions_follows_slide_to(run_main, two_runs, warne
         assert run_main("generate", *options, 40)[0] == 0
     code, _, err = run_main("generate", *options, 160)
     assert code == 2 and err == "error: slide_to 160 must be at least 0 and below the model's 160 positions.\n"
+
+
+def test_the_desk_looks_at_its_runs_before_it_opens_a_page(run_main, two_runs, token_files, tmp_path):
+    """Guards: a page with a stack trace, or one that never ends loading; none is served here."""
+    shutil.copytree(two_runs[1], tmp_path / "gpt2")
+    for weights in (tmp_path / "gpt2").rglob("model.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:-100])
+    tokens = token_files["val"].parent
+    for runs, options, message in (([two_runs[0], tmp_path / "gpt2"], ["--tokens", tokens], "Whole checkpoints"),
+                                   (two_runs, ["--tokens", tmp_path], "tokens.train.bin does not exist"),
+                                   (two_runs, ["--tokens", tokens, "--false-alarms", "101"], "101%")):
+        code, out, err = run_main("desk", *runs, *options)
+        assert code == 2 and out == "" and message in err and err.count("\n") == 2 and "\nerror: " in err
 
 
 def test_unequal_runs_are_named_in_the_summary(run_main, two_runs, token_files, tmp_path):
