@@ -55,7 +55,7 @@ given = check_parameters(globals(), recipe=str, results=Path, tokens=Path, logic
 folder = results_folder(given.recipe, given.results)
 tokens_folder = find_tokens(folder, given.tokens)
 pair = Pair(*map(load_run, find_all_runs(folder, given.recipe, [given.logic, given.creativity])))
-threshold = calibrated(pair, tokens_folder)
+threshold = calibrated(pair.logic, tokens_folder)
 
 # %% [markdown]
 # ## One prompt, five positions
@@ -76,7 +76,7 @@ HTML(desk_strip(pair, given.prompt, max_new_tokens=80, top_p=0.95, seed=1))
 # %%
 from plotarmour.evaluation.surprise import Memory
 
-words, reasons = check_draft(pair.logic, Memory.of(pair.logic, given.story), given.story, given.draft, threshold)
+words, reasons = check_draft(Memory.of(pair.logic, given.story), given.draft, threshold)
 HTML(draft_html(given.draft, words, threshold, reasons))
 
 # %% [markdown]

@@ -71,7 +71,7 @@ def main() -> None:
     from plotarmour.suite.desk import Pair, calibrated
 
     say("loading the models, and what misfit is usual in validation stories ...")
-    threshold = calibrated(Pair(load_run(logic), load_run(creativity)), args.tokens, args.false_alarms / 100)
+    threshold = calibrated(Pair(load_run(logic), load_run(creativity)).logic, args.tokens, args.false_alarms / 100)
     with tempfile.TemporaryDirectory(prefix="plotarmour_desk_") as folder:
         page = Path(folder) / "desk.ipynb"
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(PAGE.format(

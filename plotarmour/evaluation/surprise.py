@@ -12,16 +12,23 @@ Source: surprisal marks contradictions at the word and is gone at the end of the
 scored, never whole stories; errors stand where the entropy is high (arXiv 2603.05890), so it divides.
 """
 
+import hashlib
 import re
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
 
 from plotarmour.cli import UserError
 from plotarmour.data.token_file import TokenFile
 from plotarmour.evaluation.scoring import windows_of
+from plotarmour.files import complete_file
 
 PIECE = 512  # tokens per forward pass; their logits are in memory at once
 # A sentence ends at . ! or ? where no small letter follows, and at a line end.
@@ -53,6 +60,7 @@ class Memory:
     """
 
     run: Any  # a `plotarmour.run.Run`
+    story: str
     tokens: list[int]  # that the model reads before a draft; at least the last one
     state: Any  # `plotarmour.models.State` after the tokens before these; None: they are all that it reads
 
@@ -62,13 +70,36 @@ class Memory:
         model, machine = run.model, run.machine
         tokens = [run.tokenizer.end_of_text_id, *run.tokenizer.encode(story.rstrip())]
         if model.context_length is not None:
-            return cls(run, tokens[-model.context_length:], None)
+            return cls(run, story, tokens[-model.context_length:], None)
         state = model.initial_state(1)
         with torch.no_grad(), machine.autocast:
             for begin in range(0, len(tokens) - 1, PIECE):
                 piece = torch.tensor([tokens[begin:min(begin + PIECE, len(tokens) - 1)]], device=machine.device)
                 _, state = model.features(piece, state)
-        return cls(run, tokens[-1:], state)
+        return cls(run, story, tokens[-1:], state)
+
+    def save(self, path: Path) -> None:
+        """Save the story and what the model remembers of it, as safetensors."""
+        tensors = {"tokens": torch.tensor(self.tokens), **(self.state.tensors() if self.state else {})}
+        with complete_file(path, "wb") as file:
+            file.write(save(tensors, {"story": self.story, "weights": _sha256_of(self.run.model)}))
+
+    @classmethod
+    def load(cls, run, path: Path) -> "Memory":
+        """Return what `save` wrote.
+
+        Raises:
+            UserError: it is what other weights remember, or no such file.
+        """
+        path.open("rb").close()  # for the usual errors; those of safetensors do not name the file
+        about, model = {}, run.model
+        with suppress(SafetensorError), safe_open(path, "pt", str(run.machine.device)) as file:
+            about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+        if about.get("weights") != _sha256_of(model):
+            raise UserError(f"{path} is not what {run.name} remembers of a story: it is of other weights, or damaged. "
+                            "Read the story again with these weights.")
+        tokens = tensors.pop("tokens").tolist()
+        return cls(run, about["story"], tokens, type(model.initial_state(1)).from_tensors(tensors) if tensors else None)
 
     def score(self, draft: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """Return the nats of each token of a draft, and the entropy of its prediction; float32 (n,) each."""
@@ -166,3 +197,11 @@ def causes(run, story: str, draft: str, most: int = 20) -> list[tuple[str, np.nd
     first = spans[0][0] if spans else 0
     whole = misfits(story[first:])
     return [(story[begin:end], whole - misfits(story[first:begin] + story[end:])) for begin, end in spans]
+
+
+def _sha256_of(model: nn.Module) -> str:
+    """Return the SHA-256 of a model's weights."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().numpy())
+    return digest.hexdigest()

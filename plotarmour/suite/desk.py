@@ -169,20 +169,19 @@ def tint_of(probabilities: Sequence[float]) -> str:
     return f"rgba({red},{green},{blue},{0.5 * abs(strength):.2f})"
 
 
-def check_draft(run: Run, memory: Memory, story: str, draft: str, threshold: float, explained: int = 3
+def check_draft(memory: Memory, draft: str, threshold: float, explained: int = 3
                 ) -> tuple[list[Word], dict[int, str]]:
     """Return the words of a draft, and for those with the largest misfit the sentence that they contradict.
 
     Args:
-        run: the run that has read the story.
-        memory: what it remembers of the story.
-        story, draft: texts.
+        memory: of the story before the draft.
+        draft: text.
         threshold: see `surprise.threshold_of`.
         explained: marked words to explain, at most.
     """
-    words, reasons = memory.words(checked(draft, "draft"), Memory.of(run, "")), {}
+    words, reasons = memory.words(checked(draft, "draft"), Memory.of(memory.run, "")), {}
     marked = sorted((i for i, word in enumerate(words) if word.misfit > threshold), key=lambda i: -words[i].misfit)
-    falls = causes(run, story, draft) if marked else []
+    falls = causes(memory.run, memory.story, draft) if marked else []
     for i in marked[:explained] if falls else ():
         sentence, fall = max(falls, key=lambda each: each[1][i])
         if fall[i] > 0:
@@ -190,16 +189,16 @@ def check_draft(run: Run, memory: Memory, story: str, draft: str, threshold: flo
     return words, reasons
 
 
-def calibrated(pair: Pair, tokens: Path | None = None, false_alarms: float = 0.01) -> float:
+def calibrated(run: Run, tokens: Path | None = None, false_alarms: float = 0.01) -> float:
     """Return the misfit above which the desk marks a word.
 
     Args:
-        pair: the runs; the first one checks drafts.
-        tokens: folder with the token files of `suite.steps.prepare`; None: the folder of the first run's folder.
+        run: the run that checks drafts.
+        tokens: folder with the token files of `suite.steps.prepare`; None: the folder of the run's folder.
         false_alarms: share of the words of validation stories that are above it.
     """
-    paths = find_prepared(tokens or pair.logic.folder.resolve().parent)
-    return threshold_of(pair.logic, TokenFile.open(paths["val"]), false_alarms=false_alarms)
+    paths = find_prepared(tokens or run.folder.resolve().parent)
+    return threshold_of(run, TokenFile.open(paths["val"]), false_alarms=false_alarms)
 
 
 def desk_strip(pair: Pair, prompt: str, percents: Sequence[int] = (0, 25, 50, 75, 100), **options) -> str:
@@ -256,7 +255,7 @@ def writing_desk(pair: Pair, threshold: float, prompt: str = "Once upon a time",
             marked.value = draft_html("", [], threshold, {}, "Reading the story ...")
             memories.clear()
             memories[text] = Memory.of(pair.logic, text)
-        words, reasons = check_draft(pair.logic, memories[text], text, field_of["draft"].value, threshold)
+        words, reasons = check_draft(memories[text], field_of["draft"].value, threshold)
         n = sum(word.misfit > threshold for word in words)
         marked.value = draft_html(field_of["draft"].value, words, threshold, reasons,
                                   f"{n} of {len(words)} words do not fit the story." if n else

@@ -27,7 +27,8 @@ def run(request):
         model = HFModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=257, dropout=0.0, context_length=40))
     for parameter in model.parameters():
         parameter.data.mul_(5.0)
-    return SimpleNamespace(model=model.eval(), machine=find_machine("cpu"), tokenizer=make_tokenizer("bytes"))
+    return SimpleNamespace(model=model.eval(), machine=find_machine("cpu"), tokenizer=make_tokenizer("bytes"),
+                           name="run")
 
 
 def nats_of(model, ids, n):
@@ -50,6 +51,28 @@ def test_a_draft_has_the_nats_of_story_and_draft_in_one_piece(run, monkeypatch, 
         for found, expected in zip(memory.score(draft), nats_of(run.model, whole, len(draft)), strict=True):
             np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
     assert len(memory.score(encode(" word" * 50))[0]) == 250  # longer than the positions of GPT-2
+
+
+def test_what_a_run_remembers_can_be_saved(run, tmp_path):
+    """Guards: a saved state that scores otherwise, or is taken for that of other weights; a file that is no state."""
+    path, draft = tmp_path / "story.safetensors", run.tokenizer.encode(" Then he ran.")
+    memory = Memory.of(run, STORY)
+    memory.save(path)
+    loaded = Memory.load(run, path)
+    assert loaded.story == STORY
+    for found, expected in zip(loaded.score(draft), memory.score(draft), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    with pytest.raises(FileNotFoundError):
+        Memory.load(run, tmp_path / "nowhere")
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole.replace(b'"weights"', b'"heights"'), b""):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="not what run remembers of a story: it is of other weights, or damaged"):
+            Memory.load(run, path)
+    path.write_bytes(whole)
+    next(run.model.parameters()).data.flatten()[0] += 1e-3
+    with pytest.raises(UserError, match="other weights"):
+        Memory.load(run, path)
 
 
 def test_words_have_the_nats_of_their_tokens(run):

@@ -252,6 +252,27 @@ def test_a_story_beyond_the_positions_follows_slide_to(run_main, two_runs, warne
     assert code == 2 and err == "error: slide_to 160 must be at least 0 and below the model's 160 positions.\n"
 
 
+def test_a_draft_is_checked_from_what_a_run_remembers(run_main, two_runs, token_files, tmp_path):
+    """Guards: a story read anew for every draft; the state of an older story, or of another run, taken for this one."""
+    story, draft, state = (tmp_path / name for name in ("story.txt", "draft.txt", "story.safetensors"))
+    story.write_text("Kim had a kite. It was red.")
+    draft.write_text("Soon Kim\u2009lost the kite.", encoding="utf-8")
+    check = ("check_draft", two_runs[0], "--draft", draft, "--state", state)
+    assert "expected --story FILE" in run_main(*check)[2]
+    code, out, err = run_main(*check, "--story", story, "--tokens", token_files["val"].parent)
+    assert code == 0 and err == f"{state} has the story now\n" and out.startswith(("0 of 5 words", "1 of 5", "2 of 5"))
+    code, out, err = run_main(*check, "--threshold", -100)
+    assert code == 0 and err == "" and out.startswith("5 of 5 words do not fit the story (--threshold -100)\n")
+    assert [line.split()[1] for line in out.splitlines()[1:]] == ["Soon", "Kim", "lost", "the", "kite."]
+    assert run_main(*check, "--threshold", 0, "--story", story)[2] == ""
+    story.write_text("Kim had a ball.")
+    assert "has the story now" in run_main(*check, "--threshold", 0, "--story", story)[2]
+    code, _, err = run_main("check_draft", two_runs[1], "--draft", draft, "--state", state)
+    assert code == 2 and "it is of other weights" in err and err.count("\n") == 1
+    story.write_bytes(b"caf\xe9")
+    assert run_main(*check, "--story", story)[2] == f"error: {story} is not UTF-8 (byte 3); save it as UTF-8.\n"
+
+
 def test_the_desk_looks_at_its_runs_before_it_opens_a_page(run_main, two_runs, token_files, tmp_path):
     """Guards: a page with a stack trace, or one that never ends loading; none is served here."""
     shutil.copytree(two_runs[1], tmp_path / "gpt2")
@@ -404,6 +425,6 @@ def test_an_option_means_the_same_in_all_tools(root):
             for name in {"--checkpoint", "--force", "--set", "--device", "--workers"} & set(action.option_strings):
                 helps.setdefault(name, {})[tool] = action.help.removesuffix("; without it, the recipe's")
     assert all(len(set(by_tool.values())) == 1 for by_tool in helps.values()), helps
-    assert helps["--checkpoint"].keys() == {"compare", "evaluate", "generate"}
+    assert helps["--checkpoint"].keys() == {"check_draft", "compare", "evaluate", "generate"}
     assert helps["--device"].keys() == helps["--checkpoint"].keys() | {"doctor", "run_suite", "train"}
     assert helps["--workers"].keys() == {"pre_tokenize"}
