@@ -5,6 +5,7 @@ import json
 import math
 import os.path
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -76,15 +77,17 @@ def pairs_of(arms: list[Arm], reference: str, losses: dict[str, float]) -> list[
     return [(a, b) for a in first for b in others]
 
 
-def ladder_of(pairs: list[tuple[Arm, Arm]], by_arm: pd.DataFrame) -> list[tuple[Arm, Arm]]:
-    """Return each arm with the next worse one, from the worst on, for arms with the reference's training tokens.
+def ladder_of(pairs: list[tuple[Arm, Arm]], by_arm: pd.DataFrame, kinds: Sequence[str]) -> list[tuple[Arm, Arm]]:
+    """Return the arms of a sequence of kinds, each with the one before it.
 
     Args:
         pairs: of `pairs_of`.
-        by_arm: name, loss and train_tokens of each arm.
+        by_arm: name, loss and train_tokens of each arm. Only arms with the reference's training tokens count, and of
+            each kind the one with the lowest loss.
+        kinds: kinds of model, each one step from the kind before it.
 
     Returns:
-        Pairs (better, worse); none for fewer than three arms.
+        Pairs (arm, the arm before it); none for fewer than three arms.
     """
     arms = {arm.name: arm for pair in pairs for arm in pair}
     known = by_arm[by_arm["name"].isin(arms)].dropna(subset=["train_tokens"]).set_index("name")
@@ -92,8 +95,9 @@ def ladder_of(pairs: list[tuple[Arm, Arm]], by_arm: pd.DataFrame) -> list[tuple[
         return []
     tolerance = next(tolerance for _, column, tolerance in MATCHINGS if column == "train_tokens")
     is_level = (known["train_tokens"].astype(float) / known.at[pairs[0][0].name, "train_tokens"] - 1).abs() <= tolerance
-    level = known[is_level].sort_values("loss", ascending=False).index
-    return [(arms[one], arms[other]) for other, one in itertools.pairwise(level)] if len(level) > 2 else []
+    best = {arms[name].model: arms[name] for name in known[is_level].sort_values("loss", ascending=False).index}
+    steps = [best[kind] for kind in kinds if kind in best]
+    return [(arm, before) for before, arm in itertools.pairwise(steps)] if len(steps) > 2 else []
 
 
 def compare_arms(pairs: list[tuple[Arm, Arm]], scores: dict[str, pd.DataFrame], budgets: dict[str, dict],

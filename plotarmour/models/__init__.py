@@ -155,6 +155,7 @@ KINDS: dict[str, Kind] = {
 }
 SUITE = ("bdh", "gpt2")  # kinds that a suite without a grid trains
 REFERENCE = "bdh"  # comparisons compare this kind with all others
+LADDER = ("gpt2", "gpt2_rope", "llama", "modern", "bdh")  # from GPT-2 to BDH, each one step from the kind before it
 _FROM_DATA = ("vocab_size", "context_length")  # fields of a config class that a recipe's architecture does not set
 
 

@@ -26,7 +26,7 @@ from plotarmour.evaluation.scoring import (
 )
 from plotarmour.evaluation.statistics import win_share_by_length
 from plotarmour.files import write_text
-from plotarmour.models import REFERENCE
+from plotarmour.models import LADDER, REFERENCE
 from plotarmour.report import figures
 from plotarmour.report.examples import different_stories, samples_of
 from plotarmour.report.page import render_page
@@ -122,7 +122,7 @@ def compare_runs(folders: list[AnyPath], data: AnyPath, out: AnyPath, train: Any
         budgets |= {f"{order}{BASELINE}": {"train_tokens": counted_tokens(train_data)} for order in ORDERS}
     table, same_order = comparison_table(scores, budgets), _same_order(runs)
     by_arm = arm_table(arms, table)
-    ladder = ladder_of(pairs, by_arm)
+    ladder = ladder_of(pairs, by_arm, LADDER)
     step = checkpoint if isinstance(checkpoint, str) else f"step-{checkpoint}"
     comparison = Comparison(
         title or f"{data.name}, {step} checkpoints", arms, table, by_arm,
@@ -270,9 +270,8 @@ def _draw(c: Comparison, tables: dict[str, pd.DataFrame], budgets: dict[str, dic
         figures.win_shares(tables["win_shares.csv"], out / "win_shares.png")
     if len(c.ladder):
         figures.ladder(c.arms, c.ladder, c.by_arm, out / "ladder.png")
-        level, [reference, *_] = {*c.ladder["a"], *c.ladder["b"]}, [a for a in c.arms if a.name == c.pairs["a"].iloc[0]]
-        figures.gap_against_tokens(reference, [arm for arm in c.arms if arm.name in level and arm != reference], logs,
-                                   out / "gap.png")
+        [reference] = [arm for arm in c.arms if arm.name == c.pairs["a"].iloc[0]]
+        figures.gap_against_tokens(reference, [arm for arm in c.arms if arm.name in c.level], logs, out / "gap.png")
 
 
 def _clear(out: Path) -> None:

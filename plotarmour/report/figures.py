@@ -160,15 +160,15 @@ def differences_forest(arms: list[Arm], pairs: pd.DataFrame, path: Path) -> Path
 
 
 def ladder(arms: list[Arm], steps: pd.DataFrame, by_arm: pd.DataFrame, path: Path) -> Path:
-    """Draw the loss of arms from the highest to the lowest, and the difference of each to the one before it.
+    """Draw the loss of the arms that lead from GPT-2 to BDH, and the difference of each to the one before it.
 
     Args:
         arms: arms of the comparison.
-        steps: table of `compare_arms` for each arm with the next worse one, from the worst on.
+        steps: table of `compare_arms` for the pairs of `plotarmour.evaluation.arms.ladder_of`.
         by_arm: name and loss of arms.
     """
     steps, loss, style = steps[steps["is_arms"]], by_arm.set_index("name")["loss"], styles(arms)
-    figure, axes = new_figure(6.4, 1.5 + 0.5 * len(steps), "Step by step, at the same training tokens",
+    figure, axes = new_figure(6.4, 1.5 + 0.5 * len(steps), "From GPT-2 to BDH at the same training tokens",
                               "loss (nats per token)\nbars: difference to the arm above; lines: its 95 % interval")
     names = [steps["b"].iloc[0], *steps["a"]]
     axes.plot(loss[names[0]], 0, "o", color=style[names[0]]["color"])

@@ -91,13 +91,13 @@ def _findings(c: Comparison, pairs: pd.DataFrame, out: Path) -> dict[str, str]:
                          f"{pair} {100 * low:.0f} to {100 * high:.0f} %" for pair, low, high in shares.itertuples())}
     if len(c.ladder):
         steps = c.ladder[c.ladder["is_arms"]]
-        findings["ladder.png"] = "Loss falls step by step: " + "; ".join(
+        findings["ladder.png"] = "Loss, step by step: " + "; ".join(
             f"{c.labels[row.a]} {row.loss_difference:+.3f} ({row.loss_difference_low:+.3f} to "
             f"{row.loss_difference_high:+.3f}) against {c.labels[row.b]}" for row in steps.itertuples())
         base = last.get(c.pairs["a"].iloc[0])
         findings["gap.png"] = "Last differences in validation loss: " + ", ".join(
             f"{c.labels[name]} {sum(values) / len(values) - sum(base) / len(base):+.2f}"
-            for name, values in last.items() if values and values is not base and name in {*steps["a"], *steps["b"]})
+            for name, values in last.items() if values and name in c.level)
     return findings
 
 

@@ -46,7 +46,7 @@ class Comparison:
     table: pd.DataFrame  # totals, a row per run, baseline and corpus
     by_arm: pd.DataFrame  # totals, a row per arm, baseline and corpus
     pairs: pd.DataFrame  # of `compare_arms`, the strongest opponent first
-    ladder: pd.DataFrame  # of `compare_arms`: each arm with the next worse one, at equal training tokens; may be empty
+    ladder: pd.DataFrame  # of `compare_arms`: from GPT-2 to BDH, each arm with the one before it; may be empty
     checks: pd.DataFrame  # leak checks, a row per run and check; none failed, but a long overlap is possible
     unequal: list[str]  # differences between the runs' settings and budgets
     examples: pd.DataFrame  # stories with the largest differences between the first pair
@@ -60,6 +60,12 @@ class Comparison:
     def labels(self) -> dict[str, str]:
         """The label of each arm by its name."""
         return {arm.name: arm_label(arm.name, arm.model) for arm in self.arms}
+
+    @property
+    def level(self) -> set[str]:
+        """Names of the arms with the training tokens of the first one, which all others are compared with."""
+        own = self.pairs[self.pairs["is_arms"] & (self.pairs["a"] == self.pairs["a"].iloc[0])]
+        return set(own.loc[own["matched"].str.contains("training tokens"), "b"])
 
     @property
     def several_seeds(self) -> bool:

@@ -8,6 +8,8 @@ from plotarmour.cli import UserError
 from plotarmour.config import load_recipe
 from plotarmour.evaluation.arms import Arm, compare_arms, group_runs, ladder_of, pairs_of
 
+KINDS = ("gpt2", "llama", "modern", "bdh")
+
 
 def infos(**settings):
     """What run.json holds of runs; a run's name begins with its model."""
@@ -27,15 +29,16 @@ def test_runs_that_differ_only_in_their_seed_are_one_arm():
     assert [(a.name, b.name) for a, b in pairs] == [("bdh", "gpt2_long_1"), ("bdh", "gpt2")]
 
 
-def test_a_ladder_leads_from_the_worst_arm_to_the_best_at_equal_tokens():
-    """Guards: a step from a model that had more tokens; a step whose sign is turned around."""
-    arms = {name: Arm(name, name, (name,), (1,)) for name in ("bdh", "gpt2", "llama", "modern", "lstm")}
-    pairs = [(arms["bdh"], arms[name]) for name in ("modern", "llama", "gpt2", "lstm")]
-    by_arm = pd.DataFrame({"name": ["modern", "bdh", "llama", "gpt2", "lstm", "trigram baseline"],
-                           "loss": [2.5, 2.6, 2.7, 3.0, 3.1, 3.3],
-                           "train_tokens": [2000, 1000, 1010, 1000, None, 9000]})
-    assert [(a.name, b.name) for a, b in ladder_of(pairs, by_arm)] == [("llama", "gpt2"), ("bdh", "llama")]
-    assert ladder_of(pairs[:2], by_arm[:3].assign(train_tokens=[2000, 1000, 1010])) == ladder_of([], by_arm) == []
+def test_a_ladder_leads_from_gpt2_to_bdh_at_equal_tokens():
+    """Guards: a step from a model that had more tokens or is no part of BDH; a step whose sign is turned around."""
+    arms = {name: Arm(name, name, (name,), (1,)) for name in ("bdh", "gpt2", "llama", "modern", "moe")}
+    pairs = [(arms["bdh"], arms[name]) for name in ("modern", "llama", "gpt2", "moe")]
+    by_arm = pd.DataFrame({"name": ["modern", "bdh", "llama", "gpt2", "moe", "trigram baseline"],
+                           "loss": [2.5, 2.6, 2.7, 3.0, 2.9, 3.3],
+                           "train_tokens": [2000, 1000, 1010, 1000, 1000, 9000]})
+    assert [(a.name, b.name) for a, b in ladder_of(pairs, by_arm, KINDS)] == [("llama", "gpt2"), ("bdh", "llama")]
+    assert ladder_of(pairs[:2], by_arm[:3].assign(train_tokens=[2000, 1000, 1010]), KINDS) == []
+    assert ladder_of([], by_arm, KINDS) == []
 
 
 def test_one_run_under_two_names_is_refused():
