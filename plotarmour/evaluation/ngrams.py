@@ -44,13 +44,13 @@ def evaluate_baselines(train_data: Tokens, data: Tokens) -> dict[str, pd.DataFra
     for bounds in story_blocks(data, SCORED):
         [trigrams] = _trigrams(data, bounds[0], bounds[-1], bounds[-1] - bounds[0])
         blocks.append({name: np.add.reduceat(-np.log(p), bounds[:-1] - bounds[0])
-                       for name, p in _probabilities(train_data, *trigrams).items()})
+                       for name, p in probabilities(train_data, *trigrams).items()})
     stories = pd.DataFrame({"story": np.arange(data.n_stories), "tokens": story_tokens(data),
                             "bytes": data.story_bytes.astype(np.int64)})
     return {name: stories.assign(nats=np.concatenate([block[name] for block in blocks])) for name in blocks[0]}
 
 
-def _probabilities(train_data: Tokens, before: np.ndarray, history: np.ndarray, words: np.ndarray,
+def probabilities(train_data: Tokens, before: np.ndarray, history: np.ndarray, words: np.ndarray,
                    ) -> dict[str, np.ndarray]:
     """Return P(word | before, history) under each baseline, float64 (n,), for int64 (n,) of each token.
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from in_memory import data, draw_stories
 
-from plotarmour.evaluation.ngrams import _probabilities, counted_tokens, evaluate_baselines
+from plotarmour.evaluation.ngrams import counted_tokens, evaluate_baselines, probabilities
 from plotarmour.evaluation.scoring import STORY_COLUMNS
 
 
@@ -17,7 +17,7 @@ def story_nats(train, test):
 
 def one(train, name, before, history, word):
     """P of one token under one baseline."""
-    return float(_probabilities(train, *(np.array([i]) for i in (before, history, word)))[name][0])
+    return float(probabilities(train, *(np.array([i]) for i in (before, history, word)))[name][0])
 
 
 def some_text(seed, vocab_size=50):
@@ -61,7 +61,7 @@ def test_every_baseline_sums_to_one_and_is_never_zero():
     train, V = some_text(1), 50
     before = np.repeat([0, 1, 2, 7, 48, 49], V * V)  # 49 never occurs
     history, words = np.tile(np.repeat(np.arange(V), V), 6), np.tile(np.arange(V), 6 * V)
-    for p in _probabilities(train, before, history, words).values():
+    for p in probabilities(train, before, history, words).values():
         assert p.reshape(-1, V).sum(axis=1) == pytest.approx(1) and p.min() > 0
     for nats in story_nats(train, data(*draw_stories(200, 1, 30))).values():
         assert np.isfinite(nats).all() and len(nats) == 3
