@@ -9,6 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package works without being installed
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers with several threads each slow each other down many times
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from plotarmour.models import KINDS, SUITE, build_model, model_config  # noqa: E402
 
