@@ -1,4 +1,7 @@
-"""The page of tools/desk.py in a real browser: for tests, and as a command that makes the pictures of docs/desk.md."""
+"""The page of tools/desk.py in a real browser: for tests, and as a command that makes the pictures of docs/desk.md:
+
+    python tests/desk_page.py results/tiny/bdh results/tiny/gpt2
+"""
 
 import importlib.util
 import os
@@ -77,3 +80,35 @@ def press(page, name):
     page.wait_for_function("""before => document.body.innerText != before && [...document.querySelectorAll("button")]
                               .every(button => button.disabled == (button.innerText == "Stop"))""", arg=before)
     return page.inner_text("body")
+
+
+def main() -> None:
+    """Draw docs/images/desk_*.png with the desk of the arguments."""
+    images = ROOT / "docs" / "images"
+    images.mkdir(exist_ok=True)
+    with served(*sys.argv[1:]) as address, browser() as chromium:
+        page = opened(chromium, address)
+
+        def picture(name):
+            page.mouse.click(1, 1)  # away from the fields, so that no cursor blinks
+            end = page.evaluate("Math.max(...[...document.querySelectorAll('.jupyter-widgets, .desk')]"
+                                ".map(each => each.getBoundingClientRect().bottom))")
+            page.set_viewport_size({"width": 1000, "height": round(end) + 20})
+            page.screenshot(path=images / f"desk_{name}.png")
+
+        page.get_by_label("prompt").fill("Once upon a time there was a brave girl named Lily. Lily lived near the old "
+                                         "mill with a black cat. She lost her red ball.")
+        page.get_by_label("seed").fill("3")  # where the models of recipe tiny disagree
+        picture("start")
+        press(page, "Write")
+        picture("generated")
+        page.get_by_label("story").fill(
+            "Once upon a time there was a shy girl named Lily. Lily lived near the old park with a little dog. One "
+            "morning she found her dear kite at the old park.")
+        page.get_by_label("draft").fill("Soon the little cat danced softly near the old mill.")
+        press(page, "Check")
+        picture("contradiction")
+
+
+if __name__ == "__main__":
+    main()
