@@ -83,6 +83,15 @@ def test_the_cost_of_a_token_is_the_committed_one(readme, root):
             assert shown in readme, shown
 
 
+def test_the_speed_of_the_desk_is_the_committed_one(readme, root):
+    """Guards: a speed of another version."""
+    with (root / "results" / "reference" / "desk_speed.csv").open(encoding="utf-8", newline="") as file:
+        blend, first, bdh, _ = csv.DictReader(file)
+    for shown in (f"a blend has {100 * float(blend['ratio']):.0f} %", f"tokens after {first['ms']} ms",
+                  f"in {float(bdh['read_s']):.1f} s", f"40 tokens in {bdh['ms']} ms"):
+        assert shown in readme, shown
+
+
 def test_intervals_hold_as_often_as_is_said(readme, root):
     """Guards: a coverage that nobody simulated; scoring's speed likewise."""
     reference = root / "results" / "reference"
