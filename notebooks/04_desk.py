@@ -76,7 +76,7 @@ HTML(desk_strip(pair, given.prompt, max_new_tokens=80, top_p=0.95, seed=1))
 # %%
 from plotarmour.evaluation.surprise import Memory
 
-words, reasons = check_draft(Memory.of(pair.logic, given.story), given.draft, threshold)
+*_, (words, reasons) = check_draft(Memory.of(pair.logic, given.story), given.draft, threshold)
 HTML(draft_html(given.draft, words, threshold, reasons))
 
 # %% [markdown]

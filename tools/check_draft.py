@@ -58,7 +58,7 @@ def main() -> None:
             memory.save(args.state)
             say(f"{args.state} has the story now")
     threshold = calibrated(run, args.tokens) if args.threshold is None else args.threshold
-    words, reasons = check_draft(memory, draft, threshold, explained=len(draft))
+    *_, (words, reasons) = check_draft(memory, draft, threshold, explained=len(draft))
     marked = [i for i, word in enumerate(words) if word.misfit > threshold]
     print(f"{len(marked)} of {len(words)} words do not fit the story (--threshold {threshold:.3g})")
     for i in marked:

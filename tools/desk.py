@@ -6,6 +6,7 @@ serves one page, by voila, on this machine only.
 """
 
 import argparse
+import socket
 import subprocess
 import sys
 import tempfile
@@ -50,6 +51,11 @@ def main() -> None:
     args = build_parser().parse_args()
     if len(args.runs) not in (0, 2):
         raise UserError(f"found {len(args.runs)} run folder; expected two, or none for the pair of results/tiny.")
+    try:
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        socket.create_server((args.host, args.port), family=family).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"port {args.port} of {args.host} cannot be used ({error}); name a free one: --port.") from None
     try:
         import voila  # noqa: F401
     except ImportError:

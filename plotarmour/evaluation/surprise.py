@@ -14,6 +14,7 @@ scored, never whole stories; errors stand where the entropy is high (arXiv 2603.
 
 import hashlib
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,15 +178,15 @@ def sentences(text: str) -> list[tuple[int, int]]:
     return [match.span() for match in SENTENCE.finditer(text)]
 
 
-def causes(run, story: str, draft: str, most: int = 20) -> list[tuple[str, np.ndarray]]:
-    """Return by how much the misfit of each word of a draft falls without each of the story's last sentences.
+def causes(run, story: str, draft: str, most: int = 20) -> Iterator[tuple[str, np.ndarray]]:
+    """Find by how much the misfit of each word of a draft falls without each of the story's last sentences.
 
     Args:
         run: the run that checks the draft.
         story, draft: texts.
         most: sentences to leave out, one at a time. Only they are read, once for each.
 
-    Returns:
+    Yields:
         A sentence of the story, and for each word the misfit less that without this sentence, (words,); in the
         story's order.
     """
@@ -196,7 +197,8 @@ def causes(run, story: str, draft: str, most: int = 20) -> list[tuple[str, np.nd
 
     first = spans[0][0] if spans else 0
     whole = misfits(story[first:])
-    return [(story[begin:end], whole - misfits(story[first:begin] + story[end:])) for begin, end in spans]
+    for begin, end in spans:
+        yield story[begin:end], whole - misfits(story[first:begin] + story[end:])
 
 
 def _sha256_of(model: nn.Module) -> str:

@@ -170,23 +170,27 @@ def tint_of(probabilities: Sequence[float]) -> str:
 
 
 def check_draft(memory: Memory, draft: str, threshold: float, explained: int = 3
-                ) -> tuple[list[Word], dict[int, str]]:
-    """Return the words of a draft, and for those with the largest misfit the sentence that they contradict.
+                ) -> Iterator[tuple[list[Word], dict[int, str]]]:
+    """Find the words of a draft, and for those with the largest misfit the sentence that they contradict.
 
     Args:
         memory: of the story before the draft.
         draft: text.
         threshold: see `surprise.threshold_of`.
         explained: marked words to explain, at most.
+
+    Yields:
+        The words, and by index of a word the sentence: none at first, then the best of those looked at so far.
     """
     words, reasons = memory.words(checked(draft, "draft"), Memory.of(memory.run, "")), {}
+    yield words, reasons
     marked = sorted((i for i, word in enumerate(words) if word.misfit > threshold), key=lambda i: -words[i].misfit)
-    falls = causes(memory.run, memory.story, draft) if marked else []
-    for i in marked[:explained] if falls else ():
-        sentence, fall = max(falls, key=lambda each: each[1][i])
-        if fall[i] > 0:
-            reasons[i] = sentence
-    return words, reasons
+    largest = dict.fromkeys(marked[:explained], 0.0)
+    for sentence, fall in causes(memory.run, memory.story, draft) if largest else ():
+        for i in largest:
+            if fall[i] > largest[i]:
+                largest[i], reasons[i] = fall[i], sentence
+        yield words, reasons
 
 
 def calibrated(run: Run, tokens: Path | None = None, false_alarms: float = 0.01) -> float:
@@ -255,11 +259,15 @@ def writing_desk(pair: Pair, threshold: float, prompt: str = "Once upon a time",
             marked.value = draft_html("", [], threshold, {}, "Reading the story ...")
             memories.clear()
             memories[text] = Memory.of(pair.logic, text)
-        words, reasons = check_draft(memories[text], field_of["draft"].value, threshold)
-        n = sum(word.misfit > threshold for word in words)
-        marked.value = draft_html(field_of["draft"].value, words, threshold, reasons,
-                                  f"{n} of {len(words)} words do not fit the story." if n else
-                                  "Every word fits the story.")
+        draft, message = field_of["draft"].value, ""
+        for words, reasons in check_draft(memories[text], draft, threshold):
+            if not message:
+                n = sum(word.misfit > threshold for word in words)
+                message = f"{n} of {len(words)} words do not fit the story." if n else "Every word fits the story."
+                marked.value = draft_html(draft, words, threshold, {}, f"{message} Looking for the reasons ...")
+            if stopped.is_set():
+                break
+        marked.value = draft_html(draft, words, threshold, reasons, message)
 
     def run_in_thread(work: Callable[[], None], show: Callable[[str], None]) -> Callable[[Any], None]:
         def started() -> None:

@@ -116,4 +116,4 @@ def test_the_sentence_that_a_misfit_comes_from_is_found(run):
         assert [sentence for sentence, _ in falls] == [STORY[begin:end] for begin, end in spans[-most:]]
         for sentence, fall in falls:
             np.testing.assert_allclose(fall, misfits(story) - misfits(story.replace(sentence, "")), atol=1e-4)
-    assert causes(run, "", DRAFT) == []
+    assert list(causes(run, "", DRAFT)) == []

@@ -1,5 +1,6 @@
 import html
 import re
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,6 +137,24 @@ def test_stop_ends_a_text(pair, monkeypatch):
         time.sleep(0.01)
     click(desk.stop, (desk.write, desk.check))
     assert "Stopped." in desk.texts.value
+
+
+def test_marks_are_shown_before_their_reasons_and_stop_ends_the_search(pair, monkeypatch):
+    """Guards: half a minute without a word while a long draft is checked, with a stop button that does nothing."""
+    desk, looked = parts_of(writing_desk(pair, -1e9, "", "Kim ran.", "Kim sat.")), threading.Event()
+
+    def endless(*_):
+        while True:
+            yield "Kim ran.", [1.0, 1.0]
+            looked.set()
+            time.sleep(0.001)
+
+    monkeypatch.setattr("plotarmour.suite.desk.causes", endless)
+    desk.check.click()
+    assert looked.wait(60)
+    assert desk.marked.value.count("<mark") == 2 and "Looking for the reasons" in desk.marked.value
+    click(desk.stop, (desk.write, desk.check))
+    assert desk.marked.value.count("“Kim ran.”") == 2 and "Looking" not in desk.marked.value
 
 
 def test_the_loss_of_a_blend_is_that_of_the_models_at_its_ends(pair):

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -284,6 +285,9 @@ def test_the_desk_looks_at_its_runs_before_it_opens_a_page(run_main, two_runs, t
                                    (two_runs, ["--tokens", tokens, "--false-alarms", "101"], "101%")):
         code, out, err = run_main("desk", *runs, *options)
         assert code == 2 and out == "" and message in err and err.count("\n") == 2 and "\nerror: " in err
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert f"port {port} of 127.0.0.1 cannot be used" in run_main("desk", *two_runs, "--port", port)[2]
 
 
 def test_unequal_runs_are_named_in_the_summary(run_main, two_runs, token_files, tmp_path):
