@@ -85,8 +85,10 @@ class TrainingConfig:
                                           rule=AT_LEAST_1, identity=False)
     max_steps: int = _field("Steps until training ends.", rule=AT_LEAST_1, extendable=True)
     learning_rate: float = _field("The highest learning rate, reached after warm-up.", rule=POSITIVE)
-    windows: str = _field("How the token file is cut into rows: stream (without gaps) or stories (whole stories).",
-                          "stream", _one_of("stream", "stories"))
+    windows: str = _field("How the token file is cut into rows: stream (without gaps), stories (whole ones in order), "
+                          "packed (whole ones that fit together), left_pad, slide_through or full (each place of a "
+                          "story ends or begins a row).", "stream",
+                          _one_of("stream", "stories", "packed", "left_pad", "slide_through", "full"))
     seed: int = _field("Seed of weights, dropout and the order of rows.", 0, SEED, arm=False)
     schedule: str = _field("The learning rate after warm-up: cosine, or linear_tail (constant, then linear).",
                            "cosine", _one_of("cosine", "linear_tail"))
@@ -129,7 +131,7 @@ class TrainingConfig:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens per step at most: windows = "stories" pads some rows."""
+        """Tokens per step at most: all windows but "stream" pad some rows."""
         return self.rows_per_step * self.context_length
 
 

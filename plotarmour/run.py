@@ -19,9 +19,9 @@ from torch import nn
 
 from plotarmour.cli import AnyPath, UserError, as_path, say, warn
 from plotarmour.config import AUTO, Recipe, restored
-from plotarmour.data.batches import Tokens, Windows, tokenize_in_memory
+from plotarmour.data.batches import Tokens, Windows
 from plotarmour.data.duplicates import overlapping_stories
-from plotarmour.data.token_file import TokenFile, looks_like_token_file, open_tokenizer
+from plotarmour.data.token_file import TokenFile, looks_like_token_file, open_tokenizer, tokenize_in_memory
 from plotarmour.data.tokenizer import Tokenizer
 from plotarmour.evaluation.generation import NewToken, generate, stream
 from plotarmour.files import locked, write_json, write_text
@@ -199,12 +199,14 @@ def train_run(recipe: Recipe, train_path: AnyPath, val_path: AnyPath, out: AnyPa
                         pass
                 print(f"{out} is done already: nothing to do.")
             return ending
-        windows, val_windows = (Windows(data, t.context_length, t.windows, t.seed, t.rows_per_step)
-                                for data in (train_data, val_data))
+        # All kinds but the oldest are evaluated on the same windows, of whole stories.
+        windows, val_windows = (
+            Windows(data, t.context_length, kind, t.seed, t.rows_per_step) for data, kind in
+            ((train_data, t.windows), (val_data, "stream" if t.windows == "stream" else "stories")))
         model = within_memory("the model", lambda: recipe.build_model(shared_tokenizer.vocab_size))
         info |= {"params": sum(p.numel() for p in model.parameters()),
                  "core_params": model.config.core_params}
-        info["train"]["order_sha256"] = windows.order_sha256()
+        info["train"] |= {"order_sha256": windows.order_sha256(), "padding_share": round(windows.padding_share, 4)}
 
         def claim() -> tuple[Path | None, int | None]:
             """Lock the run folder and write into it; return the checkpoint, and the rows per micro-batch if planned."""

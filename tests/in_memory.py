@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plotarmour.data.batches import TokensInMemory
+from plotarmour.data.token_file import TokensInMemory
 
 
 def data(*stories, vocab_size=50, end=0):

@@ -4,17 +4,30 @@ The tokens are cut into windows. Each window is read once per epoch, in an order
 The inputs of a window begin one token before its targets (before the first story stands the end-of-text id), so every
 target has its predecessor as input: shifted by exactly one, once.
 
-Two ways to cut:
-    "stream"   windows of context_length tokens, wherever they fall; the first begins elsewhere in every epoch
-    "stories"  windows that begin where a story begins and hold as many whole stories as fit; the rest is padding
-               that adds no loss. Stories longer than a window are cut. Models train on what they are scored on:
-               a story from its first token.
+Ways to cut:
+    "stream"         windows of context_length tokens, wherever they fall; the first begins elsewhere in every epoch
+    "stories"        windows that begin where a story begins and hold as many whole stories as fit; the rest is padding
+                     that adds no loss. Stories longer than a window are cut. Models train on what they are scored on:
+                     a story from its first token.
+    "packed"         whole stories that fill a window together, others in every epoch: `BUFFER` shuffled stories at a
+                     time, the longest first, each into the window with the least room that it fits into (best-fit
+                     decreasing)
+    "left_pad"       for each token of a story the window that ends with it, padded on the left
+    "slide_through"  for each token of a story the window that begins with it, which ends with the story at the latest
+    "full"           as slide_through, but only windows without padding; a shorter story is one window
+
+The last three give each story windows of its own, found by binary search in `firsts`. Their order and that of "packed"
+is computed, not stored, so that memory does not grow with the number of windows.
 """
 
 import hashlib
+import math
 from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
@@ -23,15 +36,18 @@ import torch
 from numpy.random import Philox
 from torch import Tensor
 
-from plotarmour.cli import UserError, warn
-from plotarmour.data.readers import Source, check_text, read_whole
-from plotarmour.data.token_file import TokenFile, check_largest_id
-from plotarmour.data.tokenizer import Spelling, Tokenizer
+from plotarmour.cli import UserError
+from plotarmour.data.token_file import check_largest_id
+from plotarmour.data.tokenizer import Tokenizer
 from plotarmour.loss import IGNORE
+
+BY_PLACE = ("left_pad", "slide_through", "full")
+BUFFER = 4096  # stories that are packed together
+Row = tuple[int, ...]  # begin and end, in targets, of each piece of the token file that it holds, one after the other
 
 
 class Tokens(Protocol):
-    """The tokens of some stories, as training and scoring read them: a `TokenFile` or `TokensInMemory`."""
+    """The tokens of some stories, as training and scoring read them: `TokenFile` or `TokensInMemory`."""
 
     path: Path  # for messages
     header: dict  # of a token file: `end_of_text_id`, `vocab_size`, `payload_sha256` and others
@@ -53,17 +69,44 @@ def _shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(bits.random_raw(n), kind="stable")
 
 
+def permuted(numbers: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Return where a permutation of 0..n-1 takes some of these numbers, int64, without computing the others.
+
+    It is a Feistel network: a number is a row and a column of a table of n or a few more places, and a hash of each is
+    added to the other in turn. Numbers beyond n - 1 go through it again.
+    """
+    height = math.isqrt(n - 1) + 1
+    width = -(-n // height)
+    keys = Philox(key=np.array([seed, epoch], dtype=np.uint64), counter=2 << 64).random_raw(6)
+    places = numbers.astype(np.uint64)
+    beyond = np.ones(len(places), dtype=bool)
+    while beyond.any():
+        (row, column), size, other = np.divmod(places[beyond], width), height, width
+        for key in keys:
+            mixed = (column + key) * 0x9E3779B97F4A7C15
+            mixed = (mixed ^ mixed >> 32) * 0xD6E8FEB86659FD93 >> 32
+            row, column, size, other = column, (row + mixed) % size, other, size
+        places[beyond] = row * width + column  # after an even number of turns both stand where they stood
+        beyond = places >= n
+    return places.astype(np.int64)
+
+
+def n_targets(row: Row) -> int:
+    """Return the number of targets in a row. (0, 4, 9, 11): 6."""
+    return sum(row[1::2]) - sum(row[::2])
+
+
 @dataclass(frozen=True, eq=False)
 class Windows:
     """The windows of a token file and the order in which a seed reads them.
 
     Raises:
-        UserError: a text shorter than one window.
+        UserError: a text shorter than one window, or no story as long as a window whose kind needs one.
     """
 
     data: Tokens
     context_length: int  # largest number of targets in a window
-    kind: str  # "stream" or "stories"
+    kind: str  # as above
     seed: int
     rows_per_step: int
 
@@ -72,6 +115,10 @@ class Windows:
         if self.kind == "stream" and n < self.context_length:
             raise UserError(f"{self.data.path} holds {n:,} tokens, fewer than one context of {self.context_length:,}; "
                             f"use more text, or --set context_length={max(1, n // 2)} or less.")
+        if self.kind in BY_PLACE and (longest := int(self._lengths().max())) < self.context_length:
+            raise UserError(f"the longest story of {self.data.path} has {longest:,} tokens, fewer than one context of "
+                            f"{self.context_length:,}, so that every window of windows={self.kind} would be padded; "
+                            f"--set context_length={longest} or less, or windows=packed.")
 
     @cached_property
     def _cuts(self) -> np.ndarray:
@@ -86,28 +133,59 @@ class Windows:
         return np.array(cuts, dtype=np.int64)
 
     @cached_property
+    def firsts(self) -> np.ndarray:
+        """uint64 (n_stories,): number of each story's first window, for kinds `BY_PLACE`.
+
+        Window `firsts[story] + place` is that of the story's token `place`: the one that ends (left_pad) or begins
+        (slide_through, full) with it.
+        """
+        if self.kind != "full":
+            return self.data.offsets
+        n_windows = np.maximum(self._lengths() - (self.context_length - 1), 1)
+        return (np.cumsum(n_windows) - n_windows).astype(np.uint64)
+
+    @cached_property
     def per_epoch(self) -> int:
-        """Windows in one epoch."""
+        """Windows in the first epoch, and in every other one unless the kind is "packed"."""
         if self.kind == "stories":
             return len(self._cuts)
+        if self.kind == "packed":
+            return self._ends(0)[-1]
+        if self.kind == "full":
+            return int(self.firsts[-1]) + max(int(self._lengths()[-1]) - (self.context_length - 1), 1)
+        if self.kind in BY_PLACE:
+            return self.data.n_tokens
         return (self.data.n_tokens - self._last_phase) // self.context_length
+
+    @property
+    def padding_share(self) -> float:
+        """Share of padding in the first epoch: places / (rows · context_length), of places without a target."""
+        T, n = self.context_length, self.data.n_tokens
+        if self.kind == "stream":
+            return 0.0
+        if self.kind in BY_PLACE:
+            lengths = self._lengths()
+            short = np.minimum(lengths, T)  # in the one window of a short story, or in those that are padded
+            n = int(((short if self.kind == "full" else short * (short + 1) // 2) + (lengths - short) * T).sum())
+        return 1 - n / (self.per_epoch * T)
 
     def epoch_of(self, step: int) -> float:
         """Epochs read before `step` begins."""
-        return step * self.rows_per_step / self.per_epoch
+        epoch, i = self._epoch(step * self.rows_per_step)
+        return epoch + i / (self._ends(epoch)[-1] if self.kind == "packed" else self.per_epoch)
 
-    def rows_of(self, step: int) -> list[tuple[int, int]]:
-        """[begin, end) in targets of the rows that `step` reads: a pure function of (seed, step)."""
-        rows, place, n_left = [], step * self.rows_per_step, self.rows_per_step
-        while n_left:  # a step may end one epoch and begin the next
-            epoch, i = divmod(place, self.per_epoch)
-            begins, ends = self._window(_shuffled(self.per_epoch, self.seed, epoch)[i:i + n_left], self._phase(epoch))
-            rows += zip(begins.tolist(), ends.tolist(), strict=True)
-            place, n_left = place + len(begins), n_left - len(begins)
+    def rows_of(self, step: int) -> list[Row]:
+        """Return the rows that `step` reads: a pure function of (seed, step)."""
+        rows, place = [], step * self.rows_per_step
+        while n_left := self.rows_per_step - len(rows):  # a step may end one epoch and begin the next
+            rows += self._rows(*self._epoch(place + len(rows)), n_left)
         return rows
 
-    def first_rows(self, n_tokens: int) -> list[tuple[int, int]]:
-        """Return the first windows in the order of the file until they hold `n_tokens` targets, for evaluation."""
+    def first_rows(self, n_tokens: int) -> list[Row]:
+        """Return the first windows in the order of the file until they hold `n_tokens` targets, for evaluation.
+
+        The kind is "stream" or "stories".
+        """
         rows = []
         while n_tokens > 0 and len(rows) < self.per_epoch:
             begin, end = map(int, self._window(len(rows), 0))
@@ -120,35 +198,119 @@ class Windows:
 
         Returns:
             SHA-256, hexadecimal, of `payload_sha256` followed by begin and end of every window in the order of
-            reading, little-endian int64. Runs with the same hash see the same tokens in the same order.
+            reading, little-endian int64; for kinds whose order is computed, by kind, context_length, seed and the first
+            rows. Runs with the same hash see the same tokens in the same order.
         """
-        windows = self._window(_shuffled(self.per_epoch, self.seed, 0), self._phase(0))
-        order = np.stack(windows, axis=1).astype("<i8").tobytes()
+        if self.kind in ("stream", "stories"):
+            windows = self._window(_shuffled(self.per_epoch, self.seed, 0), self._phase(0))
+            order = np.stack(windows, axis=1).astype("<i8").tobytes()
+        else:
+            order = repr((self.kind, self.context_length, self.seed, self._rows(0, 0, 1024))).encode()
         return hashlib.sha256(self.data.header["payload_sha256"].encode() + order).hexdigest()
 
-    def micro_batch(self, rows: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Read rows as (inputs, targets), each int64 (B, T), T the longest row; padding is end-of-text and `IGNORE`.
+    def micro_batch(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
+        """Read rows as (inputs, targets), each int64 (B, T); padding is end-of-text and `IGNORE`.
+
+        T is the longest row; with padding on the left it is context_length, so that a row is the same in any batch.
 
         Raises:
             UserError: an id outside the vocabulary: the file is damaged.
         """
-        end_of_text, T = self.data.header["end_of_text_id"], max(end - begin for begin, end in rows)
+        end_of_text, on_left = self.data.header["end_of_text_id"], self.kind == "left_pad"
+        T = self.context_length if on_left else max(map(n_targets, rows))
         inputs = np.full((len(rows), T), end_of_text, dtype=np.int64)
         targets = np.full((len(rows), T), IGNORE, dtype=np.int64)
-        for row, (begin, end) in enumerate(rows):
-            targets[row, :end - begin] = self.data.tokens[begin:end]
-            first = 0 if begin else 1  # nothing stands before the first story: its input stays end-of-text
-            inputs[row, first:end - begin] = self.data.tokens[begin + first - 1:end - 1]
+        for row, pieces in enumerate(rows):
+            at = T - n_targets(pieces) if on_left else 0
+            for begin, end in zip(pieces[::2], pieces[1::2], strict=True):
+                first, until = 0 if begin else 1, at + end - begin
+                targets[row, at:until] = self.data.tokens[begin:end]
+                # Nothing stands before the first story: its input stays end-of-text.
+                inputs[row, at + first:until] = self.data.tokens[begin + first - 1:end - 1]
+                at = until
         # Checked here, in a prefetch thread: a check on the GPU would make the CPU wait.
         check_largest_id(self.data, max(int(inputs.max()), int(targets.max())))
         return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+    def _epoch(self, place: int) -> tuple[int, int]:
+        """Return the epoch of a window by its place in the order of all epochs, and its place in that epoch."""
+        if self.kind != "packed":
+            return divmod(place, self.per_epoch)
+        epoch = 0
+        while place >= (n := self._ends(epoch)[-1]):
+            epoch, place = epoch + 1, place - n
+        return epoch, place
+
+    def _rows(self, epoch: int, first: int, n: int) -> list[Row]:
+        """Return rows `first`, `first` + 1, ... of an epoch: at most `n`, and at least one."""
+        if self.kind == "packed":
+            buffer = bisect_right(ends := self._ends(epoch), first)
+            return self._packed(epoch, buffer)[first - (ends[buffer - 1] if buffer else 0):][:n]
+        if self.kind in BY_PLACE:
+            i = permuted(np.arange(first, min(first + n, self.per_epoch)), self.per_epoch, self.seed, epoch)
+        else:
+            i = _shuffled(self.per_epoch, self.seed, epoch)[first:first + n]
+        begins, ends = self._window(i, self._phase(epoch))
+        return list(zip(begins.tolist(), ends.tolist(), strict=True))
 
     def _window(self, i: int | np.ndarray, phase: int) -> tuple[int, int] | tuple[np.ndarray, np.ndarray]:
         """Return begin and end in targets of window `i`, or of several, in an epoch that begins at `phase`."""
         if self.kind == "stories":
             return self._cuts[i, 0], self._cuts[i, 1]
-        begin = phase + i * self.context_length
-        return begin, begin + self.context_length
+        if self.kind == "stream":
+            begin = phase + i * self.context_length
+            return begin, begin + self.context_length
+        story = np.searchsorted(self.firsts, i.astype(np.uint64), side="right") - 1
+        start, end = self._bounds(story)
+        token = start + i - self.firsts[story].astype(np.int64)
+        if self.kind == "left_pad":
+            return np.maximum(start, token + 1 - self.context_length), token + 1
+        return token, np.minimum(token + self.context_length, end)
+
+    def _bounds(self, story: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return begin and end of some stories in targets, int64."""
+        offsets, last = self.data.offsets, self.data.n_stories - 1
+        ends = np.where(story == last, self.data.n_tokens, offsets[np.minimum(story + 1, last)].astype(np.int64))
+        return offsets[story].astype(np.int64), ends
+
+    def _lengths(self) -> np.ndarray:
+        """Return the number of tokens of each story, with its end-of-text; int64 (n_stories,)."""
+        return np.diff(self.data.offsets.astype(np.int64), append=self.data.n_tokens)
+
+    @cached_property
+    def _packed(self) -> Callable[[int, int], list[Row]]:
+        """`_pack`, whose latest results are kept."""
+        return lru_cache(maxsize=2)(self._pack)
+
+    @cached_property
+    def _ends(self) -> Callable[[int], list[int]]:
+        """Function of an epoch: number of rows up to the end of each of its buffers; kind "packed"."""
+        buffers = range(-(-self.data.n_stories // BUFFER))
+        return lru_cache(None)(lambda epoch: list(accumulate(len(self._packed(epoch, buffer)) for buffer in buffers)))
+
+    def _pack(self, epoch: int, buffer: int) -> list[Row]:
+        """Return the rows of one buffer of an epoch's shuffled stories, in the order of reading; kind "packed"."""
+        T, n = self.context_length, self.data.n_stories
+        stories = permuted(np.arange(buffer * BUFFER, min((buffer + 1) * BUFFER, n)), n, self.seed, epoch)
+        # A story longer than a window is cut. Pieces from within a story come first, each into a row of its own: before
+        # them nothing may stand that is not of their story.
+        pieces = [(begin == start, begin, min(begin + T, end)) for start, end in zip(*map(np.ndarray.tolist,
+                  self._bounds(stories)), strict=True) for begin in range(start, end, T)]
+        pieces.sort(key=lambda piece: (piece[0], piece[1] - piece[2]))
+        rows, with_room, rooms = [], defaultdict(list), 0  # bit r of `rooms`: there is a row with room for r targets
+        for is_start, begin, end in pieces:
+            enough, room, row = rooms >> (end - begin), T, []
+            if is_start and enough:
+                room = end - begin + (enough & -enough).bit_length() - 1
+                row = with_room[room].pop()
+                rooms ^= (not with_room[room]) << room
+            else:
+                rows.append(row)
+            row += begin, end
+            if room := room - (end - begin):
+                with_room[room].append(row)
+                rooms |= 1 << room
+        return [tuple(rows[i]) for i in permuted(np.arange(len(rows)), len(rows), self.seed, epoch)]
 
     @property
     def _last_phase(self) -> int:
@@ -156,60 +318,7 @@ class Windows:
 
     def _phase(self, epoch: int) -> int:
         """Return where the first window of an epoch begins."""
-        if self.kind == "stories":
+        if self.kind != "stream":
             return 0
         word = int(Philox(key=np.array([self.seed, epoch], dtype=np.uint64), counter=1 << 64).random_raw())
         return word % (self._last_phase + 1)
-
-
-class TokensInMemory:
-    """Stories whose ids are in memory.
-
-    Args:
-        stories: ids of each story, unsigned integers, with its end-of-text id.
-        header: entries of a token file's header that the user of the stories needs; their numbers are added.
-        story_bytes: UTF-8 bytes of each story.
-        path, tokenizer: of their text.
-    """
-
-    story = TokenFile.story
-
-    def __init__(self, stories: list[np.ndarray], header: dict, story_bytes: list[int], path: Path | None = None,
-                 tokenizer: Tokenizer | None = None):
-        self.tokens = np.concatenate(stories)
-        self.offsets = np.cumsum([0, *map(len, stories[:-1])]).astype(np.uint64)
-        self.story_bytes = np.array(story_bytes, dtype=np.uint32)
-        self.n_tokens, self.n_stories = len(self.tokens), len(stories)
-        self.header = header | {"n_tokens": self.n_tokens, "n_stories": self.n_stories}
-        self.path, self._tokenizer = path, tokenizer
-
-    def tokenizer(self) -> Tokenizer:
-        return self._tokenizer
-
-
-def tokenize_in_memory(path: Path, tokenizer: Tokenizer, stories: str = "endoftext") -> TokensInMemory:
-    """Tokenize a text into memory: slow, for training without a token file.
-
-    Args:
-        path, tokenizer: of the text, and for its ids.
-        stories: what makes a story: "endoftext", "line", "paragraph" or "file".
-
-    Raises:
-        UserError: no text, or one without a story.
-    """
-    warn(f"{path} is not a token file: it is tokenized in memory at every start. Make a token file once with: "
-         f"python tools/pre_tokenize.py {path} --tokenizer {tokenizer.kind} --out {path.stem}.bin")
-    check_text(path)
-    source, spelling, rows, sizes = Source.of(path, stories=stories), Spelling(tokenizer), [], []
-    for chunk in read_whole(source):
-        spelling.check(chunk.texts)
-        batch = tokenizer.encode_batch(chunk.texts)
-        rows += [np.array([*ids, tokenizer.end_of_text_id], np.uint32) for ids in batch]
-        sizes += chunk.sizes
-    if not rows:
-        raise UserError(f"{path} holds no story; expected at least one.")
-    sha256 = source.sha256()
-    header = {"source": [{**source.fingerprint(), "sha256": sha256}], "payload_sha256": sha256, "stories": stories,
-              "tokenizer": {"kind": tokenizer.kind, "sha256": tokenizer.sha256},
-              "vocab_size": tokenizer.vocab_size, "end_of_text_id": tokenizer.end_of_text_id}
-    return TokensInMemory(rows, header, sizes, path, tokenizer)

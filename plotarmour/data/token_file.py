@@ -23,8 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from plotarmour.cli import AnyPath, UserError, as_path
-from plotarmour.data.tokenizer import Tokenizer, make_tokenizer
+from plotarmour.cli import AnyPath, UserError, as_path, warn
+from plotarmour.data.readers import Source, check_text, read_whole
+from plotarmour.data.tokenizer import Spelling, Tokenizer, make_tokenizer
 from plotarmour.files import map_file
 
 MAGIC = b"PLOTARM\x01"
@@ -214,6 +215,59 @@ _RULES = (
     *((key, "a number", lambda value, header: value is None or _is_count(value))
       for key in ("n_empty_dropped", "n_excluded", "n_replaced")),
     *((key, "text", lambda value, header: isinstance(value, str | None)) for key in ("stories", "split", "part")))
+
+
+class TokensInMemory:
+    """Stories whose ids are in memory.
+
+    Args:
+        stories: ids of each story, unsigned integers, with its end-of-text id.
+        header: entries of a token file's header that the user of the stories needs; their numbers are added.
+        story_bytes: UTF-8 bytes of each story.
+        path, tokenizer: of their text.
+    """
+
+    story = TokenFile.story
+
+    def __init__(self, stories: list[np.ndarray], header: dict, story_bytes: list[int], path: Path | None = None,
+                 tokenizer: Tokenizer | None = None):
+        self.tokens = np.concatenate(stories)
+        self.offsets = np.cumsum([0, *map(len, stories[:-1])]).astype(np.uint64)
+        self.story_bytes = np.array(story_bytes, dtype=np.uint32)
+        self.n_tokens, self.n_stories = len(self.tokens), len(stories)
+        self.header = header | {"n_tokens": self.n_tokens, "n_stories": self.n_stories}
+        self.path, self._tokenizer = path, tokenizer
+
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+
+def tokenize_in_memory(path: Path, tokenizer: Tokenizer, stories: str = "endoftext") -> TokensInMemory:
+    """Tokenize a text into memory: slow, for training without a token file.
+
+    Args:
+        path, tokenizer: of the text, and for its ids.
+        stories: what makes a story: "endoftext", "line", "paragraph" or "file".
+
+    Raises:
+        UserError: no text, or one without a story.
+    """
+    warn(f"{path} is not a token file: it is tokenized in memory at every start. Make a token file once with: "
+         f"python tools/pre_tokenize.py {path} --tokenizer {tokenizer.kind} --out {path.stem}.bin")
+    check_text(path)
+    source, spelling, rows, sizes = Source.of(path, stories=stories), Spelling(tokenizer), [], []
+    for chunk in read_whole(source):
+        spelling.check(chunk.texts)
+        batch = tokenizer.encode_batch(chunk.texts)
+        rows += [np.array([*ids, tokenizer.end_of_text_id], np.uint32) for ids in batch]
+        sizes += chunk.sizes
+    if not rows:
+        raise UserError(f"{path} holds no story; expected at least one.")
+    sha256 = source.sha256()
+    header = {"source": [{**source.fingerprint(), "sha256": sha256}], "payload_sha256": sha256, "stories": stories,
+              "tokenizer": {"kind": tokenizer.kind, "sha256": tokenizer.sha256},
+              "vocab_size": tokenizer.vocab_size, "end_of_text_id": tokenizer.end_of_text_id}
+    return TokensInMemory(rows, header, sizes, path, tokenizer)
 
 
 def read_header(path: Path) -> dict:

@@ -4,7 +4,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch import Tensor
 
-from plotarmour.data.batches import Windows
+from plotarmour.data.batches import Windows, n_targets
 from plotarmour.training.distributed import ALONE, Ranks
 
 AHEAD = 3  # steps; more than one because reading a step sometimes takes longer than computing one
@@ -52,4 +52,4 @@ class Batches:
         batches = [self.windows.micro_batch(share[i:i + size]) for i in range(0, len(share), size)]
         if self.pinned:
             batches = [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in batches]
-        return sum(end - begin for begin, end in rows), batches
+        return sum(map(n_targets, rows)), batches

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from plotarmour.cli import UserError
 from plotarmour.config import TrainingConfig, largest_divisor
-from plotarmour.data.batches import Windows
+from plotarmour.data.batches import Row, Windows
 from plotarmour.loss import IGNORE, summed_nats
 from plotarmour.machine import Machine
 from plotarmour.training.distributed import Ranks, check_share
@@ -192,14 +192,14 @@ def clip_gradients(model: nn.Module, limit: float) -> float:
 
 
 @torch.no_grad()
-def evaluate_windows(model: nn.Module, windows: Windows, batches: list[list[tuple[int, int]]],
+def evaluate_windows(model: nn.Module, windows: Windows, batches: list[list[Row]],
                      token_bytes: np.ndarray | None, machine: Machine) -> tuple[float, int, int]:
     """Score some windows of a token file.
 
     Args:
         model: with `features` and `unembedding`, as in `plotarmour.models`.
         windows: of the token file.
-        batches: rows ([begin, end) in targets) of each forward pass.
+        batches: rows of each forward pass.
         token_bytes: int32 (vocab_size,), bytes that each id stands for; None where that is not exact.
         machine: device and dtype.
 

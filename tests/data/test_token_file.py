@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from plotarmour.cli import UserError
 from plotarmour.data import token_file
-from plotarmour.data.batches import tokenize_in_memory
 from plotarmour.data.pretokenize import pre_tokenize
 from plotarmour.data.readers import Source, read_whole
 from plotarmour.data.stories import PARTS, normalise, parts_of, story_hash
-from plotarmour.data.token_file import FIXED, HEADER_BYTES, TokenFile
+from plotarmour.data.token_file import FIXED, HEADER_BYTES, TokenFile, tokenize_in_memory
 from plotarmour.data.token_writer import TokenFileWriter, header_block
 from plotarmour.data.tokenizer import make_tokenizer
 

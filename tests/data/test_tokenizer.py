@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plotarmour.cli import UserError
-from plotarmour.data.batches import tokenize_in_memory
 from plotarmour.data.pretokenize import pre_tokenize
+from plotarmour.data.token_file import tokenize_in_memory
 from plotarmour.data.tokenizer import (
     END_OF_TEXT,
     Tokenizer,
