@@ -13,7 +13,8 @@
 # that do not fit the story so far.
 #
 # **Time:** three minutes. **Hardware:** any. **Needs:** two runs of `02_train` with one tokenizer, and the token files
-# of `01_pretokenize`. **Leaves behind:** `desk.csv`, `desk_texts.csv` and `desk.png` in the results folder.
+# of `01_pretokenize`. **Leaves behind:** `desk.csv`, `desk_texts.csv`, `desk.png` and
+# `contradictions.csv` in the results folder.
 
 # %% [markdown]
 # ## Set-up
@@ -43,6 +44,7 @@ story = "Once upon a time there was a shy girl named Lily. Lily lived near the o
 draft = "One morning he found his dear ball at the old mill."  # what is to be checked against the story
 
 # %%
+from dataclasses import replace
 from pathlib import Path
 
 from plotarmour.run import load_run
@@ -118,6 +120,26 @@ from plotarmour.report.desk_figures import blend_curves
 display(Image(blend_curves(losses, texts, folder / "desk.png")))
 
 # %% [markdown]
+# ## Does the check find contradictions?
+# Pairs of drafts differ in one fact: one keeps what the story says, one breaks it. Of the built-in corpus: the hero,
+# the place, the animal, the object and who holds it, with other events in between; of your text: names and things of
+# the test stories, swapped. The score is the share of pairs in the right order (ROC AUC): 1 is perfect, 0.5 is chance,
+# and *nats* alone is the plain surprise, without a look at what the model would say without the story.
+
+# %%
+from plotarmour.evaluation.contradictions import FILLERS, measure, swaps, tale
+
+tokenizer = pair.logic.tokenizer
+if (tokens_folder / "built-in.txt").exists():
+    drafts = [tale(fact, distance, 1000, i, tokenizer) for fact in FILLERS for distance in (0, 64) for i in range(15)]
+else:
+    drafts = [replace(each, distance=0) for each in swaps(test, tokenizer)][:200]
+contradictions = measure((pair.logic, pair.creativity), drafts)
+write_csv(contradictions, folder / "contradictions.csv")
+contradictions[contradictions["score"].isin(["misfit", "nats"])].pivot_table(
+    values="auc", index=["fact", "distance"], columns=["run", "score"]).round(2)
+
+# %% [markdown]
 # ## What it means
 # If the curve of losses has its lowest point inside, the two models know different things. If variety falls and
 # contradictions fall with the share of logic, the names are deserved for these runs; if not, they are only names.
@@ -126,5 +148,5 @@ display(Image(blend_curves(losses, texts, folder / "desk.png")))
 # ## Files written
 
 # %%
-for name in ("desk.csv", "desk_texts.csv", "desk.png"):
+for name in ("desk.csv", "desk_texts.csv", "desk.png", "contradictions.csv"):
     print(folder / name)

@@ -1,4 +1,4 @@
-"""Figures of the writing desk: what a blend of two runs predicts and writes against the slider."""
+"""Figures of the writing desk: blends of two runs against the slider, and how well drafts are checked."""
 
 from pathlib import Path
 
@@ -29,4 +29,34 @@ def blend_curves(losses: pd.DataFrame, texts: pd.DataFrame, path: Path) -> Path:
     right.set_ylabel("share (%)")
     for axes in (left, right):
         axes.legend(frameon=False, fontsize=9)
+    return save_figure(figure, path)
+
+
+def contradiction_curves(table: pd.DataFrame, path: Path, score: str) -> Path:
+    """Draw how well each run tells drafts that break a fact from drafts that keep it, against the fact's distance.
+
+    Args:
+        table: of `plotarmour.evaluation.contradictions.measure`, of tales.
+        path: PNG to write.
+        score: which of its scores; the trigrams have "nats" only.
+    """
+    facts = list(dict.fromkeys(table["fact"]))
+    figure, panels = new_figure(2.2 * len(facts) + 0.8, 3.2, "How well a broken fact is found", "", "",
+                                columns=len(facts))
+    for axes, fact in zip(panels, facts, strict=True):
+        rows = table[(table["fact"] == fact) & ((table["score"] == score) | (table["run"] == "trigram baseline"))]
+        for (run, own), color in zip(rows.groupby("run", sort=False), (BLUE, ORANGE, DARK_GRAY), strict=False):
+            x = own["distance"].clip(lower=32)  # on a logarithmic axis; 0 is told by its tick
+            axes.errorbar(x, own["auc"], (own["auc"] - own["low"], own["high"] - own["auc"]), color=color, marker="o",
+                          markersize=3.5, linewidth=1.6, label=run)
+        axes.axhline(0.5, color=DARK_GRAY, linewidth=1, linestyle=":")
+        axes.set_xscale("log", base=4)
+        distances = sorted(set(rows["distance"]))
+        axes.set_xticks([max(distance, 32) for distance in distances], [f"{distance:,}" for distance in distances],
+                        rotation=60, fontsize=8)
+        axes.minorticks_off()
+        axes.set_ylim(0.3, 1.03)
+        axes.set_xlabel(f"{fact}: tokens back")
+    panels[0].set_ylabel("ROC AUC (0.5: chance)")
+    panels[0].legend(frameon=False, fontsize=8, loc="lower left")
     return save_figure(figure, path)

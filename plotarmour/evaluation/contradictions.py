@@ -1,0 +1,159 @@
+"""Contradictions: how well the check of a draft tells drafts that keep a fact of the story from drafts that break it.
+
+The drafts of a pair differ in one fact; both words are drawn alike, so that a rare word is no hint. Tales come from the
+built-in grammar, which knows its facts: a tale states them and goes on with events that do not name the one in
+question, until a distance is reached. Swaps come from held-out stories: a sentence that names a person or a thing again
+is the draft, what stands before it is the story, and another name or thing breaks it.
+
+A draft's score is the largest over its words. The ROC AUC is the probability that, of a draft that keeps its fact and
+one that breaks its own, the second has the higher score: 0.5 is chance, and what a majority reaches.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from plotarmour.data.batches import Tokens
+from plotarmour.data.tales import EVENTS, OPENINGS, POOLS, Writer
+from plotarmour.evaluation.ngrams import probabilities
+from plotarmour.evaluation.surprise import Memory, sentences
+
+# Of each fact of a tale: events that do not name it, and the event of the draft.
+FILLERS = {"hero": ("Soon", "Suddenly", "Everyone", "From", "Meanwhile"),
+           "place": ("Then", "After", "Later", "Next", "Meanwhile"), "animal": ("Then", "Later", "Outside", "Next"),
+           "object": ("Soon", "Suddenly", "After", "Outside", "Everyone", "From"),
+           "holder": ("Soon", "Suddenly", "After", "Later", "Outside", "Everyone", "From", "Next", "Meanwhile")}
+DRAFTS = {"hero": "After", "place": "Outside", "animal": "Soon", "object": "Later"}
+# Of held-out stories in English.
+SWAPPED = {
+    "name": "Lily Tom Max Mia Sara Ben Anna Tim Sam Lucy Jack Emma Bob Sue Amy Jill Mary John Jane Timmy Sarah Molly "
+            "Billy Spot Bella Daisy Ella Leo Joe Jim Tommy Sally Annie Polly Rex Buddy Kitty".split(),
+    "thing": "ball dog cat bird car doll box toy boat hat book tree frog fish bear bunny rabbit duck mouse truck kite "
+             "cake apple cookie flower house bike train ring key stone stick shell drum bee ant fox".split()}
+SCORES = {"misfit": lambda word: word.misfit, "nats": lambda word: word.nats,
+          "nats - entropy": lambda word: word.nats - word.entropy,
+          "nats - nats alone": lambda word: word.nats - word.nats_alone}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A story with two drafts that continue it."""
+
+    fact: str
+    distance: int  # tokens between the last place that names the fact and the draft; of tales, at least
+    story: str
+    kept: str
+    broken: str
+
+
+def tale(fact: str, distance: int, seed: int, index: int, tokenizer) -> Pair:
+    """Return a tale with its two drafts: a pure function of its arguments.
+
+    Args:
+        fact: a key of `FILLERS`.
+        distance: least tokens between the last sentence that names the fact and the draft.
+        seed, index: of the tale.
+        tokenizer: counts the tokens.
+    """
+    writer = Writer(seed, index)
+    gender = writer.pick(POOLS["gender"])
+    pools = {"hero": gender} | {name: name for name in ("place", "animal", "object", "friend")}
+    facts = {name: writer.pick(POOLS[pool]) for name, pool in pools.items()}
+    broken = dict(facts)
+    while fact != "holder" and broken[fact] == facts[fact]:  # both anew, so that neither is the rarer one
+        facts[fact], broken[fact] = (writer.pick(POOLS[pools[fact]]) for _ in range(2))
+
+    def sentence(begin: str, line: str) -> str:
+        line = re.sub(r"<(\w+):\w+>", r"{\1}", begin + line)
+        return re.sub(r"\[(\w+)\]", lambda match: writer.pick(POOLS[match[1]]), line)
+
+    story = sentence("Once upon a time there was a [trait]", OPENINGS[gender]).format_map(facts)
+    if fact == "holder":  # the second draft is possible only if the hero holds the object, the first one only if not
+        events = ["Kindly", "Finally"][:1 + index % 2]
+        story += "".join(event + EVENTS[event] for event in events).format_map(facts)
+        drafts = [sentence(event, EVENTS[event]).format_map(facts) for event in ("Finally", "Then")]
+        drafts = drafts[::-1] if index % 2 else drafts
+    else:
+        draft = sentence(DRAFTS[fact], EVENTS[DRAFTS[fact]])
+        drafts = [draft.format_map(each) for each in (facts, broken)]
+    named = len(story)
+    while len(tokenizer.encode(story[named:])) < distance:
+        event = FILLERS[fact][int(writer.bits.random_raw()) % len(FILLERS[fact])]
+        story += sentence(event, EVENTS[event]).format_map(facts)
+    return Pair(fact, distance, story, *(draft.strip() for draft in drafts))
+
+
+def swaps(data: Tokens, tokenizer, seed: int = 0) -> Iterator[Pair]:
+    """Yield, of held-out stories, the last sentence that names a name or thing again, and the same with another one."""
+    rng, texts = np.random.default_rng(seed), [tokenizer.decode(data.story(i)) for i in range(data.n_stories)]
+    for kind, words in SWAPPED.items():
+        found = []
+        for text in texts:
+            for begin, end in reversed(sentences(text)[1:]):
+                again = [word for word in re.findall(r"\w+", text[begin:end])
+                         if word in words and re.search(rf"\b{word}\b", text[:begin])]
+                if again:
+                    found.append((text[:begin].rstrip(), text[begin:end], again[0]))
+                    break
+        counts = Counter(word for _, _, word in found)
+        for story, draft, word in found:
+            others = [other for other in counts if other != word and not re.search(rf"\b{other}\b", story)]
+            if others:
+                weights = np.array([counts[other] for other in others])
+                other = others[rng.choice(len(others), p=weights / weights.sum())]
+                last = max(match.end() for match in re.finditer(rf"\b{word}\b", story))
+                yield Pair(kind, len(tokenizer.encode(story[last:])), story, draft,
+                           re.sub(rf"\b{word}\b", other, draft))
+
+
+def measure(runs: Sequence[Any], pairs: Sequence[Pair], train: Tokens | None = None) -> pd.DataFrame:
+    """Measure how well runs tell the drafts of pairs apart.
+
+    Args:
+        runs: `plotarmour.run.Run` of one tokenizer.
+        pairs: pairs; those of one fact and distance form a row.
+        train: training tokens of the runs; adds trigrams, which see two tokens back, as rows.
+
+    Returns:
+        A row per run, fact, distance and score: run, fact, distance, score, pairs, auc, low, high; the last two are
+        the 95 % interval over stories.
+    """
+    values: dict[tuple, tuple[list, list]] = {}
+
+    def note(key: tuple, side: int, value: float) -> None:
+        values.setdefault(key, ([], []))[side].append(value)
+
+    for run in runs:
+        alone = Memory.of(run, "")
+        for pair in pairs:
+            memory = Memory.of(run, pair.story)
+            for side, draft in enumerate((pair.kept, pair.broken)):
+                words = memory.words(draft, alone)
+                for name, score in SCORES.items():
+                    note((run.name, pair.fact, pair.distance, name), side, max(map(score, words)))
+    if train is not None:
+        drafts = [(pair, side, draft) for pair in pairs for side, draft in enumerate((pair.kept, pair.broken))]
+        encode, triples = runs[0].tokenizer.encode, []
+        for pair, _, draft in drafts:
+            ids = [*encode(pair.story[-200:])[-2:], *encode(f" {draft}")]
+            triples.append(np.stack([ids[:-2], ids[1:-1], ids[2:]]))
+        p = probabilities(train, *np.concatenate(triples, axis=1))["trigram"]
+        ends = np.cumsum([triple.shape[1] for triple in triples])
+        for (pair, side, _), own in zip(drafts, np.split(p, ends[:-1]), strict=True):
+            note(("trigram baseline", pair.fact, pair.distance, "nats"), side, -np.log(own.min()))
+    rows = [[*key, len(kept), *auc(kept, broken)] for key, (kept, broken) in values.items()]
+    return pd.DataFrame(rows, columns=["run", "fact", "distance", "score", "pairs", "auc", "low", "high"])
+
+
+def auc(kept: Sequence[float], broken: Sequence[float], draws: int = 1000) -> tuple[float, float, float]:
+    """Return the ROC AUC and the ends of its 95 % interval; a bootstrap draw takes the same stories for both drafts."""
+    wins = np.subtract.outer(np.asarray(broken), np.asarray(kept))
+    wins = (wins > 0) + 0.5 * (wins == 0)
+    drawn = np.random.default_rng(0).integers(0, len(kept), (draws, len(kept)))
+    return float(wins.mean()), *map(float, np.quantile([wins[np.ix_(rows, rows)].mean() for rows in drawn],
+                                                       [0.025, 0.975]))

@@ -1,0 +1,67 @@
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from in_memory import data
+
+from plotarmour.data.tales import POOLS
+from plotarmour.data.tokenizer import make_tokenizer
+from plotarmour.evaluation.contradictions import FILLERS, SWAPPED, auc, measure, swaps, tale
+from plotarmour.machine import find_machine
+from plotarmour.models.bdh import BDH, BDHConfig
+
+BYTES = make_tokenizer("bytes")
+
+
+@pytest.mark.parametrize("fact", FILLERS)
+def test_the_drafts_of_a_tale_differ_in_one_fact_that_the_story_states_far_back(fact):
+    """Guards: a fact that the last sentences name again; drafts that differ in more; a broken fact that is rarer."""
+    kept, broken, pools = [], [], POOLS
+    for i in range(40):
+        pair = tale(fact, 150, 7, i, BYTES)
+        assert pair == tale(fact, 150, 7, i, BYTES)
+        a, b = pair.kept.split(), pair.broken.split()
+        if fact == "holder":
+            assert {a[0], b[0]} == {"Finally", "Then"} and (a[0] == "Then") == (" back to " in pair.story)
+            continue
+        [(one, other)] = [(x.strip("."), y.strip(".")) for x, y in zip(a, b, strict=True) if x != y]
+        pool = pools["girl" if one in pools["girl"].options else "boy"] if fact == "hero" else pools[fact]
+        assert {one, other} <= {*pool.options} and not re.search(rf"\b{other}\b", pair.story)
+        last = max(match.end() for match in re.finditer(rf"\b{one}\b", pair.story))
+        assert len(pair.story) - last >= 150
+        kept.append(pool.options.index(one))
+        broken.append(pool.options.index(other))
+    assert abs(np.mean(kept or 0) - np.mean(broken or 0)) < 2.5  # ranks: of few options 0 to 29, skewed
+
+
+def test_a_swap_puts_another_name_of_the_stories_into_the_last_sentence_that_names_one_again():
+    """Guards: a sentence that names somebody for the first time; a swap to somebody who is in the story."""
+    texts = ["Tom ran. He fell. Tom cried.", "Lily and Sam sat. Lily ate.", "Lily saw Tom. Sam saw Tom.", "No. One."]
+    held_out = data(*(BYTES.encode(text) for text in texts), vocab_size=257, end=256)
+    pairs = [pair for pair in swaps(held_out, BYTES) if pair.fact == "name"]
+    assert [(pair.story, pair.kept) for pair in pairs] == [
+        ("Tom ran. He fell.", "Tom cried."), ("Lily and Sam sat.", "Lily ate.")]  # in the third, all are there
+    assert pairs[0].broken == "Lily cried." and pairs[1].broken == "Tom ate."
+    assert pairs[0].distance == len(" ran. He fell.")
+    assert all(word.isalpha() for words in SWAPPED.values() for word in words)
+
+
+def test_auc_is_the_share_of_pairs_that_are_in_order():
+    """Guards: ties that count as wins, sides turned around."""
+    assert auc([1, 2], [3, 2])[0] == (1 + 1 + 1 + 0.5) / 4
+    value, low, high = auc(np.arange(50), np.arange(50) + 10)
+    assert 0.5 < low < value < high <= 1
+
+
+def test_a_model_that_has_learned_the_story_finds_what_breaks_it():
+    """Guards: scores of one draft on the side of the other; trigrams of the wrong tokens."""
+    torch.manual_seed(0)
+    model = BDH(BDHConfig(n_layer=1, n_embd=16, n_head=1, mlp_internal_dim_multiplier=2, vocab_size=257)).eval()
+    run = SimpleNamespace(name="bdh", model=model, machine=find_machine("cpu"), tokenizer=BYTES)
+    pairs = [tale("hero", 0, 7, i, BYTES) for i in range(4)]
+    train = data(*(BYTES.encode(f"{pair.story}{pair.kept}") for pair in pairs), vocab_size=257, end=256)
+    table = measure([run], pairs, train).set_index(["run", "score"])["auc"]
+    assert set(table.index.get_level_values("run")) == {"bdh", "trigram baseline"} and table.between(0, 1).all()
+    assert table["trigram baseline", "nats"] > 0.7  # of these drafts, it has counted the ones that keep the fact
