@@ -2,15 +2,20 @@
 """How well the check of a draft finds a broken fact: ROC AUC by fact, distance, run and score.
 
 The pairs of drafts are those of plotarmour/evaluation/contradictions.py: tales of the built-in grammar with --tales,
-held-out stories with --stories. To train a pair of runs for the tales, in which facts stay up to 400 tokens back:
+held-out stories with --stories. A model recalls a fact only from as far back as its training text made it learn, and
+the built-in corpus names every fact anew within some forty tokens. So --write makes a text of tales in which facts come
+back after up to 400 tokens; to train a pair of runs on it:
 
-    python tools/run_suite.py --set corpus_max_events=24 --set context_length=512 --out results/long_tales
+    python benchmarks/contradictions.py --write 16000 --out results/far_facts.txt
+    python tools/run_suite.py --text results/far_facts.txt --set context_length=512 --set max_steps=3000 \\
+        --out results/far_facts
 """
 
 import argparse
 import dataclasses
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -18,12 +23,25 @@ sys.path.insert(0, str(ROOT))
 BINS = ((0, "up to 31"), (32, "32 to 127"), (128, "128 and more"))  # of distances in held-out stories
 
 
+def write_tales(n: int, path: Path) -> None:
+    """Write tales that name a fact again and again, after up to 300 words."""
+    from plotarmour.evaluation.contradictions import FILLERS, tale
+
+    words, facts = SimpleNamespace(encode=str.split), [*FILLERS]
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for i in range(n):
+            fact, distance = facts[i % len(facts)], round(300 * ((i // len(facts)) * 0.618 % 1))  # evenly spread
+            pair = tale(fact, distance, 0, i, words, 1 if fact == "holder" else min(4, 1 + 200 // (distance + 20)))
+            file.write(f"{pair.story}{pair.kept}\n<|endoftext|>\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders of one tokenizer")
+    parser.add_argument("runs", type=Path, nargs="*", help="run folders of one tokenizer")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--tales", type=int, metavar="N", help="tales for each fact and distance")
     what.add_argument("--stories", type=Path, help="token file of held-out stories")
+    what.add_argument("--write", type=int, metavar="N", help="write a text of N tales to --out")
     parser.add_argument("--distances", default="0,64,128,256,1024,4096,8192", help="of tales, tokens, separated by ,")
     parser.add_argument("--seed", type=int, default=1000, help="of the tales; the corpus of the recipes has 0")
     parser.add_argument("--train", type=Path, help="token file of the train part; adds trigrams")
@@ -33,6 +51,9 @@ def main() -> None:
     from plotarmour.evaluation.contradictions import FILLERS, measure, swaps, tale
     from plotarmour.run import load_run
 
+    if args.write:
+        write_tales(args.write, args.out)
+        return
     runs = list(map(load_run, args.runs))
     tokenizer = runs[0].tokenizer
     if args.tales:

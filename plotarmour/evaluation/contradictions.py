@@ -51,7 +51,7 @@ class Pair:
     broken: str
 
 
-def tale(fact: str, distance: int, seed: int, index: int, tokenizer) -> Pair:
+def tale(fact: str, distance: int, seed: int, index: int, tokenizer, rounds: int = 1) -> Pair:
     """Return a tale with its two drafts: a pure function of its arguments.
 
     Args:
@@ -59,6 +59,8 @@ def tale(fact: str, distance: int, seed: int, index: int, tokenizer) -> Pair:
         distance: least tokens between the last sentence that names the fact and the draft.
         seed, index: of the tale.
         tokenizer: counts the tokens.
+        rounds: how many times the fact is named after that distance; the last time is the draft. Not for "holder",
+            which its drafts change.
     """
     writer = Writer(seed, index)
     gender = writer.pick(POOLS["gender"])
@@ -72,20 +74,27 @@ def tale(fact: str, distance: int, seed: int, index: int, tokenizer) -> Pair:
         line = re.sub(r"<(\w+):\w+>", r"{\1}", begin + line)
         return re.sub(r"\[(\w+)\]", lambda match: writer.pick(POOLS[match[1]]), line)
 
+    def events_without_fact() -> str:
+        text = ""
+        while len(tokenizer.encode(text)) < distance:
+            event = FILLERS[fact][int(writer.bits.random_raw()) % len(FILLERS[fact])]
+            text += sentence(event, EVENTS[event]).format_map(facts)
+        return text
+
+    def drafts() -> list[str]:
+        if fact != "holder":
+            draft = sentence(DRAFTS[fact], EVENTS[DRAFTS[fact]])
+            return [draft.format_map(each) for each in (facts, broken)]
+        # The second one is possible only if the hero holds the object, the first one only if the friend does.
+        both = [sentence(event, EVENTS[event]).format_map(facts) for event in ("Finally", "Then")]
+        return both[::-1] if index % 2 else both
+
     story = sentence("Once upon a time there was a [trait]", OPENINGS[gender]).format_map(facts)
-    if fact == "holder":  # the second draft is possible only if the hero holds the object, the first one only if not
-        events = ["Kindly", "Finally"][:1 + index % 2]
-        story += "".join(event + EVENTS[event] for event in events).format_map(facts)
-        drafts = [sentence(event, EVENTS[event]).format_map(facts) for event in ("Finally", "Then")]
-        drafts = drafts[::-1] if index % 2 else drafts
-    else:
-        draft = sentence(DRAFTS[fact], EVENTS[DRAFTS[fact]])
-        drafts = [draft.format_map(each) for each in (facts, broken)]
-    named = len(story)
-    while len(tokenizer.encode(story[named:])) < distance:
-        event = FILLERS[fact][int(writer.bits.random_raw()) % len(FILLERS[fact])]
-        story += sentence(event, EVENTS[event]).format_map(facts)
-    return Pair(fact, distance, story, *(draft.strip() for draft in drafts))
+    if fact == "holder":
+        story += "".join(event + EVENTS[event] for event in ("Kindly", "Finally")[:1 + index % 2]).format_map(facts)
+    for _ in range(rounds - 1):
+        story += events_without_fact() + drafts()[0]
+    return Pair(fact, distance, story + events_without_fact(), *(draft.strip() for draft in drafts()))
 
 
 def swaps(data: Tokens, tokenizer, seed: int = 0) -> Iterator[Pair]:
