@@ -5,6 +5,7 @@ drawn as it is: `$` does not begin a formula, and `_` hides no name. Figures use
 """
 
 import html
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -168,7 +169,7 @@ def ladder(arms: list[Arm], steps: pd.DataFrame, by_arm: pd.DataFrame, path: Pat
         by_arm: name and loss of arms.
     """
     steps, loss, style = steps[steps["is_arms"]], by_arm.set_index("name")["loss"], styles(arms)
-    figure, axes = new_figure(6.4, 1.5 + 0.5 * len(steps), "From GPT-2 to BDH at the same training tokens",
+    figure, axes = new_figure(8.4, 1.5 + 0.45 * len(steps), "From GPT-2 to BDH at the same training tokens",
                               "loss (nats per token)\nbars: difference to the arm above; lines: its 95 % interval")
     names = [steps["b"].iloc[0], *steps["a"]]
     axes.plot(loss[names[0]], 0, "o", color=style[names[0]]["color"])
@@ -183,7 +184,7 @@ def ladder(arms: list[Arm], steps: pd.DataFrame, by_arm: pd.DataFrame, path: Pat
     axes.set_yticks(range(len(names)), [f"{labels[name]}: {loss[name]:.3f}" for name in names])
     axes.set_ylim(len(steps) + 0.5, -0.5)
     low, high = axes.get_xlim()
-    axes.set_xlim(low, high + 0.7 * (high - low))  # room for the words
+    axes.set_xlim(low, high + 0.45 * (high - low))  # room for the words
     return save_figure(figure, path)
 
 
@@ -195,7 +196,7 @@ def gap_against_tokens(reference: Arm, others: list[Arm], logs: dict[str, pd.Dat
         logs: by run name, the rows of log.csv.
     """
     name = _label(reference)
-    figure, axes = new_figure(6.4, 3.8, f"Validation loss less that of {name}", "training tokens (million)",
+    figure, axes = new_figure(8.4, 3.8, f"Validation loss less that of {name}", "training tokens (million)",
                               f"difference (nats per token)\nabove 0 {name} is better")
     style, loss_of = styles([reference, *others]), {}
     for run, log in logs.items():
@@ -211,7 +212,7 @@ def gap_against_tokens(reference: Arm, others: list[Arm], logs: dict[str, pd.Dat
                   label=f"{_label(arm)}: last {mean.iloc[-1]:+.2f}" if len(mean) else _label(arm), **line)
     axes.axhline(0, color=DARK_GRAY, linewidth=1)
     axes.set_xlim(left=0)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(frameon=False, fontsize=9, loc="outside right center")
     return save_figure(figure, path)
 
 
@@ -294,8 +295,10 @@ def coloured_tokens(pieces: Sequence[str]) -> str:
 
 
 def arm_label(name: str, kind: str) -> str:
-    """Return the label of a run or arm: BDH for the name bdh, "NAME (BDH)" for other names."""
+    """Return the label of a run or arm: BDH for bdh, "BDH, seed 1" for bdh_seed-1, "NAME (BDH)" for other names."""
     label = KINDS[kind].label
+    if match := re.fullmatch(rf"{kind}_seed-(\d+)", name):
+        return f"{label}, seed {match[1]}"
     return label if name in (kind, label) else f"{name} ({label})"
 
 

@@ -200,7 +200,7 @@ def test_several_kinds_give_a_ladder_and_the_strongest_opponent_stands_first(run
     assert ladder["loss_difference"].tolist() == pytest.approx(differences)
     prose = re.split(r"of\s+their\s+text\.\n\n", (out / "summary.txt").read_text(encoding="utf-8"))[1]
     answer = " ".join(prose.split("\n\n")[0].split())
-    assert re.search(r"that of Llama,.*that of gpt2_seed-1 \(GPT-2\),", answer) and "Modern" not in answer
+    assert re.search(r"that of Llama,.*that of GPT-2, seed 1,", answer) and "Modern" not in answer
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "Loss, step by step: " in page and "Last differences in validation loss: " in page
 
