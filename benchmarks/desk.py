@@ -85,11 +85,11 @@ def main() -> None:
     for run in runs:
         Memory.of(run, story[:4000]).words(drafts[0], Memory.of(run, ""))
         before, begun = resident_mib(), time.perf_counter()
-        memory, alone = Memory.of(run, story), Memory.of(run, "")
+        memory = Memory.of(run, story)
         read_s, read_mib, took = time.perf_counter() - begun, resident_mib(), []
         for draft in drafts:
             begun = time.perf_counter()
-            memory.words(draft, alone)
+            memory.words(draft)
             took.append(time.perf_counter() - begun)
         rows.append({"what": "long story", "run": run.name, "read_s": f"{read_s:.2f}",
                      "ms": f"{1e3 * statistics.median(took):.1f}", "before_mib": f"{before:.0f}",

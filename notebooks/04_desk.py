@@ -71,9 +71,9 @@ HTML(desk_strip(pair, given.prompt, max_new_tokens=80, top_p=0.95, seed=1))
 
 # %% [markdown]
 # ## A draft against its story
-# A word fits badly if a model that has read the story needs many more nats for it than the same model without the
-# story, in relation to how unsure it is. The threshold is the misfit above which only 1 % of the words of validation
-# stories are. Below a marked word stands the sentence without which it would fit best.
+# A word fits badly if it costs a model that has read the story many more nats than the model expects at this place. The
+# threshold is the misfit above which only 1 % of the words of validation stories are. Below a marked word stands the
+# sentence without which it would fit best.
 
 # %%
 from plotarmour.evaluation.surprise import Memory
@@ -124,7 +124,7 @@ display(Image(blend_curves(losses, texts, folder / "desk.png")))
 # Pairs of drafts differ in one fact: one keeps what the story says, one breaks it. Of the built-in corpus: the hero,
 # the place, the animal, the object and who holds it, with other events in between; of your text: names and things of
 # the test stories, swapped. The score is the share of pairs in the right order (ROC AUC): 1 is perfect, 0.5 is chance,
-# and *nats* alone is the plain surprise, without a look at what the model would say without the story.
+# and *nats* is the plain surprise, without a look at how unsure the model is.
 
 # %%
 from plotarmour.evaluation.contradictions import FILLERS, measure, swaps, tale

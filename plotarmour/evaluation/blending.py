@@ -66,7 +66,7 @@ def blend_texts(runs: Sequence[Any], prompts: Sequence[str], shares: Sequence[fl
         pairs, of all texts), repetition (share of tokens that end a sequence of four tokens that the text has already),
         contradictions (share of the words of the last sentence of a text that are above the threshold).
     """
-    tokenizer, alone, rows = runs[0].tokenizer, Memory.of(runs[0], ""), []
+    tokenizer, rows = runs[0].tokenizer, []
     for share in shares:
         pairs, repeated, n_fours, marked, n_words = Counter(), 0, 0, 0, 0
         for seed, prompt in enumerate(prompts):
@@ -79,7 +79,7 @@ def blend_texts(runs: Sequence[Any], prompts: Sequence[str], shares: Sequence[fl
             text = tokenizer.decode([*ids, *new])
             if len(spans := sentences(text)) > 1:
                 begin = spans[-1][0]
-                words = Memory.of(runs[0], text[:begin]).words(text[begin:], alone)
+                words = Memory.of(runs[0], text[:begin]).words(text[begin:])
                 marked, n_words = marked + sum(word.misfit > threshold for word in words), n_words + len(words)
         rows.append([share, len(prompts), len(pairs) / max(1, pairs.total()), repeated / max(1, n_fours),
                      marked / max(1, n_words)])

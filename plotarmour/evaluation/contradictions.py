@@ -35,9 +35,10 @@ SWAPPED = {
             "Billy Spot Bella Daisy Ella Leo Joe Jim Tommy Sally Annie Polly Rex Buddy Kitty".split(),
     "thing": "ball dog cat bird car doll box toy boat hat book tree frog fish bear bunny rabbit duck mouse truck kite "
              "cake apple cookie flower house bike train ring key stone stick shell drum bee ant fox".split()}
-SCORES = {"misfit": lambda word: word.misfit, "nats": lambda word: word.nats,
-          "nats - entropy": lambda word: word.nats - word.entropy,
-          "nats - nats alone": lambda word: word.nats - word.nats_alone}
+# Of a word, and of the same word in the draft alone, without the story.
+SCORES = {"misfit": lambda word, alone: word.misfit, "nats": lambda word, alone: word.nats,
+          "nats - nats alone": lambda word, alone: word.nats - alone.nats,
+          "(nats - nats alone) / (1 + entropy)": lambda word, alone: (word.nats - alone.nats) / (1 + word.entropy)}
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,9 @@ def measure(runs: Sequence[Any], pairs: Sequence[Pair], train: Tokens | None = N
         for pair in pairs:
             memory = Memory.of(run, pair.story)
             for side, draft in enumerate((pair.kept, pair.broken)):
-                words = memory.words(draft, alone)
+                words, words_alone = memory.words(draft), alone.words(draft)
                 for name, score in SCORES.items():
-                    note((run.name, pair.fact, pair.distance, name), side, max(map(score, words)))
+                    note((run.name, pair.fact, pair.distance, name), side, max(map(score, words, words_alone)))
     if train is not None:
         drafts = [(pair, side, draft) for pair in pairs for side, draft in enumerate((pair.kept, pair.broken))]
         encode, triples = runs[0].tokenizer.encode, []

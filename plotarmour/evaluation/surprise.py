@@ -1,15 +1,16 @@
 """Surprise: how well each word of a draft fits the story so far.
 
-A word that contradicts the story costs a model that has read it more nats than a model that has not. The misfit of a
-word w of a draft is
+A word that contradicts the story is one that a model which has read it does not expect, at a place where it expects
+another one. The misfit of a word w of a draft is
 
-    (nats of w given the story and the draft before it - nats of w given only the draft before it) / (1 + H)
+    nats of w given the story and the draft before it - H
 
-where H is the entropy, in nats, of the model's predictions of the word's tokens given the story: where the model
-expects many words, a difference says little. Words are what white space separates; their tokens' nats are added.
+where H is the entropy, in nats, of the model's predictions of the word's tokens: the nats that it expects to pay. Where
+many words can follow, none is a surprise. Words are what white space separates; their tokens' nats are added.
 
 Source: surprisal marks contradictions at the word and is gone at the end of the story (arXiv 2512.07777), so words are
-scored, never whole stories; errors stand where the entropy is high (arXiv 2603.05890), so it divides.
+scored, never whole stories; errors stand where the entropy is high (arXiv 2603.05890), so it is taken off. To take off
+what the model without the story pays instead was measured to find fewer contradictions (docs/desk.md).
 """
 
 import hashlib
@@ -42,14 +43,13 @@ class Word:
 
     begin: int  # [begin, end) in characters of the draft
     end: int
-    nats: float  # given the story
-    nats_alone: float  # given only the draft before it
-    entropy: float  # nats; sum over its tokens, given the story
+    nats: float  # given the story and the draft before it; sum over its tokens
+    entropy: float  # of their predictions, nats; sum
 
     @property
     def misfit(self) -> float:
-        """How much less likely the story makes the word; about 0 for a word of which the story says nothing."""
-        return (self.nats - self.nats_alone) / (1 + self.entropy)
+        """Nats above what the model expects to pay here: about 0 on average for words that fit."""
+        return self.nats - self.entropy
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,11 @@ class Memory:
                 entropies.append(-(log_p.exp() * log_p).sum(-1))
         return tuple(torch.cat(parts)[n - len(draft):].cpu().numpy() for parts in (nats, entropies))
 
-    def words(self, draft: str, alone: "Memory") -> list[Word]:
+    def words(self, draft: str) -> list[Word]:
         """Return the words of a draft that follows the story, with their nats.
 
         Args:
             draft: text; a space is put before it, and the blank space at its ends does not count.
-            alone: the same model without the story, `Memory.of(run, "")`.
 
         Raises:
             UserError: an empty draft.
@@ -135,10 +134,9 @@ class Memory:
         if not spans:
             raise UserError("the draft is empty; expected at least one word.")
         ids, ends = self.run.tokenizer.encode_with_ends(f" {draft}".rstrip())
-        (nats, entropy), (nats_alone, _) = self.score(ids), alone.score(ids)
         # A token belongs to the word in which it ends; one of blank space only, to the word that follows.
         owner = np.searchsorted([end for _, end in spans], np.array(ends) - 1).clip(max=len(spans) - 1)
-        sums = [np.bincount(owner, weights, len(spans)) for weights in (nats, nats_alone, entropy)]
+        sums = [np.bincount(owner, weights, len(spans)) for weights in self.score(ids)]
         return [Word(*span, *map(float, values)) for span, *values in zip(spans, *sums, strict=True)]
 
 
@@ -158,12 +156,12 @@ def threshold_of(run, data: TokenFile, stories: int = 200, false_alarms: float =
     """
     if not 0 <= false_alarms <= 1:
         raise UserError(f"false alarms are {false_alarms:.0%} of the words that fit; expected 0 to 100 %.")
-    misfits, alone = [], Memory.of(run, "")
+    misfits = []
     for i in range(min(stories, data.n_stories)):
         text = run.tokenizer.decode(data.story(i))
         if len(spans := sentences(text)) > 1:
             begin = spans[-1][0]
-            misfits += [word.misfit for word in Memory.of(run, text[:begin]).words(text[begin:], alone)]
+            misfits += [word.misfit for word in Memory.of(run, text[:begin]).words(text[begin:])]
     if not misfits:
         raise UserError(f"{data.path} has no story with two sentences; expected stories to calibrate on.")
     return float(np.quantile(misfits, 1 - false_alarms))
@@ -190,10 +188,10 @@ def causes(run, story: str, draft: str, most: int = 20) -> Iterator[tuple[str, n
         A sentence of the story, and for each word the misfit less that without this sentence, (words,); in the
         story's order.
     """
-    alone, spans = Memory.of(run, ""), sentences(story)[-most:]
+    spans = sentences(story)[-most:]
 
     def misfits(text: str) -> np.ndarray:
-        return np.array([word.misfit for word in Memory.of(run, text).words(draft, alone)])
+        return np.array([word.misfit for word in Memory.of(run, text).words(draft)])
 
     first = spans[0][0] if spans else 0
     whole = misfits(story[first:])

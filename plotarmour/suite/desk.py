@@ -182,7 +182,7 @@ def check_draft(memory: Memory, draft: str, threshold: float, explained: int = 3
     Yields:
         The words, and by index of a word the sentence: none at first, then the best of those looked at so far.
     """
-    words, reasons = memory.words(checked(draft, "draft"), Memory.of(memory.run, "")), {}
+    words, reasons = memory.words(checked(draft, "draft")), {}
     yield words, reasons
     marked = sorted((i for i, word in enumerate(words) if word.misfit > threshold), key=lambda i: -words[i].misfit)
     largest = dict.fromkeys(marked[:explained], 0.0)

@@ -77,8 +77,8 @@ def test_what_a_run_remembers_can_be_saved(run, tmp_path):
 
 def test_words_have_the_nats_of_their_tokens(run):
     """Guards: nats that fall between two words, or on the word before; characters of several bytes."""
-    memory, alone = Memory.of(run, STORY), Memory.of(run, "")
-    words = memory.words(DRAFT, alone)
+    memory = Memory.of(run, STORY)
+    words = memory.words(DRAFT)
     assert [DRAFT[word.begin:word.end] for word in words] == DRAFT.split()
     nats, entropy = memory.score(run.tokenizer.encode(" " + DRAFT))
     assert sum(word.nats for word in words) == pytest.approx(nats.sum(), rel=1e-5)
@@ -86,10 +86,10 @@ def test_words_have_the_nats_of_their_tokens(run):
     size = len(b" Then")
     assert words[0].nats == pytest.approx(nats[:size].sum(), rel=1e-5)
     assert words[1].nats == pytest.approx(nats[size:size + len(" Käte".encode())].sum(), rel=1e-5)
-    assert Word(0, 1, 5.0, 2.0, 0.5).misfit == 2.0
+    assert Word(0, 1, 5.0, 2.0).misfit == 3.0
     for draft in ("", " \n"):
         with pytest.raises(UserError, match="the draft is empty"):
-            memory.words(draft, alone)
+            memory.words(draft)
 
 
 def test_a_share_of_the_words_that_fit_is_above_the_threshold(run):
@@ -99,7 +99,7 @@ def test_a_share_of_the_words_that_fit_is_above_the_threshold(run):
     held_out.tokenizer = lambda: run.tokenizer
     threshold = threshold_of(run, held_out, 30, 0.1)
     misfits = [word.misfit for text in texts for word in
-               Memory.of(run, text.split(". ")[0] + ".").words(text.split(". ")[1], Memory.of(run, ""))]
+               Memory.of(run, text.split(". ")[0] + ".").words(text.split(". ")[1])]
     assert np.mean(np.array(misfits) > threshold) == pytest.approx(0.1, abs=0.01)
 
 
@@ -109,7 +109,7 @@ def test_the_sentence_that_a_misfit_comes_from_is_found(run):
     assert [STORY[begin:end] for begin, end in spans] == ["Kim had a kite.", '"It is mine!" said Kim.', "She ran home."]
     assert [len(sentences(text)) for text in ("One\nTwo. three 3.5 Four!", "", "a")] == [2, 0, 1]
     def misfits(story):
-        return np.array([word.misfit for word in Memory.of(run, story).words(DRAFT, Memory.of(run, ""))])
+        return np.array([word.misfit for word in Memory.of(run, story).words(DRAFT)])
 
     for most, story in ((20, STORY), (2, STORY[spans[1][0]:])):
         falls = causes(run, STORY, DRAFT, most)

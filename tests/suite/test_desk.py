@@ -59,7 +59,7 @@ def test_what_is_typed_is_text(pair):
     """Guards: a prompt or draft that becomes a part of the page."""
     evil = '<script>alert(1)</script> & "quotes" <|endoftext|> שלום 🪁'
     page = desk_strip(pair, evil, (0, 50), max_new_tokens=3)
-    marked = draft_html(evil, [Word(0, 8, 9.0, 1.0, 0.0)], 1.0, {0: evil}, evil)
+    marked = draft_html(evil, [Word(0, 8, 9.0, 0.0)], 1.0, {0: evil}, evil)
     for shown in (page, marked):
         assert "<script>" not in shown and html.escape(evil)[-20:] in shown
     assert "&lt;script&gt;alert(1)" in page and "שלום 🪁" in page and page.count('class="side"') == 2
