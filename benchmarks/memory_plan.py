@@ -52,6 +52,8 @@ GPU_CASES = [("kaggle_t4", model, 50257, settings) for model in ("bdh", "gpt2")
 def build(recipe: Recipe, vocab_size: int, machine: Machine) -> tuple[Callable, Callable, int]:
     """Return a training step, an evaluation, and the bytes held between steps, once the first step is done."""
     t, model = recipe.training, recipe.build_model(vocab_size).to(machine.device).train()
+    if t.mask_stories:
+        model.story_start = 0
     optimizer = make_optimizer(model, t)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     n_tokens = (EVALUATION_ROWS + t.rows_per_step + 1) * t.context_length

@@ -89,6 +89,10 @@ class TrainingConfig:
                           "packed (whole ones that fit together), left_pad, slide_through or full (each place of a "
                           "story ends or begins a row).", "stream",
                           _one_of("stream", "stories", "packed", "left_pad", "slide_through", "full"))
+    mask_stories: bool = _field("Whether a token sees only its own story where a row holds several, or padding before "
+                                "it.", False,
+                                used_if=("windows is stream, stories, packed or left_pad",
+                                         lambda t: t.windows not in ("slide_through", "full")))
     seed: int = _field("Seed of weights, dropout and the order of rows.", 0, SEED, arm=False)
     schedule: str = _field("The learning rate after warm-up: cosine, or linear_tail (constant, then linear).",
                            "cosine", _one_of("cosine", "linear_tail"))

@@ -49,6 +49,8 @@ def plan_training(recipe: Recipe, vocab_size: int, dtype: torch.dtype, device: s
     weights, core = FLOAT32 * config.params, FLOAT32 * config.core_params
     earlier = weights if t.grad_accum_steps > 1 else 0  # gradients of earlier micro-batches; new ones come beside them
     activations = config.activation_bytes(t.micro_batch_rows, t.context_length, dtype, device)
+    if t.mask_stories:  # a transformer's mask; the others hold less
+        activations += dtype.itemsize * t.micro_batch_rows * t.context_length**2
     eval_rows = min(EVALUATION_ROWS, math.ceil(t.eval_tokens / t.context_length))
     loss, eval_loss = (loss_bytes(rows * t.context_length, config.n_embd, vocab_size, dtype, with_gradient)
                        for rows, with_gradient in ((t.micro_batch_rows, True), (eval_rows, False)))

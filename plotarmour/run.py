@@ -199,11 +199,14 @@ def train_run(recipe: Recipe, train_path: AnyPath, val_path: AnyPath, out: AnyPa
                         pass
                 print(f"{out} is done already: nothing to do.")
             return ending
-        # All kinds but the oldest are evaluated on the same windows, of whole stories.
-        windows, val_windows = (
-            Windows(data, t.context_length, kind, t.seed, t.rows_per_step) for data, kind in
-            ((train_data, t.windows), (val_data, "stream" if t.windows == "stream" else "stories")))
+        windows, val_windows = (Windows(data, t.context_length, t.windows, t.seed, t.rows_per_step)
+                                for data in (train_data, val_data))
         model = within_memory("the model", lambda: recipe.build_model(shared_tokenizer.vocab_size))
+        if t.mask_stories:
+            if not hasattr(model, "story_start"):
+                raise UserError(f"the model {recipe.model} cannot keep a token from seeing other stories; expected "
+                                "mask_stories=false, or another model.")
+            model.story_start = train_data.header["end_of_text_id"]
         info |= {"params": sum(p.numel() for p in model.parameters()),
                  "core_params": model.config.core_params}
         info["train"] |= {"order_sha256": windows.order_sha256(), "padding_share": round(windows.padding_share, 4)}

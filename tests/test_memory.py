@@ -38,6 +38,7 @@ CASES = {  # in each, another part of the memory is large
                                                    "dropout=0.1"]),
     "backward, attention as a formula": ("gpt2", 100, "float32", ["context_length=128", "dropout=0.1",
                                                                  "rows_per_step=8"]),
+    "mask of stories": ("gpt2", 64, "float32", ["n_embd=16", "n_head=1", "context_length=512", "mask_stories=true"]),
     "GPT-2 with rotary positions": ("gpt2_rope", 100, "float32", ["context_length=128", "rows_per_step=8",
                                                                   "micro_batch_size=8"]),
     "Llama": ("llama", 100, "bfloat16", ["context_length=128", "rows_per_step=8", "micro_batch_size=8"]),

@@ -5,9 +5,11 @@ import pytest
 
 from plotarmour import run as runs
 from plotarmour.cli import UserError
+from plotarmour.config import load_recipe
 from plotarmour.data.pretokenize import pre_tokenize
 from plotarmour.data.token_file import TokenFile
 from plotarmour.data.tokenizer import make_tokenizer
+from plotarmour.evaluation.scoring import evaluate_run, story_tokens
 from plotarmour.run import load_run, train_run
 
 SEPARATOR = "\n<|endoftext|>\n"
@@ -101,3 +103,21 @@ def test_from_python_a_run_is_trained_and_used_by_plain_names(lines, small_recip
     monkeypatch.setattr(runs, "stream", lambda *args, **options: iter([]))
     assert run.generate("7 dogs") == "7 dogs"
     assert "first token that the model chose is end-of-text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("model", "windows"), [("bdh", "stories"), ("gpt2", "packed"), ("gpt2", "left_pad")])
+def test_a_masked_run_is_validated_on_what_its_stories_are_scored_with(model, windows, token_files, tmp_path,
+                                                                       monkeypatch):
+    """Guards: a setting that does not reach the model, or stays on when it is scored; stories validated twice."""
+    trained, session = [], runs.Session
+    monkeypatch.setattr(runs, "Session", lambda out, model, *rest: trained.append(model) or session(out, model, *rest))
+    recipe = load_recipe("tiny", model, ["max_steps=8", "warmup_steps=0", "learning_rate=0.02", "n_embd=16",
+                                         "eval_tokens=1000000", "context_length=130", f"windows={windows}",
+                                         "device=cpu", "mask_stories=true"])
+    data = TokenFile.open(token_files["val"])
+    assert story_tokens(data).max() <= 130  # so that none is cut
+    val_loss = train_run(recipe, token_files["train"], token_files["val"], tmp_path / "run").val_loss
+    run = load_run(tmp_path / "run")
+    assert trained[0].story_start == data.header["end_of_text_id"] and run.model.story_start is None
+    stories, _, _ = evaluate_run(run, data)
+    assert val_loss == pytest.approx(stories["nats"].sum() / stories["tokens"].sum(), rel=1e-6)

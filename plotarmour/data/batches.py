@@ -25,7 +25,7 @@ import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -115,10 +115,6 @@ class Windows:
         if self.kind == "stream" and n < self.context_length:
             raise UserError(f"{self.data.path} holds {n:,} tokens, fewer than one context of {self.context_length:,}; "
                             f"use more text, or --set context_length={max(1, n // 2)} or less.")
-        if self.kind in BY_PLACE and (longest := int(self._lengths().max())) < self.context_length:
-            raise UserError(f"the longest story of {self.data.path} has {longest:,} tokens, fewer than one context of "
-                            f"{self.context_length:,}, so that every window of windows={self.kind} would be padded; "
-                            f"--set context_length={longest} or less, or windows=packed.")
 
     @cached_property
     def _cuts(self) -> np.ndarray:
@@ -139,6 +135,10 @@ class Windows:
         Window `firsts[story] + place` is that of the story's token `place`: the one that ends (left_pad) or begins
         (slide_through, full) with it.
         """
+        if (longest := int(self._lengths().max())) < self.context_length:
+            raise UserError(f"the longest story of {self.data.path} has {longest:,} tokens, fewer than one context of "
+                            f"{self.context_length:,}, so that every window of windows={self.kind} would be padded; "
+                            f"--set context_length={longest} or less, or windows=packed.")
         if self.kind != "full":
             return self.data.offsets
         n_windows = np.maximum(self._lengths() - (self.context_length - 1), 1)
@@ -182,15 +182,21 @@ class Windows:
         return rows
 
     def first_rows(self, n_tokens: int) -> list[Row]:
-        """Return the first windows in the order of the file until they hold `n_tokens` targets, for evaluation.
+        """Return the first rows in the order of the file until they hold `n_tokens` targets, for evaluation.
 
-        The kind is "stream" or "stories".
+        They are windows of the kind; of "stories" for "packed"; for kinds `BY_PLACE` each story is cut into rows once.
         """
+        T, data = self.context_length, self.data
+        if self.kind in BY_PLACE:
+            cuts = ((begin, min(begin + T, end)) for story in range(data.n_stories) for start, end in
+                    [map(int, self._bounds(np.array(story)))] for begin in range(start, end, T))
+        else:
+            whole = replace(self, kind="stories") if self.kind == "packed" else self
+            cuts = (tuple(map(int, whole._window(i, 0))) for i in range(whole.per_epoch))
         rows = []
-        while n_tokens > 0 and len(rows) < self.per_epoch:
-            begin, end = map(int, self._window(len(rows), 0))
-            rows.append((begin, end))
-            n_tokens -= end - begin
+        while n_tokens > 0 and (row := next(cuts, None)):
+            rows.append(row)
+            n_tokens -= n_targets(row)
         return rows
 
     def order_sha256(self) -> str:

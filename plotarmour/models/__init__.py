@@ -70,6 +70,8 @@ class LanguageModel(Protocol):
 
     config: ModelConfig
     context_length: int | None  # maximum number of tokens in state and inputs together; None: no limit
+    story_start: int | None  # id that begins a story: nothing before it is seen. None: a row is one text. Not every
+    # model has this attribute: one that lacks it cannot be trained with mask_stories.
     penalty: Tensor | None  # nats to add to those of the last `features` in training: a mixture's balance of experts
 
     @property
@@ -229,6 +231,21 @@ def check_state(state: State, expected: tuple) -> None:
     if found != expected[:len(found)]:
         raise ValueError(f"state: found {' '.join(map(str, found))}, expected {' '.join(map(str, expected))}; "
                          "use a state of this model, batch size, device and autocast setting (initial_state)")
+
+
+def story_starts(inputs: Tensor, story_start: int | None, state: State | None) -> Tensor | None:
+    """Return which tokens begin a story, bool (B, T), for a model whose state cannot forget; None: there is no mask.
+
+    Raises:
+        ValueError: a story begins after other tokens, and there is a state.
+    """
+    starts = None if story_start is None else inputs == story_start
+    if starts is None or state is None:
+        return starts
+    if starts[:, int(state.position == 0):].any():
+        raise ValueError("inputs: found a story that begins after other tokens of a state, which cannot forget them; "
+                         "expected a state of its own for each story (initial_state)")
+    return None
 
 
 def product_dtype(tensor: Tensor) -> torch.dtype:

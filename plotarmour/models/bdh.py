@@ -106,6 +106,7 @@ class BDH(nn.Module):
     """BDH behind the protocol `plotarmour.models.LanguageModel`."""
 
     context_length = None  # no position embeddings: any length works
+    story_start: int | None = None
     penalty = None
 
     def __init__(self, config: BDHConfig):
@@ -152,6 +153,7 @@ class BDH(nn.Module):
         if state is not None:
             shape = (B, c.n_head, c.neurons_per_head, c.n_embd)
             check_state(state, ("BDHState", c.n_layer, shape, self.decoder.dtype, self.decoder.device))
+        starts = None if self.story_start is None else inputs == self.story_start
         v = normalize(self.embed(inputs))[0]  # (B, T, D)
         dropout = None
         if self.training and c.dropout:
@@ -159,37 +161,43 @@ class BDH(nn.Module):
             dropout = CounterDropout(c.dropout, key, c.neurons_per_head, v.device)
         differentiable = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if self.form == "parallel" or (state is not None and differentiable):
-            return self._parallel(v, dropout, state)
+            return self._parallel(v, dropout, state, starts)
         dtype = product_dtype(v)
         if differentiable:
             self._weights_cache = None
             setting = Setting(self._rotation.table(0, T, v.device, v.dtype), dropout,
-                              self.tiling or Tiling.for_shape(B, T, c.neurons_per_head, v.device))
+                              self.tiling or Tiling.for_shape(B, T, c.neurons_per_head, v.device),
+                              stories=None if starts is None else starts.cumsum(1))
             return Passes.apply(v, self.encoder, self.encoder_v, self.decoder, c.n_layer, dtype, setting), None
         with torch.autocast(v.device.type, enabled=False):
-            if state is not None and T == 1 and dropout is None:
+            if state is not None and T == 1 and dropout is None and starts is None:
                 v = read_one(v, self._weights(dtype), self._rotation, state)
             else:
-                v = read(v, self._weights(dtype), c.n_layer, self._rotation, dropout, state)
+                v = read(v, self._weights(dtype), c.n_layer, self._rotation, dropout, state, starts)
         if state is not None:
             state.position += T
         return v, state
 
-    def _parallel(self, v: Tensor, dropout: CounterDropout | None,
-                  state: BDHState | None) -> tuple[Tensor, BDHState | None]:
+    def _parallel(self, v: Tensor, dropout: CounterDropout | None, state: BDHState | None,
+                  starts: Tensor | None) -> tuple[Tensor, BDHState | None]:
         """Apply the published formula with (B, H, T, N) tensors; attention in float32 or float64."""
         (B, T, _), c = v.shape, self.config
         start, synapses = (state.position, []) if state else (0, None)
         factors = self._rotation.table(start, T, v.device, v.dtype)
+        same = reads = writes = kept = 1.0  # reads: the state; writes: to the new state; kept: the state is
+        if starts is not None:
+            story = starts.cumsum(1)[:, None, :, None]  # (B, 1, T, 1); 0 is that of the state
+            last = story[:, :, -1:]
+            same, reads, writes, kept = story == story.mT, story == 0, story == last, last == 0
         v = v.unsqueeze(1)  # (B, 1, T, D)
         for level in range(c.n_layer):
             x = F.relu(v @ self.encoder)  # (B, H, T, N)
             with torch.autocast(v.device.type, enabled=False):
                 q = rotate(x, factors)
-                a = (q @ q.mT).tril(-1) @ v
+                a = ((q @ q.mT).tril(-1) * same) @ v
                 if state is not None:
-                    a = a + q @ state.synapses[level]
-                    synapses.append(state.synapses[level] + q.mT @ v)
+                    a = a + q * reads @ state.synapses[level]
+                    synapses.append(state.synapses[level] * kept + (q * writes).mT @ v)
             y = F.relu(normalize(a)[0] @ self.encoder_v)  # (B, H, T, N)
             xy = x * y
             if dropout is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from plotarmour.models import ModelConfig, State, check_ids, check_state, product_dtype
+from plotarmour.models import ModelConfig, State, check_ids, check_state, product_dtype, story_starts
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -62,6 +62,8 @@ class HFModel(nn.Module):
         config: a `plotarmour.models.ModelConfig` with the method `build_hf`.
     """
 
+    story_start: int | None = None
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config, self.hf = config, config.build_hf()
@@ -101,6 +103,15 @@ class HFModel(nn.Module):
             raise ValueError(f"{tokens} tokens, but this model has {self.context_length} positions: score with a "
                              "sliding window or shorten the text")
         options = {self._cache_argument: cache}
+        starts = story_starts(inputs, self.story_start, state)
+        if starts is not None:
+            place = torch.arange(tokens, device=inputs.device)
+            first = torch.where(starts, place, 0).cummax(1).values  # place where the story of each token begins
+            # A mask with four dimensions is used as it is. `transformers` would also derive one from positions, but not
+            # in every version, and not with a cache or a mask of ones.
+            same = (first[:, None, :, None] == first[:, None, None, :]).tril()
+            mask = torch.zeros_like(same, dtype=product_dtype(self.unembedding)).masked_fill_(~same, -torch.inf)
+            options |= {"position_ids": place - first, "attention_mask": mask}
         is_balanced = self._experts is not None and self.training and torch.is_grad_enabled()
         if is_balanced:
             options["output_router_logits"] = True

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from plotarmour.models import State, check_dimensions, check_ids, check_state
+from plotarmour.models import State, check_dimensions, check_ids, check_state, story_starts
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class LSTM(nn.Module):
     """An LSTM behind the protocol `plotarmour.models.LanguageModel`."""
 
     context_length = None  # any length works
+    story_start: int | None = None
     penalty = None
 
     def __init__(self, config: LSTMConfig):
@@ -122,6 +124,23 @@ class LSTM(nn.Module):
             check_state(state, ("LSTMState", (c.n_layer, len(inputs), c.hidden_size), weight.dtype, weight.device))
         v = F.dropout(self.embed(inputs), c.dropout, self.training)
         with torch.autocast(v.device.type, enabled=False):  # not every CPU has an LSTM in half precision
-            h, after = self.layers(v, None if state is None else (state.hidden, state.cell))
+            starts = story_starts(inputs, self.story_start, state)
+            if starts is None:
+                h, after = self.layers(v, None if state is None else (state.hidden, state.cell))
+            else:
+                h = self._by_story(v, starts)
         features = self.projection(F.dropout(h, c.dropout, self.training))
         return features, None if state is None else LSTMState(*after, state.position + inputs.shape[1])
+
+    def _by_story(self, v: Tensor, starts: Tensor) -> Tensor:
+        """Return h (B, T, H) of stories that are sequences of their own, each from a state of zeros.
+
+        A `PackedSequence` has the first token of each story, longer stories first, then the second of each, and so on.
+        """
+        starts = F.pad(starts[:, 1:], (1, 0), value=True).flatten()  # a row begins a sequence, too
+        story = starts.cumsum(0) - 1
+        place = torch.arange(len(starts), device=v.device) - starts.nonzero().squeeze(1)[story]
+        rank = story.bincount().argsort(descending=True).argsort()
+        order = (place * len(rank) + rank[story]).argsort()
+        packed = PackedSequence(v.flatten(0, 1)[order], place.bincount().cpu())
+        return self.layers(packed)[0].data[order.argsort()].unflatten(0, v.shape[:2])

@@ -44,7 +44,7 @@ class BDHState(State):
 
 @torch.no_grad()
 def read(v: Tensor, weights: Weights, n_layer: int, rotation: Rotation, dropout: CounterDropout | None,
-         state: BDHState | None) -> Tensor:
+         state: BDHState | None, starts: Tensor | None = None) -> Tensor:
     """Apply all passes to T tokens, chunk by chunk.
 
     Args:
@@ -53,6 +53,7 @@ def read(v: Tensor, weights: Weights, n_layer: int, rotation: Rotation, dropout:
         n_layer: number of passes.
         rotation, dropout: of the model; the mask is None without dropout.
         state: updated in place, except for `position`; None: start from the first token and discard the state.
+        starts: bool (B, T), the tokens that begin a story and do not see the state before them; None: no token does.
 
     Returns:
         v after the last pass, (B, T, D).
@@ -70,7 +71,8 @@ def read(v: Tensor, weights: Weights, n_layer: int, rotation: Rotation, dropout:
             piece = v[:, start:start + chunk].contiguous()
             length = piece.shape[1]
             setting = Setting(rotation.table(first + start, length, v.device, v.dtype), dropout,
-                              Tiling.for_shape(B, length, N, v.device), first + start)
+                              Tiling.for_shape(B, length, N, v.device), first + start,
+                              None if starts is None else starts[:, start:start + chunk].cumsum(1))
             pieces.append(pass_forward(level, piece, weights, setting, scratch, synapses=synapses))
         v = normalize(v + normalize(torch.cat(pieces, 1))[0])[0]
     return v

@@ -76,6 +76,13 @@ class Setting:
     dropout: CounterDropout | None
     tiling: Tiling
     first_position: int = 0  # of the first token, for dropout
+    stories: Tensor | None = None  # int64 (B, T), number of each token's story, 0 that of the state; None: no mask
+
+    def mask(self, scores: Tensor, rows: slice, i: int, j: int) -> None:
+        """Set scores (rows, j - i, j) of tokens i, ..., j - 1 with tokens of other stories to 0."""
+        if self.stories is not None:
+            stories = self.stories[rows]
+            scores.masked_fill_(stories[:, i:j, None] != stories[:, None, :j], 0.0)
 
     def dropout_rows(self, level: int, rows: slice, h: int) -> Tensor | None:
         """Return the hashes of `CounterDropout.rows` for a pass, rows of the batch and a head, (rows · T,)."""
@@ -173,10 +180,17 @@ def pass_forward(level: int, v: Tensor, weights: Weights, setting: Setting, scra
                 _add_scores(scores, q, blocks, first=n.start == 0)
                 if synapses is not None:
                     S, unscaled = synapses[rows, h, n], q.to(v.dtype) / scale if scale != 1 else q.to(v.dtype)
-                    a.baddbmm_(unscaled, S, alpha=scale**2)
-                    S.baddbmm_(unscaled.mT, v[rows])
-            for (i, _), block in zip(blocks, scores, strict=True):
+                    reads = writes = unscaled
+                    if setting.stories is not None:
+                        story = setting.stories[rows, :, None]
+                        reads, writes = unscaled * (story == 0), unscaled * (story == story[:, -1:])
+                    a.baddbmm_(reads, S, alpha=scale**2)
+                    if setting.stories is not None:
+                        S.mul_(story[:, -1:] == 0)
+                    S.baddbmm_(writes.mT, v[rows])
+            for (i, j), block in zip(blocks, scores, strict=True):
                 block[..., i:].tril_(-1)
+                setting.mask(block, rows, i, j)
             _attend(a, scores, v[rows], blocks)
             normal = normalize(a, EPS * scale**4)[0].to(dtype).view(G * T, D)
             hashes = setting.dropout_rows(level, rows, h)
@@ -239,7 +253,9 @@ def pass_backward(level: int, v: Tensor, kept_scores: list[Tensor], dm: Tensor, 
             da = normalize_backward(d_normal.view(G, T, D), normal, rstd)
             for (i, j), block in zip(blocks, scores, strict=True):
                 dv[rows, :j].baddbmm_(block.mT, da[:, i:j])
-            d_scores = _symmetric_score_gradient(da, v[rows], blocks, scratch).mul_(scale).to(dtype)
+            d_scores = _symmetric_score_gradient(da, v[rows], blocks, scratch)
+            setting.mask(d_scores, rows, 0, T)
+            d_scores = d_scores.mul_(scale).to(dtype)
             for n in _slices(N, tiling.neurons):
                 q = _rotated(x, n, G, setting.factors, scale, scratch)
                 dq = torch.bmm(d_scores, q, out=scratch.get("dq", q.shape, dtype))

@@ -105,7 +105,7 @@ def test_windows_longer_than_any_story_are_refused(kind):
     """Guards: a run whose every row is padded, because a context was chosen for another text."""
     stories = data([1] * 6, [1] * 3)
     with pytest.raises(UserError, match=f"story of x.bin has 7 tokens, fewer than one context of 8,.*={kind} would be"):
-        Windows(stories, 8, kind, 0, 1)
+        Windows(stories, 8, kind, 0, 1).order_sha256()
     assert Windows(stories, 7, kind, 0, 1).per_epoch
 
 

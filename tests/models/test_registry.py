@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -42,6 +43,14 @@ def test_a_third_kind_needs_one_entry_and_a_recipe(bigram, token_files, tmp_path
     run = load_run(tmp_path / "run")
     assert final.step == 2 and run.config.model == "bigram"
     assert run.info["core_params"] == run.model.config.core_params == 72
+
+
+def test_a_kind_that_cannot_mask_stories_is_named_before_anything_is_written(bigram, token_files, tmp_path):
+    """Guards: a mask that is silently off."""
+    masked = replace(bigram, training=replace(bigram.training, mask_stories=True))
+    with pytest.raises(UserError, match="^the model bigram cannot keep .* expected mask_stories=false, or"):
+        train_run(masked, token_files["train"], token_files["val"], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_third_kind_has_a_memory_plan(bigram):
