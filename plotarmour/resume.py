@@ -1,10 +1,10 @@
 """Continuing a run: only the same run, from where it was, with every change recorded in run.json."""
 
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 
 from plotarmour.cli import UserError, require_run, warn
-from plotarmour.config import TrainingConfig, restored, training_settings
+from plotarmour.config import restored, training_settings
 from plotarmour.files import check_types, content_of, read_json
 from plotarmour.training.checkpoint import find_checkpoint, find_latest_whole, latest_whole_step, rewind, step_of
 from plotarmour.training.distributed import check_share
@@ -35,7 +35,8 @@ def read_info(folder: Path) -> dict:
                         "program that wrote it, or name another folder.")
     with content_of(path):
         check_types(info, INFO, "run.json")
-        restored(info["recipe"]), _identity(info)
+        info["recipe"] = asdict(restored(info["recipe"]))  # with defaults of settings that are newer than the run
+        _identity(info)
     return info
 
 
@@ -136,7 +137,7 @@ def checkpoint_to_resume(out: Path, resume: str, from_step: int | None, max_step
 
 def note_changes(out: Path, info: dict, step: int) -> None:
     """Record in run.json which settings, processes, hardware or versions are different from a step on."""
-    before, now = ({**_training(i), **_circumstances(i)} for i in (read_info(out), info))
+    before, now = ({**i["recipe"]["training"], **_circumstances(i)} for i in (read_info(out), info))
     changed = {key: [before.get(key), now[key]] for key in now if before.get(key) != now[key]}
     if not changed:
         return
@@ -157,13 +158,8 @@ def _identity(info: dict) -> dict[str, object]:
     flat = {"model": recipe["model"], "tokenizer": info["tokenizer"]["sha256"][:16],  # enough to tell them apart
             "training text": info["train"]["payload_sha256"][:16],
             "validation text": info["val"]["payload_sha256"][:16]}
-    settings = {key: _training(info)[key] for key in training_settings("identity")}
+    settings = {key: recipe["training"][key] for key in training_settings("identity")}
     return flat | recipe["architecture"] | settings | {"dtype": info["dtype"]}  # as computed, not "auto"
-
-
-def _training(info: dict) -> dict[str, object]:
-    """Return the training settings of a run; those that it began without have their defaults."""
-    return {field.name: field.default for field in fields(TrainingConfig)} | info["recipe"]["training"]
 
 
 def _circumstances(info: dict) -> dict[str, object]:

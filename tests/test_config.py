@@ -185,7 +185,7 @@ WITH_EXTEND = {"max_steps", "schedule_minutes", "patience"}  # ... or of these, 
 SAME_ARM = {"seed", "dtype"}  # only with the same value; runs of one arm may differ in it
 RECIPE = {"context_length", "rows_per_step", "learning_rate", "windows", "schedule", "warmup_steps",
           "final_learning_rate_fraction", "decay_fraction", "weight_decay", "beta1", "beta2", "grad_clip",
-          "eval_interval", "eval_tokens"}
+          "eval_interval", "eval_tokens", "mask_stories"}
 
 
 def test_every_setting_is_classified():
@@ -203,7 +203,8 @@ def test_every_setting_is_classified():
     ("laptop", ["decay_fraction=0.5"], "decay_fraction"), ("tiny", ["schedule=cosine", "decay_fraction=0.35"],
                                                            "decay_fraction"),
     ("laptop", ["corpus_seed=3"], "corpus_seed"), ("tiny", ["corpus_stories=0", "corpus_max_events=9"],
-                                                   "corpus_max_events")])
+                                                   "corpus_max_events"),
+    ("laptop", ["windows=full", "mask_stories=true"], "mask_stories")])
 def test_a_setting_without_effect_is_warned_of(name, overrides, key, warned):
     """Guards: an experiment with a setting that changes nothing, which then "makes no difference"."""
     with warned(f"^{key} is ignored: it has an effect only where ") as messages:

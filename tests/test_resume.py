@@ -11,7 +11,7 @@ from safetensors.torch import save
 from plotarmour import run as runs
 from plotarmour.cli import UserError
 from plotarmour.config import DataConfig, Recipe, TrainingConfig
-from plotarmour.resume import check_folder, note_changes
+from plotarmour.resume import check_folder, differences, note_changes, read_info
 from plotarmour.run import load_run, train_run
 from plotarmour.training.checkpoint import FILES, find_checkpoint, sealed_json, write_manifest
 from plotarmour.training.ending import Ending
@@ -90,6 +90,15 @@ def test_what_changes_the_numbers_is_identity_and_nothing_else_is(finished):
         else:
             with pytest.raises(UserError, match=f": {field.name} was .*, now "):
                 check_folder(finished, now, "auto", None, False)
+
+
+def test_a_run_that_is_older_than_a_setting_has_its_default(run):
+    """Guards: finished trainings that no tool reads any more because a setting was added."""
+    info = info_of(run)
+    del info["recipe"]["training"]["mask_stories"]
+    (run / "run.json").write_text(json.dumps(info))
+    assert read_info(run)["recipe"]["training"] == info["recipe"]["training"] | {"mask_stories": False}
+    assert not differences(run, info_of(run) | {"recipe": read_info(run)["recipe"]})
 
 
 def test_all_differences_are_told_at_once_and_extend_is_no_remedy_for_them(finished):

@@ -6,7 +6,6 @@ import ast
 import csv
 import dataclasses
 import importlib.util
-import json
 import math
 import re
 import statistics
@@ -245,10 +244,11 @@ def example_report() -> str:
     from plotarmour.evaluation.arms import group_runs
     from plotarmour.report.page import render_page
     from plotarmour.report.verdict import Comparison
+    from plotarmour.resume import read_info
     from plotarmour.run import Run
 
     folder = REFERENCE / "example"
-    infos = {name: json.loads((folder / name / "run.json").read_text(encoding="utf-8")) for name in EXAMPLE_RUNS}
+    infos = {name: read_info(folder / name) for name in EXAMPLE_RUNS}
     table, by_arm, pairs, checks, examples, samples, _ = (pd.read_csv(folder / "comparison" / f"{name}.csv")
                                                           for name in EXAMPLE_TABLES)
     runs = [Run(folder / name, None, None, restored(info["recipe"]), info, 0, None) for name, info in infos.items()]
