@@ -21,6 +21,7 @@ from plotarmour.cli import AnyPath, UserError, as_path, say, warn
 from plotarmour.config import AUTO, Recipe, restored
 from plotarmour.data.batches import Tokens, Windows
 from plotarmour.data.duplicates import overlapping_stories
+from plotarmour.data.stories import SEPARATORS
 from plotarmour.data.token_file import TokenFile, looks_like_token_file, open_tokenizer, tokenize_in_memory
 from plotarmour.data.tokenizer import Tokenizer
 from plotarmour.evaluation.generation import NewToken, generate, stream
@@ -171,8 +172,10 @@ def train_run(recipe: Recipe, train_path: AnyPath, val_path: AnyPath, out: AnyPa
     if val_data.header["payload_sha256"] == train_data.header["payload_sha256"]:
         raise UserError(f"{val_path} is the training text itself; expected held-out stories, such as the val part of "
                         "tools/pre_tokenize.py --split.")
-    # The token files were made with settings of their own.
-    made_with = {key: train_data.header.get(key) or "" for key in ("stories", "split")}
+    # The token files were made with settings of their own; ids of other programs have stories, but no rule for them.
+    stories = train_data.header.get("stories")
+    made_with = {"stories": stories if stories in SEPARATORS else recipe.data.stories,
+                 "split": train_data.header.get("split") or ""}
     recipe = replace(recipe, data=replace(recipe.data, tokenizer=shared_tokenizer.kind, **made_with))
     t = recipe.training
     machine = find_machine(t.device, t.dtype)

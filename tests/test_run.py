@@ -8,6 +8,7 @@ from plotarmour.cli import UserError
 from plotarmour.config import load_recipe
 from plotarmour.data.pretokenize import pre_tokenize
 from plotarmour.data.token_file import TokenFile
+from plotarmour.data.token_writer import import_bin
 from plotarmour.data.tokenizer import make_tokenizer
 from plotarmour.evaluation.scoring import evaluate_run, story_tokens
 from plotarmour.run import load_run, train_run
@@ -33,6 +34,16 @@ def test_a_validation_set_that_stands_in_the_training_set_is_refused(token_files
     message = str(refused.value)
     assert "1 of 5 stories" in message and "first: story 3, there story 7" in message and "--exclude" in message
     assert "\n" not in message and not (tmp_path / "run").exists()
+
+
+def test_a_run_on_imported_ids_is_loaded_again(token_files, tmp_path):
+    """Guards: a run.json that says of its stories what no recipe may say, and is refused as damaged."""
+    for part in ("train", "val"):
+        TokenFile.open(token_files[part]).tokens.astype("<u2").tofile(tmp_path / part)
+        import_bin(tmp_path / part, str(token_files["train"]), tmp_path / f"{part}.bin", "uint16")
+    recipe = load_recipe("tiny", "gpt2", ["max_steps=1", "warmup_steps=0", "n_embd=16", "eval_tokens=100"])
+    train_run(recipe, tmp_path / "train.bin", tmp_path / "val.bin", tmp_path / "run")
+    assert load_run(tmp_path / "run").step == 1
 
 
 def test_texts_are_looked_through_too(token_files, overlapping, small_recipe, tmp_path, warned):
