@@ -144,6 +144,11 @@ class Windows:
         n_windows = np.maximum(self._lengths() - (self.context_length - 1), 1)
         return (np.cumsum(n_windows) - n_windows).astype(np.uint64)
 
+    def story_and_place(self, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the story of windows `i`, int64, and the place in it, for kinds `BY_PLACE`: `firsts` turned round."""
+        story = np.searchsorted(self.firsts, i.astype(np.uint64), side="right") - 1  # other dtypes would copy `firsts`
+        return story, i - self.firsts[story].astype(np.int64)
+
     @cached_property
     def per_epoch(self) -> int:
         """Windows in the first epoch, and in every other one unless the kind is "packed"."""
@@ -266,9 +271,9 @@ class Windows:
         if self.kind == "stream":
             begin = phase + i * self.context_length
             return begin, begin + self.context_length
-        story = np.searchsorted(self.firsts, i.astype(np.uint64), side="right") - 1
+        story, place = self.story_and_place(i)
         start, end = self._bounds(story)
-        token = start + i - self.firsts[story].astype(np.int64)
+        token = start + place
         if self.kind == "left_pad":
             return np.maximum(start, token + 1 - self.context_length), token + 1
         return token, np.minimum(token + self.context_length, end)

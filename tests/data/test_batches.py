@@ -52,6 +52,7 @@ def test_a_windows_number_is_that_of_a_story_and_a_place_in_it(kind):
     of_story = [max(1, n - 3) if kind == "full" else n for n in lengths]
     expected = [(story, place) for story, n in enumerate(of_story) for place in range(n)]
     assert [windows.firsts[story] + place for story, place in expected] == list(range(windows.per_epoch))
+    assert [*zip(*map(np.ndarray.tolist, windows.story_and_place(np.arange(len(expected)))), strict=True)] == expected
     for i, (story, place) in enumerate(expected):
         begin, end = windows._window(np.array(i), 0)
         token = int(windows.data.offsets[story]) + place
