@@ -6,6 +6,7 @@ import ast
 import csv
 import dataclasses
 import importlib.util
+import itertools
 import math
 import re
 import statistics
@@ -24,8 +25,8 @@ from plotarmour.models import KINDS
 REFERENCE = ROOT / "results" / "reference"
 EXAMPLE_REPORT = REFERENCE / "example" / "comparison" / "report.html"
 MARKER = re.compile(r"(<!-- BEGIN ([\w-]+) -->\n)(.*?)(<!-- END \2 -->)", re.S)
-FINALS = {"bdh": "**BDH**", "gpt2-time": "**GPT-2**, same time", "gpt2": "**GPT-2**, same tokens",
-          "gpt2-flops": "**GPT-2**, same FLOPs per token"}
+# Steps of BDH -> the comparisons of all kinds with that budget.
+BUDGETS = {800: ("models_800/comparison", "models_800/comparison_time"), 2200: ("models_2200/comparison",)}
 TINY = {"gpt2-long_seed-1": "**GPT-2**, 18,000 steps, one seed", "bdh-long_seed-1": "**BDH**, 18,000 steps, one seed",
         "gpt2": "**GPT-2**, five seeds", "bdh": "**BDH**, five seeds"}
 EXAMPLE_RUNS = ("bdh", "gpt2")
@@ -36,6 +37,18 @@ COLUMNS = {"core_params": ("core params", "{:,.0f}"), "params": ("all params", "
            "train_s": ("time, s", "{:,.0f}"), "loss": ("loss", "{:.3f}"), "perplexity": ("perplexity", "{:,.2f}"),
            "bits_per_byte": ("bits/byte", "{:.3f}"), "over_corpus": ("over the corpus", "{:+.1%}"),
            "recall_loss": ("loss on facts", "{:.3f}"), "other_loss": ("elsewhere", "{:.3f}")}
+
+
+def contradictions(path: str, labels: dict[str, str]) -> str:
+    """Return ROC AUC of the misfit (of trigrams, of their nats) by fact and distance, of each run in `labels`."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows_of(path):
+        if row["score"] == ("nats" if row["run"] == "trigram baseline" else "misfit"):
+            cells.setdefault((row["fact"], row["distance"]), {})[row["run"]] = f"{float(row['auc']):.2f}"
+    facts, distances = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    lines = [[fact, label, *(cells[fact, distance][run] for distance in distances)]
+             for fact in facts for run, label in labels.items()]
+    return table(["fact", "", *(f"{distance} tokens" for distance in distances)], lines, 2)
 
 
 def rows_of(path: str) -> list[dict[str, str]]:
@@ -60,81 +73,128 @@ def arms_table(path: str, labels: dict[str, str], leave_out: tuple[str, ...] = (
     return table(["", *(COLUMNS[c][0] for c in columns)], rows)
 
 
-def answer() -> str:
-    """Return the verdict at equal time in one sentence, from pairs.csv."""
-    [pair] = [p for p in rows_of("finals/comparison/pairs.csv") if (p["a"], p["b"]) == ("bdh", "gpt2-time")]
-    ratio, low, high = (float(pair[f"perplexity_ratio{end}"]) for end in ("", "_low", "_high"))
-    stories, share = int(pair["stories"]), float(pair["train_tokens_ratio"])
-    return (f"> **At the same core parameters and the same training time, BDH's perplexity on {stories} held-out "
-            f"stories is {100 * (1 - ratio):.1f} % lower\n> than GPT-2's (95 % interval {100 * (1 - high):.1f} to "
-            f"{100 * (1 - low):.1f} %), from {share:.2f} times the training tokens.**")
+def name_of(arm: str) -> str:
+    """Return the name of an arm without a seed or learning rate at its end."""
+    return re.sub(r"_(seed|lr)-[\d.]+$", "", arm)
 
 
-def verdict(folder: str) -> str:
-    """Return the sentence that the report of a comparison opens with."""
-    import pandas as pd
-
-    from plotarmour.report.verdict import arm_pairs, headline
-
-    names = {"bdh": "BDH", "gpt2": "GPT-2", "gpt2-time": "gpt2-time (GPT-2)", "gpt2-flops": "gpt2-flops (GPT-2)"}
-    return "> " + headline(arm_pairs(pd.read_csv(REFERENCE / "finals" / folder / "pairs.csv"), names))
+def arms_of(folders: tuple[str, ...]) -> dict[str, dict[str, str]]:
+    """Return the arms of comparisons by name, such as "modern-time", without baselines and unbounded scores."""
+    return {name_of(arm["name"]): arm for folder in folders
+            for arm in rows_of(f"{folder}/arms.csv") if arm["train_tokens"] and arm["params"]}
 
 
-def learning_rates() -> str:
-    """Return the validation loss of each learning rate that was tried."""
-    rows = rows_of("learning_rates/summary.csv")
-    return table(["model", "learning rate", "validation loss"],
-                 [[r["model"], f"{float(r['learning_rate']):g}", f"{float(r['best_val_loss']):.3f}"] for r in rows])
+def above_bdh(folders: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """Return how many nats each arm is above BDH, with the 95 % interval."""
+    differences = {}
+    for pair in (row for folder in folders for row in rows_of(f"{folder}/pairs.csv")):
+        if pair["is_arms"] == "True" and name_of(pair["a"]) == "bdh":  # BDH less the other: turned around
+            nats, *ends = (-float(pair[f"loss_difference{end}"]) for end in ("", "_high", "_low"))
+            differences[name_of(pair["b"])] = {"nats": nats, "low": ends[0], "high": ends[1]}
+    return differences
 
 
-def _arms_of_controls() -> dict[str, dict[str, str]]:
-    """Return the arms of the controls by kind, without baselines and unbounded scores."""
-    return {arm["model"]: arm for arm in rows_of("controls/comparison/arms.csv") if arm["train_s"]}
+def label_of(name: str) -> str:
+    """Return what tables call an arm."""
+    kind, _, budget = name.partition("-")
+    return KINDS[kind].label + {"time": ", for BDH's time", "flops": ", for BDH's FLOPs",
+                                                  "rate": ", half the rate"}.get(budget, "")
 
 
-def controls() -> str:
-    """Return the test loss of each kind with its best learning rate, and its difference to BDH's with the interval."""
-    rates: dict[str, set[float]] = {}
-    for row in rows_of("controls/summary.csv"):
-        rates.setdefault(row["model"], set()).add(float(row["learning_rate"]))
-    chosen = [row for row in rows_of("controls/learning_rates.csv") if row["chosen"] == "True"]
-    best = {row["model"]: float(row["learning_rate"]) for row in chosen}
-    pairs = {row["b"]: row for folder in ("comparison", "comparison_time")
-             for row in rows_of(f"controls/{folder}/pairs.csv")}
-    [timed] = [arm for arm in rows_of("controls/comparison_time/arms.csv") if arm["name"] == "modern-time"]
-    seconds, lines = {row["arm"]: float(row["ratio"]) for row in rows_of("controls/same_time.csv")}, []
-    for arm in [*_arms_of_controls().values(), timed]:
-        kind, against = arm["model"], ""
-        if pair := pairs.get(arm["name"]):  # BDH less the other: turned around, so that above 0 is worse than BDH
-            numbers = (-float(pair[f"loss_difference{end}"]) for end in ("", "_high", "_low"))
-            against = "{:+.3f} ({:+.3f} to {:+.3f})".format(*numbers)
-        tried = (f"**{rate:g}**" if rate == best[kind] else f"{rate:g}" for rate in sorted(rates[kind]))
-        lines.append([KINDS[kind].label + ", for BDH's time" * (arm is timed),
-                      f"{float(arm['train_tokens']) / 1e6:.2f}", f"{float(arm['core_params']):,.0f}",
-                      f"{float(arm['params']):,.0f}", ", ".join(tried), f"{float(arm['loss']):.3f}",
-                      f"{float(arm['perplexity']):.2f}", against, f"{seconds[kind]:.2f}"])
-    return table(["", "tokens, million", "core params", "all params", "learning rates tried (**best**)", "loss",
-                  "perplexity", "nats above BDH", "time of a step"], lines)
+def change(difference: dict[str, float]) -> str:
+    """Return how BDH's perplexity compares with another one's, in words; `difference` is of `above_bdh`."""
+    if difference["low"] <= 0 <= difference["high"]:
+        return "not clearly different"
+    return f"{100 * abs(math.expm1(-difference['nats'])):.1f} % {'lower' if difference['nats'] > 0 else 'higher'}"
 
 
-def controls_sentence() -> str:
-    """Return what the controls say: against the modern transformer at equal time and tokens, and against GPT-2."""
-    arms = _arms_of_controls()
-    loss = {kind: float(arm["loss"]) for kind, arm in arms.items()}
+def models_sentence() -> str:
+    """Return what the comparison of all kinds says: the strongest transformer first, then GPT-2."""
+    above, arms = above_bdh(BUDGETS[2200]), arms_of(BUDGETS[2200])
+    loss = {name: float(arm["loss"]) for name, arm in arms.items()}
     share = 100 * (loss["gpt2"] - loss["gpt2_rope"]) / (loss["gpt2"] - loss["bdh"])
-    pairs = {row["b"]: row for row in rows_of("controls/comparison_time/pairs.csv")}
-    # Perplexity of BDH / perplexity of the other.
-    by_time, by_tokens = ([float(pairs[name][f"perplexity_ratio{end}"]) for end in ("", "_low", "_high")]
-                          for name in ("modern-time", "modern"))
-    time, *time_ends = (100 * (1 - 1 / ratio) for ratio in by_time)
-    tokens, *tokens_ends = (100 * (1 - ratio) for ratio in by_tokens)
-    million, stories = float(arms["bdh"]["train_tokens"]) / 1e6, int(pairs["modern"]["stories"])
-    ends = [f"{min(pair):.1f} to {max(pair):.1f} %" for pair in (time_ends, tokens_ends)]
-    return (
-        f"> **For the same training time, a modern transformer of BDH's size has {time:.1f} % lower perplexity than "
-        f"BDH; for\n> the same tokens, BDH's is {tokens:.1f} % lower. {share:.0f} % of BDH's lead over GPT-2, in nats, "
-        f"is rotary positions.**\n> {million:.1f} million tokens for BDH, {stories:,} held-out stories, one seed; 95 % "
-        f"intervals {ends[0]} and {ends[1]}\n> ([controls](docs/results.md#controls-what-the-lead-is-made-of)).")
+    modern, gpt2 = ([change(above[kind + budget]) for budget in ("-time", "")] for kind in ("modern", "gpt2"))
+    words = (f"**Compared with a modern transformer of its size, BDH's perplexity is {modern[0]} for the same training "
+             f"time and {modern[1]} for the same tokens. Compared with GPT-2, it is {gpt2[0]} and {gpt2[1]}; of the "
+             f"latter, {share:.0f} % is rotary positions.**")
+    seeds, stories = arms["bdh"]["seeds"].count(",") + 1, int(rows_of(f"{BUDGETS[2200][0]}/pairs.csv")[0]["stories"])
+    note = (f"{float(arms['bdh']['train_tokens']) / 1e6:.2f} million training tokens for BDH, {stories:,} held-out "
+            f"stories of TinyStories, {seeds} seeds.")
+    return "\n".join(textwrap.wrap(f"{words} {note}", 117, initial_indent="> ", subsequent_indent="> "))
+
+
+def models(folders: tuple[str, ...], leave_out: tuple[str, ...] = (), drop: tuple[str, ...] = ()) -> str:
+    """Return a table of the arms of comparisons but some, best first, without some columns."""
+    above, seconds, rows = above_bdh(folders), {row["arm"]: row["ratio"] for row in rows_of("same_time.csv")}, []
+    every = rows_of(f"{folders[0]}/arms.csv")
+    baseline = {arm["name"]: arm for arm in every if arm["name"] == "trigram baseline"}
+    for name, arm in sorted((arms_of(folders) | baseline).items(), key=lambda item: float(item[1]["loss"])):
+        if name in leave_out:
+            continue
+        row = {"": name, "loss": f"{float(arm['loss']):.3f}", "perplexity": f"{float(arm['perplexity']):.2f}",
+               "bits/byte": f"{float(arm['bits_per_byte']):.3f}"}
+        if name not in baseline:
+            row |= {"": f"**{label_of(name)}**", "seeds": str(arm["seeds"].count(",") + 1),
+                    "tokens, million": f"{float(arm['train_tokens']) / 1e6:.2f}",
+                    "core params": f"{float(arm['core_params']):,.0f}", "all params": f"{float(arm['params']):,.0f}",
+                    "training TFLOPs": f"{float(arm['train_flops']) * 1e-12:.1f}",
+                    "time of a step": f"{float(seconds[arm['model']]):.2f}",
+                    "nats above BDH": nats_of(above[name]) if name in above else ""}
+        rows.append(row)
+    header = ["", "seeds", "tokens, million", "core params", "all params", "training TFLOPs", "time of a step", "loss",
+              "perplexity", "bits/byte", "nats above BDH"]
+    header = [column for column in header if column not in drop]
+    return table(header, [[row.get(column, "") for column in header] for row in rows])
+
+
+def nats_of(difference: dict[str, float]) -> str:
+    return "{nats:+.3f} ({low:+.3f} to {high:+.3f})".format(**difference)
+
+
+def budgets() -> str:
+    """Return the loss of BDH with each budget, and how far every other arm is above it."""
+    above = {steps: above_bdh(folders) for steps, folders in BUDGETS.items()}
+    bdh = {steps: arms_of(folders)["bdh"] for steps, folders in BUDGETS.items()}
+    names = sorted(above[2200], key=lambda name: above[2200][name]["nats"])
+    lines = [["BDH: loss", *(f"{float(arm['loss']):.3f}" for arm in bdh.values())]]
+    lines += [[label_of(name), *(nats_of(each[name]) if name in each else "" for each in above.values())]
+              for name in names]
+    return table(["nats above BDH", *(f"{float(arm['train_tokens']) / 1e6:.2f} million tokens, "
+                                      f"{arm['seeds'].count(',') + 1} seed{'s' * (',' in arm['seeds'])}"
+                                      for arm in bdh.values())], lines)
+
+
+def points_of(kind: str) -> list[tuple[float, float]]:
+    """Return (training tokens, test loss) of every arm of a kind: each is a whole schedule of its own."""
+    return sorted((float(arm["train_tokens"]), float(arm["loss"])) for folders in BUDGETS.values()
+                  for name, arm in arms_of(folders).items() if arm["model"] == kind and not name.endswith("-rate"))
+
+
+def tokens_to_reach() -> str:
+    """Return how many tokens, and how much time, each kind needs for the loss of BDH after 2,200 steps.
+
+    Between two arms, the loss is taken to fall evenly with the logarithm of the tokens.
+    """
+    bdh = arms_of(BUDGETS[2200])["bdh"]
+    tokens, wanted = float(bdh["train_tokens"]), float(bdh["loss"])
+    seconds, lines = {row["arm"]: float(row["ratio"]) for row in rows_of("same_time.csv")}, []
+    for kind in KINDS:
+        points, words = points_of(kind), []
+        needed = [before * (after / before) ** ((loss - wanted) / (loss - lower))
+                  for (before, loss), (after, lower) in itertools.pairwise(points) if lower <= wanted <= loss]
+        for unit in (1e-6, seconds[kind] / tokens):
+            words.append(f"{needed[0] * unit:.2f}" if needed else f"more than {points[-1][0] * unit:.2f}")
+        lines.append([KINDS[kind].label, *words])
+    return table([f"to reach a loss of {wanted:.3f}", "million tokens", "times BDH's training time"], lines)
+
+
+def rates() -> str:
+    """Return the validation loss of each learning rate that was tried, with 800 steps."""
+    rows: dict[str, list[str]] = {}
+    for row in rows_of("models_800/learning_rates.csv"):
+        text = f"{float(row['learning_rate']):g}: {float(row['best_val_loss']):.3f}"
+        rows.setdefault(KINDS[row["model"]].label, []).append(f"**{text}**" if row["chosen"] == "True" else text)
+    return table(["", "learning rate: validation loss"], [[kind, ", ".join(each)] for kind, each in rows.items()], 2)
 
 
 def pretokenize_speed() -> str:
@@ -206,24 +266,6 @@ def settings() -> str:
     return table(["setting", "section", "default", "meaning"], rows, text_columns=4)
 
 
-def gap() -> str:
-    """Return the validation losses of BDH and GPT-2 at equal training tokens, from three sets of runs."""
-    def summary(path: str, kind: str) -> list[dict[str, str]]:
-        return [row for row in rows_of(path) if row["run"].startswith(f"{kind}_")]
-
-    rows = []
-    for path, choose in (("learning_rates/summary.csv", min), ("finals/summary.csv", statistics.mean)):
-        runs = {kind: summary(path, kind) for kind in ("bdh", "gpt2")}
-        losses = [choose(float(run["best_val_loss"]) for run in runs[kind]) for kind in runs]
-        rows.append((runs["bdh"][0]["tokens_seen"], len({run["seed"] for run in runs["bdh"]}), *losses))
-    logs = [rows_of(f"laptop/log_{kind}.csv") for kind in ("bdh", "gpt2")]
-    rows.append((logs[0][-1]["tokens_seen"], 1, *(min(float(row["val_loss"]) for row in log if row["val_loss"])
-                                                  for log in logs)))
-    return table(["training tokens", "seeds", "BDH", "GPT-2", "difference"],
-                 [[f"{int(tokens):,}", str(seeds), f"{bdh:.3f}", f"{gpt2:.3f}", f"{gpt2 - bdh:.2f}"]
-                  for tokens, seeds, bdh, gpt2 in rows], 0)
-
-
 def over_corpus() -> str:
     """Return sentences on how far the seeds of recipe `tiny` are above the corpus."""
     def sentence(kind: str, label: str) -> str:
@@ -275,21 +317,38 @@ def draw_figures() -> None:
     import pandas as pd
 
     from plotarmour.evaluation.arms import Arm
-    from plotarmour.report import figures
+    from plotarmour.report import desk_figures, figures
 
-    for folder, title in (("finals/comparison", "TinyStories V2, test part"), ("tiny", "Built-in corpus, test part")):
-        path = REFERENCE / folder
-        by_arm, by_run, pairs = (pd.read_csv(path / f"{name}.csv") for name in ("arms", "totals", "pairs"))
-        order = [*dict.fromkeys(pairs["a"]), *dict.fromkeys(pairs["b"])]  # gives the colours of the comparison
-        arms = []
-        rows = by_arm[by_arm["params"].notna()]
-        for row in rows.sort_values("name", key=lambda names: names.map(order.index)).itertuples(index=False):
-            seeds = tuple(map(int, str(row.seeds).split(", ")))
-            runs = (row.name,) if row.name in set(by_run["name"]) else tuple(f"{row.name}_seed-{s}" for s in seeds)
-            arms.append(Arm(row.name, row.model, runs, seeds))
-        figures.perplexities(arms, by_arm, by_run, path / "perplexity.png", title)
-        if (path / "differences.png").exists():
-            figures.differences_forest(arms, pairs, path / "differences.png")
+    desk_figures.contradiction_curves(pd.read_csv(REFERENCE / "contradictions_tales.csv"),
+                                      REFERENCE / "contradictions_tales.png", "misfit")
+    seconds = {row["arm"]: float(row["ratio"]) for row in rows_of("same_time.csv")}
+    bdh_tokens = float(arms_of(BUDGETS[2200])["bdh"]["train_tokens"])
+    figure, panels = figures.new_figure(9.6, 3.9, "Loss on held-out stories; each point is a whole training", "",
+                                        "loss (nats per token)", columns=2)
+    for axes, label, unit_of in ((panels[0], "training tokens (million)", lambda kind: 1e-6),
+                                 (panels[1], f"training time (1: BDH with {bdh_tokens / 1e6:.2f} million tokens)",
+                                  lambda kind: seconds[kind] / bdh_tokens)):
+        for kind in ("gpt2", "gpt2_rope", "llama", "modern", "bdh"):
+            tokens, losses = zip(*points_of(kind), strict=True)
+            axes.plot([n * unit_of(kind) for n in tokens], losses, color=KINDS[kind].colors[0], marker="o",
+                      linewidth=2.4 if kind in ("modern", "bdh") else 1.2, label=KINDS[kind].label)
+        axes.set_xscale("log")
+        ticks = [tick for tick in (0.25, 0.5, 1, 2, 4, 8) if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel(label)
+    panels[1].legend(frameon=False, fontsize=9)
+    figures.save_figure(figure, REFERENCE / "budgets.png")
+    path = REFERENCE / "tiny"
+    by_arm, by_run, pairs = (pd.read_csv(path / f"{name}.csv") for name in ("arms", "totals", "pairs"))
+    order = [*dict.fromkeys(pairs["a"]), *dict.fromkeys(pairs["b"])]  # gives the colours of the comparison
+    arms = []
+    rows = by_arm[by_arm["params"].notna()]
+    for row in rows.sort_values("name", key=lambda names: names.map(order.index)).itertuples(index=False):
+        seeds = tuple(map(int, str(row.seeds).split(", ")))
+        runs = (row.name,) if row.name in set(by_run["name"]) else tuple(f"{row.name}_seed-{s}" for s in seeds)
+        arms.append(Arm(row.name, row.model, runs, seeds))
+    figures.perplexities(arms, by_arm, by_run, path / "perplexity.png", "Built-in corpus, test part")
 
 
 def parser_of(tool: Path) -> argparse.ArgumentParser:
@@ -349,19 +408,21 @@ def modules() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    "answer": answer,
-    "finals-short": lambda: arms_table("finals/comparison/arms.csv", FINALS, ("bdh unbounded", "bigram baseline",
-                                       "unigram baseline", "uniform baseline")),
-    "finals": lambda: arms_table("finals/comparison/arms.csv", FINALS),
-    "finals-extra": lambda: arms_table("finals/comparison_extra/arms.csv", FINALS),
+    "models-sentence": models_sentence,
+    "models-2200": lambda: models(BUDGETS[2200]),
+    "models-2200-short": lambda: models(BUDGETS[2200], ("llama", "moe", "lstm", "modern-flops", "bdh-rate"),
+                                        ("core params", "all params", "bits/byte")),
+    "models-2200-extra": lambda: models(("models_2200/comparison_extra",)),
+    "budgets": budgets,
+    "tokens-to-reach": tokens_to_reach,
+    "rates": rates,
     "tiny": lambda: arms_table("tiny/arms.csv", TINY),
-    "verdict": lambda: verdict("comparison"),
-    "verdict-extra": lambda: verdict("comparison_extra"),
-    "learning-rates": learning_rates,
-    "controls": controls,
-    "controls-sentence": controls_sentence,
-    "gap": gap,
     "over-corpus": over_corpus,
+    "contradictions": lambda: contradictions("contradictions_tales.csv", {
+        "bdh": "BDH", "gpt2": "GPT-2", "trigram baseline": "trigrams"}),
+    "swaps": lambda: contradictions("contradictions_stories.csv", {
+        "bdh_seed-1": "BDH", "gpt2_seed-1": "GPT-2", "modern-time_seed-1": "Modern transformer, for BDH's time",
+        "trigram baseline": "trigrams"}),
     "pretokenize-speed": pretokenize_speed,
     "loop-cost": loop_cost,
     "memory-plan": memory_plan,

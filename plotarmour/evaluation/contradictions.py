@@ -76,10 +76,11 @@ def tale(fact: str, distance: int, seed: int, index: int, tokenizer, rounds: int
         return re.sub(r"\[(\w+)\]", lambda match: writer.pick(POOLS[match[1]]), line)
 
     def events_without_fact() -> str:
-        text = ""
-        while len(tokenizer.encode(text)) < distance:
+        text, tokens = "", 0
+        while tokens < distance:
             event = FILLERS[fact][int(writer.bits.random_raw()) % len(FILLERS[fact])]
-            text += sentence(event, EVENTS[event]).format_map(facts)
+            text += (line := sentence(event, EVENTS[event]).format_map(facts))
+            tokens += len(tokenizer.encode(line))
         return text
 
     def drafts() -> list[str]:

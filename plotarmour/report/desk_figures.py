@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from plotarmour.models import KINDS
 from plotarmour.report.figures import BLUE, DARK_GRAY, ORANGE, new_figure, save_figure
 
 
@@ -48,7 +49,7 @@ def contradiction_curves(table: pd.DataFrame, path: Path, score: str) -> Path:
         for (run, own), color in zip(rows.groupby("run", sort=False), (BLUE, ORANGE, DARK_GRAY), strict=False):
             x = own["distance"].clip(lower=32)  # on a logarithmic axis; 0 is told by its tick
             axes.errorbar(x, own["auc"], (own["auc"] - own["low"], own["high"] - own["auc"]), color=color, marker="o",
-                          markersize=3.5, linewidth=1.6, label=run)
+                          markersize=3.5, linewidth=1.6, label=KINDS[run].label if run in KINDS else run)
         axes.axhline(0.5, color=DARK_GRAY, linewidth=1, linestyle=":")
         axes.set_xscale("log", base=4)
         distances = sorted(set(rows["distance"]))
@@ -58,5 +59,5 @@ def contradiction_curves(table: pd.DataFrame, path: Path, score: str) -> Path:
         axes.set_ylim(0.3, 1.03)
         axes.set_xlabel(f"{fact}: tokens back")
     panels[0].set_ylabel("ROC AUC (0.5: chance)")
-    panels[0].legend(frameon=False, fontsize=8, loc="lower left")
+    panels[-1].legend(frameon=False, fontsize=8, loc="upper right")
     return save_figure(figure, path)
