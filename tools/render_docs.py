@@ -44,7 +44,8 @@ def contradictions(path: str, labels: dict[str, str]) -> str:
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows_of(path):
         if row["score"] == ("nats" if row["run"] == "trigram baseline" else "misfit"):
-            cells.setdefault((row["fact"], row["distance"]), {})[row["run"]] = f"{float(row['auc']):.2f}"
+            auc = f"{float(row['auc']):.2f}" if int(row["pairs"]) >= 20 else "too few"
+            cells.setdefault((row["fact"], row["distance"]), {})[row["run"]] = auc
     facts, distances = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
     lines = [[fact, label, *(cells[fact, distance][run] for distance in distances)]
              for fact in facts for run, label in labels.items()]
@@ -115,11 +116,12 @@ def models_sentence() -> str:
     share = 100 * (loss["gpt2"] - loss["gpt2_rope"]) / (loss["gpt2"] - loss["bdh"])
     modern, gpt2 = ([change(above[kind + budget]) for budget in ("-time", "")] for kind in ("modern", "gpt2"))
     words = (f"**Compared with a modern transformer of its size, BDH's perplexity is {modern[0]} for the same training "
-             f"time and {modern[1]} for the same tokens. Compared with GPT-2, it is {gpt2[0]} and {gpt2[1]}; of the "
-             f"latter, {share:.0f} % is rotary positions.**")
-    seeds, stories = arms["bdh"]["seeds"].count(",") + 1, int(rows_of(f"{BUDGETS[2200][0]}/pairs.csv")[0]["stories"])
+             f"time and {modern[1]} for the same tokens. Compared with GPT-2, it is {gpt2[0]} and {gpt2[1]}; "
+             f"{share:.0f} % of the difference in loss at the same tokens is rotary positions.**")
+    stories = int(rows_of(f"{BUDGETS[2200][0]}/pairs.csv")[0]["stories"])
+    [seeds] = {arms[name]["seeds"].count(",") + 1 for name in ("bdh", "modern", "modern-time", "gpt2")}
     note = (f"{float(arms['bdh']['train_tokens']) / 1e6:.2f} million training tokens for BDH, {stories:,} held-out "
-            f"stories of TinyStories, {seeds} seeds.")
+            f"stories of TinyStories, {seeds} seeds; one of GPT-2 for the same time and with rotary positions.")
     return "\n".join(textwrap.wrap(f"{words} {note}", 117, initial_indent="> ", subsequent_indent="> "))
 
 
@@ -132,17 +134,17 @@ def models(folders: tuple[str, ...], leave_out: tuple[str, ...] = (), drop: tupl
         if name in leave_out:
             continue
         row = {"": name, "loss": f"{float(arm['loss']):.3f}", "perplexity": f"{float(arm['perplexity']):.2f}",
-               "bits/byte": f"{float(arm['bits_per_byte']):.3f}"}
+               "bits/byte": f"{float(arm['bits_per_byte']):.3f}",
+               "tokens, million": f"{float(arm['train_tokens']) / 1e6:.2f}"}
         if name not in baseline:
             row |= {"": f"**{label_of(name)}**", "seeds": str(arm["seeds"].count(",") + 1),
-                    "tokens, million": f"{float(arm['train_tokens']) / 1e6:.2f}",
                     "core params": f"{float(arm['core_params']):,.0f}", "all params": f"{float(arm['params']):,.0f}",
-                    "training TFLOPs": f"{float(arm['train_flops']) * 1e-12:.1f}",
-                    "time of a step": f"{float(seconds[arm['model']]):.2f}",
-                    "nats above BDH": nats_of(above[name]) if name in above else ""}
+                    "training FLOPs, 10¹²": f"{float(arm['train_flops']) * 1e-12:.1f}",
+                    "time of a step, BDH = 1": f"{float(seconds[arm['model']]):.2f}",
+                    "loss less BDH's": nats_of(above[name]) if name in above else ""}
         rows.append(row)
-    header = ["", "seeds", "tokens, million", "core params", "all params", "training TFLOPs", "time of a step", "loss",
-              "perplexity", "bits/byte", "nats above BDH"]
+    header = ["", "seeds", "tokens, million", "core params", "all params", "training FLOPs, 10¹²",
+              "time of a step, BDH = 1", "loss", "perplexity", "bits/byte", "loss less BDH's"]
     header = [column for column in header if column not in drop]
     return table(header, [[row.get(column, "") for column in header] for row in rows])
 
@@ -159,9 +161,8 @@ def budgets() -> str:
     lines = [["BDH: loss", *(f"{float(arm['loss']):.3f}" for arm in bdh.values())]]
     lines += [[label_of(name), *(nats_of(each[name]) if name in each else "" for each in above.values())]
               for name in names]
-    return table(["nats above BDH", *(f"{float(arm['train_tokens']) / 1e6:.2f} million tokens, "
-                                      f"{arm['seeds'].count(',') + 1} seed{'s' * (',' in arm['seeds'])}"
-                                      for arm in bdh.values())], lines)
+    return table(["loss less BDH's", *(f"{steps:,} steps of BDH, {float(arm['train_tokens']) / 1e6:.2f} million tokens"
+                                      for steps, arm in bdh.items())], lines)
 
 
 def points_of(kind: str) -> list[tuple[float, float]]:
@@ -185,7 +186,10 @@ def tokens_to_reach() -> str:
         for unit in (1e-6, seconds[kind] / tokens):
             words.append(f"{needed[0] * unit:.2f}" if needed else f"more than {points[-1][0] * unit:.2f}")
         lines.append([KINDS[kind].label, *words])
-    return table([f"to reach a loss of {wanted:.3f}", "million tokens", "times BDH's training time"], lines)
+    needed = float(next(line[1] for line in lines if line[0] == KINDS["modern"].label))
+    return table([f"to reach a loss of {wanted:.3f}", "million tokens", "times BDH's training time"], lines) + (
+        f"\n\nSo BDH and the modern transformer would be level for the same time if a step of the latter took "
+        f"{tokens * 1e-6 / needed:.2f} times\nBDH's; here it takes {seconds['modern']:.2f} times.")
 
 
 def rates() -> str:
@@ -325,10 +329,11 @@ def draw_figures() -> None:
     bdh_tokens = float(arms_of(BUDGETS[2200])["bdh"]["train_tokens"])
     figure, panels = figures.new_figure(9.6, 3.9, "Loss on held-out stories; each point is a whole training", "",
                                         "loss (nats per token)", columns=2)
-    for axes, label, unit_of in ((panels[0], "training tokens (million)", lambda kind: 1e-6),
-                                 (panels[1], f"training time (1: BDH with {bdh_tokens / 1e6:.2f} million tokens)",
+    for axes, label, unit_of in ((panels[0], "training tokens (million, logarithmic)", lambda kind: 1e-6),
+                                 (panels[1], f"training time (1: BDH with {bdh_tokens / 1e6:.2f} million tokens; "
+                                  "logarithmic)",
                                   lambda kind: seconds[kind] / bdh_tokens)):
-        for kind in ("gpt2", "gpt2_rope", "llama", "modern", "bdh"):
+        for kind in ("gpt2", "gpt2_rope", "llama", "lstm", "modern", "bdh"):
             tokens, losses = zip(*points_of(kind), strict=True)
             axes.plot([n * unit_of(kind) for n in tokens], losses, color=KINDS[kind].colors[0], marker="o",
                       linewidth=2.4 if kind in ("modern", "bdh") else 1.2, label=KINDS[kind].label)

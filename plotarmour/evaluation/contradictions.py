@@ -35,10 +35,11 @@ SWAPPED = {
             "Billy Spot Bella Daisy Ella Leo Joe Jim Tommy Sally Annie Polly Rex Buddy Kitty".split(),
     "thing": "ball dog cat bird car doll box toy boat hat book tree frog fish bear bunny rabbit duck mouse truck kite "
              "cake apple cookie flower house bike train ring key stone stick shell drum bee ant fox".split()}
-# Of a word, and of the same word in the draft alone, without the story.
+# Of a word, and of the same word in the draft without the story.
 SCORES = {"misfit": lambda word, alone: word.misfit, "nats": lambda word, alone: word.nats,
-          "nats - nats alone": lambda word, alone: word.nats - alone.nats,
-          "(nats - nats alone) / (1 + entropy)": lambda word, alone: (word.nats - alone.nats) / (1 + word.entropy)}
+          "nats - nats without story": lambda word, alone: word.nats - alone.nats,
+          "(nats - nats without story) / (1 + entropy)":
+              lambda word, alone: (word.nats - alone.nats) / (1 + word.entropy)}
 
 
 @dataclass(frozen=True)

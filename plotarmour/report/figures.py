@@ -33,6 +33,7 @@ MIN_STORIES = 20  # a curve by position ends where fewer stories (or less than a
 
 def styles(arms: list[Arm]) -> dict[str, dict]:
     """Return the colour, dash and marker of each arm by its name."""
+    arms = sorted(arms, key=lambda arm: arm.name != arm.model)  # an arm named by its kind has the kind's first colour
     kinds, result = [arm.model for arm in arms], {}
     for i, arm in enumerate(arms):
         nth, palette = kinds[:i].count(arm.model), KINDS[arm.model].colors
@@ -223,7 +224,7 @@ def loss_by_position(arms: list[Arm], positions: pd.DataFrame, path: Path, conte
         positions: table with run, position, tokens, nats.
         context_length: drawn as a line, if given.
     """
-    figure, axes = new_figure(6.4, 3.8, "Loss by position in a story",
+    figure, axes = new_figure(8.4, 3.8, "Loss by position in a story",
                               f"position of the token in its story (at least {MIN_STORIES} stories)",
                               "loss (nats per token)")
     style = styles(arms)
@@ -241,7 +242,7 @@ def loss_by_position(arms: list[Arm], positions: pd.DataFrame, path: Path, conte
         axes.annotate(f"context {context_length} ", (context_length, 0.98), xycoords=("data", "axes fraction"),
                       ha="right", va="top", color=DARK_GRAY, fontsize=9)
     axes.set_xscale("log")
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, fontsize=9, loc="outside right center")
     return save_figure(figure, path)
 
 
