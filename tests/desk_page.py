@@ -97,8 +97,8 @@ def main() -> None:
             page.screenshot(path=images / f"desk_{name}.png")
 
         page.get_by_label("prompt").fill("Once upon a time there was a brave girl named Lily. Lily lived near the old "
-                                         "mill with a black cat. She lost her red ball.")
-        page.get_by_label("seed").fill("3")  # where the models of recipe tiny disagree
+                                         "mill with a little cat. One morning she found her dear ball at the old mill.")
+        page.get_by_label("seed").fill("6")  # where the models of recipe tiny disagree
         picture("start")
         press(page, "Write")
         picture("generated")

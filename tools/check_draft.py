@@ -62,7 +62,7 @@ def main() -> None:
     marked = [i for i, word in enumerate(words) if word.misfit > threshold]
     print(f"{len(marked)} of {len(words)} words do not fit the story (--threshold {threshold:.3g})")
     for i in marked:
-        print(f"{words[i].misfit:6.2f}  {draft[words[i].begin:words[i].end]}  {reasons.get(i, '')}".rstrip())
+        print(f"{words[i].misfit:6.2f}  {words[i].of(draft)}  {reasons.get(i, '')}".rstrip())
 
 
 if __name__ == "__main__":

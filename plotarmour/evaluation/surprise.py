@@ -46,6 +46,11 @@ class Word:
     nats: float  # given the story and the draft before it; sum over its tokens
     entropy: float  # of their predictions, nats; sum
 
+    def of(self, draft: str) -> str:
+        """Return the word in its draft, without punctuation at its ends."""
+        word = draft[self.begin:self.end]
+        return re.sub(r"^\W+|\W+$", "", word) or word
+
     @property
     def misfit(self) -> float:
         """Nats above what the model expects to pay here: about 0 on average for words that fit."""

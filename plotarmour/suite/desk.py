@@ -149,7 +149,7 @@ def draft_html(draft: str, words: Sequence[Word], threshold: float, reasons: dic
         if word.misfit > threshold:
             parts.append(f'<mark title="misfit {word.misfit:.1f}, marked above {threshold:.1f}">{text}</mark>')
             because = f": “{html.escape(reasons[i])}”" if i in reasons else ""
-            items.append(f"<li><b>{text}</b>{because}</li>")
+            items.append(f"<li><b>{html.escape(word.of(draft))}</b>{because}</li>")
         else:
             parts.append(text)
     marked = f'<ul class="note">{"".join(items)}</ul>' if items else ""

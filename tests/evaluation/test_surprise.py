@@ -86,7 +86,7 @@ def test_words_have_the_nats_of_their_tokens(run):
     size = len(b" Then")
     assert words[0].nats == pytest.approx(nats[:size].sum(), rel=1e-5)
     assert words[1].nats == pytest.approx(nats[size:size + len(" Käte".encode())].sum(), rel=1e-5)
-    assert Word(0, 1, 5.0, 2.0).misfit == 3.0
+    assert Word(0, 1, 5.0, 2.0).misfit == 3.0 and Word(1, 9, 5.0, 2.0).of(" “don't!” he") == "don't"
     for draft in ("", " \n"):
         with pytest.raises(UserError, match="the draft is empty"):
             memory.words(draft)

@@ -264,7 +264,7 @@ def test_a_draft_is_checked_from_what_a_run_remembers(run_main, two_runs, token_
     assert code == 0 and err == f"{state} has the story now\n" and out.startswith(("0 of 5 words", "1 of 5", "2 of 5"))
     code, out, err = run_main(*check, "--threshold", -100)
     assert code == 0 and err == "" and out.startswith("5 of 5 words do not fit the story (--threshold -100)\n")
-    assert [line.split()[1] for line in out.splitlines()[1:]] == ["Soon", "Kim", "lost", "the", "kite."]
+    assert [line.split()[1] for line in out.splitlines()[1:]] == ["Soon", "Kim", "lost", "the", "kite"]
     assert run_main(*check, "--threshold", 0, "--story", story)[2] == ""
     story.write_text("Kim had a ball.")
     assert "has the story now" in run_main(*check, "--threshold", 0, "--story", story)[2]
