@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Turn token ids of other programs (nanoGPT's and llm.c's .bin files) into a token file."""
+"""Turn token ids of other programs (nanoGPT's and llm.c's .bin files, .pt tensors) into a token file."""
 
 import argparse
 import sys
@@ -14,14 +14,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=HelpFormatter,
         epilog="End-of-text separates stories, as in nanoGPT's and llm.c's files; a file without any is one story.")
-    parser.add_argument("ids", type=as_path, help="file of token ids, little-endian")
+    parser.add_argument("ids", type=as_path, help="file of token ids, little-endian, or a .pt file of one "
+                        "tensor, of which no code is run")
     parser.add_argument("--tokenizer", required=True, help="the one that made the ids: gpt2, a folder with a "
                         "tokenizer.json, a run folder or a token file")
     parser.add_argument("--out", type=as_path, required=True, help="token file to write, X.bin")
     parser.add_argument("--dtype", choices=("uint16", "uint32", "int32", "int64"), help="of bare ids (nanoGPT: "
-                        "uint16); llm.c has it in its header")
-    parser.add_argument("--format", choices=("auto", "raw", "llm.c"), default="auto", help="raw: bare ids; auto: llm.c "
-                        "if the file begins with its magic, else raw")
+                        "uint16); llm.c and .pt files have it in them")
+    parser.add_argument("--format", choices=("auto", "raw", "llm.c", "pt"), default="auto", help="raw: bare ids; pt: "
+                        "a tensor; auto: pt by the name, llm.c if the file begins with its magic, else raw")
     parser.add_argument("--end-of-text", type=int, metavar="ID", help="id between documents (default: the "
                         "tokenizer's; llm.c separates Llama 3's documents by 128000)")
     add_common(parser, "force")

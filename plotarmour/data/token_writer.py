@@ -1,11 +1,12 @@
 """Write token files, whose layout `token_file` describes: batch by batch, or from ids of other programs.
 
-`import_bin` reads bare ids, or llm.c's 1,024-byte header and ids:
+`import_bin` reads bare ids, llm.c's 1,024-byte header and ids, or a tensor:
 
     raw      nothing but little-endian ids, such as nanoGPT's train.bin (uint16, GPT-2; end-of-text ends a document)
     llm.c    256 int32 (magic, version, number of tokens, zeros), then the ids; end-of-text begins a document
+    pt       one tensor of integers, (n,), written by `torch.save`; no code in it is run
 
-In both, end-of-text separates documents. Each document becomes a story; empty ones are dropped and counted. A file
+In all, end-of-text separates documents. Each document becomes a story; empty ones are dropped and counted. A file
 without end-of-text, such as nanoGPT's Shakespeare, is one story.
 
 Source: data/shakespeare/prepare.py and data/openwebtext/prepare.py of github.com/karpathy/nanoGPT;
@@ -16,6 +17,7 @@ import hashlib
 import json
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from itertools import islice
@@ -197,14 +199,14 @@ def header_block(header: dict) -> bytes:
 
 def import_bin(path: AnyPath, tokenizer: str, out: AnyPath, dtype: str | None = None, format: str = "auto",
                end_of_text: int | None = None, force: bool = False) -> TokenFile:
-    """Write a token file from the ids of another program. Memory holds a block and the longest document.
+    """Write a token file from the ids of another program. Memory holds a block, the longest document and a tensor.
 
     Args:
         path: the file of ids.
         tokenizer: the one that made the ids: "gpt2", a folder, a token file or a run folder.
         out: the token file to write.
-        dtype: of bare ids, one of `DTYPES`; llm.c's header says it.
-        format: "raw", "llm.c", or "auto": llm.c where the file begins with its magic.
+        dtype: of bare ids, one of `DTYPES`; llm.c's header and a tensor say it.
+        format: "raw", "llm.c", "pt", or "auto": by the name or by llm.c's magic.
         end_of_text: id between documents; default: the tokenizer's. (llm.c separates Llama 3's by 128000.)
         force: replace an existing file.
 
@@ -244,10 +246,31 @@ def import_bin(path: AnyPath, tokenizer: str, out: AnyPath, dtype: str | None = 
     return TokenFile.open(out)
 
 
-def _open_ids(path: Path, dtype: str | None, format: str) -> np.memmap:
-    """Map the ids of a file, (n,), if its format, dtype and size are the expected ones."""
+def _read_tensor(path: Path) -> np.ndarray:
+    """Return the ids of a tensor, (n,). Torch refuses all but plain data, so that no code of the file is run."""
+    import torch
+
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about the pickles that it refuses
+            ids = torch.load(path, map_location="cpu", weights_only=True)
+        found = f"a tensor of {ids.dtype} {list(ids.shape)}" if torch.is_tensor(ids) else f"a {type(ids).__name__}"
+    except Exception as error:  # of many kinds, with one remedy
+        ids, found = None, f"what torch.load(weights_only=True) refuses ({type(error).__name__})"
+    if torch.is_tensor(ids) and ids.dim() == 1 and len(ids) and str(ids.dtype).startswith(("torch.int", "torch.uint")):
+        return ids.numpy()
+    raise UserError(f"{path} holds {found}; expected one tensor of ids, one-dimensional integers. Write it with "
+                    "torch.save(ids, 'ids.pt').")
+
+
+def _open_ids(path: Path, dtype: str | None, format: str) -> np.ndarray:
+    """Return the ids of a file, (n,), if its format, dtype and size are the expected ones; map them if it can be."""
     if looks_like_token_file(path):
         raise UserError(f"{path} is a token file of this program already; use it as it is.")
+    if path.suffix in (".pkl", ".pickle"):
+        raise UserError(f"{path} is a pickle, which can run code; expected bare ids or a .pt file of one tensor. Write "
+                        "it with torch.save(torch.tensor(ids), 'ids.pt').")
+    if format == "pt" or (format == "auto" and path.suffix in (".pt", ".pth")):
+        return _read_tensor(path)
     size, start = path.stat().st_size, 0
     with path.open("rb") as file:
         if file.read(6) == b"\x93NUMPY":

@@ -1,9 +1,12 @@
+import pickle
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from plotarmour.cli import UserError
@@ -128,6 +131,45 @@ def test_token_files_and_existing_files_are_refused(write, tmp_path):
     with pytest.raises(UserError, match="is both read and written"):
         import_bin(ids, "bytes", ids, "uint16", force=True)
     assert ids.stat().st_size == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int64])
+def test_a_tensor_of_ids_becomes_stories(tmp_path, dtype):
+    """Guards: ids that have to be written as bare bytes first, with a dtype that one has to know."""
+    torch.save(torch.tensor([65, 66, 255, 67], dtype=dtype), tmp_path / "ids.pt")
+    import_bin(tmp_path / "ids.pt", "bytes", tmp_path / "x.bin", end_of_text=255)
+    assert ids_of(tmp_path / "x.bin") == [[65, 66], [67]]
+
+
+class Code:
+    """What a pickle can do: write a file when it is read."""
+
+    def __reduce__(self):
+        return open, ("harm", "w")
+
+
+NO_IDS = {
+    "two.pt": ({"train": torch.arange(9)}, "holds a dict; expected one tensor"), "list.pt": ([1, 2], "holds a list"),
+    "float.pt": (torch.ones(3), r"holds a tensor of torch.float32 \[3\]"), "none.pt": (torch.arange(0), r"int64 \[0\]"),
+    "bool.pt": (torch.ones(3) > 0, "torch.bool"), "rows.pt": (torch.ones(2, 3, dtype=torch.int64), r"\[2, 3\]"),
+    "code.pt": (Code(), "refuses .UnpicklingError"), "outside.pt": (torch.tensor([1, 300]), "id 300 at position 1"),
+    "code.pkl": (Code(), "is a pickle"), "pickled.pt": (Code(), "refuses .UnpicklingError"), "cut.pt": ([], "refuses")}
+
+
+@pytest.mark.parametrize("name", NO_IDS)
+def test_what_is_no_tensor_of_ids_is_refused_and_runs_no_code(tmp_path, monkeypatch, name):
+    """Guards: a downloaded file that runs its code; rows joined to one story; floats taken for ids."""
+    monkeypatch.chdir(tmp_path)
+    content, message = NO_IDS[name]
+    if name in ("code.pkl", "pickled.pt"):
+        Path(name).write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, name)
+    if name == "cut.pt":
+        Path(name).write_bytes(Path(name).read_bytes()[:-40])
+    with pytest.raises(UserError, match=message) as refused:
+        import_bin(name, "bytes", "x.bin")
+    assert "\n" not in str(refused.value) and [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_numpy_file_is_refused_in_one_line(tmp_path):
