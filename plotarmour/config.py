@@ -64,9 +64,10 @@ HAS_CORPUS = ("corpus_stories is above 0", lambda data: data.corpus_stories > 0)
 class DataConfig:
     """Where stories come from and how they become tokens. The hashes of the token files identify a run, not these."""
 
-    tokenizer: str = _field("The tokenizer: gpt2, bytes, or bpe:N, which learns N entries.")
-    stories: str = _field("What makes a story: endoftext, line, paragraph or file.", "endoftext",
-                          _one_of("endoftext", "line", "paragraph", "file"))
+    tokenizer: str = _field("The tokenizer: gpt2, bytes, or bpe:N or words:N, which learn N entries.")
+    stories: str = _field("What makes a story: endoftext, line, line_without_prefix (what follows its first tab), "
+                          "paragraph or file.", "endoftext",
+                          _one_of("endoftext", "line", "line_without_prefix", "paragraph", "file"))
     split: str = _field("Shares of train, val and test.", "90:5:5")
     corpus_stories: int = _field("Stories of the built-in corpus; 0: the user brings a text.", 0, NOT_NEGATIVE)
     corpus_seed: int = _field("Seed of the built-in corpus.", 0, SEED, used_if=HAS_CORPUS)

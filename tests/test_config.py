@@ -4,6 +4,7 @@ import pytest
 
 from plotarmour.cli import UserError
 from plotarmour.config import AUTO, Auto, DataConfig, TrainingConfig, load_recipe, recipe_names, training_settings
+from plotarmour.data.stories import SEPARATORS
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -31,6 +32,12 @@ def test_overrides_reach_data_training_and_architecture():
     recipe = load_recipe("tiny", "bdh", ["max_steps=500", "n_embd=32", "learning_rate=1e-3", "tokenizer=bytes"])
     assert (recipe.training.max_steps, recipe.architecture["n_embd"]) == (500, 32)
     assert (recipe.training.learning_rate, recipe.data.tokenizer) == (1e-3, "bytes")
+
+
+def test_every_way_to_make_stories_is_a_setting():
+    """Guards: token files that no run can be trained on, because their header says what a recipe may not."""
+    for stories in SEPARATORS:
+        assert load_recipe("tiny", "bdh", [f"stories={stories}", "corpus_stories=0"]).data.stories == stories
 
 
 def test_all_complaints_come_at_once():

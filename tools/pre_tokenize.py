@@ -14,7 +14,7 @@ import numpy as np
 from plotarmour.cli import HelpFormatter, UserError, add_common, as_path, file_size, run_command
 from plotarmour.data.pipeline import BACKENDS
 from plotarmour.data.pretokenize import BPE_BYTES, pre_tokenize
-from plotarmour.data.token_file import TokenFile
+from plotarmour.data.token_file import TokenFile, unknown_words
 
 BARS = 40  # characters
 
@@ -22,16 +22,19 @@ BARS = 40  # characters
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=HelpFormatter,
-        epilog="With --split X.train.bin, X.val.bin and X.test.bin are written; bpe:N learns from the train part only. "
+        epilog="With --split X.train.bin, X.val.bin and X.test.bin are written; bpe:N and words:N "
+               "learn from the train part only, bpe:N:all and words:N:all from all of the text. "
                "Existing files of the same text and the same settings are kept.")
     parser.add_argument("text", nargs="*", type=as_path, help="files or patterns, read in this order: UTF-8 text or "
                         ".jsonl, each also .gz; .parquet; - for plain text from standard input")
-    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bpe:N (N entries), bytes, a folder with a "
-                        "tokenizer.json, a run folder, or a token file whose tokenizer to use")
+    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bpe:N (N entries), words:N (N words), bytes, "
+                        "a folder with a tokenizer.json, a run folder, or a token file whose tokenizer to use")
     parser.add_argument("--out", type=as_path, help="token file to write, X.bin")
     parser.add_argument("--split", help="shares of train:val:test by story, e.g. 90:5:5 (default: no split)")
     parser.add_argument("--stories", default="endoftext", help="what makes a story in plain text: endoftext, line, "
                         "paragraph (between blank lines) or file; a row of .jsonl or .parquet always is one")
+    parser.add_argument("--strip-prefix", action="store_true", help="with --stories line: leave out what comes "
+                        "before the first tab of each line, such as Genesis 1:1")
     parser.add_argument("--text-column", default="text", help="column that holds the text, in .jsonl and .parquet")
     parser.add_argument("--exclude", nargs="+", type=as_path, default=[], metavar="TEXT",
                         help="leave out stories that also stand in these texts, compared without case, punctuation and "
@@ -39,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--errors", default="strict", help="bytes that are not UTF-8: strict refuses the text, "
                         "replace puts U+FFFD in their place and counts them")
     parser.add_argument("--bpe-bytes", type=int, default=BPE_BYTES, metavar="BYTES",
-                        help="text that bpe:N learns from, at most: a sample spread over the train part")
+                        help="text that bpe:N and words:N learn from, at most: a sample spread over the train part")
     parser.add_argument("--backend", default="auto", help=f"encoder: {', '.join(BACKENDS)}; the ids are the same")
     parser.add_argument("--workers", type=int, default=0, help="threads that encode; 0: one per core")
     add_common(parser, "force")
@@ -68,7 +71,11 @@ def main() -> None:
     if not args.text or not args.out:
         missing = "--out is missing; expected --out X.bin" if args.text else "no text is named; expected text files"
         raise UserError(f"{missing}. Add it, or look at a token file with --info X.bin or --verify X.bin.")
-    paths = pre_tokenize(args.text, args.tokenizer, args.out, args.split, args.stories, args.exclude, args.force,
+    if args.strip_prefix and args.stories != "line":
+        raise UserError(f"--strip-prefix and --stories {args.stories} do not fit; expected --stories line, "
+                        "whose prefixes end with a tab.")
+    stories = "line_without_prefix" if args.strip_prefix else args.stories
+    paths = pre_tokenize(args.text, args.tokenizer, args.out, args.split, stories, args.exclude, args.force,
                         verify=bool(args.verify), errors=args.errors, text_column=args.text_column,
                         bpe_bytes=args.bpe_bytes, backend=args.backend)
     for path in paths:
@@ -94,7 +101,11 @@ def show(data: TokenFile) -> None:
           f"bytes; {n_bytes / max(1, data.n_tokens):.2f} bytes per token")
     texts = ", ".join(f"{source['name']} ({source['bytes']:,} bytes)" for source in header["source"])
     print(f"text: {texts}; a story by {header.get('stories')}; part {header.get('part')}, split {header.get('split')}")
-    print(f"tokenizer: {header['tokenizer']['kind']}, {header['vocab_size']:,} entries")
+    kind = header["tokenizer"]["kind"]
+    print(f"tokenizer: {kind}, {header['vocab_size']:,} entries"
+          f"{', learned from all of the text, held-out stories too' if kind.endswith(':all') else ''}")
+    if sentence := unknown_words(data):
+        print(sentence)
     if data.n_stories:
         print(f"\nfirst story: {data.tokenizer().decode(data.story(0)[:200])}")
         show_lengths(data)

@@ -48,7 +48,7 @@ EXAMPLE_COLUMNS = ("kind", "part_a", "story_a", "part_b", "story_b", "similarity
 
 
 def overlapping_stories(train: Tokens, val: Tokens) -> np.ndarray:
-    """Return which stories of `val` have the same ids as a story of `train`.
+    """Return which stories of `val` have the same ids as a story of `train`, and no unknown words that may differ.
 
     Args:
         train, val: of one tokenizer. Each is read once; 8 bytes per story are held.
@@ -61,7 +61,9 @@ def overlapping_stories(train: Tokens, val: Tokens) -> np.ndarray:
     """
     train_keys, first = np.unique(_story_keys(train), return_index=True)
     val_keys = _story_keys(val)
-    shared = np.flatnonzero(np.isin(val_keys, train_keys))
+    shared, tokenizer = np.flatnonzero(np.isin(val_keys, train_keys)), val.tokenizer()
+    if tokenizer and tokenizer.drops_unknown:
+        shared = np.array([i for i in shared if tokenizer.unknown_id not in val.story(i)], np.int64)
     return np.column_stack([shared, first[np.searchsorted(train_keys, val_keys[shared])]])
 
 

@@ -85,7 +85,7 @@ def write_token_files(job: Job, work: Path, tokenizer: Tokenizer, backend: str, 
         UserError: a part without a story, or a text that cannot be read or encoded.
     """
     saved = read_json(work / SAVED)
-    (first, position), counts = saved.get("place", (0, 0)), np.array(saved.get("counts", (0, 0, 0)))
+    (first, position), counts = saved.get("place", (0, 0)), np.array(saved.get("counts", [0] * (3 + len(job.targets))))
     if saved:
         say(f"going on where an earlier start was stopped: {position:,} bytes or rows into {job.sources[first].name}")
     n_bytes = sum(source.path.stat().st_size for source in job.sources)
@@ -98,11 +98,15 @@ def write_token_files(job: Job, work: Path, tokenizer: Tokenizer, backend: str, 
         thread = stack.enter_context(ThreadPoolExecutor(1))
         for i, chunk, targets in _ahead(_chunks(job, first, position, bar.update, hashes)):
             spelling.check(chunk.texts)
-            counts += (chunk.n_empty, np.count_nonzero(targets < 0), chunk.n_replaced)
+            counts[:3] += (chunk.n_empty, np.count_nonzero(targets < 0), chunk.n_replaced)
             n_done, sizes = 0, np.array(chunk.sizes)
             for ids, ends in encoder.encode_stories(chunk.texts, job.sources[i].name):
                 ended = slice(n_done, n_done + len(ends))
                 begun = slice(n_done, max(ended.stop, n_done + 1))  # ids that end no story continue one
+                if tokenizer.drops_unknown:  # a tokenizer that takes no pieces: ids are those of whole stories
+                    known = np.add.reduceat(tokenizer.token_bytes[ids], np.cumsum(ends) - ends)
+                    unknown, sizes[ended] = sizes[ended] - known, known
+                    counts[3:] += [unknown[targets[ended] == i].sum() for i in range(len(writers))]
                 writing.append(thread.submit(_add, writers, ids, ends, sizes[ended], targets[begun]))
                 n_done = ended.stop
                 while len(writing) > WAITING:
@@ -114,13 +118,14 @@ def write_token_files(job: Job, work: Path, tokenizer: Tokenizer, backend: str, 
                 write_json(work / SAVED, {"place": (i, chunk.position), "counts": counts.tolist(), "files": files})
                 size = 0
         _wait(writing)
-        n_empty, n_excluded, n_replaced = counts.tolist()
+        n_empty, n_excluded, n_replaced, *n_unknown_bytes = counts.tolist()
         for part, writer in zip(job.targets, writers, strict=True):
             if not writer.n_stories:
                 raise UserError(_no_story(job, part, sum(writer.n_stories for writer in writers), n_excluded))
         sources = described([{**source.fingerprint(), "sha256": sha256}
                              for source, sha256 in zip(job.sources, hashes, strict=True)])
-        for writer in writers:
+        for writer, n_bytes in zip(writers, n_unknown_bytes, strict=True):
+            writer.policies |= {"n_unknown_bytes": n_bytes} if tokenizer.drops_unknown else {}
             writer.publish(sources, n_empty, n_excluded, n_replaced)
     if lost := spelling.summary():
         say(f"{lost}; models learn and are scored on what remains")

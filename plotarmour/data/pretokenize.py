@@ -42,8 +42,8 @@ from plotarmour.data.pipeline import (
 )
 from plotarmour.data.readers import BLOCK, MIB, STDIN, Source, check_text, is_stream, read_whole
 from plotarmour.data.stories import PARTS, PIECE, SEPARATORS, parse_split, pieces, story_hash, story_hashes
-from plotarmour.data.token_file import TokenFile, open_tokenizer
-from plotarmour.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, vocab_size_of
+from plotarmour.data.token_file import TokenFile, open_tokenizer, unknown_words
+from plotarmour.data.tokenizer import LEARNED, Tokenizer, load_tokenizer, make_tokenizer, vocab_size_of
 from plotarmour.files import LOCK_FILES, locked, publish, read_json, write_json, write_text
 from plotarmour.machine import free_disk
 
@@ -64,15 +64,15 @@ def pre_tokenize(texts: list[AnyPath], tokenizer: str, out: AnyPath, split: str 
     Args:
         texts: files or patterns, read in this order: UTF-8 text, .jsonl, each also with .gz, .parquet, "-" for standard
             input.
-        tokenizer: "gpt2", "bpe:N" (learned from the train part only), "bytes", a folder, or a token file whose
-            tokenizer to use.
+        tokenizer: "gpt2", "bpe:N" or "words:N" (learned from the train part only; "bpe:N:all" from all of the text),
+            "bytes", a folder, or a token file whose tokenizer to use.
         out: X.bin; with a split X.train.bin, X.val.bin and X.test.bin are written instead.
         split: "train:val:test" in whole shares, or None for one file.
         stories, errors, text_column: see `readers.Source`.
         exclude: texts whose stories are left out and counted, also where case, punctuation or spacing differ.
         force, replace: replace existing files: all, or those that come from another text or other settings.
         verify: read existing files and the texts whole before taking the files as they are.
-        bpe_bytes: of text that bpe:N learns from, at most: a sample spread over the train part.
+        bpe_bytes: of text that bpe:N and words:N learn from, at most: a sample spread over the train part.
         backend: "auto", "fastokens" or "tokenizers".
         least_tokens: that new train and val parts must have, such as one context.
         block, save_bytes: of text read at once; between two saves. The files do not depend on them.
@@ -104,7 +104,7 @@ def pre_tokenize(texts: list[AnyPath], tokenizer: str, out: AnyPath, split: str 
             raise UserError(f"{path} is named twice; all of its stories would be copies. Name each text once.")
     for path in [*texts, *exclude]:
         check_text(path)
-    if tokenizer.startswith("bpe:"):
+    if tokenizer.startswith(LEARNED):
         vocab_size_of(tokenizer)  # refuses a wrong size
     work = out.with_name(f".{out.name}.unfinished")
     sizes = sum(path.stat().st_size for path in texts if not is_stream(path))
@@ -120,10 +120,10 @@ def pre_tokenize(texts: list[AnyPath], tokenizer: str, out: AnyPath, split: str 
                               for path in paths] for paths in (texts, exclude))
         policies = {"stories": stories, "split": split, "newlines": "kept", "errors": errors,
                     "excluded": _identity([source.fingerprint() for source in excluded]) if excluded else None,
-                    "bpe_bytes": bpe_bytes if tokenizer.startswith("bpe:") else None,
+                    "bpe_bytes": bpe_bytes if tokenizer.startswith(LEARNED) else None,
                     "text_column": text_column if any(s.kind != "text" for s in [*sources, *excluded]) else None}
         job = Job(sources, targets, shares, policies, block=block)
-        known = None if tokenizer.startswith("bpe:") else open_tokenizer(tokenizer)
+        known = None if tokenizer.startswith(LEARNED) else open_tokenizer(tokenizer)
         # A changed text has another time of change; a copied stream always has, so its content decides.
         states = [s.sha256() if s.path in copies.values() else s.state for s in sources]
         wanted = _identity([states, policies, list(targets), tokenizer, known and known.sha256])
@@ -159,6 +159,9 @@ def pre_tokenize(texts: list[AnyPath], tokenizer: str, out: AnyPath, split: str 
             if (work / path.name).exists():
                 publish(work / path.name, path)
         _empty(work)
+    for data in map(TokenFile.open, targets.values()):
+        if "n_unknown_bytes" in data.header:
+            say(f"{data.path}: {unknown_words(data)}")
     return list(targets.values())
 
 
@@ -239,10 +242,11 @@ def _hashes(sources: list[Source]) -> np.ndarray:
 
 
 def _learned(job: Job, work: Path, spec: str, bpe_bytes: int) -> Tokenizer:
-    """Train the tokenizer bpe:N, or load the one that an earlier start of this job has trained."""
+    """Train the tokenizer bpe:N or words:N, or load the one that an earlier start of this job has trained."""
     path = work / "tokenizer.json"
     if path.exists():
         return Tokenizer(load_tokenizer(path).json, spec)
+    job = changed(job, shares=None) if spec.endswith(":all") else job
     tokenizer = make_tokenizer(spec, sample_stories(job, bpe_bytes))
     write_text(path, tokenizer.json)
     return tokenizer

@@ -233,7 +233,15 @@ def read_whole(source: Source, block: int = BLOCK) -> Iterator[Chunk]:
 
 def _chunk_of(source: Source, parts: list[bytes], start: int, separator: bytes) -> Chunk:
     """Decode complete stories, or lines of JSON, that begin at byte `start`, each followed by the separator."""
-    stories = [part.strip(BLANK_BYTES) for part in parts]
+    stories = parts
+    if source.stories == "line_without_prefix" and source.kind == "text":
+        for i, line in enumerate(parts):
+            if b"\t" not in line and line.strip(BLANK_BYTES):
+                raise UserError(f"{source.name}: the line at byte {start + sum(map(len, parts[:i])) + i:,} has no tab; "
+                                "expected a prefix, a tab and the story in each line. It begins "
+                                f"{line[:60].decode(errors='replace')!r}. Correct it, or use --stories line alone.")
+        stories = [line.partition(b"\t")[2] for line in parts]
+    stories = [story.strip(BLANK_BYTES) for story in stories]
     if start == 0:
         stories[0] = stories[0].removeprefix(BOM).strip(BLANK_BYTES)
     try:

@@ -1,9 +1,10 @@
 """What a story is, and which part it belongs to.
 
-What makes a story is a policy: text between literal `<|endoftext|>` separators, one per line, text between blank lines
-(paragraph), or the whole file. The blank space around a separator is not part of a story; inside a story every byte
-counts; empty stories are dropped and counted. A hash of the normalised text alone decides the part (train, val, test)
-of a story, so normalised copies are always in the same part, and the order of reading does not matter.
+What makes a story is a policy: text between literal `<|endoftext|>` separators, one per line (or what follows its
+first tab), text between blank lines (paragraph), or the whole file. The blank space around a separator is not part of a
+story; inside a story every byte counts; empty stories are dropped and counted. A hash of the normalised text alone
+decides the part (train, val, test) of a story, so normalised copies are always in the same part, and the order of
+reading does not matter.
 """
 
 import hashlib
@@ -16,7 +17,8 @@ import numpy as np
 from plotarmour.cli import UserError
 
 SEPARATOR = b"<|endoftext|>"
-SEPARATORS = {"endoftext": SEPARATOR, "line": b"\n", "paragraph": b"\n\n", "file": b""}  # by what makes a story
+SEPARATORS = {"endoftext": SEPARATOR, "line": b"\n", "line_without_prefix": b"\n", "paragraph": b"\n\n",
+              "file": b""}  # by what makes a story
 PARTS = ("train", "val", "test")
 BLANK = " \t\r\n\x0b\x0c"
 PIECE = 2**20  # characters of a long story that are hashed or encoded at once

@@ -178,6 +178,18 @@ def token_counts(data: TokenFile) -> np.ndarray:
     return counts
 
 
+def unknown_words(data) -> str:
+    """Return a sentence that says how much of a text a word-level tokenizer does not know; "" for other tokenizers."""
+    tokenizer, n_bytes = data.tokenizer(), data.header.get("n_unknown_bytes")
+    if not tokenizer.drops_unknown:
+        return ""
+    if not (n := int(token_counts(data)[tokenizer.unknown_id])):
+        return "Every word is in the vocabulary."
+    share = "" if n_bytes is None else f", {n_bytes:,} bytes ({n_bytes / (n_bytes + data.story_bytes.sum()):.1%})"
+    return (f"{n:,} of {data.n_tokens:,} tokens ({n / data.n_tokens:.1%}{share}) are words that the tokenizer does not "
+            "know: the loss takes each for one token <?>, and bits per byte count the bytes of the other words only.")
+
+
 def _sections(header: dict) -> dict[str, list[int]]:
     """Return offset and bytes that each section must have; the tokenizer's bytes are those that the header states."""
     n_tokens, n_stories = header["n_tokens"], header["n_stories"]
@@ -213,7 +225,7 @@ _RULES = (
     ("payload_sha256", "text", lambda value, header: type(value) is str),
     ("checks_crc32", "a number", lambda value, header: _is_count(value)),
     *((key, "a number", lambda value, header: value is None or _is_count(value))
-      for key in ("n_empty_dropped", "n_excluded", "n_replaced")),
+      for key in ("n_empty_dropped", "n_excluded", "n_replaced", "n_unknown_bytes")),
     *((key, "text", lambda value, header: isinstance(value, str | None)) for key in ("stories", "split", "part")))
 
 
@@ -260,7 +272,8 @@ def tokenize_in_memory(path: Path, tokenizer: Tokenizer, stories: str = "endofte
         spelling.check(chunk.texts)
         batch = tokenizer.encode_batch(chunk.texts)
         rows += [np.array([*ids, tokenizer.end_of_text_id], np.uint32) for ids in batch]
-        sizes += chunk.sizes
+        sizes += ([int(tokenizer.token_bytes[ids].sum()) for ids in batch] if tokenizer.drops_unknown else
+                  chunk.sizes)
     if not rows:
         raise UserError(f"{path} holds no story; expected at least one.")
     sha256 = source.sha256()

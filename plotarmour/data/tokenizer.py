@@ -1,4 +1,4 @@
-"""Text to ids and back: GPT-2's vocabulary, a byte-level BPE learned from the text, or plain bytes.
+"""Text to ids and back: GPT-2's vocabulary, byte-level BPE or whole words learned from the text, or plain bytes.
 
 Every tokenizer is a `tokenizers.Tokenizer` (Hugging Face) and is stored as its JSON: in token files, in run folders. A
 literal `<|endoftext|>` inside a story is ordinary text: only the pretokenizer writes the end-of-text id.
@@ -21,6 +21,8 @@ import numpy as np
 from plotarmour.cli import UserError, as_path, warn
 
 END_OF_TEXT = "<|endoftext|>"
+SPECIAL_WORDS = ["<?>", "<s>", "</s>", "<>"]  # ids 0 to 3 of words:N: unknown, start and end of a story, padding
+LEARNED = ("bpe:", "words:")  # from the text
 GPT2_VOCAB_SIZE = 50257
 GPT2_SHA256 = "0f8c9d6ae8900a28603a84f9c4be747822b43891146b9d76e7d3faf936c34c0b"  # see `_is_gpt2`
 LOST_SHARE = 0.2  # of the characters that a tokenizer may lose
@@ -45,7 +47,7 @@ class Tokenizer:
 
     Args:
         json_text: what `tokenizers.Tokenizer.to_str` returns, the content of a tokenizer.json.
-        kind: the user's name for it: "gpt2", "bpe:4096", "bytes" or "file".
+        kind: the user's name for it: "gpt2", "bpe:4096", "words:4096", "bytes" or "file".
 
     Raises:
         UserError: not a tokenizer, one without an end-of-text entry, or one that cannot be relied on.
@@ -58,7 +60,10 @@ class Tokenizer:
         with _failures(self.kind, "be read"):
             self.backend = tokenizers.Tokenizer.from_str(json_text)
         self.json, self.sha256 = json_text, hashlib.sha256(json_text.encode()).hexdigest()
-        self.vocab_size, self.end_of_text_id = self.backend.get_vocab_size(), self.backend.token_to_id(END_OF_TEXT)
+        self.vocab_size = self.backend.get_vocab_size()
+        self._has_words = type(self.backend.model).__name__ == "WordLevel"
+        ends = map(self.backend.token_to_id, (END_OF_TEXT, SPECIAL_WORDS[2]) if self._has_words else (END_OF_TEXT,))
+        self.end_of_text_id = next((i for i in ends if i is not None), None)
         if complaint := self._complaint():
             raise UserError(f"the {kind} tokenizer {complaint}")
         self.kind = "gpt2" if kind == "file" and _is_gpt2(self) else kind
@@ -144,8 +149,8 @@ class Tokenizer:
     def token_bytes(self) -> np.ndarray | None:
         """int32 (vocab_size,): UTF-8 bytes that each id stands for; 0 for end-of-text. None where the sum is not exact.
 
-        Exact only for byte-level vocabularies: each character of an entry stands for one byte, no byte is missing, and
-        the text is encoded unchanged. Others mark continuations (`##ed`), normalise, or put a space before the text.
+        Exact only where the text is encoded unchanged, by bytes (each character of an entry stands for one, and none is
+        missing) or words. Others mark continuations (`##ed`), normalise, or put a space before the text.
         """
         settings, vocabulary = json.loads(self.json), self.backend.get_vocab(with_added_tokens=True)
         splits = settings.get("pre_tokenizer") or {}
@@ -153,19 +158,27 @@ class Tokenizer:
         unchanged = all(split.get("type") == "Split" and split.get("behavior") != "Removed"
                         or split.get("type") == "ByteLevel" and not split.get("add_prefix_space", True)
                         for split in splits)
-        byte_level = (settings.get("decoder") or {}).get("type") == splits[-1].get("type") == "ByteLevel"
-        if not (byte_level and unchanged and _changes_nothing(settings) and set(byte_characters()) <= set(vocabulary)):
+        decoder, splitter = (settings.get("decoder") or {}).get("type"), splits[-1].get("type")
+        byte_level = decoder == splitter == "ByteLevel" and set(byte_characters()) <= set(vocabulary)
+        words = self._has_words and (decoder, splitter) == ("Fuse", "Split")
+        if not ((byte_level or words) and unchanged and _changes_nothing(settings)):
             return None
+        empty = {self.end_of_text_id, *([self.unknown_id, *(t["id"] for t in settings["added_tokens"])] * words)}
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
         for token, i in vocabulary.items():
-            sizes[i] = 0 if token == END_OF_TEXT else len(token)
+            sizes[i] = 0 if i in empty else len(token.encode() if words else token)
         return sizes
+
+    @cached_property
+    def drops_unknown(self) -> bool:
+        """Whether unknown words, and nothing else, become the unknown token; they then count no bytes anywhere."""
+        return self._has_words and self.token_bytes is not None
 
 
 class Spelling:
     """How well a tokenizer gives a text back, counted over the first stories and one of every later chunk.
 
-    Tokenizers with `token_bytes` lose nothing and are not looked at.
+    Tokenizers with `token_bytes` lose nothing, or words that are counted elsewhere, and are not looked at.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -217,9 +230,10 @@ def make_tokenizer(spec: str, train_stories: Iterable[str] | None = None) -> Tok
     """Load or train the tokenizer that a command line or recipe names.
 
     Args:
-        spec: "gpt2", "bpe:N" (N entries including <|endoftext|>), "bytes", a tokenizer.json, or a folder with a
-            tokenizer.json or with vocab.json and merges.txt.
-        train_stories: text that bpe:N learns from: of the train part only, or held-out text leaks into training.
+        spec: "gpt2", "bpe:N" (N entries including <|endoftext|>), "words:N" (including `SPECIAL_WORDS`), "bytes", a
+            tokenizer.json, or a folder with a tokenizer.json or with vocab.json and merges.txt.
+        train_stories: text that bpe:N and words:N learn from: of the train part only, or held-out text leaks into
+            training; with bpe:N:all and words:N:all, all of the text.
 
     Raises:
         UserError: an unknown name, a folder without a tokenizer, or GPT-2's vocabulary cannot be found.
@@ -231,13 +245,13 @@ def make_tokenizer(spec: str, train_stories: Iterable[str] | None = None) -> Tok
     if spec == "bytes":
         vocabulary = {character: i for i, character in enumerate(sorted(byte_characters()))}
         return Tokenizer(_byte_level(models.BPE(vocabulary, [])).to_str(), "bytes")
-    if spec.startswith("bpe:"):
-        return _train_bpe(vocab_size_of(spec), train_stories)
+    if spec.startswith(LEARNED):
+        return _learn(spec, train_stories)
     path = as_path(spec)
     if spec and path.exists():
         return load_tokenizer(path)
-    raise UserError(f"unknown tokenizer {spec!r}; expected gpt2, bpe:N (such as bpe:4096), bytes, or a folder or "
-                    "token file that holds a tokenizer.")
+    raise UserError(f"unknown tokenizer {spec!r}; expected gpt2, bpe:N (such as bpe:4096), words:N, bytes, or a "
+                    "folder or token file that holds a tokenizer.")
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -271,28 +285,25 @@ def _gpt2() -> Tokenizer:
 
         path = Path(hf_hub_download("openai-community/gpt2", "tokenizer.json"))
     except Exception as error:  # being offline raises many kinds of exceptions, with one remedy
-        raise UserError("GPT-2's vocabulary is not in data/gpt2 and the Hugging Face hub cannot be reached "
-                        f"({type(error).__name__}). Put tokenizer.json (or vocab.json and merges.txt) of "
-                        "huggingface.co/openai-community/gpt2 into data/gpt2, or name their folder: --tokenizer "
-                        "FOLDER, or use --tokenizer bpe:4096.") from None
+        raise UserError(f"GPT-2's vocabulary is not in data/gpt2 and the hub fails ({type(error).__name__}). Put "
+                        "tokenizer.json of huggingface.co/openai-community/gpt2 into data/gpt2, or name its folder: "
+                        "--tokenizer FOLDER, or use --tokenizer bpe:4096.") from None
     return Tokenizer(path.read_text(encoding="utf-8"), "gpt2")
 
 
 def vocab_size_of(spec: str) -> int:
-    """Return the number of entries of "gpt2", "bpe:N" (a small text yields fewer) or "bytes" without loading it.
-
-    Raises:
-        UserError: a folder or file, an unknown name, or an N that is no number or too small.
-    """
+    """Return the entries of "gpt2", "bpe:N", "words:N" (a small text yields fewer) or "bytes" without loading it."""
     if spec in ("gpt2", "bytes"):
         return GPT2_VOCAB_SIZE if spec == "gpt2" else 257  # 256 bytes and <|endoftext|>
-    if not spec.startswith("bpe:"):
-        raise UserError(f"tokenizer {spec!r} does not tell its vocabulary's size; expected gpt2, bpe:N or bytes. Name "
-                        "the size: --vocab-size N.")
-    if not re.fullmatch(r"bpe:\d+", spec) or int(spec[4:]) < 257:
-        raise UserError(f"tokenizer {spec!r} has no usable size; expected bpe:N with N at least 257 (256 bytes and "
-                        f"{END_OF_TEXT}), such as bpe:4096.")
-    return int(spec[4:])
+    if not spec.startswith(LEARNED):
+        raise UserError(f"tokenizer {spec!r} does not tell its vocabulary's size; expected gpt2, bpe:N, words:N or "
+                        "bytes. Name the size: --vocab-size N.")
+    kind = spec.partition(":")[0]
+    least, content = (257, f"256 bytes and {END_OF_TEXT}") if kind == "bpe" else (5, "<?>, <s>, </s>, <> and a word")
+    if not (match := re.fullmatch(r"\w+:(\d+)(:all)?", spec)) or int(match[1]) < least:
+        raise UserError(f"tokenizer {spec!r} has no usable size; expected {kind}:N or {kind}:N:all with N at least "
+                        f"{least} ({content}), such as {kind}:4096.")
+    return int(match[1])
 
 
 def byte_characters() -> list[str]:
@@ -316,15 +327,24 @@ def _byte_level(model: object) -> object:
     return backend
 
 
-def _train_bpe(size: int, stories: Iterable[str] | None) -> Tokenizer:
-    from tokenizers import models, trainers
+def _learn(spec: str, stories: Iterable[str] | None) -> Tokenizer:
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
 
+    size = vocab_size_of(spec)
     if stories is None:
-        raise UserError(f"bpe:{size} learns from text and has none; give it a text, or name an existing tokenizer.")
-    backend = _byte_level(models.BPE())
-    backend.train_from_iterator(stories, trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[END_OF_TEXT], show_progress=False, initial_alphabet=byte_characters()))
+        raise UserError(f"{spec} learns from text and has none; give it a text, or name an existing tokenizer.")
+    if spec.startswith("words:"):
+        backend = tokenizers.Tokenizer(models.WordLevel(unk_token=SPECIAL_WORDS[0]))
+        backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"\w+|\s|[^\w\s]"), "isolated")
+        backend.decoder = decoders.Fuse()  # blank space is a token of its own
+        trainer = trainers.WordLevelTrainer(vocab_size=size, special_tokens=SPECIAL_WORDS, show_progress=False)
+    else:
+        backend = _byte_level(models.BPE())
+        trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END_OF_TEXT], show_progress=False,
+                                      initial_alphabet=byte_characters())
+    backend.train_from_iterator(stories, trainer)
     if backend.get_vocab_size() < size:
-        warn(f"the text yields only {backend.get_vocab_size()} of bpe:{size} entries: every word of it is one "
+        warn(f"the text yields only {backend.get_vocab_size()} of {spec} entries: every word of it is one "
              "token already. A smaller N, more text or --bpe-bytes helps.")
-    return Tokenizer(backend.to_str(), f"bpe:{size}")
+    return Tokenizer(backend.to_str(), spec)

@@ -11,7 +11,7 @@ import pandas as pd
 
 from plotarmour.cli import AnyPath, UserError, as_path, warn
 from plotarmour.data.tales import read_facts
-from plotarmour.data.token_file import TokenFile
+from plotarmour.data.token_file import TokenFile, unknown_words
 from plotarmour.evaluation.arms import compare_arms, group_runs, ladder_of, nats_of, pairs_of
 from plotarmour.evaluation.leak_checks import check_run, check_stories, passed_checks, require
 from plotarmour.evaluation.ngrams import ORDERS, counted_tokens, evaluate_baselines
@@ -130,7 +130,7 @@ def compare_runs(folders: list[AnyPath], data: AnyPath, out: AnyPath, train: Any
         _differences(runs, budgets, same_order),
         different_stories(first_pair, scores, token_nats, test, runs[0].tokenizer),
         pd.concat([samples[arm.name] for arm in arms]) if pairs else pd.DataFrame(),
-        runs, stride, same_order, test.header.get("part"))
+        runs, stride, same_order, test.header.get("part"), unknown_words(test))
     tables = {_file_of(name): frame for name, frame in scores.items()}
     tables |= {"totals.csv": table, "arms.csv": comparison.by_arm,
                "positions.csv": pd.concat(positions)[["run", "position", "tokens", "nats"]]}

@@ -45,7 +45,7 @@ def render_page(c: Comparison, out: Path, images: dict[str, str]) -> str:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         zip=zip, c=c, heading=join_words(list(labels.values() if len(labels) < 3 else kind_labels)),
         answer=answer(c, pairs), verdicts=[describe(pair) for _, pair in pairs.iterrows()],
-        results=results, costs=costs, denominators=denominators(c.table), images=images,
+        results=results, costs=costs, denominators=denominators(c), images=images,
         findings=_findings(c, pairs, out), matchings=_matchings(pairs),
         has_reference=len(kind_labels) > 1 and KINDS[REFERENCE] in kinds.values(),
         several_seeds=c.several_seeds, labels=labels,

@@ -55,6 +55,7 @@ class Comparison:
     stride: int | None  # of sliding windows, in tokens; None: half a context
     same_order: bool  # whether runs of one seed were trained on the same tokens in the same order
     part: str | None  # of a split that was scored: "train", "val" or "test"; None: unknown
+    unknown: str = ""  # what the tokenizer does not know of the scored stories, of `unknown_words`
 
     @property
     def labels(self) -> dict[str, str]:
@@ -81,7 +82,7 @@ def summary_text(c: Comparison) -> str:
     """Return summary.txt."""
     pairs, numbers = arm_pairs(c.pairs, c.labels), readable_table(c.by_arm if c.several_seeds else c.table)
     checked = " ".join([*_calibration(c), f"{passed_checks(c.checks)} (checks.csv)."])
-    prose = [denominators(c.table), answer(c, pairs), *(describe(pair) for _, pair in pairs.iterrows()), checked,
+    prose = [denominators(c), answer(c, pairs), *(describe(pair) for _, pair in pairs.iterrows()), checked,
              *(f"Not equal between the runs: {difference}." for difference in c.unequal)]
     wrapped = (textwrap.fill(text, 80, break_long_words=False, break_on_hyphens=False) for text in prose)
     return "\n\n".join([c.title, text_table(numbers), *wrapped]) + "\n"
@@ -99,11 +100,12 @@ def readable_table(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns, index=table.index, dtype=object)
 
 
-def denominators(table: pd.DataFrame) -> str:
-    """Return a sentence with the tokens, stories and bytes that losses are means over."""
-    first = table.iloc[0]
+def denominators(c: Comparison) -> str:
+    """Return a sentence with the tokens, stories and bytes that losses are means over, and words left out of them."""
+    first = c.table.iloc[0]
     return (f"Loss is nats per token over {first['tokens']:,} tokens of {first['stories']:,} stories (with the "
-            f"closing end-of-text of each story), bits per byte over {first['bytes']:,} bytes of their text.")
+            f"closing end-of-text of each story), bits per byte over {first['bytes']:,} bytes of their text."
+            f"{c.unknown and ' '}{c.unknown}")
 
 
 def text_table(numbers: pd.DataFrame) -> str:

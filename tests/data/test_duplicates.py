@@ -222,6 +222,7 @@ def data(*stories, end=0, dtype=np.uint16):
     rows = [[*ids, end] for ids in stories]
     tokens = np.array(sum(rows, []), dtype=dtype)
     return SimpleNamespace(tokens=tokens, n_tokens=len(tokens), n_stories=len(rows), header={"vocab_size": 50},
+                           tokenizer=lambda: None,
                            offsets=np.cumsum([0, *map(len, rows[:-1])]).astype(np.uint64))
 
 
@@ -232,6 +233,13 @@ def test_a_shared_story_is_found_and_a_beginning_is_not():
     assert overlapping_stories(train, data([6, 5, 7], [5, 6, 7], [1], [5, 6, 7])).tolist() == [[1, 0], [3, 0]]
     assert overlapping_stories(train, data([6, 5, 7], [5, 6])).tolist() == []
     assert overlapping_stories(data([1], [1], [8, 9]), data([8, 9])).tolist() == [[0, 2]]
+
+
+def test_stories_that_may_differ_in_unknown_words_are_not_the_same():
+    """Guards: training refused because two verses name different people, both unknown. Id 0 stands for them."""
+    val = data([0, 4], [5, 4], end=2)
+    val.tokenizer, val.story = lambda: SimpleNamespace(drops_unknown=True, unknown_id=0), [[0, 4], [5, 4]].__getitem__
+    assert overlapping_stories(val, val).tolist() == [[1, 1]]
 
 
 def test_the_overlap_is_that_of_comparing_all_stories_for_any_integer_type():

@@ -19,7 +19,7 @@ from plotarmour.data.pipeline import Job, targets_of
 from plotarmour.data.pretokenize import pre_tokenize, sample_stories
 from plotarmour.data.readers import Source
 from plotarmour.data.stories import PARTS, parts_of, story_hash
-from plotarmour.data.token_file import TokenFile
+from plotarmour.data.token_file import TokenFile, unknown_words
 from plotarmour.data.token_writer import TokenFileWriter
 from plotarmour.data.tokenizer import make_tokenizer
 
@@ -78,7 +78,7 @@ def until_done(*args, **options):
             kills += 1
 
 
-@pytest.mark.parametrize("spec", ["bytes", "bpe:300"])
+@pytest.mark.parametrize("spec", ["bytes", "words:40"])
 def test_a_start_killed_after_it_saved_continues_to_the_same_bytes(text, tmp_path, monkeypatch, capsys, spec):
     """Guards: stories lost or doubled where two starts meet; split, exclusion and counts carried over."""
     other, split = tmp_path / "other.txt", "80:10:10"
@@ -352,6 +352,7 @@ def test_an_existing_file_is_taken_only_if_it_is_of_this_text_and_these_settings
     assert "nothing to do" in capsys.readouterr().err
     assert pre_tokenize([text], "bpe:300", out, verify=True) == [path]
     for change, found in (({"tokenizer": "bpe:301"}, "tokenizer bpe:300, now bpe:301"),
+                          ({"tokenizer": "bpe:300:all"}, "tokenizer bpe:300, now bpe:300:all"),
                           ({"stories": "line"}, "stories endoftext, now line"),
                           ({"errors": "replace"}, "errors strict, now replace"),
                           ({"exclude": [text]}, "excluded None"), ({"bpe_bytes": 1000}, "bpe_bytes"),
@@ -459,6 +460,30 @@ def test_bpe_learns_from_a_bounded_sample_spread_over_the_text(tmp_path):
     job = Job([Source(text, "t.txt")], {})
     sample = list(sample_stories(job, 40_000))
     assert 5_000 <= sum(map(len, sample)) <= 40_000
+
+
+@pytest.mark.parametrize("spec", ["bpe:290", "words:12"])
+def test_held_out_words_are_learned_only_by_choice_and_unknown_ones_are_counted(tmp_path, spec):
+    """Guards: a vocabulary that knows the test part; bits per byte that claim words which no model predicted."""
+    stories = [story for i in range(60) for word in ("hippopotamus", "zyzzyva")
+               if (parts_of(np.array([story_hash(story := f"{word} ran {i} é")], np.uint64), (1, 1, 0))[0] == 0)
+               == (word == "hippopotamus")]
+    (tmp_path / "t.txt").write_text("<|endoftext|>".join(stories), encoding="utf-8")
+    for name, knows in ((spec, False), (f"{spec}:all", True)):
+        for path in pre_tokenize([tmp_path / "t.txt"], name, tmp_path / f"{knows}.bin", "1:1:0"):
+            data = TokenFile.open(path)
+            data.verify()
+            known = {word.removeprefix("Ġ") for word in data.tokenizer().backend.get_vocab()}
+            assert "hippopotamus" in known and ("zyzzyva" in known) == knows
+            assert data.header["tokenizer"]["kind"] == name
+            mine = [story for story in stories if ("hippo" in story) == (data.header["part"] == "train")]
+            lost = [word for story in mine for word in story.split() if word not in known]
+            if spec == "words:12":
+                assert unknown_words(data).startswith(f"{len(lost)} of ")
+                assert data.header["n_unknown_bytes"] == len("".join(lost))
+                assert data.story_bytes.sum() + data.header["n_unknown_bytes"] == len("".join(mine).encode())
+            else:
+                assert "n_unknown_bytes" not in data.header and not unknown_words(data)
 
 
 def test_stories_go_to_the_file_of_their_part_and_excluded_ones_nowhere():

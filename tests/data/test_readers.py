@@ -220,6 +220,18 @@ def test_stories_do_not_depend_on_the_size_of_blocks_read(tmp_path, block, polic
     assert read(path, policy, block=block) == read(path, policy)
 
 
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_a_prefix_before_the_first_tab_goes_from_every_line_or_the_text_is_refused(tmp_path, block):
+    """Guards: half of the Bible with its references, because some lines have spaces where others have a tab."""
+    path = tmp_path / "kjv.txt"
+    path.write_bytes(b"\xef\xbb\xbfGenesis 1:1\tIn the\tbeginning \r\n\nGenesis 1:2\t\r\nJohn 1:1\tIn it was the Word")
+    texts, n_empty, _ = read(path, "line_without_prefix", block=block)
+    assert (texts, n_empty) == (["In the\tbeginning", "In it was the Word"], 2)
+    path.write_bytes(b"Genesis 1:1\tIn the beginning\nGenesis 1:2 And\n")
+    with pytest.raises(UserError, match="line at byte 29 has no tab; .* It begins 'Genesis 1:2 And'"):
+        read(path, "line_without_prefix", block=block)
+
+
 def test_a_story_above_the_limit_is_refused_and_a_million_empty_stories_are_counted(tmp_path, monkeypatch):
     """Guards: memory without bound for a file that is no text; empty stories that become end-of-text alone."""
     path = tmp_path / "a.txt"

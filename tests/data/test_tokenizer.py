@@ -26,6 +26,8 @@ from plotarmour.data.tokenizer import (
 
 BYTES = make_tokenizer("bytes")
 LEARNED = make_tokenizer("bpe:270", ["the cat sat on the mat. the cat ran. the mat"] * 3)
+VERSE = "In the beginning, God said: 'Été?'\t\n  </s> <?> <> <|endoftext|> \u3000 😀 don't 42"
+VERSES = make_tokenizer("words:41", [VERSE])
 
 
 @settings(max_examples=150, deadline=None)
@@ -37,6 +39,19 @@ def test_any_text_comes_back_and_never_makes_an_end_of_text(text):
         assert tokenizer.end_of_text_id not in ids
         assert tokenizer.decode(ids) == text + END_OF_TEXT
         assert tokenizer.token_bytes[ids].sum() == len((text + END_OF_TEXT).encode())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(VERSES.backend.decode_batch([[i] for i in range(4, 41)]))), st.text())
+def test_words_come_back_while_they_are_known_and_unknown_ones_claim_no_bytes(words, other):
+    """Guards: blank space or punctuation lost between words; a literal </s> that ends a story; bytes of <?> counted."""
+    assert [VERSES.backend.id_to_token(i) for i in range(4)] == ["<?>", "<s>", "</s>", "<>"]
+    assert (VERSES.end_of_text_id, VERSES.unknown_id, VERSES.drops_unknown) == (2, 0, True)
+    assert (VERSES.decode(VERSES.encode(VERSE)), VERSES.token_bytes[VERSES.encode(VERSE)].sum()) == (
+        VERSE, len(VERSE.encode()))
+    ids = VERSES.encode(" ".join([*words, other]))
+    assert not {1, 2, 3} & set(ids) and 0 not in VERSES.encode(" ".join(words))
+    assert VERSES.token_bytes[ids].sum() == len(VERSES.decode(i for i in ids if i).encode())
 
 
 def changed(**settings):
@@ -170,8 +185,9 @@ def test_gpt2_from_a_folder_has_the_known_ids(shared, tmp_path):
     assert np.array_equal(by_parts.token_bytes, by_json.token_bytes)
 
 
-@pytest.mark.parametrize(("spec", "message"), [("bpe:100", "at least 257"), ("bpe:x", "no usable size"),
-                                               ("word", "unknown tokenizer"), ("bpe:300", "learns from text")])
+@pytest.mark.parametrize(("spec", "message"), [
+    ("bpe:100", "at least 257"), ("bpe:x", "no usable size"), ("word", "unknown tokenizer"), ("words:all", "no usable"),
+    ("words:4", "at least 5 .<.>, <s>, </s>, <> and a word"), ("bpe:300", "learns from text")])
 def test_wrong_tokenizers_are_refused(spec, message):
     """Guards: a tokenizer name that falls through to a default."""
     with pytest.raises(UserError, match=message):

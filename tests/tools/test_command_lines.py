@@ -9,10 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 
+from plotarmour.data.token_file import TokenFile, unknown_words
 from plotarmour.models import KINDS
+from plotarmour.report.verdict import denominators
 
 TOOLS = sorted(path.stem for path in (Path(__file__).parents[2] / "tools").glob("*.py"))
 HEAVY = ("torch", "transformers", "pandas", "matplotlib", "scipy")  # seconds to import
@@ -202,6 +206,8 @@ def test_bad_training_calls_give_one_line_and_leave_nothing(run_main, files, cas
     ("generate", ["nowhere"], "is not a run folder"), ("generate", ["README", "--logic", "101"], "between 0 and 100"),
     ("desk", ["nowhere"], "found 1 run folder; expected two"), ("desk", ["nowhere", "README"], "is not a run folder"),
     ("pre_tokenize", ["t.txt", "--tokenizer", "bpe:10", "--out", "x.bin"], "does not exist"),
+    ("pre_tokenize", ["README", "--tokenizer", "words:4", "--out", "x.bin"], "has no usable size"),
+    ("pre_tokenize", ["README", "--stories", "file", "--strip-prefix", "--out", "x.bin"], "expected --stories line"),
     ("tell_stories", ["--out", "OUT/t.txt", "--events", "4:2"], "expected least:most"),
     ("tell_stories", ["--out", "README"], "exists already"),
     ("pre_tokenize", ["TRAIN", "--tokenizer", "bytes", "--out", "x.bin"], "is a token file"),
@@ -383,6 +389,22 @@ def test_parts_are_searched_for_copies(run_main, token_files, tmp_path):
     code, _, err = run_main("find_duplicates", *files, "--out", out)
     assert code == 2 and "exists already" in err
     assert run_main("find_duplicates", *files, "--out", out, "--no-near", "--force")[0] == 0
+
+
+def test_words_of_a_text_with_prefixes_come_with_a_sentence_on_those_that_are_unknown(run_main, tmp_path):
+    """Guards: losses and bits per byte of words without a word about what the tokenizer does not know."""
+    text, x = tmp_path / "verses.txt", tmp_path / "x.bin"
+    text.write_text("".join(f"Genesis {i}:1\tThe {'dog' if i % 9 else f'cat{i}'} said: {'Go! ' * (i % 5)}\n"
+                            for i in range(300)))
+    options = ["--stories", "line", "--strip-prefix", "--split", "80:10:10", "--out", x]
+    code, _, err = run_main("pre_tokenize", text, "--tokenizer", "words:14", *options)
+    assert code == 0 and err.count("words that the tokenizer does not know") == 3
+    parts = [tmp_path / f"x.{part}.bin" for part in ("train", "val", "test")]
+    printed = run_main("pre_tokenize", "--info", parts[2])[1]
+    assert "first story: The " in printed and "a story by line_without_prefix" in printed and "<?>" in printed
+    totals = pd.DataFrame({"tokens": [9], "stories": [2], "bytes": [30]})
+    assert denominators(SimpleNamespace(table=totals, unknown=unknown_words(TokenFile.open(parts[2])))).endswith(
+        "over 30 bytes of their text. " + next(line for line in printed.splitlines() if "does not know" in line))
 
 
 def test_bare_ids_become_a_token_file_that_tools_read(run_main, token_files, tmp_path):
