@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from plotarmour.config import RECIPES, load_recipe
+from plotarmour.data.tokenizer import make_tokenizer
 from plotarmour.run import train_run
 from plotarmour.training.checkpoint import sealed_json, write_manifest
 from plotarmour.training.ending import Ending
@@ -203,6 +204,7 @@ def tokenizers_of_others(token_files):
                                                             show_progress=False, **options))
         found.append(json.loads(tokenizer.to_str()))
     found[0]["decoder"] = found[0]["pre_tokenizer"]
+    found.append(json.loads(make_tokenizer("words:60", [token_files["text"].read_text()]).json))
     return found
 
 

@@ -163,7 +163,7 @@ class Tokenizer:
         words = self._has_words and (decoder, splitter) == ("Fuse", "Split")
         if not ((byte_level or words) and unchanged and _changes_nothing(settings)):
             return None
-        empty = {self.end_of_text_id, *([self.unknown_id, *(t["id"] for t in settings["added_tokens"])] * words)}
+        empty = {self.end_of_text_id, *([self.unknown_id, *self.backend.get_added_tokens_decoder()] * words)}
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
         for token, i in vocabulary.items():
             sizes[i] = 0 if i in empty else len(token.encode() if words else token)
@@ -172,7 +172,7 @@ class Tokenizer:
     @cached_property
     def drops_unknown(self) -> bool:
         """Whether unknown words, and nothing else, become the unknown token; they then count no bytes anywhere."""
-        return self._has_words and self.token_bytes is not None
+        return self._has_words and self.token_bytes is not None and self.unknown_id is not None
 
 
 class Spelling:
