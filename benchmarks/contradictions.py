@@ -9,6 +9,12 @@ back after up to 400 tokens; to train a pair of runs on it:
     python benchmarks/contradictions.py --write 16000 --out results/far_facts.txt
     python tools/run_suite.py --text results/far_facts.txt --set context_length=512 --set max_steps=3000 \\
         --out results/far_facts
+    python benchmarks/contradictions.py results/far_facts/bdh results/far_facts/gpt2 --tales 50 \\
+        --train results/far_facts/tokens.train.bin
+
+and for stories, with runs of recipe `laptop`:
+
+    python benchmarks/contradictions.py RUN ... --stories tokens.test.bin --train tokens.train.bin
 """
 
 import argparse
