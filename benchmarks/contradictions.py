@@ -6,7 +6,7 @@ held-out stories with --stories. A model recalls a fact only from as far back as
 the built-in corpus names every fact anew within some forty tokens. So --write makes a text of tales in which facts come
 back after up to 400 tokens; to train a pair of runs on it:
 
-    python benchmarks/contradictions.py --write 16000 --out results/far_facts.txt
+    python benchmarks/contradictions.py --write 12000 --out results/far_facts.txt
     python tools/run_suite.py --text results/far_facts.txt --set context_length=512 --set max_steps=3000 \\
         --out results/far_facts
     python benchmarks/contradictions.py results/far_facts/bdh results/far_facts/gpt2 --tales 50 \\
