@@ -187,8 +187,8 @@ def test_a_changed_grid_is_refused_in_one_line_or_used(judge, tmp_path, monkeypa
 
 
 @pytest.fixture(scope="module")
-def tokenizers_of_others(token_files):
-    """A small tokenizer.json of each model of the library, learned from the built-in stories."""
+def tokenizers_of_others(token_files, tmp_path_factory):
+    """Paths of a small tokenizer.json of each model of the library, learned from the built-in stories."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     found, unknown, byte_level = [], {"unk_token": "[UNK]"}, pre_tokenizers.ByteLevel
@@ -205,7 +205,11 @@ def tokenizers_of_others(token_files):
         found.append(json.loads(tokenizer.to_str()))
     found[0]["decoder"] = found[0]["pre_tokenizer"]
     found.append(json.loads(make_tokenizer("words:60", [token_files["text"].read_text()]).json))
-    return found
+    folder = tmp_path_factory.mktemp("others")
+    paths = [folder / f"{i}.json" for i in range(len(found))]
+    for path, content in zip(paths, found, strict=True):
+        path.write_text(json.dumps(content))
+    return paths
 
 
 @fuzz(600)
@@ -216,13 +220,13 @@ def test_a_changed_tokenizer_is_refused_in_one_line_or_its_file_is_whole(judge, 
     for each in (folder, out):
         shutil.rmtree(each, ignore_errors=True)
         each.mkdir()
-    content = random.choice(tokenizers_of_others)
+    content = json.loads(random.choice(tokenizers_of_others).read_text())
     for _ in range(random.choice([1, 1, 2])):
         content = mutated(random, content)
     if random.random() < 0.8:
         (folder / "tokenizer.json").write_text(json.dumps(content))
     else:
-        model = tokenizers_of_others[0]["model"]
+        model = json.loads(tokenizers_of_others[0].read_text())["model"]
         vocabulary = json.dumps(mutated(random, model["vocab"])).replace(str(2**31), "300")
         (folder / "vocab.json").write_text(vocabulary)
         (folder / "merges.txt").write_text(as_csv(mutated(random, [" ".join(pair) for pair in model["merges"]])))

@@ -79,7 +79,7 @@ class Tokenizer:
         if model.get("dropout"):
             return (f"has BPE dropout {model['dropout']}: it gives other ids at every start; expected none. Set "
                     '"dropout" to null in its tokenizer.json.')
-        ids = sorted(self.backend.get_vocab(with_added_tokens=False).values())
+        ids = sorted(vocabulary.values())
         if twice := [i for i, following in zip(ids, ids[1:], strict=False) if i == following]:
             return f"has two entries with id {twice[0]:,}: it gives other texts at every start. Number them anew."
         if (largest := max(vocabulary.values())) >= self.vocab_size:

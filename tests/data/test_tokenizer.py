@@ -96,6 +96,14 @@ def test_a_tokenizer_that_cannot_be_relied_on_is_refused_when_it_is_loaded(chang
     assert "\n" not in str(refused.value)
 
 
+def test_a_vocabulary_that_begins_at_1_and_lacks_end_of_text_is_refused(tmp_path):
+    """Guards: the library gives end-of-text the id of the last entry: a token file that its own check refuses."""
+    (tmp_path / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate(byte_characters(), start=1)}))
+    (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(UserError, match="has two entries with id 256"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_wrong_vocab_json_is_one_line(tmp_path):
     """Guards: a traceback of the library for vocab.json and merges.txt; tokenizer.json has its message."""
     (tmp_path / "vocab.json").write_text('{"a": "b"}')
