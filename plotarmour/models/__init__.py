@@ -72,6 +72,7 @@ class LanguageModel(Protocol):
     context_length: int | None  # maximum number of tokens in state and inputs together; None: no limit
     story_start: int | None  # id that begins a story: nothing before it is seen. None: a row is one text. Not every
     # model has this attribute: one that lacks it cannot be trained with mask_stories.
+    progress: float  # share of training that is over: the training loop sets it, for models that grow
     penalty: Tensor | None  # nats to add to those of the last `features` in training: a mixture's balance of experts
 
     @property
@@ -189,6 +190,16 @@ def build_model(kind: str, config: ModelConfig, seed: int) -> LanguageModel:
 
     torch.manual_seed(seed)
     return _import(KINDS[kind].model)(config)
+
+
+def training_flops_per_token(config: ModelConfig, context_length: int) -> float:
+    """Return the FLOPs per token of forward and backward pass, which has two products for each one of the forward pass.
+
+    A config whose model grows in training states their average over training.
+    """
+    if hasattr(config, "training_flops_per_token"):
+        return config.training_flops_per_token(context_length)
+    return 3 * config.flops_per_token(context_length)
 
 
 def check_dimensions(config: ModelConfig, complaints: Collection[str] = ()) -> None:

@@ -24,7 +24,8 @@ and cached; dropout uses counter-based random numbers (`dropout.py`); float16 sc
 have the official names, so official checkpoints load unchanged.
 """
 
-from dataclasses import dataclass
+import statistics
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -47,13 +48,25 @@ class BDHConfig:
     mlp_internal_dim_multiplier: int = 128
     vocab_size: int = 256
     dropout: float = 0.1
+    # Options that the published BDH does not have; docs/bdh-recipes.md has their sources.
+    depth_curriculum: str = ""  # passes in equal parts of training, such as "1:2"; otherwise always n_layer
 
     def __post_init__(self):
-        check_dimensions(self)
-        neurons = self.mlp_internal_dim_multiplier * self.n_embd
-        if neurons % (2 * self.n_head):
-            raise ValueError(f"mlp_internal_dim_multiplier · n_embd = {neurons} must be divisible by 2 · n_head = "
-                             f"{2 * self.n_head}: rotation works on pairs of neurons")
+        neurons, of_pairs, stages = self.mlp_internal_dim_multiplier * self.n_embd, 2 * self.n_head, self.stages
+        rules = (
+            (of_pairs < 1 or neurons % of_pairs == 0,
+             f"mlp_internal_dim_multiplier · n_embd = {neurons} must be divisible by 2 · n_head = {of_pairs}: rotation "
+             "works on pairs of neurons"),
+            (not self.depth_curriculum or (stages[0] > 0 and stages == sorted(stages) and stages[-1] == self.n_layer),
+             f"depth_curriculum = {self.depth_curriculum} must be numbers of passes between colons that never fall and "
+             f"end in n_layer = {self.n_layer}"))
+        check_dimensions(self, [message for is_possible, message in rules if not is_possible])
+
+    @property
+    def stages(self) -> list[int]:
+        """Passes in equal parts of training. "1:2:2": [1, 2, 2]."""
+        parts = self.depth_curriculum.split(":") if self.depth_curriculum else []
+        return [int(part) if part.isdecimal() else 0 for part in parts] or [self.n_layer]
 
     @property
     def neurons_per_head(self) -> int:
@@ -87,6 +100,11 @@ class BDHConfig:
         flops_per_pass = 6 * H * N * D + 2 * context_length * H * (N + D)
         return self.n_layer * flops_per_pass + 2 * D * self.vocab_size
 
+    def training_flops_per_token(self, context_length: int) -> float:
+        """Return the FLOPs per token of forward and backward pass, averaged over the stages of training."""
+        shapes = (replace(self, n_layer=n, depth_curriculum="") for n in self.stages)
+        return 3 * statistics.fmean(shape.flops_per_token(context_length) for shape in shapes)
+
     def activation_bytes(self, batch_size: int, length: int, dtype: torch.dtype, device: str) -> int:
         """Return about how many bytes `tiled.py` holds in backward (`ModelConfig.activation_bytes`)."""
         B, T, D, H, N, size = batch_size, length, self.n_embd, self.n_head, self.neurons_per_head, dtype.itemsize
@@ -108,6 +126,7 @@ class BDH(nn.Module):
     context_length = None  # no position embeddings: any length works
     story_start: int | None = None
     penalty = None
+    progress = 1.0  # share of training that is over, which the training loop sets
 
     def __init__(self, config: BDHConfig):
         super().__init__()
@@ -159,26 +178,28 @@ class BDH(nn.Module):
         if self.training and c.dropout:
             key = int(torch.randint(2**62, ()))  # from torch's generator, which the training loop seeds
             dropout = CounterDropout(c.dropout, key, c.neurons_per_head, v.device)
+        stages = c.stages if self.training and state is None else [c.n_layer]
+        n_passes = stages[min(int(self.progress * len(stages)), len(stages) - 1)]
         differentiable = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if self.form == "parallel" or (state is not None and differentiable):
-            return self._parallel(v, dropout, state, starts)
+            return self._parallel(v, n_passes, dropout, state, starts)
         dtype = product_dtype(v)
         if differentiable:
             self._weights_cache = None
             setting = Setting(self._rotation.table(0, T, v.device, v.dtype), dropout,
                               self.tiling or Tiling.for_shape(B, T, c.neurons_per_head, v.device),
                               stories=None if starts is None else starts.cumsum(1))
-            return Passes.apply(v, self.encoder, self.encoder_v, self.decoder, c.n_layer, dtype, setting), None
+            return Passes.apply(v, self.encoder, self.encoder_v, self.decoder, n_passes, dtype, setting), None
         with torch.autocast(v.device.type, enabled=False):
             if state is not None and T == 1 and dropout is None and starts is None:
                 v = read_one(v, self._weights(dtype), self._rotation, state)
             else:
-                v = read(v, self._weights(dtype), c.n_layer, self._rotation, dropout, state, starts)
+                v = read(v, self._weights(dtype), n_passes, self._rotation, dropout, state, starts)
         if state is not None:
             state.position += T
         return v, state
 
-    def _parallel(self, v: Tensor, dropout: CounterDropout | None, state: BDHState | None,
+    def _parallel(self, v: Tensor, n_passes: int, dropout: CounterDropout | None, state: BDHState | None,
                   starts: Tensor | None) -> tuple[Tensor, BDHState | None]:
         """Apply the published formula with (B, H, T, N) tensors; attention in float32 or float64."""
         (B, T, _), c = v.shape, self.config
@@ -190,7 +211,7 @@ class BDH(nn.Module):
             last = story[:, :, -1:]
             same, reads, writes, kept = story == story.mT, story == 0, story == last, last == 0
         v = v.unsqueeze(1)  # (B, 1, T, D)
-        for level in range(c.n_layer):
+        for level in range(n_passes):
             x = F.relu(v @ self.encoder)  # (B, H, T, N)
             with torch.autocast(v.device.type, enabled=False):
                 q = rotate(x, factors)

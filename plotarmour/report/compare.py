@@ -26,7 +26,7 @@ from plotarmour.evaluation.scoring import (
 )
 from plotarmour.evaluation.statistics import win_share_by_length
 from plotarmour.files import write_text
-from plotarmour.models import LADDER, REFERENCE
+from plotarmour.models import LADDER, REFERENCE, training_flops_per_token
 from plotarmour.report import figures
 from plotarmour.report.examples import different_stories, samples_of
 from plotarmour.report.page import render_page
@@ -163,12 +163,11 @@ def _budget_of(run: Run) -> dict:
     Tokens, steps and seconds are those of the whole run; `checkpoint_step` is the step that is scored.
     """
     ending, shape = Ending.read(run.folder), run.model.config
-    flops, tokens = shape.flops_per_token(run.context_length), ending and ending.tokens_seen
+    T, tokens = run.context_length, ending and ending.tokens_seen
     return {"model": run.config.model, "seed": run.config.training.seed, "params": run.info["params"],
             "core_params": shape.core_params, "params_per_token": shape.weights_per_token,
-            "train_tokens": tokens, "flops_per_token": flops,
-            # The backward pass has two products for each product of the forward pass.
-            "train_flops": None if tokens is None else 3 * flops * tokens,
+            "train_tokens": tokens, "flops_per_token": shape.flops_per_token(T),
+            "train_flops": None if tokens is None else round(tokens * training_flops_per_token(shape, T)),
             "steps": ending and ending.step, "checkpoint_step": run.step, "train_s": ending and ending.elapsed_s,
             "peak_memory_mib": ending and ending.peak_memory_mib, "hardware": run.info["hardware"],
             "ended": str(ending.reason) if ending else "unfinished"}
@@ -261,7 +260,9 @@ def _draw(c: Comparison, tables: dict[str, pd.DataFrame], budgets: dict[str, dic
     figures.perplexities(c.arms, c.by_arm, c.table, out / "perplexity.png", c.title)
     logs = {run.name: read_log(run.folder / "log.csv") for run in c.runs}
     figures.training_curves(c.arms, logs, out / "training_curves.png",
-                            {arm.name: 3 * budgets[arm.runs[0]]["flops_per_token"] for arm in c.arms},
+                            {arm.name: training_flops_per_token(run.config.model_config(run.info["vocab_size"]),
+                                                                run.context_length)
+                             for arm in c.arms for run in c.runs if run.name == arm.runs[0]},
                             None if baselines.empty else tuple(baselines.iloc[0]))
     figures.loss_by_position(c.arms, tables["positions.csv"], out / "loss_by_position.png",
                              contexts.pop() if len(contexts) == 1 else None)

@@ -26,7 +26,15 @@ from plotarmour.training.distributed import ALONE, LostProcess, Ranks
 from plotarmour.training.ending import Ending, Reason, StopRequest, forget_ending, session_minutes
 from plotarmour.training.log import RunLog, add_sample, record_change
 from plotarmour.training.progress import TIMED_STEPS, Pace, unused_hardware
-from plotarmour.training.step import EVALUATION_ROWS, Updates, evaluate_windows, learning_rate, too_large, try_to_fit
+from plotarmour.training.step import (
+    EVALUATION_ROWS,
+    Updates,
+    evaluate_windows,
+    learning_rate,
+    progress_of,
+    too_large,
+    try_to_fit,
+)
 
 NON_FINITE_IN_A_ROW = 10  # skipped steps that end a run
 
@@ -126,7 +134,9 @@ class Session:
     def take_step(self) -> tuple[float, float]:
         """Attempt one update; return its learning rate and the norm of its gradient."""
         state, updates, begun = self.state, self.updates, time.perf_counter()
-        rate, size = learning_rate(state.step, self.config, self._schedule_s()), updates.micro_batch_size
+        schedule_s, size = self._schedule_s(), updates.micro_batch_size
+        rate = learning_rate(state.step, self.config, schedule_s)
+        self.model.progress = progress_of(state.step, self.config, schedule_s)
         update = updates.take(state.step, rate)
         if updates.micro_batch_size < size:
             self._record_split(size, updates.micro_batch_size)

@@ -137,6 +137,12 @@ def learning_rate(step: int, config: TrainingConfig, elapsed_s: float = 0.0) -> 
     return min(warm, rate) if step < config.warmup_steps else rate  # the time may be over during warm-up
 
 
+def progress_of(step: int, config: TrainingConfig, elapsed_s: float = 0.0) -> float:
+    """Return the share of training that is over before an update, by steps or by the clock; see `learning_rate`."""
+    by_clock = elapsed_s / (60 * config.schedule_minutes) if config.schedule_minutes else 0.0
+    return max(step / config.max_steps, by_clock)
+
+
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """Return AdamW with weight decay on matrices only (parameters of two or more dimensions)."""
     groups = [([p for p in model.parameters() if p.dim() >= 2], config.weight_decay),
