@@ -33,11 +33,12 @@ def write_tales(n: int, path: Path) -> None:
     """Write tales that name a fact again and again, after up to 300 words."""
     from plotarmour.evaluation.contradictions import FILLERS, tale
 
-    words, facts = SimpleNamespace(encode=str.split), [*FILLERS]
+    words = SimpleNamespace(encode=str.split)
+    facts = [*FILLERS, "holder", "holder"]  # no fixed word stands before it, so it takes more tales to learn
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for i in range(n):
             fact, distance = facts[i % len(facts)], round(300 * ((i // len(facts)) * 0.618 % 1))  # evenly spread
-            pair = tale(fact, distance, 0, i, words, 1 if fact == "holder" else min(4, 1 + 200 // (distance + 20)))
+            pair = tale(fact, distance, 0, i, words, min(4, 1 + 200 // (distance + 20)))
             file.write(f"{pair.story}{pair.kept}\n<|endoftext|>\n")
 
 

@@ -83,7 +83,7 @@ def main() -> None:
     story = test.tokenizer().decode([token for each in stories for token in each][:20_000])
     drafts = [test.tokenizer().decode(stories[i][:40]) for i in range(args.drafts)]
     for run in runs:
-        Memory.of(run, story[:4000]).words(drafts[0], Memory.of(run, ""))
+        Memory.of(run, story[:4000]).words(drafts[0])
         before, begun = resident_mib(), time.perf_counter()
         memory = Memory.of(run, story)
         read_s, read_mib, took = time.perf_counter() - begun, resident_mib(), []

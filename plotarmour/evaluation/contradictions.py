@@ -19,16 +19,17 @@ import numpy as np
 import pandas as pd
 
 from plotarmour.data.batches import Tokens
-from plotarmour.data.tales import EVENTS, OPENINGS, POOLS, Writer
+from plotarmour.data.tales import ENDING, EVENTS, OPENINGS, POOLS, STOP, Writer
 from plotarmour.evaluation.ngrams import probabilities
 from plotarmour.evaluation.surprise import Memory, sentences
 
-# Of each fact of a tale: events that do not name it, and the event of the draft.
+# Of each fact of a tale: events that do not name it, and the line of the draft.
 FILLERS = {"hero": ("Soon", "Suddenly", "Everyone", "From", "Meanwhile"),
            "place": ("Then", "After", "Later", "Next", "Meanwhile"), "animal": ("Then", "Later", "Outside", "Next"),
            "object": ("Soon", "Suddenly", "After", "Outside", "Everyone", "From"),
            "holder": ("Soon", "Suddenly", "After", "Later", "Outside", "Everyone", "From", "Next", "Meanwhile")}
-DRAFTS = {"hero": "After", "place": "Outside", "animal": "Soon", "object": "Later"}
+DRAFTS = {"hero": "After", "place": "Outside", "animal": "Soon", "object": "Later", "holder": STOP}
+LINES = EVENTS | {STOP: ENDING[:ENDING.index(". ") + 2]}
 # Of held-out stories in English.
 SWAPPED = {
     "name": "Lily Tom Max Mia Sara Ben Anna Tim Sam Lucy Jack Emma Bob Sue Amy Jill Mary John Jane Timmy Sarah Molly "
@@ -61,40 +62,39 @@ def tale(fact: str, distance: int, seed: int, index: int, tokenizer, rounds: int
         distance: least tokens between the last sentence that names the fact and the draft.
         seed, index: of the tale.
         tokenizer: counts the tokens.
-        rounds: how many times the fact is named after that distance; the last time is the draft. Not for "holder",
-            which its drafts change.
+        rounds: how many times the fact is named after that distance; the last time is the draft.
     """
     writer = Writer(seed, index)
     gender = writer.pick(POOLS["gender"])
     pools = {"hero": gender} | {name: name for name in ("place", "animal", "object", "friend")}
     facts = {name: writer.pick(POOLS[pool]) for name, pool in pools.items()}
-    broken = dict(facts)
+    # Whoever got the object last: its friend, or the hero, to whom the friend gave it back.
+    names = facts["friend"], facts["hero"]
+    facts["holder"], other = names[::-1] if index % 2 else names
+    broken = facts | {"holder": other}
     while fact != "holder" and broken[fact] == facts[fact]:  # both anew, so that neither is the rarer one
         facts[fact], broken[fact] = (writer.pick(POOLS[pools[fact]]) for _ in range(2))
 
-    def sentence(begin: str, line: str) -> str:
-        line = re.sub(r"<(\w+):\w+>", r"{\1}", begin + line)
+    def sentence(begin: str, line: str = "") -> str:
+        line = re.sub(r"<(\w+):\w+>", r"{\1}", begin + (line or LINES[begin]))
         return re.sub(r"\[(\w+)\]", lambda match: writer.pick(POOLS[match[1]]), line)
 
     def events_without_fact() -> str:
         text, tokens = "", 0
         while tokens < distance:
             event = FILLERS[fact][int(writer.bits.random_raw()) % len(FILLERS[fact])]
-            text += (line := sentence(event, EVENTS[event]).format_map(facts))
+            text += (line := sentence(event).format_map(facts))
             tokens += len(tokenizer.encode(line))
         return text
 
     def drafts() -> list[str]:
-        if fact != "holder":
-            draft = sentence(DRAFTS[fact], EVENTS[DRAFTS[fact]])
-            return [draft.format_map(each) for each in (facts, broken)]
-        # The second one is possible only if the hero holds the object, the first one only if the friend does.
-        both = [sentence(event, EVENTS[event]).format_map(facts) for event in ("Finally", "Then")]
-        return both[::-1] if index % 2 else both
+        draft = sentence(DRAFTS[fact])
+        return [draft.format_map(each) for each in (facts, broken)]
 
-    story = sentence("Once upon a time there was a [trait]", OPENINGS[gender]).format_map(facts)
+    story = sentence("Once upon a time there was a [trait]", OPENINGS[gender])
     if fact == "holder":
-        story += "".join(event + EVENTS[event] for event in ("Kindly", "Finally")[:1 + index % 2]).format_map(facts)
+        story += "".join(map(sentence, ("Kindly", "Finally")[:1 + index % 2]))
+    story = story.format_map(facts)
     for _ in range(rounds - 1):
         story += events_without_fact() + drafts()[0]
     return Pair(fact, distance, story + events_without_fact(), *(draft.strip() for draft in drafts()))

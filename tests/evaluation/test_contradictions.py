@@ -17,23 +17,28 @@ BYTES = make_tokenizer("bytes")
 
 @pytest.mark.parametrize("fact", FILLERS)
 def test_the_drafts_of_a_tale_differ_in_one_fact_that_the_story_states_far_back(fact):
-    """Guards: a fact that the last sentences name again; drafts that differ in more; a broken fact that is rarer."""
+    """Guards: a fact that the last sentences name again; drafts that differ in more; a broken fact that is rarer.
+
+    The holder was told by "<friend:friend>" instead of a name, and by the draft's first word, "Finally" or "Then"."""
     kept, broken, pools = [], [], POOLS
     for i in range(40):
         pair = tale(fact, 150, 7, i, BYTES)
         assert pair == tale(fact, 150, 7, i, BYTES)
-        a, b = pair.kept.split(), pair.broken.split()
-        if fact == "holder":
-            assert {a[0], b[0]} == {"Finally", "Then"} and (a[0] == "Then") == (" back to " in pair.story)
-            continue
-        [(one, other)] = [(x.strip("."), y.strip(".")) for x, y in zip(a, b, strict=True) if x != y]
-        pool = pools["girl" if one in pools["girl"].options else "boy"] if fact == "hero" else pools[fact]
-        assert {one, other} <= {*pool.options} and not re.search(rf"\b{other}\b", pair.story)
-        last = max(match.end() for match in re.finditer(rf"\b{one}\b", pair.story))
+        words = zip(pair.kept.split(), pair.broken.split(), strict=True)
+        [(one, other)] = [(x.strip("."), y.strip(".")) for x, y in words if x != y]
+        if fact == "holder":  # both are in the story; who got the object last has it
+            given = re.findall(r"gave the dear \w+ (?:back )?to (\w+)", pair.story)
+            options = re.search(r"named (\w+)", pair.story)[1], given[0]
+            assert one == given[-1] and {one, other} == {*options}
+        else:
+            pool = pools["girl" if one in pools["girl"].options else "boy"] if fact == "hero" else pools[fact]
+            options = pool.options
+            assert {one, other} <= {*options} and not re.search(rf"\b{other}\b", pair.story)
+        last = max(match.end() for match in re.finditer(rf"\b{'to ' * (fact == 'holder')}{one}\b", pair.story))
         assert len(pair.story) - last >= 150
-        kept.append(pool.options.index(one))
-        broken.append(pool.options.index(other))
-    assert abs(np.mean(kept or 0) - np.mean(broken or 0)) < 2.5  # ranks: of few options 0 to 29, skewed
+        kept.append(options.index(one))
+        broken.append(options.index(other))
+    assert abs(np.mean(kept) - np.mean(broken)) < (0.1 if fact == "holder" else 2.5)  # ranks: 0 or 1; 0 to 29, skewed
 
 
 def test_a_swap_puts_another_name_of_the_stories_into_the_last_sentence_that_names_one_again():
