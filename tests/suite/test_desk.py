@@ -124,7 +124,7 @@ def test_a_mistake_is_a_sentence_on_the_page(pair, monkeypatch):
 
 
 def test_stop_ends_a_text(pair, monkeypatch):
-    """Guards: a stop button that waits for the end, which these texts do not have."""
+    """Guards: a stop button that waits for the end, which these texts do not have; a page drawn for every token."""
     def endless(*_, **__):
         while True:
             time.sleep(0.001)
@@ -132,9 +132,12 @@ def test_stop_ends_a_text(pair, monkeypatch):
 
     monkeypatch.setattr(Pair, "stream", endless)
     desk = parts_of(writing_desk(pair, 0.0, "Once"))
+    drawn = []
+    desk.texts.observe(lambda _: drawn.append(time.monotonic()), "value")
     desk.write.click()
-    while "title=" not in desk.texts.value:
+    while len(drawn) < 4:
         time.sleep(0.01)
+    assert drawn[3] - drawn[0] > 0.29  # at most ten times a second
     click(desk.stop, (desk.write, desk.check))
     assert "Stopped." in desk.texts.value
 

@@ -281,7 +281,7 @@ def test_a_draft_is_checked_from_what_a_run_remembers(run_main, two_runs, token_
 
 
 def test_the_desk_looks_at_its_runs_before_it_opens_a_page(run_main, two_runs, token_files, tmp_path):
-    """Guards: a page with a stack trace, or one that never ends loading; none is served here."""
+    """Guards: a page with a stack trace, or one that never ends loading; other machines let in without a word."""
     shutil.copytree(two_runs[1], tmp_path / "gpt2")
     for weights in (tmp_path / "gpt2").rglob("model.safetensors"):
         weights.write_bytes(weights.read_bytes()[:-100])
@@ -291,6 +291,8 @@ def test_the_desk_looks_at_its_runs_before_it_opens_a_page(run_main, two_runs, t
                                    (two_runs, ["--tokens", tokens, "--false-alarms", "101"], "101%")):
         code, out, err = run_main("desk", *runs, *options)
         assert code == 2 and out == "" and message in err and err.count("\n") == 2 and "\nerror: " in err
+    assert run_main("desk", *two_runs, "--tokens", tmp_path, "--host", "0.0.0.0")[2].startswith(
+        "listening on 0.0.0.0: everybody who reaches this machine can use the desk\n")
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert f"port {port} of 127.0.0.1 cannot be used" in run_main("desk", *two_runs, "--port", port)[2]
