@@ -104,7 +104,10 @@ class TrainingConfig:
                                    used_if=('schedule is "linear_tail"', lambda t: t.schedule == "linear_tail"))
     schedule_minutes: float = _field("Minutes, summed over all sessions, after which the schedule ends if max_steps "
                                      "does not end it earlier; 0: no such limit.", 0.0, NOT_NEGATIVE, extendable=True)
-    weight_decay: float = _field("AdamW's weight decay, on matrices only.", 0.1, NOT_NEGATIVE)
+    optimizer: str = _field("adamw, or muon: torch's Muon for the core matrices, and AdamW for the other parameters.",
+                            "adamw", _one_of("adamw", "muon"))
+    keep_norm: bool = _field("Whether an update leaves the norm of each core parameter matrix as it was.", False)
+    weight_decay: float = _field("Weight decay, on matrices only.", 0.1, NOT_NEGATIVE)
     beta1: float = _field("AdamW's decay rate of the mean of gradients, per step.", 0.9, BELOW_1)
     beta2: float = _field("AdamW's decay rate of the mean of squared gradients, per step.", 0.95, BELOW_1)
     grad_clip: float = _field("The largest gradient norm; larger gradients are scaled down. 0: no clipping.", 1.0,

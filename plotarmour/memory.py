@@ -1,6 +1,6 @@
 """The memory that training needs, by arithmetic: no model is built and nothing is allocated.
 
-Memory is fullest at one of three moments; parameters and the optimizer's two states are held at each of them:
+Memory is fullest at one of three moments; parameters and the optimizer's states are held at each of them:
 
     backward      gradients, and the activations that the model's config states (`ModelConfig.activation_bytes`)
     loss          activations, a chunk of logits, and the gradients of features and unembedding (`loss.loss_bytes`)
@@ -21,7 +21,7 @@ from plotarmour.loss import loss_bytes
 from plotarmour.machine import find_machine, memory_bytes
 from plotarmour.training.step import EVALUATION_ROWS
 
-FLOAT32 = 4  # bytes of a weight, a gradient and each of AdamW's two states
+FLOAT32 = 4  # bytes of a weight, a gradient, each of AdamW's two states and Muon's one
 RESERVE = 2**30  # bytes left free for what the sums leave out: a CUDA context takes 0.5 GiB, torch on a CPU 0.4
 
 
@@ -54,7 +54,7 @@ def plan_training(recipe: Recipe, vocab_size: int, dtype: torch.dtype, device: s
     eval_rows = min(EVALUATION_ROWS, math.ceil(t.eval_tokens / t.context_length))
     loss, eval_loss = (loss_bytes(rows * t.context_length, config.n_embd, vocab_size, dtype, with_gradient)
                        for rows, with_gradient in ((t.micro_batch_rows, True), (eval_rows, False)))
-    held = {"weights": weights, "optimizer state": 2 * weights}
+    held = {"weights": weights, "optimizer state": 2 * weights - (core if t.optimizer == "muon" else 0)}
     moments = [
         MemoryPlan("backward", held | {"gradients": weights + (core if earlier else 0),
                                        "activations": activations}),

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from plotarmour.cli import AnyPath, UserError, as_path, say, warn
@@ -210,6 +211,9 @@ def train_run(recipe: Recipe, train_path: AnyPath, val_path: AnyPath, out: AnyPa
                 raise UserError(f"the model {recipe.model} cannot keep a token from seeing other stories; expected "
                                 "mask_stories=false, or another model.")
             model.story_start = train_data.header["end_of_text_id"]
+        if t.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+            raise UserError(f"optimizer=muon needs torch 2.9 or newer; found {torch.__version__}. Set optimizer=adamw, or "
+                            "install a newer torch.")
         info |= {"params": sum(p.numel() for p in model.parameters()),
                  "core_params": model.config.core_params}
         info["train"] |= {"order_sha256": windows.order_sha256(), "padding_share": round(windows.padding_share, 4)}

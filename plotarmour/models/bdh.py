@@ -49,6 +49,7 @@ class BDHConfig:
     vocab_size: int = 256
     dropout: float = 0.1
     # Options that the published BDH does not have; docs/bdh-recipes.md has their sources.
+    init_std: float = 0.02  # of the initial encoder, encoder_v and decoder
     depth_curriculum: str = ""  # passes in equal parts of training, such as "1:2"; otherwise always n_layer
 
     def __post_init__(self):
@@ -57,6 +58,7 @@ class BDHConfig:
             (of_pairs < 1 or neurons % of_pairs == 0,
              f"mlp_internal_dim_multiplier · n_embd = {neurons} must be divisible by 2 · n_head = {of_pairs}: rotation "
              "works on pairs of neurons"),
+            (0 < self.init_std < float("inf"), f"init_std = {self.init_std} must be positive and finite"),
             (not self.depth_curriculum or (stages[0] > 0 and stages == sorted(stages) and stages[-1] == self.n_layer),
              f"depth_curriculum = {self.depth_curriculum} must be numbers of passes between colons that never fall and "
              f"end in n_layer = {self.n_layer}"))
@@ -132,11 +134,11 @@ class BDH(nn.Module):
         super().__init__()
         self.config = config
         heads, width, neurons = config.n_head, config.n_embd, config.neurons_per_head
-        self.decoder = nn.Parameter(torch.empty(heads * neurons, width).normal_(std=0.02))
-        self.encoder = nn.Parameter(torch.empty(heads, width, neurons).normal_(std=0.02))
+        self.decoder = nn.Parameter(torch.empty(heads * neurons, width).normal_(std=config.init_std))
+        self.encoder = nn.Parameter(torch.empty(heads, width, neurons).normal_(std=config.init_std))
         self.embed = nn.Embedding(config.vocab_size, width)
         nn.init.normal_(self.embed.weight, std=0.02)
-        self.encoder_v = nn.Parameter(torch.empty(heads, width, neurons).normal_(std=0.02))
+        self.encoder_v = nn.Parameter(torch.empty(heads, width, neurons).normal_(std=config.init_std))
         self.lm_head = nn.Parameter(torch.empty(width, config.vocab_size).normal_(std=0.02))
         self.form = "tiled"  # or "parallel": the formula as published, with (B, H, T, N) tensors
         self.tiling: Tiling | None = None  # of the tiled form; None: chosen by shape and device

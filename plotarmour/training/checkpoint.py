@@ -208,9 +208,10 @@ def load_training(folder: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     """Load weights and optimizer state; return the content of state.json."""
     load_model(folder, model)
     parameters, moments = dict(model.named_parameters()), _read_tensors(folder / "optimizer.safetensors")
-    of_adamw = {f"{name}/{entry}": () if entry == "step" else parameter.shape for name, parameter in parameters.items()
-                if f"{name}/step" in moments for entry in ("step", "exp_avg", "exp_avg_sq")}  # else it had no gradient
-    if {key: value.shape for key, value in moments.items()} != of_adamw:
+    expected = {f"{name}/{entry}": () if entry == "step" else parameter.shape for name, parameter in parameters.items()
+                for entries in (("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",))  # of AdamW, of Muon
+                if f"{name}/{entries[0]}" in moments for entry in entries}  # none: it had no gradient
+    if {key: value.shape for key, value in moments.items()} != expected:
         raise UserError(f"{folder} holds the optimizer's state of another model than its run.json describes.")
     for key, value in moments.items():
         name, entry = key.rsplit("/", 1)

@@ -1,4 +1,4 @@
-"""One attempted update: learning rate, gradients of all micro-batches and processes, clipping, AdamW, and failures.
+"""One attempted update: learning rate, gradients of all micro-batches and processes, clipping, optimizer, failures.
 
     out of memory          the step is split into more and smaller micro-batches and repeated
     a non-finite number    never reaches the optimizer
@@ -144,11 +144,60 @@ def progress_of(step: int, config: TrainingConfig, elapsed_s: float = 0.0) -> fl
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on matrices only (parameters of two or more dimensions)."""
+    """Return the optimizer, with weight decay on matrices only (parameters of two or more dimensions)."""
     groups = [([p for p in model.parameters() if p.dim() >= 2], config.weight_decay),
               ([p for p in model.parameters() if p.dim() < 2], 0.0)]
-    return torch.optim.AdamW([{"params": ps, "weight_decay": decay} for ps, decay in groups if ps],
-                             lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    groups = [{"params": ps, "weight_decay": decay} for ps, decay in groups if ps]
+    options = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "fused": True}
+    if config.optimizer == "adamw" and not config.keep_norm:
+        return torch.optim.AdamW(groups, **options)
+    return MatrixOptimizer(core_matrices(model), config, groups, **options)
+
+
+def core_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of two or more dimensions that are neither a table of embeddings nor the head."""
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)] + [model.unembedding]
+    return [p for p in model.parameters() if p.dim() >= 2 and p.data_ptr() not in {t.data_ptr() for t in tables}]
+
+
+class MatrixOptimizer(torch.optim.AdamW):
+    """AdamW with other updates of the core matrices: those of Muon, or such that leave their norms as they are.
+
+    In a parameter with more than two dimensions, such as BDH's encoder, each head is a matrix for Muon. Its updates have
+    the size of AdamW's ("match_rms_adamw", Liu et al. 2025, arXiv 2502.16982), so they share a learning rate.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], config: TrainingConfig, groups: list[dict], **options):
+        super().__init__(groups, **options)
+        self.matrices, self.keeps_norm, self.muon = matrices, config.keep_norm, None
+        if config.optimizer == "muon":
+            self.heads = [[nn.Parameter(head) for head in _heads(p.detach())] for p in matrices]  # share memory with p
+            self.muon = torch.optim.Muon([head for heads in self.heads for head in heads],
+                                         weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Take an update; Muon's momentum is part of `state`."""
+        norms = [p.norm() for p in self.matrices]
+        if self.muon is not None:
+            for p, heads in zip(self.matrices, self.heads, strict=True):
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                for head, *values in zip(heads, _heads(p.grad), _heads(self.state[p]["momentum_buffer"]), strict=True):
+                    head.grad, self.muon.state[head]["momentum_buffer"] = values
+                p.grad = None  # AdamW leaves it alone
+            self.muon.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+            self.muon.step()
+            self.muon.zero_grad()
+        super().step()
+        if self.keeps_norm:
+            for p, norm in zip(self.matrices, norms, strict=True):
+                p.mul_(norm / p.norm())
+
+
+def _heads(parameter: Tensor) -> Tensor:
+    """Return a parameter (..., m, n) as matrices (heads, m, n), without a copy."""
+    return parameter.view(-1, *parameter.shape[-2:])
 
 
 def accumulate(model: nn.Module, micro_batches: list[tuple[Tensor, Tensor]], machine: Machine,

@@ -168,8 +168,18 @@ def test_a_curriculum_ends_in_the_models_depth_and_scores_use_all_of_it():
     assert progress_of(2, config, 0.0) == 0.2 and progress_of(2, config, 300.0) == 0.5
 
 
+def test_the_initial_scale_is_that_of_the_three_matrices():
+    """Guards: a scale that also reaches embeddings and head, which have another effect."""
+    torch.manual_seed(0)
+    model = BDH(BDHConfig(1, 64, 2, 4, vocab_size=64, init_std=0.5))
+    for name, parameter in model.named_parameters():
+        expected = 0.02 if name in ("embed.weight", "lm_head") else 0.5
+        assert float(parameter.detach().std()) == pytest.approx(expected, rel=0.05), name
+
+
 @pytest.mark.parametrize("wrong", ["2:1", "1:3", "0:2", "a:2", "1,2", "1::2", ":"])
 def test_impossible_options_are_refused_all_at_once(wrong):
     """Guards: a traceback in the middle of training; one complaint at a time."""
-    with pytest.raises(UserError, match=r"n_head = 0 must be at least 1; depth_curriculum = .* end in n_layer = 2\.$"):
-        load_recipe("tiny", "bdh", [f"depth_curriculum={wrong}", "n_head=0"])
+    with pytest.raises(UserError, match=r"n_head = 0 must be at least 1; init_std = nan must be .*; depth_curriculum "
+                       r"= .* end in n_layer = 2\.$"):
+        load_recipe("tiny", "bdh", [f"depth_curriculum={wrong}", "n_head=0", "init_std=nan"])
