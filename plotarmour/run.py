@@ -212,8 +212,8 @@ def train_run(recipe: Recipe, train_path: AnyPath, val_path: AnyPath, out: AnyPa
                                 "mask_stories=false, or another model.")
             model.story_start = train_data.header["end_of_text_id"]
         if t.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-            raise UserError(f"optimizer=muon needs torch 2.9 or newer; found {torch.__version__}. Set optimizer=adamw, or "
-                            "install a newer torch.")
+            raise UserError(f"optimizer=muon needs torch 2.9 or newer; found {torch.__version__}. Set optimizer=adamw, "
+                            "or install a newer torch.")
         info |= {"params": sum(p.numel() for p in model.parameters()),
                  "core_params": model.config.core_params}
         info["train"] |= {"order_sha256": windows.order_sha256(), "padding_share": round(windows.padding_share, 4)}

@@ -163,8 +163,8 @@ def core_matrices(model: nn.Module) -> list[nn.Parameter]:
 class MatrixOptimizer(torch.optim.AdamW):
     """AdamW with other updates of the core matrices: those of Muon, or such that leave their norms as they are.
 
-    In a parameter with more than two dimensions, such as BDH's encoder, each head is a matrix for Muon. Its updates have
-    the size of AdamW's ("match_rms_adamw", Liu et al. 2025, arXiv 2502.16982), so they share a learning rate.
+    In a parameter with more than two dimensions, such as BDH's encoder, each head is a matrix for Muon. Its updates
+    have the size of AdamW's ("match_rms_adamw", Liu et al. 2025, arXiv 2502.16982), so they share a learning rate.
     """
 
     def __init__(self, matrices: list[nn.Parameter], config: TrainingConfig, groups: list[dict], **options):
