@@ -35,7 +35,7 @@ from plotarmour.models import check_dimensions, check_ids, check_state, product_
 from plotarmour.models.dropout import CounterDropout
 from plotarmour.models.recurrent import BDHState, read, read_one
 from plotarmour.models.rotary import Rotation, rotate
-from plotarmour.models.tiled import Passes, Setting, Tiling, Weights, normalize
+from plotarmour.models.tiled import Passes, Setting, Tiling, Weights, normalize, powers
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class BDHConfig:
     dropout: float = 0.1
     # Options that the published BDH does not have; docs/bdh-recipes.md has their sources.
     init_std: float = 0.02  # of the initial encoder, encoder_v and decoder
+    decay: float = 0.0  # scores fall by exp(-decay · distance) in the first head, half as fast in each next one
     depth_curriculum: str = ""  # passes in equal parts of training, such as "1:2"; otherwise always n_layer
 
     def __post_init__(self):
@@ -59,6 +60,7 @@ class BDHConfig:
              f"mlp_internal_dim_multiplier · n_embd = {neurons} must be divisible by 2 · n_head = {of_pairs}: rotation "
              "works on pairs of neurons"),
             (0 < self.init_std < float("inf"), f"init_std = {self.init_std} must be positive and finite"),
+            (0 <= self.decay < float("inf"), f"decay = {self.decay} must not be negative or infinite"),
             (not self.depth_curriculum or (stages[0] > 0 and stages == sorted(stages) and stages[-1] == self.n_layer),
              f"depth_curriculum = {self.depth_curriculum} must be numbers of passes between colons that never fall and "
              f"end in n_layer = {self.n_layer}"))
@@ -119,6 +121,7 @@ class BDHConfig:
         saved = 2 * v + self.n_layer * (2 * v + scores)
         tiles = size * (2 * rows * N + 4 * tile) + 8 * tile + has_wide_copies * (size + 4) * tile
         heads = 4 * rows * (6 * D + T) + 4 * T * tiling.neurons  # a, LN(a), their gradients, dS, conjugate factors
+        heads += 20 * T * T * (self.decay > 0)  # distances, and the factors on scores
         return saved + tiles + heads + 6 * v + is_half * size * self.core_params + 4 * T * N  # and rotation factors
 
 
@@ -143,6 +146,8 @@ class BDH(nn.Module):
         self.form = "tiled"  # or "parallel": the formula as published, with (B, H, T, N) tensors
         self.tiling: Tiling | None = None  # of the tiled form; None: chosen by shape and device
         self._rotation = Rotation(neurons)
+        slopes = config.decay / 2.0 ** torch.arange(heads, dtype=torch.float64)
+        self.register_buffer("decay", torch.exp(-slopes) if config.decay else None, persistent=False)
         self._weights_cache: tuple | None = None  # of `_weights`
         # Official checkpoints contain the frequencies as a buffer. They depend on N only and are not loaded.
         self.register_load_state_dict_pre_hook(lambda m, state, prefix, *_: state.pop(prefix + "attn.freqs", None))
@@ -190,7 +195,8 @@ class BDH(nn.Module):
             self._weights_cache = None
             setting = Setting(self._rotation.table(0, T, v.device, v.dtype), dropout,
                               self.tiling or Tiling.for_shape(B, T, c.neurons_per_head, v.device),
-                              stories=None if starts is None else starts.cumsum(1))
+                              stories=None if starts is None else starts.cumsum(1),
+                              decays=powers(self.decay, T, v.dtype))
             return Passes.apply(v, self.encoder, self.encoder_v, self.decoder, n_passes, dtype, setting), None
         with torch.autocast(v.device.type, enabled=False):
             if state is not None and T == 1 and dropout is None and starts is None:
@@ -212,6 +218,12 @@ class BDH(nn.Module):
             story = starts.cumsum(1)[:, None, :, None]  # (B, 1, T, 1); 0 is that of the state
             last = story[:, :, -1:]
             same, reads, writes, kept = story == story.mT, story == 0, story == last, last == 0
+        decays = powers(self.decay, T, v.dtype)  # (H, T + 1)
+        if decays is not None:
+            place = torch.arange(T, device=v.device)
+            same = same * decays[:, (place[:, None] - place).abs()]
+            reads, writes, kept = (a * b for a, b in zip((reads, writes, kept), (
+                decays[:, 1:, None], decays[:, :-1, None].flip(1), decays[:, -1:, None]), strict=True))
         v = v.unsqueeze(1)  # (B, 1, T, D)
         for level in range(n_passes):
             x = F.relu(v @ self.encoder)  # (B, H, T, N)
@@ -235,5 +247,5 @@ class BDH(nn.Module):
         parameters = self.encoder, self.encoder_v, self.decoder
         key = dtype, *((p.data_ptr(), p._version) for p in parameters)
         if self._weights_cache is None or self._weights_cache[0] != key:
-            self._weights_cache = key, Weights(*(p.detach().to(dtype) for p in parameters))
+            self._weights_cache = key, Weights(*(p.detach().to(dtype) for p in parameters), self.decay)
         return self._weights_cache[1]

@@ -3,6 +3,8 @@
 Linear attention has a state S = Σ rope(x_s)ᵀ v_s per head and pass, (N, D), summed over the tokens s read so far. They
 contribute rope(x) S to a. A token reads S before it writes to S: attention is strictly causal, and the result is exact.
 
+With decay, S is multiplied by it before each token, so that the token s has the factor decay^(t - s) at t.
+
 - `read` processes many tokens in chunks: attention inside a chunk as in training, earlier chunks through S.
 - `read_one` processes one token of each story.
 """
@@ -15,7 +17,7 @@ from torch import Tensor
 from plotarmour.models import State
 from plotarmour.models.dropout import CounterDropout
 from plotarmour.models.rotary import Rotation, rotate
-from plotarmour.models.tiled import Scratch, Setting, Tiling, Weights, normalize, pass_forward
+from plotarmour.models.tiled import Scratch, Setting, Tiling, Weights, normalize, pass_forward, powers
 
 CHUNK = 256  # tokens per chunk
 
@@ -72,7 +74,8 @@ def read(v: Tensor, weights: Weights, n_layer: int, rotation: Rotation, dropout:
             length = piece.shape[1]
             setting = Setting(rotation.table(first + start, length, v.device, v.dtype), dropout,
                               Tiling.for_shape(B, length, N, v.device), first + start,
-                              None if starts is None else starts[:, start:start + chunk].cumsum(1))
+                              None if starts is None else starts[:, start:start + chunk].cumsum(1),
+                              powers(weights.decay, length, v.dtype))
             pieces.append(pass_forward(level, piece, weights, setting, scratch, synapses=synapses))
         v = normalize(v + normalize(torch.cat(pieces, 1))[0])[0]
     return v
@@ -87,6 +90,8 @@ def read_one(v: Tensor, weights: Weights, rotation: Rotation, state: BDHState) -
         x = torch.bmm(v.transpose(0, 1).expand(H, B, D).to(dtype), weights.encoder).relu_()
         x = x.transpose(0, 1).contiguous()  # (B, H, N)
         q = rotate(x, factors)  # float32 or float64
+        if weights.decay is not None:
+            synapses.mul_(weights.decay.to(v.dtype)[:, None, None])
         S = synapses.view(B * H, N, D)
         a = torch.bmm(q.view(B * H, 1, N), S).view(B, H, D)  # read before write: strictly causal
         S.baddbmm_(q.view(B * H, N, 1), v.expand(B, H, D).reshape(B * H, 1, D))

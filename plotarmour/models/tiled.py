@@ -9,7 +9,7 @@ backward pass computes x and y again. For one head:
 
     dD_ += gᵀ dm           dg = keep ∘ (dm D_ᵀ)
     dy = dg ∘ x ∘ [y > 0]  dE_y += LN(a)ᵀ dy  da = LN'(dy E_yᵀ)
-    dv += Sᵀ da            dS = tril(da vᵀ, -1)
+    dv += Sᵀ da            dS = tril(da vᵀ, -1)      with decay, S and dS are multiplied by its powers
     dq = (dS + dSᵀ) q      q is both query and key, so this is one product of width N instead of two
     dx = (rope⁻¹(dq) + dg ∘ y) ∘ [x > 0]      dE += vᵀ dx      dv += dx Eᵀ
 
@@ -56,6 +56,7 @@ class Weights:
     encoder: Tensor  # (H, D, N)
     encoder_v: Tensor  # (H, D, N)
     decoder: Tensor  # (H·N, D)
+    decay: Tensor | None = None  # (H,), the factor on a score per token of distance; None: 1
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -77,9 +78,13 @@ class Setting:
     tiling: Tiling
     first_position: int = 0  # of the first token, for dropout
     stories: Tensor | None = None  # int64 (B, T), number of each token's story, 0 that of the state; None: no mask
+    decays: Tensor | None = None  # see `powers`
 
-    def mask(self, scores: Tensor, rows: slice, i: int, j: int) -> None:
-        """Set scores (rows, j - i, j) of tokens i, ..., j - 1 with tokens of other stories to 0."""
+    def weigh(self, scores: Tensor, rows: slice, h: int, i: int, j: int) -> None:
+        """Let scores (rows, j - i, j) of tokens i, ..., j - 1 decay, and set those with other stories to 0."""
+        if self.decays is not None:
+            place = torch.arange(j, device=scores.device)
+            scores.mul_(self.decays[h][(place[i:, None] - place).abs()])
         if self.stories is not None:
             stories = self.stories[rows]
             scores.masked_fill_(stories[:, i:j, None] != stories[:, None, :j], 0.0)
@@ -184,13 +189,18 @@ def pass_forward(level: int, v: Tensor, weights: Weights, setting: Setting, scra
                     if setting.stories is not None:
                         story = setting.stories[rows, :, None]
                         reads, writes = unscaled * (story == 0), unscaled * (story == story[:, -1:])
+                    if setting.decays is not None:
+                        decays = setting.decays[h][:, None]
+                        reads, writes = reads * decays[1:], writes * decays[:-1].flip(0)
                     a.baddbmm_(reads, S, alpha=scale**2)
                     if setting.stories is not None:
                         S.mul_(story[:, -1:] == 0)
+                    if setting.decays is not None:
+                        S.mul_(decays[-1])
                     S.baddbmm_(writes.mT, v[rows])
             for (i, j), block in zip(blocks, scores, strict=True):
                 block[..., i:].tril_(-1)
-                setting.mask(block, rows, i, j)
+                setting.weigh(block, rows, h, i, j)
             _attend(a, scores, v[rows], blocks)
             normal = normalize(a, EPS * scale**4)[0].to(dtype).view(G * T, D)
             hashes = setting.dropout_rows(level, rows, h)
@@ -254,7 +264,7 @@ def pass_backward(level: int, v: Tensor, kept_scores: list[Tensor], dm: Tensor, 
             for (i, j), block in zip(blocks, scores, strict=True):
                 dv[rows, :j].baddbmm_(block.mT, da[:, i:j])
             d_scores = _symmetric_score_gradient(da, v[rows], blocks, scratch)
-            setting.mask(d_scores, rows, 0, T)
+            setting.weigh(d_scores, rows, h, 0, T)
             d_scores = d_scores.mul_(scale).to(dtype)
             for n in _slices(N, tiling.neurons):
                 q = _rotated(x, n, G, setting.factors, scale, scratch)
@@ -265,6 +275,13 @@ def pass_backward(level: int, v: Tensor, kept_scores: list[Tensor], dm: Tensor, 
                 dx = _where_positive(dx.add_(through_gate[:, n]).to(dtype), x[:, n])
                 _add_product(gradient.encoder[h, :, n], flat_v.T, dx)
                 _add_product(flat_dv, dx, weights.encoder[h, :, n].T)
+
+
+def powers(decay: Tensor | None, length: int, dtype: torch.dtype) -> Tensor | None:
+    """Return the factors of each head, (H,), on scores of distance 0, ..., length, (H, length + 1); None: all are 1."""
+    if decay is None:
+        return None
+    return (decay.double()[:, None] ** torch.arange(length + 1, device=decay.device)).to(dtype)
 
 
 def normalize(v: Tensor, eps: float = EPS) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Options of BDH: each is off by default, and where it is on, all that holds for the published formula holds too."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ from plotarmour.cli import UserError
 from plotarmour.config import DataConfig, Recipe, TrainingConfig, load_recipe
 from plotarmour.loss import summed_nats
 from plotarmour.models.bdh import BDH, BDHConfig
-from plotarmour.models.tiled import Tiling
+from plotarmour.models.tiled import Tiling, powers
 from plotarmour.run import load_run, train_run
 from plotarmour.training.step import progress_of
 
-OPTIONS = {"depth_curriculum": {"depth_curriculum": "1:2:3"}}
+OPTIONS = {"depth_curriculum": {"depth_curriculum": "1:2:3"}, "decay": {"decay": 0.05}}
 each_option = pytest.mark.parametrize("option", OPTIONS)
 
 
@@ -177,9 +178,16 @@ def test_the_initial_scale_is_that_of_the_three_matrices():
         assert float(parameter.detach().std()) == pytest.approx(expected, rel=0.05), name
 
 
+def test_a_decay_by_hand():
+    """Guards: slopes that grow from head to head; a distance that is off by one."""
+    decays = powers(BDH(BDHConfig(1, 16, 4, 2, decay=0.8)).decay, 3, torch.float64)
+    expected = [[math.exp(-slope * distance) for distance in range(4)] for slope in (0.8, 0.4, 0.2, 0.1)]
+    torch.testing.assert_close(decays, torch.tensor(expected, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("wrong", ["2:1", "1:3", "0:2", "a:2", "1,2", "1::2", ":"])
 def test_impossible_options_are_refused_all_at_once(wrong):
     """Guards: a traceback in the middle of training; one complaint at a time."""
-    with pytest.raises(UserError, match=r"n_head = 0 must be at least 1; init_std = nan must be .*; depth_curriculum "
-                       r"= .* end in n_layer = 2\.$"):
-        load_recipe("tiny", "bdh", [f"depth_curriculum={wrong}", "n_head=0", "init_std=nan"])
+    with pytest.raises(UserError, match=r"n_head = 0 must be .*; init_std = nan must be .*; decay = -1.0 must not .*; "
+                       r"depth_curriculum = .* end in n_layer = 2\.$"):
+        load_recipe("tiny", "bdh", [f"depth_curriculum={wrong}", "n_head=0", "init_std=nan", "decay=-1"])
