@@ -46,6 +46,8 @@ CASES = {  # in each, another part of the memory is large
     "mixture of experts": ("moe", 100, "float32", ["context_length=128", "rows_per_step=8", "micro_batch_size=8"]),
     "scores that decay": ("bdh", 64, "float32", ["n_embd=16", "context_length=512", "decay=0.1", "rows_per_step=1",
                                                   "micro_batch_size=1"]),
+    "weights per pass": ("bdh", 300, "float32", ["context_length=16", "rows_per_step=8", "weights_per_pass=true",
+                                                 "tied_head=true"]),
     "Muon": ("bdh", 300, "float32", ["context_length=16", "rows_per_step=8", "optimizer=muon"]),
     "LSTM": ("lstm", 100, "float32", ["context_length=128", "rows_per_step=8", "micro_batch_size=8"]),
     "token table": ("bdh", 8192, "float32", ["context_length=8", "rows_per_step=1", "micro_batch_size=1",

@@ -50,6 +50,8 @@ class BDHConfig:
     dropout: float = 0.1
     # Options that the published BDH does not have; docs/bdh-recipes.md has their sources.
     init_std: float = 0.02  # of the initial encoder, encoder_v and decoder
+    weights_per_pass: bool = False  # whether each pass has an encoder, an encoder_v and a decoder of its own
+    tied_head: bool = False  # whether the head is the embedding
     decay: float = 0.0  # scores fall by exp(-decay · distance) in the first head, half as fast in each next one
     depth_curriculum: str = ""  # passes in equal parts of training, such as "1:2"; otherwise always n_layer
 
@@ -61,6 +63,8 @@ class BDHConfig:
              "works on pairs of neurons"),
             (0 < self.init_std < float("inf"), f"init_std = {self.init_std} must be positive and finite"),
             (0 <= self.decay < float("inf"), f"decay = {self.decay} must not be negative or infinite"),
+            (not (self.weights_per_pass and self.depth_curriculum),
+             "weights_per_pass and depth_curriculum exclude each other: the last passes would have no trained weights"),
             (not self.depth_curriculum or (stages[0] > 0 and stages == sorted(stages) and stages[-1] == self.n_layer),
              f"depth_curriculum = {self.depth_curriculum} must be numbers of passes between colons that never fall and "
              f"end in n_layer = {self.n_layer}"))
@@ -78,18 +82,18 @@ class BDHConfig:
 
     @property
     def core_params(self) -> int:
-        """Number of parameters of encoder, encoder_v and decoder; each has H·N·D = multiplier · D²."""
-        return 3 * self.mlp_internal_dim_multiplier * self.n_embd**2
+        """Number of parameters of encoder, encoder_v and decoder; each has H·N·D = multiplier · D² (per pass)."""
+        return 3 * self.mlp_internal_dim_multiplier * self.n_embd**2 * (self.n_layer if self.weights_per_pass else 1)
 
     @property
     def params(self) -> int:
         """Number of core parameters, and of the embedding and the head, (V, D) each."""
-        return self.core_params + 2 * self.vocab_size * self.n_embd
+        return self.core_params + (1 if self.tied_head else 2) * self.vocab_size * self.n_embd
 
     @property
     def weights_per_token(self) -> int:
         """Number of core parameters times passes. 2 passes with 3 · 64 parameters: 384."""
-        return self.n_layer * self.core_params
+        return self.core_params * (1 if self.weights_per_pass else self.n_layer)
 
     def flops_per_token(self, context_length: int) -> int:
         """Return the forward FLOPs per token in a row of T tokens (`ModelConfig.flops_per_token`).
@@ -137,12 +141,14 @@ class BDH(nn.Module):
         super().__init__()
         self.config = config
         heads, width, neurons = config.n_head, config.n_embd, config.neurons_per_head
-        self.decoder = nn.Parameter(torch.empty(heads * neurons, width).normal_(std=config.init_std))
-        self.encoder = nn.Parameter(torch.empty(heads, width, neurons).normal_(std=config.init_std))
+        passes = (config.n_layer,) if config.weights_per_pass else ()
+        self.decoder = nn.Parameter(torch.empty(*passes, heads * neurons, width).normal_(std=config.init_std))
+        self.encoder = nn.Parameter(torch.empty(*passes, heads, width, neurons).normal_(std=config.init_std))
         self.embed = nn.Embedding(config.vocab_size, width)
         nn.init.normal_(self.embed.weight, std=0.02)
-        self.encoder_v = nn.Parameter(torch.empty(heads, width, neurons).normal_(std=config.init_std))
-        self.lm_head = nn.Parameter(torch.empty(width, config.vocab_size).normal_(std=0.02))
+        self.encoder_v = nn.Parameter(torch.empty(*passes, heads, width, neurons).normal_(std=config.init_std))
+        if not config.tied_head:
+            self.lm_head = nn.Parameter(torch.empty(width, config.vocab_size).normal_(std=0.02))
         self.form = "tiled"  # or "parallel": the formula as published, with (B, H, T, N) tensors
         self.tiling: Tiling | None = None  # of the tiled form; None: chosen by shape and device
         self._rotation = Rotation(neurons)
@@ -155,7 +161,7 @@ class BDH(nn.Module):
     @property
     def unembedding(self) -> Tensor:
         """The (vocab_size, n_embd) matrix that gives logits: features @ unembedding.T."""
-        return self.lm_head.T
+        return self.embed.weight if self.config.tied_head else self.lm_head.T
 
     def initial_state(self, batch_size: int) -> BDHState:
         """Return the state before the first token: zeros of shape (B, H, N, D) for each pass."""
@@ -224,21 +230,22 @@ class BDH(nn.Module):
             same = same * decays[:, (place[:, None] - place).abs()]
             reads, writes, kept = (a * b for a, b in zip((reads, writes, kept), (
                 decays[:, 1:, None], decays[:, :-1, None].flip(1), decays[:, -1:, None]), strict=True))
-        v = v.unsqueeze(1)  # (B, 1, T, D)
+        weights, v = Weights(self.encoder, self.encoder_v, self.decoder), v.unsqueeze(1)  # (B, 1, T, D)
         for level in range(n_passes):
-            x = F.relu(v @ self.encoder)  # (B, H, T, N)
+            own = weights.of_pass(level)
+            x = F.relu(v @ own.encoder)  # (B, H, T, N)
             with torch.autocast(v.device.type, enabled=False):
                 q = rotate(x, factors)
                 a = ((q @ q.mT).tril(-1) * same) @ v
                 if state is not None:
                     a = a + q * reads @ state.synapses[level]
                     synapses.append(state.synapses[level] * kept + (q * writes).mT @ v)
-            y = F.relu(normalize(a)[0] @ self.encoder_v)  # (B, H, T, N)
+            y = F.relu(normalize(a)[0] @ own.encoder_v)  # (B, H, T, N)
             xy = x * y
             if dropout is not None:
                 rows = dropout.rows(level, range(B), range(c.n_head), range(start, start + T))
                 xy = xy * dropout.kept(rows, 0, c.neurons_per_head).to(xy.dtype) * dropout.scale
-            m = xy.transpose(1, 2).reshape(B, 1, T, -1) @ self.decoder
+            m = xy.transpose(1, 2).reshape(B, 1, T, -1) @ own.decoder
             v = normalize(v + normalize(m.to(v.dtype))[0])[0]
         return v.squeeze(1), BDHState(synapses, start + T) if state else None
 

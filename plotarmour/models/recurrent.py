@@ -76,7 +76,7 @@ def read(v: Tensor, weights: Weights, n_layer: int, rotation: Rotation, dropout:
                               Tiling.for_shape(B, length, N, v.device), first + start,
                               None if starts is None else starts[:, start:start + chunk].cumsum(1),
                               powers(weights.decay, length, v.dtype))
-            pieces.append(pass_forward(level, piece, weights, setting, scratch, synapses=synapses))
+            pieces.append(pass_forward(level, piece, weights.of_pass(level), setting, scratch, synapses=synapses))
         v = normalize(v + normalize(torch.cat(pieces, 1))[0])[0]
     return v
 
@@ -86,8 +86,9 @@ def read_one(v: Tensor, weights: Weights, rotation: Rotation, state: BDHState) -
     """Apply all passes to one token of each story, v (B, 1, D), as `read` does; it is faster for one token."""
     B, (H, D, N), dtype = len(v), weights.shape, weights.encoder.dtype
     factors = rotation.table(state.position, 1, v.device, v.dtype)
-    for synapses in state.synapses:
-        x = torch.bmm(v.transpose(0, 1).expand(H, B, D).to(dtype), weights.encoder).relu_()
+    for level, synapses in enumerate(state.synapses):
+        own = weights.of_pass(level)
+        x = torch.bmm(v.transpose(0, 1).expand(H, B, D).to(dtype), own.encoder).relu_()
         x = x.transpose(0, 1).contiguous()  # (B, H, N)
         q = rotate(x, factors)  # float32 or float64
         if weights.decay is not None:
@@ -96,8 +97,8 @@ def read_one(v: Tensor, weights: Weights, rotation: Rotation, state: BDHState) -
         a = torch.bmm(q.view(B * H, 1, N), S).view(B, H, D)  # read before write: strictly causal
         S.baddbmm_(q.view(B * H, N, 1), v.expand(B, H, D).reshape(B * H, 1, D))
         normal = normalize(a)[0].to(dtype)
-        y = torch.bmm(normal.transpose(0, 1), weights.encoder_v).relu_().transpose(0, 1)  # (B, H, N)
-        heads = torch.bmm((x * y).transpose(0, 1), weights.decoder.view(H, N, D))  # (H, B, D)
+        y = torch.bmm(normal.transpose(0, 1), own.encoder_v).relu_().transpose(0, 1)  # (B, H, N)
+        heads = torch.bmm((x * y).transpose(0, 1), own.decoder.view(H, N, D))  # (H, B, D)
         m = heads.to(v.dtype).sum(0).unsqueeze(1)  # (B, 1, D)
         v = normalize(v + normalize(m)[0])[0]
     return v

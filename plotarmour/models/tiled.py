@@ -20,7 +20,7 @@ float64.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,7 +51,10 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights in the dtype of products, or their gradients in the dtype of the parameters."""
+    """Weights in the dtype of products, or their gradients in the dtype of the parameters.
+
+    Where each pass has weights of its own, the first dimension of all three is the pass.
+    """
 
     encoder: Tensor  # (H, D, N)
     encoder_v: Tensor  # (H, D, N)
@@ -60,7 +63,13 @@ class Weights:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return self.encoder.shape
+        return self.encoder.shape[-3:]
+
+    def of_pass(self, level: int) -> "Weights":
+        """Return the weights of one pass."""
+        if self.encoder.dim() == 3:
+            return self
+        return replace(self, encoder=self.encoder[level], encoder_v=self.encoder_v[level], decoder=self.decoder[level])
 
     @property
     def score_scale(self) -> float:
@@ -124,7 +133,7 @@ class Passes(torch.autograd.Function):
             scratch, saved = Scratch(v.device), []
             for level in range(n_layer):
                 scores: list[Tensor] = []
-                m = pass_forward(level, v, weights, setting, scratch, keep=scores)
+                m = pass_forward(level, v, weights.of_pass(level), setting, scratch, keep=scores)
                 saved += [v, m, *scores]
                 v = normalize(v + normalize(m)[0])[0]
         ctx.save_for_backward(encoder, encoder_v, decoder, v, *saved)
@@ -146,7 +155,8 @@ class Passes(torch.autograd.Function):
                 d_sum = normalize_backward(dv, v_next, normalize(v + normal)[1])
                 dm = normalize_backward(d_sum, normal, rstd)
                 dv, v_next = d_sum, v
-                pass_backward(level, v, scores, dm, dv, weights, gradient, ctx.setting, scratch)
+                pass_backward(level, v, scores, dm, dv, weights.of_pass(level), gradient.of_pass(level), ctx.setting,
+                              scratch)
         return dv, gradient.encoder, gradient.encoder_v, gradient.decoder, None, None, None
 
 
