@@ -48,6 +48,8 @@ CASES = {  # in each, another part of the memory is large
                                                   "micro_batch_size=1"]),
     "weights per pass": ("bdh", 300, "float32", ["context_length=16", "rows_per_step=8", "weights_per_pass=true",
                                                  "tied_head=true"]),
+    "embeddings in every pass": ("bdh", 64, "float32", ["n_embd=128", "mlp_internal_dim_multiplier=1", "n_layer=1",
+                                                       "context_length=48", "residual=embedding"]),
     "Muon": ("bdh", 300, "float32", ["context_length=16", "rows_per_step=8", "optimizer=muon"]),
     "LSTM": ("lstm", 100, "float32", ["context_length=128", "rows_per_step=8", "micro_batch_size=8"]),
     "token table": ("bdh", 8192, "float32", ["context_length=8", "rows_per_step=1", "micro_batch_size=1",

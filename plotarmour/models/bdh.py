@@ -33,9 +33,12 @@ from torch import Tensor, nn
 
 from plotarmour.models import check_dimensions, check_ids, check_state, product_dtype
 from plotarmour.models.dropout import CounterDropout
+from plotarmour.models.parts import Weights, add_residual, normalize, powers
 from plotarmour.models.recurrent import BDHState, read, read_one
 from plotarmour.models.rotary import Rotation, rotate
-from plotarmour.models.tiled import Passes, Setting, Tiling, Weights, normalize, powers
+from plotarmour.models.tiled import Passes, Setting, Tiling
+
+RESIDUALS = {"plain": None, "gain": 1.0, "gate": 0.0, "embedding": 0.0}  # with the first values of the learned factors
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class BDHConfig:
     init_std: float = 0.02  # of the initial encoder, encoder_v and decoder
     weights_per_pass: bool = False  # whether each pass has an encoder, an encoder_v and a decoder of its own
     tied_head: bool = False  # whether the head is the embedding
+    residual: str = "plain"  # or gain, gate, embedding: learned factors on v, what a pass adds, or the embeddings
     decay: float = 0.0  # scores fall by exp(-decay · distance) in the first head, half as fast in each next one
     depth_curriculum: str = ""  # passes in equal parts of training, such as "1:2"; otherwise always n_layer
 
@@ -63,6 +67,7 @@ class BDHConfig:
              "works on pairs of neurons"),
             (0 < self.init_std < float("inf"), f"init_std = {self.init_std} must be positive and finite"),
             (0 <= self.decay < float("inf"), f"decay = {self.decay} must not be negative or infinite"),
+            (self.residual in RESIDUALS, f"residual = {self.residual} must be one of {', '.join(RESIDUALS)}"),
             (not (self.weights_per_pass and self.depth_curriculum),
              "weights_per_pass and depth_curriculum exclude each other: the last passes would have no trained weights"),
             (not self.depth_curriculum or (stages[0] > 0 and stages == sorted(stages) and stages[-1] == self.n_layer),
@@ -82,8 +87,9 @@ class BDHConfig:
 
     @property
     def core_params(self) -> int:
-        """Number of parameters of encoder, encoder_v and decoder; each has H·N·D = multiplier · D² (per pass)."""
-        return 3 * self.mlp_internal_dim_multiplier * self.n_embd**2 * (self.n_layer if self.weights_per_pass else 1)
+        """Number of parameters of encoder, encoder_v and decoder, each H·N·D = multiplier · D², and of the residual."""
+        sets, learned = self.n_layer if self.weights_per_pass else 1, self.residual != "plain"
+        return sets * 3 * self.mlp_internal_dim_multiplier * self.n_embd**2 + self.n_layer * self.n_embd * learned
 
     @property
     def params(self) -> int:
@@ -93,7 +99,8 @@ class BDHConfig:
     @property
     def weights_per_token(self) -> int:
         """Number of core parameters times passes. 2 passes with 3 · 64 parameters: 384."""
-        return self.core_params * (1 if self.weights_per_pass else self.n_layer)
+        D, learned = self.n_embd, self.residual != "plain"
+        return self.n_layer * (3 * self.mlp_internal_dim_multiplier * D**2 + D * learned)
 
     def flops_per_token(self, context_length: int) -> int:
         """Return the forward FLOPs per token in a row of T tokens (`ModelConfig.flops_per_token`).
@@ -125,6 +132,7 @@ class BDHConfig:
         saved = 2 * v + self.n_layer * (2 * v + scores)
         tiles = size * (2 * rows * N + 4 * tile) + 8 * tile + has_wide_copies * (size + 4) * tile
         heads = 4 * rows * (6 * D + T) + 4 * T * tiling.neurons  # a, LN(a), their gradients, dS, conjugate factors
+        v *= 2 if self.residual != "plain" else 1  # about: products with its factors, and gradients of the embeddings
         heads += 20 * T * T * (self.decay > 0)  # distances, and the factors on scores
         return saved + tiles + heads + 6 * v + is_half * size * self.core_params + 4 * T * N  # and rotation factors
 
@@ -149,6 +157,8 @@ class BDH(nn.Module):
         self.encoder_v = nn.Parameter(torch.empty(*passes, heads, width, neurons).normal_(std=config.init_std))
         if not config.tied_head:
             self.lm_head = nn.Parameter(torch.empty(width, config.vocab_size).normal_(std=0.02))
+        if config.residual != "plain":  # a vector, which has no weight decay
+            self.mix = nn.Parameter(torch.full((config.n_layer * width,), RESIDUALS[config.residual]))
         self.form = "tiled"  # or "parallel": the formula as published, with (B, H, T, N) tensors
         self.tiling: Tiling | None = None  # of the tiled form; None: chosen by shape and device
         self._rotation = Rotation(neurons)
@@ -203,7 +213,8 @@ class BDH(nn.Module):
                               self.tiling or Tiling.for_shape(B, T, c.neurons_per_head, v.device),
                               stories=None if starts is None else starts.cumsum(1),
                               decays=powers(self.decay, T, v.dtype))
-            return Passes.apply(v, self.encoder, self.encoder_v, self.decoder, n_passes, dtype, setting), None
+            return Passes.apply(v, self.encoder, self.encoder_v, self.decoder, self._residual(), n_passes, dtype,
+                                setting), None
         with torch.autocast(v.device.type, enabled=False):
             if state is not None and T == 1 and dropout is None and starts is None:
                 v = read_one(v, self._weights(dtype), self._rotation, state)
@@ -230,7 +241,8 @@ class BDH(nn.Module):
             same = same * decays[:, (place[:, None] - place).abs()]
             reads, writes, kept = (a * b for a, b in zip((reads, writes, kept), (
                 decays[:, 1:, None], decays[:, :-1, None].flip(1), decays[:, -1:, None]), strict=True))
-        weights, v = Weights(self.encoder, self.encoder_v, self.decoder), v.unsqueeze(1)  # (B, 1, T, D)
+        weights, v = Weights(self.encoder, self.encoder_v, self.decoder, None, self._residual()), v.unsqueeze(1)
+        embedded = v  # (B, 1, T, D)
         for level in range(n_passes):
             own = weights.of_pass(level)
             x = F.relu(v @ own.encoder)  # (B, H, T, N)
@@ -246,13 +258,23 @@ class BDH(nn.Module):
                 rows = dropout.rows(level, range(B), range(c.n_head), range(start, start + T))
                 xy = xy * dropout.kept(rows, 0, c.neurons_per_head).to(xy.dtype) * dropout.scale
             m = xy.transpose(1, 2).reshape(B, 1, T, -1) @ own.decoder
-            v = normalize(v + normalize(m.to(v.dtype))[0])[0]
+            v = normalize(add_residual(v, normalize(m.to(v.dtype))[0], embedded, weights.mix, level))[0]
         return v.squeeze(1), BDHState(synapses, start + T) if state else None
+
+    def _residual(self) -> Tensor | None:
+        """Return the factors of `add_residual`, (n_layer, 3, D), from the learned ones."""
+        if self.config.residual == "plain":
+            return None
+        learned = self.mix.view(self.config.n_layer, self.config.n_embd)
+        one, zero, gate = torch.ones_like(learned), torch.zeros_like(learned), learned.sigmoid()
+        return torch.stack({"gain": (one, learned, zero), "gate": (1 - gate, gate, zero),
+                            "embedding": (one, one, learned)}[self.config.residual], 1)
 
     def _weights(self, dtype: torch.dtype) -> Weights:
         """Return detached weights in `dtype`; the copies are cached until a parameter changes."""
         parameters = self.encoder, self.encoder_v, self.decoder
-        key = dtype, *((p.data_ptr(), p._version) for p in parameters)
+        key = dtype, *((p.data_ptr(), p._version) for p in self.parameters())
         if self._weights_cache is None or self._weights_cache[0] != key:
-            self._weights_cache = key, Weights(*(p.detach().to(dtype) for p in parameters), self.decay)
+            copies = (p.detach().to(dtype) for p in parameters)
+            self._weights_cache = key, Weights(*copies, self.decay, self._residual())
         return self._weights_cache[1]

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from plotarmour.models import State
 from plotarmour.models.dropout import CounterDropout
+from plotarmour.models.parts import Weights, add_residual, normalize, powers
 from plotarmour.models.rotary import Rotation, rotate
-from plotarmour.models.tiled import Scratch, Setting, Tiling, Weights, normalize, pass_forward, powers
+from plotarmour.models.tiled import Scratch, Setting, Tiling, pass_forward
 
 CHUNK = 256  # tokens per chunk
 
@@ -60,7 +61,7 @@ def read(v: Tensor, weights: Weights, n_layer: int, rotation: Rotation, dropout:
     Returns:
         v after the last pass, (B, T, D).
     """
-    (B, T, D), (H, _, N) = v.shape, weights.shape
+    (B, T, D), (H, _, N), embedded = v.shape, weights.shape, v
     first = 0 if state is None else state.position
     # Without a state, one chunk of T tokens costs less than several chunks with a state while T <= CHUNK + 4 D.
     chunk, scratch = T if state is None and T <= CHUNK + 4 * D else CHUNK, Scratch(v.device)
@@ -77,14 +78,14 @@ def read(v: Tensor, weights: Weights, n_layer: int, rotation: Rotation, dropout:
                               None if starts is None else starts[:, start:start + chunk].cumsum(1),
                               powers(weights.decay, length, v.dtype))
             pieces.append(pass_forward(level, piece, weights.of_pass(level), setting, scratch, synapses=synapses))
-        v = normalize(v + normalize(torch.cat(pieces, 1))[0])[0]
+        v = normalize(add_residual(v, normalize(torch.cat(pieces, 1))[0], embedded, weights.mix, level))[0]
     return v
 
 
 @torch.no_grad()
 def read_one(v: Tensor, weights: Weights, rotation: Rotation, state: BDHState) -> Tensor:
     """Apply all passes to one token of each story, v (B, 1, D), as `read` does; it is faster for one token."""
-    B, (H, D, N), dtype = len(v), weights.shape, weights.encoder.dtype
+    B, (H, D, N), dtype, embedded = len(v), weights.shape, weights.encoder.dtype, v
     factors = rotation.table(state.position, 1, v.device, v.dtype)
     for level, synapses in enumerate(state.synapses):
         own = weights.of_pass(level)
@@ -100,5 +101,5 @@ def read_one(v: Tensor, weights: Weights, rotation: Rotation, state: BDHState) -
         y = torch.bmm(normal.transpose(0, 1), own.encoder_v).relu_().transpose(0, 1)  # (B, H, N)
         heads = torch.bmm((x * y).transpose(0, 1), own.decoder.view(H, N, D))  # (H, B, D)
         m = heads.to(v.dtype).sum(0).unsqueeze(1)  # (B, 1, D)
-        v = normalize(v + normalize(m)[0])[0]
+        v = normalize(add_residual(v, normalize(m)[0], embedded, weights.mix, level))[0]
     return v

@@ -20,15 +20,15 @@ float64.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from plotarmour.models.dropout import CounterDropout
+from plotarmour.models.parts import EPS, Weights, add_residual, normalize, normalize_backward
 from plotarmour.models.rotary import rotate_into
 
-EPS = 1e-5
 CPU_TILE = 2**19  # elements of a (rows · T, neurons) tile on a CPU: 2 MiB in float32, which fits its cache
 GPU_BUFFER = 2**25  # elements of a (rows, T, N) buffer on a GPU: 64 MiB in float16, enough to use it fully
 
@@ -47,35 +47,6 @@ class Tiling:
         buffer, tile, height = (2 * CPU_TILE, CPU_TILE, 128) if device.type == "cpu" else (GPU_BUFFER, GPU_BUFFER, 256)
         rows = min(B, max(1, buffer // (T * N)))
         return Tiling(rows, min(N, max(64, tile // (rows * T) // 64 * 64)), height)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Weights in the dtype of products, or their gradients in the dtype of the parameters.
-
-    Where each pass has weights of its own, the first dimension of all three is the pass.
-    """
-
-    encoder: Tensor  # (H, D, N)
-    encoder_v: Tensor  # (H, D, N)
-    decoder: Tensor  # (H·N, D)
-    decay: Tensor | None = None  # (H,), the factor on a score per token of distance; None: 1
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.encoder.shape[-3:]
-
-    def of_pass(self, level: int) -> "Weights":
-        """Return the weights of one pass."""
-        if self.encoder.dim() == 3:
-            return self
-        return replace(self, encoder=self.encoder[level], encoder_v=self.encoder_v[level], decoder=self.decoder[level])
-
-    @property
-    def score_scale(self) -> float:
-        """The factor s on q: in float16 the power of two next to 1 / sqrt(N), otherwise 1."""
-        N = self.shape[2]
-        return 2.0 ** -math.ceil(math.log2(N) / 2) if self.encoder.dtype == torch.float16 else 1.0
 
 
 @dataclass(frozen=True)
@@ -123,28 +94,30 @@ class Scratch:
 class Passes(torch.autograd.Function):
     """All passes: from embeddings v (B, T, D), float32 or float64, to v after the last pass, in the same dtype.
 
-    The other arguments of `Passes.apply` are the parameters, the number of passes, the dtype of products, a `Setting`.
+    The other arguments of `Passes.apply` are the parameters, the factors of the residual (`add_residual`), the number
+    of passes, the dtype of products, a `Setting`.
     """
 
     @staticmethod
-    def forward(ctx, v, encoder, encoder_v, decoder, n_layer, dtype, setting):
+    def forward(ctx, v, encoder, encoder_v, decoder, mix, n_layer, dtype, setting):
         with torch.autocast(v.device.type, enabled=False):
             weights = Weights(encoder.to(dtype), encoder_v.to(dtype), decoder.to(dtype))
-            scratch, saved = Scratch(v.device), []
+            scratch, saved, embedded = Scratch(v.device), [], v
             for level in range(n_layer):
                 scores: list[Tensor] = []
                 m = pass_forward(level, v, weights.of_pass(level), setting, scratch, keep=scores)
                 saved += [v, m, *scores]
-                v = normalize(v + normalize(m)[0])[0]
-        ctx.save_for_backward(encoder, encoder_v, decoder, v, *saved)
+                v = normalize(add_residual(v, normalize(m)[0], embedded, mix, level))[0]
+        ctx.save_for_backward(encoder, encoder_v, decoder, mix, v, *saved)
         ctx.n_layer, ctx.dtype, ctx.setting = n_layer, dtype, setting
         return v
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dv):
-        encoder, encoder_v, decoder, v_next, *saved = ctx.saved_tensors
-        each = len(saved) // ctx.n_layer
+        encoder, encoder_v, decoder, mix, v_next, *saved = ctx.saved_tensors
+        each, embedded = len(saved) // ctx.n_layer, saved[0]
+        d_mix, d_embedded = (None, None) if mix is None else (torch.zeros_like(mix), torch.zeros_like(embedded))
         with torch.autocast(dv.device.type, enabled=False):
             weights = Weights(encoder.to(ctx.dtype), encoder_v.to(ctx.dtype), decoder.to(ctx.dtype))
             gradient = Weights(torch.zeros_like(encoder), torch.zeros_like(encoder_v), torch.zeros_like(decoder))
@@ -152,12 +125,18 @@ class Passes(torch.autograd.Function):
             for level in reversed(range(ctx.n_layer)):
                 v, m, *scores = saved[level * each:(level + 1) * each]
                 normal, rstd = normalize(m)
-                d_sum = normalize_backward(dv, v_next, normalize(v + normal)[1])
-                dm = normalize_backward(d_sum, normal, rstd)
-                dv, v_next = d_sum, v
+                d_sum = normalize_backward(dv, v_next, normalize(add_residual(v, normal, embedded, mix, level))[1])
+                dv = d_normal = d_sum
+                if mix is not None:
+                    d_mix[level] = torch.stack([(d_sum * part).sum((0, 1)) for part in (v, normal, embedded)])
+                    dv, d_normal, d_more = (d_sum * factor for factor in mix[level])
+                    d_embedded += d_more
+                dm = normalize_backward(d_normal, normal, rstd)
+                v_next = v
                 pass_backward(level, v, scores, dm, dv, weights.of_pass(level), gradient.of_pass(level), ctx.setting,
                               scratch)
-        return dv, gradient.encoder, gradient.encoder_v, gradient.decoder, None, None, None
+        dv = dv if mix is None else dv + d_embedded
+        return dv, gradient.encoder, gradient.encoder_v, gradient.decoder, d_mix, None, None, None
 
 
 def pass_forward(level: int, v: Tensor, weights: Weights, setting: Setting, scratch: Scratch,
@@ -285,25 +264,6 @@ def pass_backward(level: int, v: Tensor, kept_scores: list[Tensor], dm: Tensor, 
                 dx = _where_positive(dx.add_(through_gate[:, n]).to(dtype), x[:, n])
                 _add_product(gradient.encoder[h, :, n], flat_v.T, dx)
                 _add_product(flat_dv, dx, weights.encoder[h, :, n].T)
-
-
-def powers(decay: Tensor | None, length: int, dtype: torch.dtype) -> Tensor | None:
-    """Return the factors of each head, (H,), on scores of distance 0, ..., length, (H, length + 1); None: all are 1."""
-    if decay is None:
-        return None
-    return (decay.double()[:, None] ** torch.arange(length + 1, device=decay.device)).to(dtype)
-
-
-def normalize(v: Tensor, eps: float = EPS) -> tuple[Tensor, Tensor]:
-    """Return the layer norm over the last dimension, without weights, and 1 / sqrt(variance + eps), (..., 1)."""
-    out, _, rstd = torch.native_layer_norm(v, v.shape[-1:], None, None, eps)
-    return out, rstd
-
-
-def normalize_backward(d: Tensor, normal: Tensor, rstd: Tensor) -> Tensor:
-    """Return the gradient with respect to the input of `normalize` from the gradient d of its output."""
-    projection = (d * normal).mean(-1, keepdim=True)
-    return (d - d.mean(-1, keepdim=True)).sub_(normal * projection).mul_(rstd)
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:

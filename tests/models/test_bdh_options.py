@@ -11,12 +11,14 @@ from plotarmour.cli import UserError
 from plotarmour.config import DataConfig, Recipe, TrainingConfig, load_recipe
 from plotarmour.loss import summed_nats
 from plotarmour.models.bdh import BDH, BDHConfig
-from plotarmour.models.tiled import Tiling, powers
+from plotarmour.models.parts import powers
+from plotarmour.models.tiled import Tiling
 from plotarmour.run import load_run, train_run
 from plotarmour.training.step import progress_of
 
 OPTIONS = {"depth_curriculum": {"depth_curriculum": "1:2:3"}, "decay": {"decay": 0.05},
-           "weights_per_pass": {"weights_per_pass": True}, "tied_head": {"tied_head": True}}
+           "weights_per_pass": {"weights_per_pass": True}, "tied_head": {"tied_head": True},
+           "gain": {"residual": "gain"}, "gate": {"residual": "gate"}, "embedding": {"residual": "embedding"}}
 each_option = pytest.mark.parametrize("option", OPTIONS)
 
 
@@ -196,6 +198,6 @@ def test_options_that_exclude_each_other_are_refused():
 @pytest.mark.parametrize("wrong", ["2:1", "1:3", "0:2", "a:2", "1,2", "1::2", ":"])
 def test_impossible_options_are_refused_all_at_once(wrong):
     """Guards: a traceback in the middle of training; one complaint at a time."""
-    with pytest.raises(UserError, match=r"n_head = 0 must be .*; init_std = nan must be .*; decay = -1.0 must not .*; "
-                       r"depth_curriculum = .* end in n_layer = 2\.$"):
-        load_recipe("tiny", "bdh", [f"depth_curriculum={wrong}", "n_head=0", "init_std=nan", "decay=-1"])
+    with pytest.raises(UserError, match=r"n_head = 0 must be .*; init_std = nan must be .*; decay = -1.0 must .*; "
+                       r"residual = x must .*; depth_curriculum = .* end in n_layer = 2\.$"):
+        load_recipe("tiny", "bdh", [f"depth_curriculum={wrong}", "n_head=0", "init_std=nan", "decay=-1", "residual=x"])
