@@ -191,8 +191,8 @@ HOW_TO_COMPUTE = {"micro_batch_size", "log_interval", "checkpoint_interval", "ke
 WITH_EXTEND = {"max_steps", "schedule_minutes", "patience"}  # ... or of these, if the user says --extend
 SAME_ARM = {"seed", "dtype"}  # only with the same value; runs of one arm may differ in it
 RECIPE = {"context_length", "rows_per_step", "learning_rate", "windows", "schedule", "warmup_steps",
-          "final_learning_rate_fraction", "decay_fraction", "optimizer", "keep_norm", "weight_decay", "beta1", "beta2",
-          "grad_clip", "eval_interval", "eval_tokens", "mask_stories"}
+          "final_learning_rate_fraction", "decay_fraction", "optimizer", "keep_norm", "table_rate_fraction",
+          "weight_decay", "beta1", "beta2", "grad_clip", "eval_interval", "eval_tokens", "mask_stories"}
 
 
 def test_every_setting_is_classified():

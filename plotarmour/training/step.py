@@ -66,7 +66,7 @@ class Updates:
         """Attempt the update of a step. What does not fit into memory even one row at a time raises `UserError`."""
         optimizer, scaler = self.optimizer, self.scaler
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate_fraction"]
         loss, n_tokens = self._gradients(step)
         scaler.unscale_(optimizer)
         norm = clip_gradients(self.model, self.config.grad_clip)
@@ -145,13 +145,15 @@ def progress_of(step: int, config: TrainingConfig, elapsed_s: float = 0.0) -> fl
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """Return the optimizer, with weight decay on matrices only (parameters of two or more dimensions)."""
-    groups = [([p for p in model.parameters() if p.dim() >= 2], config.weight_decay),
-              ([p for p in model.parameters() if p.dim() < 2], 0.0)]
-    groups = [{"params": ps, "weight_decay": decay} for ps, decay in groups if ps]
+    core = core_matrices(model)
+    tables = [p for p in model.parameters() if p.dim() >= 2 and all(p is not matrix for matrix in core)]
+    groups = [(core, config.weight_decay, 1.0), (tables, config.weight_decay, config.table_rate_fraction),
+              ([p for p in model.parameters() if p.dim() < 2], 0.0, 1.0)]
+    groups = [{"params": ps, "weight_decay": decay, "rate_fraction": part} for ps, decay, part in groups if ps]
     options = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "fused": True}
     if config.optimizer == "adamw" and not config.keep_norm:
         return torch.optim.AdamW(groups, **options)
-    return MatrixOptimizer(core_matrices(model), config, groups, **options)
+    return MatrixOptimizer(core, config, groups, **options)
 
 
 def core_matrices(model: nn.Module) -> list[nn.Parameter]:

@@ -68,6 +68,23 @@ def test_norms_stay_where_they_are_to_stay(small_model, choice):
         assert (abs(float(p.detach().norm()) / norm - 1) < 1e-5) is ("norms" in choice)
 
 
+def test_embeddings_and_head_may_learn_more_slowly(small_recipe, token_files, tmp_path):
+    """Guards: a fraction that the schedule overwrites, or that reaches the core."""
+    found = []
+    for fraction in (1.0, 0.25):
+        training = dataclasses.replace(small_recipe.training, max_steps=1, warmup_steps=0, weight_decay=0.0,
+                                       device="cpu", table_rate_fraction=fraction)
+        recipe = dataclasses.replace(small_recipe, training=training)
+        train_run(recipe, token_files["train"], token_files["val"], tmp_path / str(fraction))
+        run = load_run(tmp_path / str(fraction), "latest")
+        begun = dict(recipe.build_model(run.info["vocab_size"]).named_parameters())
+        found.append({name: (p - begun[name]).detach() for name, p in run.model.named_parameters()})
+        core = core_matrices(run.model)
+    for name, parameter in run.model.named_parameters():
+        is_table = parameter.dim() >= 2 and all(parameter is not matrix for matrix in core)
+        torch.testing.assert_close(found[1][name], (0.25 if is_table else 1.0) * found[0][name], rtol=1e-3, atol=1e-7)
+
+
 def test_a_run_that_stops_and_continues_ends_with_the_same_bits(small_recipe, token_files, tmp_path):
     """Guards: a momentum that no checkpoint holds."""
     training = dataclasses.replace(small_recipe.training, keep_every=1, checkpoint_interval=1, device="cpu",
