@@ -121,7 +121,7 @@ def test_minutes_may_be_automatic():
 def test_no_setting_may_be_endless_or_no_number(value):
     """Guards: a learning rate of NaN, of which every comparison is false; a schedule that never ends."""
     keys = [f.name for f in dataclasses.fields(TrainingConfig) if f.type in (float, float | Auto)]
-    assert len(keys) == 9
+    assert len(keys) == 10
     with pytest.raises(UserError) as caught:
         load_recipe("tiny", "bdh", [f"{key}={value}" for key in keys])
     assert all(f"{key} = {value} must " in str(caught.value) for key in keys)
