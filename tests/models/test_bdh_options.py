@@ -148,7 +148,7 @@ def test_a_run_that_stops_and_continues_ends_with_the_same_bits(option, token_fi
 def test_without_the_option_the_model_is_the_published_one(option):
     """Guards: a default that is on; an option that has no effect."""
     inputs = torch.randint(0, 30, (2, 9), generator=torch.Generator().manual_seed(0))
-    model, plain = made(option).train(), made(option)
+    model = made(option)
     off = {f.name: f.default for f in dataclasses.fields(BDHConfig) if f.name in OPTIONS[option]}
     plain = BDH(dataclasses.replace(model.config, **off)).double()
     published = plain.state_dict()
