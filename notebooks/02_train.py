@@ -78,12 +78,13 @@ print(describe_recipe(settings))
 # %%
 from plotarmour.data.batches import Windows
 from plotarmour.data.token_file import TokenFile
+from plotarmour.loss import IGNORE
 
 data, t = TokenFile.open(find_prepared(data_folder)["train"]), settings.training
 windows = Windows(data, t.context_length, t.windows, t.seed, t.rows_per_step)
 inputs, targets = windows.micro_batch(windows.rows_of(0)[:1])
 for name, ids in (("inputs: ", inputs), ("targets:", targets)):
-    print(name, "|".join(data.tokenizer().decode([i]) for i in ids[0, :12].tolist()))
+    print(name, "|".join(data.tokenizer().decode([i]) for i in ids[targets != IGNORE][:12].tolist()))
 
 # %% [markdown]
 # ## Will it fit?

@@ -26,8 +26,9 @@ from plotarmour.files import publish, unfinished, write_json, write_text
 from plotarmour.models import SUITE
 
 DATASET, KERNEL = "dataset-metadata.json", "kernel-metadata.json"
-PACKED = ("plotarmour", "tools", "notebooks", "docs", "data/gpt2", "README.md", "LICENSE", "pyproject.toml",
-          "requirements.txt")  # of the checkout, where they exist
+PACKED = ("plotarmour", "tools", "notebooks", "benchmarks", "docs", "data/gpt2", "README.md", "LICENSE",
+          "pyproject.toml", "requirements.txt",
+          *(f"results/reference/{name}.csv" for name in ("window_losses", "batch_times", "batch_losses")))
 ACCELERATORS = {"t4": "NvidiaTeslaT4", "none": ""}  # by name of --accelerator: machine_shape; Kaggle gives two T4
 # Names that https://github.com/Kaggle/kaggle-api/blob/main/docs/datasets_metadata.md lists; MIT is not one of them.
 LICENSES = {"CC0-1.0", "CC-BY-3.0", "CC-BY-3.0-IGO", "CC-BY-4.0", "CC-BY-SA-3.0", "CC-BY-SA-4.0", "CC-BY-NC-4.0",
@@ -123,6 +124,7 @@ def write_kernels(folder: Path, owner: str, slug: str, recipe: str, models: list
     plan = [(name, "01_pretokenize", base, "", []) for name in tokens]
     plan += [(name, "02_train", base | {"model": model}, accelerator, tokens) for name, model in runs.items()]
     plan += [("03-compare", "03_compare", base, accelerator, [*tokens, *runs])]
+    plan += [(name.replace("_", "-"), name, {}, accelerator, []) for name in ("05_windows", "06_batch_size")]
     for name, notebook, parameters, shape, sources in plan:
         source = (ROOT / "notebooks" / f"{notebook}.ipynb").read_text(encoding="utf-8")
         write_kernel(folder / name, f"{owner}/{slug}-{name}", notebook + ".ipynb", with_parameters(source, parameters),

@@ -260,6 +260,48 @@ def windows() -> str:
             f"`mask_stories` takes so many times the step without:\n{times}.")
 
 
+def window_losses() -> str:
+    """Return the loss of each kind of model, windows and mask, and its differences."""
+    lines = []
+    for row in rows_of("window_losses.csv"):
+        less = [nats_of({end or "nats": float(row[f"{name}_{end}".rstrip("_")]) for end in ("", "low", "high")})
+                if row[name] else "" for name in ("less_stream", "less_unmasked")]
+        lines.append([KINDS[row["model"]].label, f"`{row['windows']}`", "yes" if row["mask"] == "True" else "",
+                      f"{float(row['padding_share']):.0%}", f"{float(row['tokens_per_s']):,.0f}",
+                      f"{float(row['loss']):.3f}", *less])
+    return table(["", "windows", "mask", "padding", "tokens/s", "loss", "less `stream`", "less the same unmasked"],
+                 lines, 3)
+
+
+def batch_losses() -> str:
+    """Return the loss of each batch size, budget and rule of learning rates."""
+    lines = []
+    for row in rows_of("batch_losses.csv"):
+        less = {name: float(row[f"less_base{end}"] or 0)
+                for name, end in (("nats", ""), ("low", "_low"), ("high", "_high"))}
+        is_note = row["budget"] == "notes"
+        lines.append(["tutorial" if is_note else f"equal {row['budget']}", "" if is_note else row["rule"],
+                      row["batch_size"], f"{int(row['steps']):,}", f"{int(row['samples']):,}",
+                      row["learning_rate"], f"{float(row['loss']):.3f}", nats_of(less) if row["less_base"] else ""])
+    return table(["budget", "rate scaled by", "rows per step", "steps", "samples", "learning rate", "loss",
+                  "less base"], lines, 2)
+
+
+def words() -> str:
+    """Return the bits per byte of tokenizers of one text."""
+    lines = []
+    for row in rows_of("words.csv"):
+        cells = []
+        for name in ("runs", "trigrams"):
+            digits = 3 if name == "runs" else 4
+            less = [f"{float(row[f'{name}_less{end}']):+.{digits}f}" for end in ("", "_low", "_high")
+                    if row[f"{name}_less"]]
+            cells += [f"{float(row[f'{name}_bits_per_byte']):.{digits}f}",
+                      "{} ({} to {})".format(*less) if less else ""]
+        lines.append([f"`{row['tokenizer']}`", f"{int(row['test_tokens']):,}", *cells])
+    return table(["tokenizer", "test tokens", "GPT-2", "less `bpe:4096`", "trigrams", "less `bpe:4096`"], lines)
+
+
 def settings() -> str:
     """Return a table of all settings of [data] and [training], from the fields of the config dataclasses."""
     rows = []
@@ -432,6 +474,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "loop-cost": loop_cost,
     "memory-plan": memory_plan,
     "windows": windows,
+    "window-losses": window_losses,
+    "batch-losses": batch_losses,
+    "words": words,
     "settings": settings,
     "commands": commands,
     "map": project_map,

@@ -13,7 +13,7 @@ import pytest
 from papermill.inspection import inspect_notebook
 
 from plotarmour.cli import UserError
-from plotarmour.suite.notebooks import last_line, write_html
+from plotarmour.suite.notebooks import last_line, read_executed, run_notebook, write_html
 from tools import sync_notebooks
 from tools.sync_notebooks import ROOT, generate_notebook, notebook_scripts, out_of_step, taken_over
 
@@ -22,7 +22,8 @@ SCRIPTS = notebook_scripts()
 
 def test_every_notebook_is_what_its_script_gives():
     """Guards: an .ipynb edited by hand, or forgotten after its .py changed."""
-    assert [p.stem for p in SCRIPTS] == ["01_pretokenize", "02_train", "03_compare", "04_desk"]
+    assert [p.stem for p in SCRIPTS] == ["01_pretokenize", "02_train", "03_compare", "04_desk", "05_windows",
+                                         "06_batch_size"]
     assert out_of_step() == []
 
 
@@ -110,6 +111,19 @@ def test_badges_and_links_lead_to_files_that_exist(tmp_path):
         assert ours == [f"notebooks/{script.stem}.ipynb"] * 2
         others = [target.partition("#")[0] for target in targets if "//" not in target]
         assert all((ROOT / path).exists() for path in ours) and all((script.parent / path).exists() for path in others)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "parameters", "left"), [
+    ("05_windows", {"models": "gpt2", "n_tokens": 700}, {"window_losses.csv": 10}),
+    ("06_batch_size", {"n_samples": 8, "largest": 2}, {"batch_times.csv": 8, "batch_readers.csv": 3,
+                                                      "batch_losses.csv": 9})])
+def test_notebooks_that_train_many_runs_go_through(tmp_path, name, parameters, left):
+    """Guards: a cell that fails on another machine; a kind of windows or a batch size without its row."""
+    executed = tmp_path / f"{name}.ipynb"
+    run_notebook(ROOT / "notebooks" / f"{name}.ipynb", executed, parameters | {"results": str(tmp_path)})
+    assert read_executed(executed).is_complete
+    assert {file: len((tmp_path / file).read_text().splitlines()) - 1 for file in left} == left
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 
 SMALL = ["corpus_stories=300", "tokenizer=bpe:400", "split=8:1:1", "n_embd=16", "max_steps=20", "warmup_steps=2",
-         "eval_tokens=200", "eval_interval=5", "checkpoint_interval=10"]
+         "eval_tokens=200", "eval_interval=5", "checkpoint_interval=10", "windows=left_pad", "context_length=80"]
 
 
 def run_suite(root, out, *options):

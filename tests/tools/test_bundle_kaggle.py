@@ -30,12 +30,13 @@ def bundle(tool, tmp_path_factory):
 def test_kaggle_accepts_every_folder_of_a_bundle(tool, bundle):
     """Guards: a kernel that is refused after the upload, runs without its dataset, or trains another model."""
     kernels = {folder.name: tool.ask_kaggle(folder) for folder in sorted((bundle / "kernels").iterdir())}
-    assert list(kernels) == ["01-pretokenize", "02-train-bdh", "02-train-gpt2-rope", "03-compare"]
+    assert list(kernels) == ["01-pretokenize", "02-train-bdh", "02-train-gpt2-rope", "03-compare", "05-windows",
+                             "06-batch-size"]
     assert all(tool.judge(bundle / "kernels" / name) for name in kernels) and tool.judge(bundle / "dataset")
     assert {request.slug for request in kernels.values()} == {f"someone/plot-armour-{name}" for name in kernels}
     assert all(request.dataset_data_sources == ["someone/plot-armour"] and not request.enable_internet
                and request.is_private for request in kernels.values())
-    assert [request.machine_shape for request in kernels.values()] == ["", *["NvidiaTeslaT4"] * 3]
+    assert [request.machine_shape for request in kernels.values()] == ["", *["NvidiaTeslaT4"] * 5]
     train = kernels["02-train-gpt2-rope"]
     assert train.kernel_data_sources == ["someone/plot-armour-01-pretokenize"]
     [source] = [cell["source"] for cell in json.loads(train.text)["cells"]
@@ -52,8 +53,10 @@ def test_the_dataset_holds_what_the_notebooks_need(bundle, root):
     names = zipfile.ZipFile(bundle / "dataset" / "plot-armour.zip").namelist()
     packaged = {path.relative_to(root).as_posix() for path in (root / "plotarmour").rglob("*")
                 if path.is_file() and path.suffix != ".pyc"}
-    assert packaged | {"tools/run_suite.py", "notebooks/set_up.py", "LICENSE", "pyproject.toml"} <= set(names)
-    assert not [name for name in names if name.startswith(("tests", "results", ".")) or "__pycache__" in name]
+    assert packaged | {"tools/run_suite.py", "notebooks/set_up.py", "LICENSE", "pyproject.toml",
+                       "benchmarks/windows.py", "results/reference/window_losses.csv"} <= set(names)
+    assert not [name for name in names if name.startswith(("tests", ".")) or "__pycache__" in name
+                or (name.startswith("results") and not name.startswith("results/reference/"))]
 
 
 def test_token_files_travel_in_place_of_notebook_1(run_main, token_files, tmp_path):

@@ -1,0 +1,158 @@
+"""Figures of windows and batches: what a row of training holds, what a token sees, and what both cost and bring."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.colors import ListedColormap
+
+from plotarmour.data.batches import Windows
+from plotarmour.models import KINDS
+from plotarmour.report.figures import (
+    BLUE,
+    DARK_GRAY,
+    GREEN,
+    LIGHT_GRAY,
+    MARKERS,
+    ORANGE,
+    TINTS,
+    new_figure,
+    save_figure,
+)
+
+
+def windows_picture(windows: list[Windows], path: Path, rows: int = 5) -> Path:
+    """Draw the first windows of each kind, in the order of the text: a cell is a token, a tint its story, gray padding.
+
+    Args:
+        windows: of one small text and context length, a kind each.
+        path: PNG to write.
+        rows: drawn of each kind.
+    """
+    T, starts = windows[0].context_length, windows[0].data.offsets.astype(int)
+    figure, axes = new_figure(8.4, 0.6 + 0.28 * (rows + 0.5) * len(windows), "What a row of training holds",
+                              "place in the row; a letter is a story, a number the place in it, ■ its end")
+    y, middles = 0.0, []
+    for each in windows:
+        epoch = replace(each, rows_per_step=each.per_epoch).rows_of(0)
+        middles.append(y + min(rows, len(epoch)) / 2)
+        axes.annotate(f"  {len(epoch)} windows, {each.padding_share:.0%} padding", (T, middles[-1]), va="center",
+                      fontsize=9)
+        for pieces in sorted(epoch)[:rows]:
+            targets = [t for begin, end in zip(pieces[::2], pieces[1::2], strict=True) for t in range(begin, end)]
+            axes.broken_barh([(0, T)], (y, 0.9), facecolor=LIGHT_GRAY)
+            for x, target in enumerate(targets, T - len(targets) if each.kind == "left_pad" else 0):
+                story = int(np.searchsorted(starts, target, side="right")) - 1
+                is_last = target + 1 in (*starts, each.data.n_tokens)
+                axes.broken_barh([(x, 1)], (y, 0.9), facecolor=TINTS[story % len(TINTS)], edgecolor="white")
+                axes.annotate("■" if is_last else f"{chr(65 + story)}{target - starts[story] + 1}", (x + 0.5, y + 0.45),
+                              ha="center", va="center", fontsize=8)
+            y += 1
+        y += 0.5
+    axes.set_yticks(middles, [each.kind for each in windows])
+    axes.set_xlim(0, 1.4 * T)
+    axes.set_ylim(y, 0)
+    axes.set_xticks(range(0, T + 1, 2))
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    return save_figure(figure, path)
+
+
+def mask_picture(inputs: np.ndarray, end_of_text: int, path: Path) -> Path:
+    """Draw which inputs each token of a row sees, without and with a mask of stories, and how many these are.
+
+    Args:
+        inputs: (T,) ids; a story begins at each `end_of_text`.
+        end_of_text: id.
+        path: PNG to write.
+    """
+    T, story = len(inputs), np.cumsum(inputs == end_of_text)
+    causal = np.tril(np.ones((T, T), dtype=bool))
+    masked = causal & (story[:, None] == story)
+    figure, panels = new_figure(10.4, 3.6, "Seen without a mask", "input", "token", columns=3)
+    for axes, seen, color, title in zip(panels, (causal, masked), (BLUE, GREEN), ("", "Seen with mask_stories"),
+                                        strict=False):
+        axes.imshow(seen, cmap=ListedColormap(["white", color]), interpolation="nearest")
+        axes.set_title(title or axes.get_title("left"), loc="left", fontsize=11)
+        axes.grid(visible=False)
+    panels[2].plot(causal.sum(axis=1), color=BLUE, label="without a mask")
+    panels[2].plot(masked.sum(axis=1), color=GREEN, label="with mask_stories")
+    panels[2].set_xlabel("token")
+    panels[2].set_title("How many inputs a token sees", loc="left", fontsize=11)
+    panels[2].legend(frameon=False, fontsize=9)
+    return save_figure(figure, path)
+
+
+def window_losses(table: pd.DataFrame, path: Path) -> Path:
+    """Draw the loss of each kind of windows less that of stream without a mask, with its 95 % interval.
+
+    Args:
+        table: of `benchmarks/windows.py`: model, windows, mask, less_stream and its ends.
+        path: PNG to write.
+    """
+    models, kinds = list(dict.fromkeys(table["model"])), list(dict.fromkeys(table["windows"]))
+    figure, panels = new_figure(1.6 + 3.2 * len(models), 4.2, "", "loss less that of stream\n(nats per token, 95 %)",
+                                columns=max(2, len(models)), sharey=True)
+    for axes, model in zip(panels, models, strict=False):
+        for row in table[table["model"] == model].itertuples():
+            y, color = kinds.index(row.windows) + (0.15 if row.mask else -0.15), GREEN if row.mask else BLUE
+            axes.plot([row.less_stream_low, row.less_stream_high], [y, y], color=color, linewidth=1.6)
+            axes.plot(row.less_stream, y, "s" if row.mask else "o", color=color, markersize=6)
+        axes.axvline(0, color=DARK_GRAY, linewidth=1)
+        axes.set_title(KINDS[model].label, loc="left", fontsize=11)
+    for axes in panels[len(models):]:
+        axes.set_axis_off()
+    panels[0].set_yticks(range(len(kinds)), kinds)
+    panels[0].set_ylim(len(kinds) - 0.5, -0.5)
+    for is_masked, color in ((False, BLUE), (True, GREEN)):
+        panels[0].plot([], [], "s" if is_masked else "o", color=color, label="mask_stories" if is_masked else "no mask")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return save_figure(figure, path)
+
+
+def batch_times(table: pd.DataFrame, path: Path) -> Path:
+    """Draw the time of a step, and samples per second, against the batch size.
+
+    Args:
+        table: of `benchmarks/batch_size.py`: model, source, batch_size, step_ms, samples_per_s.
+        path: PNG to write.
+    """
+    figure, panels = new_figure(9.6, 3.8, "Speed against batch size", "rows per step", columns=2)
+    for axes, column, label in zip(panels, ("step_ms", "samples_per_s"), ("ms per step", "rows per second"),
+                                   strict=True):
+        for (model, source), rows in table.groupby(["model", "source"], sort=False):
+            axes.plot(rows["batch_size"], rows[column], color=KINDS[model].colors[0], marker="o", markersize=4,
+                      linestyle="-" if source == "memory" else "--", label=f"{KINDS[model].label}, {source}")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(set(table["batch_size"])), [f"{n:,}" for n in sorted(set(table["batch_size"]))])
+        axes.set_ylabel(label)
+    panels[0].set_yscale("log")
+    panels[1].set_ylim(bottom=0)
+    panels[1].legend(frameon=False, fontsize=9)
+    return save_figure(figure, path)
+
+
+def batch_losses(table: pd.DataFrame, path: Path) -> Path:
+    """Draw the loss against the batch size, after equal samples and after equal time, for each rule of learning rates.
+
+    Args:
+        table: of `benchmarks/batch_size.py`: budget ("samples" or "time"), rule, batch_size, loss, model.
+        path: PNG to write.
+    """
+    budgets, base = ("samples", "time"), table[table["rule"] == "base"]  # one run, in both panels
+    figure, panels = new_figure(9.6, 3.8, "", "rows per step", "loss on whole held-out stories", columns=2, sharey=True)
+    colors = dict(zip(("none", "square root", "linear"), (BLUE, GREEN, ORANGE), strict=True))
+    for axes, budget in zip(panels, budgets, strict=True):
+        own = pd.concat([table[(table["budget"] == budget) & (table["rule"] != "base")], base])
+        for i, (rule, rows) in enumerate(own[own["rule"] != "base"].groupby("rule", sort=False)):
+            rows = pd.concat([rows, base]).sort_values("batch_size")
+            axes.plot(rows["batch_size"], rows["loss"], color=colors[rule], marker=MARKERS[i], markersize=5,
+                      label=f"learning rate scaled: {rule}")
+        axes.plot(base["batch_size"], base["loss"], "k*", markersize=10, label="where the rate was chosen")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(set(own["batch_size"])), [f"{n:,}" for n in sorted(set(own["batch_size"]))])
+        axes.set_title(f"after equal {budget}", loc="left", fontsize=11)
+    panels[0].legend(frameon=False, fontsize=9)
+    return save_figure(figure, path)
