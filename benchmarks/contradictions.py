@@ -4,12 +4,16 @@
 The pairs of drafts are those of plotarmour/evaluation/contradictions.py: tales of the built-in grammar with --tales,
 held-out stories with --stories. A model recalls a fact only from as far back as its training text made it learn, and
 the built-in corpus names every fact anew within some forty tokens. So --write makes a text of tales in which facts come
-back after up to 400 tokens; to train a pair of runs on it:
+back after up to 350 tokens; to train runs on it:
 
-    python benchmarks/contradictions.py --write 12000 --out results/far_facts.txt
-    python tools/run_suite.py --text results/far_facts.txt --set context_length=512 --set max_steps=3000 \\
-        --out results/far_facts
-    python benchmarks/contradictions.py results/far_facts/bdh results/far_facts/gpt2 --tales 50 \\
+    python benchmarks/contradictions.py --write 7000 --out results/far_facts.txt
+    python tools/run_suite.py --text results/far_facts.txt --set context_length=512 --set max_steps=1100 \\
+        --set rows_per_step=2 --set micro_batch_size=2 --models bdh,gpt2,gpt2_rope --out results/far_facts
+    for kind in bdh gpt2 gpt2_rope; do python tools/train.py --recipe tiny --model $kind --extend \\
+        --train results/far_facts/tokens.train.bin --val results/far_facts/tokens.val.bin \\
+        --set context_length=512 --set max_steps=3000 --set rows_per_step=2 --set micro_batch_size=2 \\
+        --out results/far_facts/$kind; done
+    python benchmarks/contradictions.py results/far_facts/{bdh,gpt2,gpt2_rope} --tales 50 \\
         --train results/far_facts/tokens.train.bin
 
 and for stories, with runs of recipe `laptop`:
@@ -30,15 +34,15 @@ BINS = ((0, "up to 31"), (32, "32 to 127"), (128, "128 and more"))  # of distanc
 
 
 def write_tales(n: int, path: Path) -> None:
-    """Write tales that name a fact again and again, after up to 300 words."""
+    """Write tales that name a fact again and again, after up to 280 words, mostly fewer."""
     from plotarmour.evaluation.contradictions import FILLERS, tale
 
     words = SimpleNamespace(encode=str.split)
-    facts = [*FILLERS, "holder", "holder"]  # no fixed word stands before it, so it takes more tales to learn
+    facts = [*FILLERS, "holder", "holder"]  # other events repeat all facts but this one
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for i in range(n):
-            fact, distance = facts[i % len(facts)], round(300 * ((i // len(facts)) * 0.618 % 1))  # evenly spread
-            pair = tale(fact, distance, 0, i, words, min(4, 1 + 200 // (distance + 20)))
+            fact, distance = facts[i % len(facts)], round(280 * ((i // len(facts)) * 0.618 % 1) ** 2)
+            pair = tale(fact, distance, 0, i, words, 1 + (distance < 60))
             file.write(f"{pair.story}{pair.kept}\n<|endoftext|>\n")
 
 

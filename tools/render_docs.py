@@ -47,7 +47,7 @@ def contradictions(path: str, labels: dict[str, str]) -> str:
             auc = f"{float(row['auc']):.2f}" if int(row["pairs"]) >= 20 else "too few"
             cells.setdefault((row["fact"], row["distance"]), {})[row["run"]] = auc
     facts, distances = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
-    lines = [[fact, label, *(cells[fact, distance][run] for distance in distances)]
+    lines = [[fact, label, *(cells[fact, distance].get(run, "") for distance in distances)]
              for fact in facts for run, label in labels.items()]
     return table(["fact", "", *(f"{distance} tokens" for distance in distances)], lines, 2)
 
@@ -466,7 +466,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "tiny": lambda: arms_table("tiny/arms.csv", TINY),
     "over-corpus": over_corpus,
     "contradictions": lambda: contradictions("contradictions_tales.csv", {
-        "bdh": "BDH", "gpt2": "GPT-2", "trigram baseline": "trigrams"}),
+        "bdh": "BDH", "gpt2": "GPT-2", "gpt2_rope": "GPT-2 with RoPE", "trigram baseline": "trigrams"}),
     "swaps": lambda: contradictions("contradictions_stories.csv", {
         "bdh_seed-1": "BDH", "gpt2_seed-1": "GPT-2", "modern-time_seed-1": "Modern transformer, for BDH's time",
         "trigram baseline": "trigrams"}),

@@ -37,19 +37,21 @@ def contradiction_curves(table: pd.DataFrame, path: Path, score: str) -> Path:
     """Draw how well each run tells drafts that break a fact from drafts that keep it, against the fact's distance.
 
     Args:
-        table: of `plotarmour.evaluation.contradictions.measure`, of tales.
+        table: of `plotarmour.evaluation.contradictions.measure`, of tales; a run has the colour of the kind it is
+            named after.
         path: PNG to write.
         score: which of its scores; the trigrams have "nats" only.
     """
     facts = list(dict.fromkeys(table["fact"]))
-    figure, panels = new_figure(2.2 * len(facts) + 0.8, 3.2, "How well a broken fact is found", "", "",
+    figure, panels = new_figure(2.2 * len(facts) + 0.8, 3.5, "How well a broken fact is found", "", "",
                                 columns=len(facts))
     for axes, fact in zip(panels, facts, strict=True):
         rows = table[(table["fact"] == fact) & ((table["score"] == score) | (table["run"] == "trigram baseline"))]
-        for (run, own), color in zip(rows.groupby("run", sort=False), (BLUE, ORANGE, DARK_GRAY), strict=False):
+        for run, own in rows.groupby("run", sort=False):
+            label, color = (KINDS[run].label, KINDS[run].colors[0]) if run in KINDS else (run, DARK_GRAY)
             x = own["distance"].clip(lower=32)  # on a logarithmic axis; 0 is told by its tick
             axes.errorbar(x, own["auc"], (own["auc"] - own["low"], own["high"] - own["auc"]), color=color, marker="o",
-                          markersize=3.5, linewidth=1.6, label=KINDS[run].label if run in KINDS else run)
+                          markersize=3.5, linewidth=1.6, label=label)
         axes.axhline(0.5, color=DARK_GRAY, linewidth=1, linestyle=":")
         axes.set_xscale("log", base=4)
         distances = sorted(set(rows["distance"]))
@@ -59,5 +61,6 @@ def contradiction_curves(table: pd.DataFrame, path: Path, score: str) -> Path:
         axes.set_ylim(0.3, 1.03)
         axes.set_xlabel(f"{fact}: tokens back")
     panels[0].set_ylabel("ROC AUC (0.5: chance)")
-    panels[-1].legend(frameon=False, fontsize=8, loc="upper right")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False,
+                  fontsize=9)
     return save_figure(figure, path)
