@@ -107,12 +107,12 @@ def test_the_balance_of_experts_is_learned_and_not_reported():
 
 
 def test_all_that_is_wrong_with_a_shape_is_said_at_once():
-    """Guards: one complaint per start; a head option of a kind that has none, which is then ignored."""
+    """Guards: one complaint per start; an option of a kind that does not have it, which is then ignored."""
     with pytest.raises(ValueError, match="n_layer = 0 must be at least 1; n_embd = 15 must be divisible by n_head = 2; "
                                          "active_experts = 9 must be at most n_experts = 8; balance_loss = -1.0 must "):
         MoEConfig(n_layer=0, n_embd=15, n_head=2, active_experts=9, balance_loss=-1.0)
-    with pytest.raises(UserError, match=r"--set tied_head=true: expected key=value with a known key"):
-        load_recipe("tiny", "bdh", ["tied_head=true"])
+    with pytest.raises(UserError, match=r"--set residual=gain: expected key=value with a known key"):
+        load_recipe("tiny", "llama", ["residual=gain"])
     with pytest.raises(UserError, match="tied_head = 'no' is not true or false"):
         load_recipe("tiny", "llama", ["tied_head=no"])
     assert load_recipe("tiny", "llama", ["tied_head=True"]).architecture["tied_head"] is True
