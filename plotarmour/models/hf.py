@@ -71,6 +71,7 @@ class HFModel(nn.Module):
         c = self.hf.config
         width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         self._sizes = c.num_hidden_layers, getattr(c, "num_key_value_heads", c.num_attention_heads), width
+        self._slopes = getattr(config, "decay", 0.0) / 2.0 ** torch.arange(c.num_attention_heads)
         # `transformers` renamed the argument in 5.24 and warns if the old name is used.
         arguments = inspect.signature(self.hf.base_model.forward).parameters
         self._cache_argument = "cache" if "cache" in arguments else "past_key_values"
@@ -104,14 +105,18 @@ class HFModel(nn.Module):
                              "sliding window or shorten the text")
         options = {self._cache_argument: cache}
         starts = story_starts(inputs, self.story_start, state)
-        if starts is not None:
-            place = torch.arange(tokens, device=inputs.device)
-            first = torch.where(starts, place, 0).cummax(1).values  # place where the story of each token begins
+        if starts is not None or self._slopes.any():
             # A mask with four dimensions is used as it is. `transformers` would also derive one from positions, but not
             # in every version, and not with a cache or a mask of ones.
-            same = (first[:, None, :, None] == first[:, None, None, :]).tril()
-            mask = torch.zeros_like(same, dtype=product_dtype(self.unembedding)).masked_fill_(~same, -torch.inf)
-            options |= {"position_ids": place - first, "attention_mask": mask}
+            place = torch.arange(tokens, device=inputs.device)
+            distance = place[-inputs.shape[1]:, None] - place  # (T, tokens read so far and now)
+            is_seen = (distance >= 0)[None, None]
+            if starts is not None:
+                first = torch.where(starts, place, 0).cummax(1).values  # place where the story of each token begins
+                is_seen = is_seen & (first[:, None, :, None] == first[:, None, None, :])
+                options["position_ids"] = place - first
+            mask = -self._slopes.to(place.device)[:, None, None] * distance  # (heads, T, tokens)
+            options["attention_mask"] = mask.masked_fill(~is_seen, -torch.inf).to(product_dtype(self.unembedding))
         is_balanced = self._experts is not None and self.training and torch.is_grad_enabled()
         if is_balanced:
             options["output_router_logits"] = True

@@ -31,6 +31,7 @@ class TransformerConfig:
     n_embd: int = 768
     n_head: int = 12
     vocab_size: int = 50257
+    decay: float = 0.0  # weights of attention fall by exp(-decay · distance) in the first head, half as fast in the next
 
     tied_head = True  # a field of each subclass, with its own default
     dropout = 0.0  # a field of the classes that have dropout
@@ -41,9 +42,12 @@ class TransformerConfig:
 
     def complaints(self) -> list[str]:
         """Return what is wrong with the combination of values."""
-        if self.n_head < 1 or self.n_embd % self.n_head == 0:
-            return []
-        return [f"n_embd = {self.n_embd} must be divisible by n_head = {self.n_head}"]
+        wrong = []
+        if self.n_head > 0 and self.n_embd % self.n_head:
+            wrong.append(f"n_embd = {self.n_embd} must be divisible by n_head = {self.n_head}")
+        if not 0 <= self.decay < float("inf"):
+            wrong.append(f"decay = {self.decay} must not be negative or infinite")
+        return wrong
 
     @property
     def layer_params(self) -> int:
@@ -99,7 +103,8 @@ class TransformerConfig:
         scores = 0 if is_fused else 3 * 4 * batch_size * self.n_head * length**2
         attention = 3 * self.n_embd * (size if is_fused else 4) * n_tokens + scores
         layer = attention + n_tokens * self.layer_values(size, is_cuda) + is_half * size * self.layer_products
-        return self.n_layer * layer + 5 * 4 * n_tokens * self.n_embd + scores
+        mask = (self.decay > 0) * 2 * 4 * self.n_head * length**2
+        return self.n_layer * layer + 5 * 4 * n_tokens * self.n_embd + scores + mask
 
     def layer_values(self, size: int, is_cuda: bool) -> int:
         """Return the bytes that a layer stores per token, without attention's own, with products of `size` bytes."""

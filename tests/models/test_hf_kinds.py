@@ -50,6 +50,23 @@ def test_the_recipe_laptop_gives_all_kinds_the_core_parameters_of_bdh():
     assert configs["modern"].params == configs["bdh"].params == 786_432 + 2 * 4096 * 128
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", HF_KINDS)
+def test_decay_weakens_attention_by_distance(kind):
+    """Guards: a decay that a class ignores, or counts from the wrong token with a cache."""
+    model, plain, ids = small(kind, decay=0.5).eval(), small(kind).eval(), torch.randint(0, 50, (3, 40))
+    features = model.features(ids)[0]
+    assert float((features - plain.features(ids)[0])[:, 1:].abs().max()) > 1e-3
+    state, pieces = model.initial_state(3), []
+    for piece in ids.split([7, 1, 32], dim=1):
+        part, state = model.features(piece, state)
+        pieces.append(part)
+    torch.testing.assert_close(torch.cat(pieces, 1), features, rtol=1e-4, atol=1e-5)
+    alone, other = small(kind, decay=1000.0).eval(), (ids + 1) % 50  # e^-500 is no weight: a token sees itself only
+    other[:, -1] = ids[:, -1]
+    torch.testing.assert_close(alone.features(ids)[0][:, -1], alone.features(other)[0][:, -1])
+
+
 @pytest.mark.parametrize("kind", HF_KINDS)
 def test_every_row_of_the_embedding_is_trained(kind):
     """Guards: a class of `transformers` that takes an id for padding, and never trains its row."""
