@@ -31,7 +31,7 @@ class TransformerConfig:
     n_embd: int = 768
     n_head: int = 12
     vocab_size: int = 50257
-    decay: float = 0.0  # weights of attention fall by exp(-decay · distance) in the first head, half as fast in the next
+    decay: float = 0.0  # attention falls by exp(-decay · distance) in the first head, half as fast in each next one
 
     tied_head = True  # a field of each subclass, with its own default
     dropout = 0.0  # a field of the classes that have dropout
