@@ -1,4 +1,4 @@
-"""Atomic writes (complete, fsynced, renamed), downloads, the one lock, and mapped files."""
+"""Atomic writes (complete, fsynced, renamed), the one lock, and mapped files."""
 
 import errno
 import json
@@ -12,17 +12,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from plotarmour.cli import UserError, say, warn
+from plotarmour.cli import UserError, warn
 
 if TYPE_CHECKING:
     import numpy as np
 
 LOCK_FILES = {"lock", "owner.json"}
-ATTEMPTS = 5  # of a download
 # Answers of mounts, such as network drives and folders of a virtual machine's host, that lack a function.
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 NO_LOCKS = (*NOT_SUPPORTED, errno.ENOLCK, errno.EIO)
-BUSY = (429, 500, 502, 503, 504)  # HTTP statuses after which a download is tried again
 
 
 def unfinished(path: Path) -> Path:
@@ -112,30 +110,6 @@ def check_types(value: object, kind: object, name: str) -> None:
             check_types(value.get(key), each, f"{name}.{key}")
     elif not isinstance(value, kind) and not (type(value) is int and isinstance(0.0, kind)):
         raise ValueError(f"{name} is {value!r:.60}, expected {getattr(kind, '__name__', kind)}")
-
-
-def download(url: str, path: Path) -> None:
-    """Download a file with the optional package requests, unless `path` exists; `ATTEMPTS` times unless refused."""
-    if path.exists():
-        return
-    import requests
-
-    say(f"downloading {url}")
-    with complete_file(path, "wb") as file:
-        for attempt in range(ATTEMPTS):
-            file.truncate(file.seek(0))
-            try:
-                with requests.get(url, headers={"Accept-Encoding": "identity"}, stream=True, timeout=60) as response:
-                    response.raise_for_status()
-                    for block in response.iter_content(2**18):
-                        file.write(block)
-                return
-            except requests.RequestException as error:
-                refused = error.response is not None and error.response.status_code not in BUSY
-                if refused or attempt == ATTEMPTS - 1:
-                    raise UserError(f"{url} cannot be downloaded: {str(error).splitlines()[0]}. Check the address and "
-                                    f"the network, or put the file at {path}.") from None
-                time.sleep(2**attempt)
 
 
 @contextmanager

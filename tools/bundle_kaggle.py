@@ -26,7 +26,7 @@ from plotarmour.files import publish, unfinished, write_json, write_text
 from plotarmour.models import SUITE
 
 DATASET, KERNEL = "dataset-metadata.json", "kernel-metadata.json"
-PACKED = ("plotarmour", "tools", "notebooks", "benchmarks", "docs", "data/gpt2", "README.md", "LICENSE",
+PACKED = ("plotarmour", "tools", "notebooks", "benchmarks", "contrib", "docs", "data/gpt2", "README.md", "LICENSE",
           "pyproject.toml", "requirements.txt",
           *(f"results/reference/{name}.csv" for name in ("window_losses", "batch_times", "batch_losses")))
 ACCELERATORS = {"t4": "NvidiaTeslaT4", "none": ""}  # by name of --accelerator: machine_shape; Kaggle gives two T4

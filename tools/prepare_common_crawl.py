@@ -52,8 +52,8 @@ def main() -> None:
     if args.executor == "slurm" and not (args.slurm_partition and shutil.which("sbatch")):
         raise UserError("--executor slurm needs --slurm-partition NAME, and sbatch, as on a login node of a cluster. "
                         "Use --executor local elsewhere.")
-    from plotarmour.data.common_crawl import Crawl, describe_dropped, list_wets, prepare_common_crawl
-    from plotarmour.data.web_pages import PageRules
+    from contrib.common_crawl.crawl import Crawl, describe_dropped, list_wets, prepare_common_crawl
+    from contrib.common_crawl.web_pages import PageRules
 
     rules = PageRules(args.language, args.min_probability, args.min_words)
     downloads = (args.downloads or args.out.parent / "wet").absolute()

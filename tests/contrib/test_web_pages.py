@@ -3,8 +3,8 @@ from collections import Counter
 import pytest
 from wet_pages import pages, write_wet
 
+from contrib.common_crawl.web_pages import PageRules, read_wet, why_dropped
 from plotarmour.cli import UserError
-from plotarmour.data.web_pages import PageRules, read_wet, why_dropped
 
 MADE = pages(240)
 

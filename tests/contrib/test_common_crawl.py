@@ -11,8 +11,8 @@ import pytest
 from local_server import Site, serving
 from wet_pages import pages, write_wet
 
+from contrib.common_crawl.web_pages import PageRules
 from plotarmour.cli import UserError
-from plotarmour.data.web_pages import PageRules
 
 MADE = pages(600)
 KEPT = [page for page, kind in MADE if kind == "kept"]
@@ -129,7 +129,7 @@ def test_an_interrupted_run_repeats_only_the_file_that_was_not_done(site, wets, 
 
 def test_shards_of_other_rules_are_deleted(wets, tmp_path, capsys):
     """Guards: an interrupted English run that continues as a German one."""
-    from plotarmour.data.common_crawl import Crawl, _make_work_folder, list_wets
+    from contrib.common_crawl.crawl import Crawl, _make_work_folder, list_wets
 
     files = list_wets([str(wets[0])], tmp_path)
     english, german = (Crawl(files, tmp_path / "o.txt", PageRules(code), tmp_path) for code in ("en", "de"))
@@ -164,7 +164,7 @@ LISTINGS = {"empty.paths": (b"\n", "gives no file"), "warc.paths": (b"crawl-data
 @pytest.mark.parametrize("name", LISTINGS)
 def test_bad_listings_are_one_line(tmp_path, name):
     """Guards: tracebacks; gigabytes of web pages downloaded before they are refused."""
-    from plotarmour.data.common_crawl import list_wets
+    from contrib.common_crawl.crawl import list_wets
 
     content, message = LISTINGS[name]
     (tmp_path / name).write_bytes(content)

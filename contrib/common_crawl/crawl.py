@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,17 +22,20 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pandas as pd
+import requests
 from datatrove.data import DocumentsPipeline
 from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
+from contrib.common_crawl.web_pages import REASONS, PageRules, read_wet, why_dropped
 from plotarmour.cli import UserError, as_path, refuse_existing, say
 from plotarmour.data.stories import SEPARATOR, story_hash
-from plotarmour.data.web_pages import REASONS, PageRules, read_wet, why_dropped
-from plotarmour.files import complete_file, download, write_json, write_text
+from plotarmour.files import complete_file, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
+ATTEMPTS = 5  # of a download
+BUSY = (429, 500, 502, 503, 504)  # HTTP statuses after which a download is tried again
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,28 @@ def list_wets(inputs: list[str], downloads: Path, base_url: str = "https://data.
         raise UserError(f"{wrong[0][:160]} is no WET file; expected an address that ends in .warc.wet.gz, as in a "
                         "crawl's wet.paths.gz.")
     return tuple(name if "://" in name else str(as_path(name).absolute()) for name in names)
+
+
+def download(url: str, path: Path) -> None:
+    """Download a file unless `path` exists; `ATTEMPTS` times unless refused."""
+    if path.exists():
+        return
+    say(f"downloading {url}")
+    with complete_file(path, "wb") as file:
+        for attempt in range(ATTEMPTS):
+            file.truncate(file.seek(0))
+            try:
+                with requests.get(url, headers={"Accept-Encoding": "identity"}, stream=True, timeout=60) as response:
+                    response.raise_for_status()
+                    for block in response.iter_content(2**18):
+                        file.write(block)
+                return
+            except requests.RequestException as error:
+                refused = error.response is not None and error.response.status_code not in BUSY
+                if refused or attempt == ATTEMPTS - 1:
+                    raise UserError(f"{url} cannot be downloaded: {str(error).splitlines()[0]}. Check the address and "
+                                    f"the network, or put the file at {path}.") from None
+                time.sleep(2**attempt)
 
 
 class FilterWet(PipelineStep):

@@ -3,7 +3,7 @@
 import pytest
 from local_server import Site, serving
 
-from plotarmour import files
+from contrib.common_crawl import crawl
 from plotarmour.cli import UserError
 
 CONTENT = bytes(range(256)) * 4_000
@@ -13,13 +13,13 @@ CONTENT = bytes(range(256)) * 4_000
 def fetch(tmp_path, monkeypatch):
     """Download from a site to tmp_path/a/t.wet without waiting; only the complete file may stay."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(crawl.time, "sleep", lambda seconds: None)
 
     def fetched(site):
         path = tmp_path / "a" / "t.wet"
         with serving(site) as url:
             try:
-                files.download(url + "/t.wet", path)
+                crawl.download(url + "/t.wet", path)
             finally:
                 assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [path.name] * path.exists()
         assert path.read_bytes() == site.files["/t.wet"]
