@@ -115,7 +115,7 @@ write_csv(texts, folder / "desk_texts.csv")
 texts.round(4)
 
 # %%
-from plotarmour.report.desk_figures import blend_curves
+from benchmarks.figures import blend_curves
 
 display(Image(blend_curves(losses, texts, folder / "desk.png")))
 

@@ -43,11 +43,11 @@ overrides = ""  # settings of the recipe to override, separated by ;
 # %%
 from IPython.display import Image, display
 
+from benchmarks.figures import mask_picture, window_losses, windows_picture
 from benchmarks.windows import KINDS, REFERENCE, SMALL, TOY, arms, compared, readable
 from plotarmour.config import load_recipe
 from plotarmour.data.batches import Windows
 from plotarmour.data.token_file import TokenFile
-from plotarmour.report.batch_figures import mask_picture, window_losses, windows_picture
 from plotarmour.suite.parameters import Path, check_parameters, results_folder
 from plotarmour.suite.steps import prepare
 

@@ -47,9 +47,9 @@ overrides = ""  # settings of the recipe to override, separated by ;
 from IPython.display import Image, display
 
 from benchmarks.batch_size import REFERENCE, SMALL, arms, losses, notes, reader_times, step_times
+from benchmarks.figures import batch_losses, batch_times
 from plotarmour.config import load_recipe
 from plotarmour.data.token_file import TokenFile
-from plotarmour.report.batch_figures import batch_losses, batch_times
 from plotarmour.suite.parameters import Path, check_parameters, results_folder
 from plotarmour.suite.steps import prepare
 

@@ -362,11 +362,12 @@ def draw_figures() -> None:
     """Draw the figures of results/reference that follow from committed tables."""
     import pandas as pd
 
+    from benchmarks.figures import contradiction_curves
     from plotarmour.evaluation.arms import Arm
-    from plotarmour.report import desk_figures, figures
+    from plotarmour.report import figures
 
-    desk_figures.contradiction_curves(pd.read_csv(REFERENCE / "contradictions_tales.csv"),
-                                      REFERENCE / "contradictions_tales.png", "misfit")
+    contradiction_curves(pd.read_csv(REFERENCE / "contradictions_tales.csv"), REFERENCE / "contradictions_tales.png",
+                         "misfit")
     seconds = {row["arm"]: float(row["ratio"]) for row in rows_of("same_time.csv")}
     bdh_tokens = float(arms_of(BUDGETS[2200])["bdh"]["train_tokens"])
     figure, panels = figures.new_figure(9.6, 3.9, "Loss on held-out stories; each point is a whole training", "",
