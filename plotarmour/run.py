@@ -7,7 +7,10 @@
     DONE.json or STOPPED.json
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
@@ -22,8 +25,9 @@ from plotarmour.cli import AnyPath, UserError, as_path, say, warn
 from plotarmour.config import AUTO, Recipe, restored
 from plotarmour.data.batches import Tokens, Windows
 from plotarmour.data.duplicates import overlapping_stories
+from plotarmour.data.pretokenize import pre_tokenize
 from plotarmour.data.stories import SEPARATORS
-from plotarmour.data.token_file import TokenFile, looks_like_token_file, open_tokenizer, tokenize_in_memory
+from plotarmour.data.token_file import TokenFile, looks_like_token_file
 from plotarmour.data.tokenizer import Tokenizer
 from plotarmour.evaluation.generation import NewToken, generate, stream
 from plotarmour.files import locked, write_json, write_text
@@ -122,12 +126,13 @@ def check_one_tokenizer(a: Run, b: Run) -> None:
                         "trained on the same token files.")
 
 
-def open_data(path: Path, tokenizer: str | None = None, stories: str = "endoftext") -> Tokens:
-    """Open a token file, or a text, which is slow and warns.
+def open_data(path: Path, tokenizer: str | None = None, stories: str = "endoftext") -> TokenFile:
+    """Open a token file, or make one of a text, which is removed when this process ends.
 
     Args:
         path: of the token file or text.
         tokenizer: for a text: "gpt2", "bytes", a folder, or another token file's path.
+        stories: what makes a story of a text.
 
     Raises:
         UserError: it is neither, or a text without a tokenizer.
@@ -135,9 +140,13 @@ def open_data(path: Path, tokenizer: str | None = None, stories: str = "endoftex
     if path.is_file() and not looks_like_token_file(path):
         if not tokenizer:
             raise UserError(f"{path} is not a token file; make one with tools/pre_tokenize.py, or name a --tokenizer "
-                            "to train on the text as it is, slowly.")
-        return tokenize_in_memory(path, open_tokenizer(tokenizer), stories)
-    if tokenizer:
+                            "to train on the text as it is, tokenized at every start.")
+        warn(f"{path} is not a token file: it is tokenized at every start. Make a token file once with: "
+             f"python tools/pre_tokenize.py {path} --tokenizer {tokenizer} --out {path.stem}.bin")
+        folder = Path(tempfile.mkdtemp(prefix="plotarmour_"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        [path] = pre_tokenize([path], tokenizer, folder / f"{path.name}.bin", stories=stories)
+    elif tokenizer:
         warn(f"--tokenizer {tokenizer} is ignored: {path} brings its own.")
     return TokenFile.open(path)
 

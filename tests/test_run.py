@@ -47,9 +47,9 @@ def test_a_run_on_imported_ids_is_loaded_again(token_files, tmp_path):
 
 
 def test_texts_are_looked_through_too(token_files, overlapping, small_recipe, tmp_path, warned):
-    """Guards: the slow fallback as a way around the check."""
+    """Guards: a text instead of a token file as a way around the check."""
     text, _ = overlapping
-    with warned("tokenized in memory"), pytest.raises(UserError, match="1 of 5 stories"):
+    with warned("tokenized at every start"), pytest.raises(UserError, match="1 of 5 stories"):
         train_run(small_recipe, token_files["text"], text, tmp_path / "run", tokenizer=str(token_files["train"]))
     with warned(), pytest.raises(UserError, match="is the training text itself"):
         train_run(small_recipe, text, text, tmp_path / "run", tokenizer=str(token_files["train"]))

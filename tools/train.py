@@ -22,7 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--recipe", required=True, help=f"one of {', '.join(recipe_names())}, or a TOML file")
     parser.add_argument("--model", required=True, help=f"one of {', '.join(KINDS)}")
-    parser.add_argument("--train", type=as_path, required=True, help="token file to learn from (or a text, slowly)")
+    parser.add_argument("--train", type=as_path, required=True,
+                        help="token file to learn from (or a text, tokenized at every start)")
     parser.add_argument("--val", type=as_path, required=True,
                         help="token file for validation (best checkpoint, early stopping)")
     parser.add_argument("--out", type=as_path, required=True, help="the run folder")

@@ -17,16 +17,14 @@ import hashlib
 import json
 import struct
 import zlib
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from plotarmour.cli import AnyPath, UserError, as_path, warn
-from plotarmour.data.readers import Source, check_text, read_whole
-from plotarmour.data.tokenizer import Spelling, Tokenizer, make_tokenizer
-from plotarmour.files import map_file
+from plotarmour.cli import AnyPath, UserError, as_path
+from plotarmour.data.tokenizer import Tokenizer, make_tokenizer
+from plotarmour.files import check_types, map_file
 
 MAGIC = b"PLOTARM\x01"
 FORMAT_VERSION = 1
@@ -203,30 +201,11 @@ def _sections(header: dict) -> dict[str, list[int]]:
     return sections
 
 
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
-# What must hold of a header, in this order: key, what is expected, and the check of its value and the whole header.
-_RULES = (
-    ("dtype", "uint16 or uint32", lambda value, header: value in DTYPES),
-    ("n_tokens", "a number", lambda value, header: _is_count(value)),
-    ("n_stories", "a number up to n_tokens", lambda value, header: _is_count(value) and value <= header["n_tokens"]),
-    ("sections", "those that the numbers of tokens and stories give, one behind the other",
-     lambda value, header: _is_count(value["tokenizer"][1])
-     and json.dumps(value) == json.dumps(_sections(header))),  # 4096.0 is equal to 4096, its text is not
-    ("vocab_size", "a number that the bytes of the tokenizer can hold",
-     lambda value, header: _is_count(value) and value <= header["sections"]["tokenizer"][1]),
-    ("end_of_text_id", "an id of the vocabulary",
-     lambda value, header: _is_count(value) and value < header["vocab_size"]),
-    ("tokenizer", "its kind and sha256", lambda value, header: {type(value["kind"]), type(value["sha256"])} == {str}),
-    ("source", "name, bytes and sha256 of each text", lambda value, header: type(value) is list and all(
-        type(s["name"]) is type(s["sha256"]) is str and _is_count(s["bytes"]) for s in value)),
-    ("payload_sha256", "text", lambda value, header: type(value) is str),
-    ("checks_crc32", "a number", lambda value, header: _is_count(value)),
-    *((key, "a number", lambda value, header: value is None or _is_count(value))
-      for key in ("n_empty_dropped", "n_excluded", "n_replaced", "n_unknown_bytes")),
-    *((key, "text", lambda value, header: isinstance(value, str | None)) for key in ("stories", "split", "part")))
+# The types of a header's entries; more must hold of them, see `read_header`.
+HEADER = {"dtype": str, "n_tokens": int, "n_stories": int, "sections": {"tokenizer": list}, "vocab_size": int,
+          "end_of_text_id": int, "tokenizer": {"kind": str, "sha256": str}, "source": list, "payload_sha256": str,
+          "checks_crc32": int, **dict.fromkeys(("n_empty_dropped", "n_excluded", "n_replaced", "n_unknown_bytes"),
+                                               int | None), **dict.fromkeys(("stories", "split", "part"), str | None)}
 
 
 class TokensInMemory:
@@ -254,35 +233,6 @@ class TokensInMemory:
         return self._tokenizer
 
 
-def tokenize_in_memory(path: Path, tokenizer: Tokenizer, stories: str = "endoftext") -> TokensInMemory:
-    """Tokenize a text into memory: slow, for training without a token file.
-
-    Args:
-        path, tokenizer: of the text, and for its ids.
-        stories: what makes a story: "endoftext", "line", "paragraph" or "file".
-
-    Raises:
-        UserError: no text, or one without a story.
-    """
-    warn(f"{path} is not a token file: it is tokenized in memory at every start. Make a token file once with: "
-         f"python tools/pre_tokenize.py {path} --tokenizer {tokenizer.kind} --out {path.stem}.bin")
-    check_text(path)
-    source, spelling, rows, sizes = Source.of(path, stories=stories), Spelling(tokenizer), [], []
-    for chunk in read_whole(source):
-        spelling.check(chunk.texts)
-        batch = tokenizer.encode_batch(chunk.texts)
-        rows += [np.array([*ids, tokenizer.end_of_text_id], np.uint32) for ids in batch]
-        sizes += ([int(tokenizer.token_bytes[ids].sum()) for ids in batch] if tokenizer.drops_unknown else
-                  chunk.sizes)
-    if not rows:
-        raise UserError(f"{path} holds no story; expected at least one.")
-    sha256 = source.sha256()
-    header = {"source": [{**source.fingerprint(), "sha256": sha256}], "payload_sha256": sha256, "stories": stories,
-              "tokenizer": {"kind": tokenizer.kind, "sha256": tokenizer.sha256},
-              "vocab_size": tokenizer.vocab_size, "end_of_text_id": tokenizer.end_of_text_id}
-    return TokensInMemory(rows, header, sizes, path, tokenizer)
-
-
 def read_header(path: Path) -> dict:
     """Return the checked header of a token file.
 
@@ -305,16 +255,18 @@ def read_header(path: Path) -> dict:
                         "or make the file again.")
     try:
         header = json.loads(block[FIXED.size:FIXED.size + length])
-    except (ValueError, RecursionError):
-        header = None
-    if not isinstance(header, dict):
-        raise UserError(f"{path} has an impossible header: found no JSON object, expected one. {_AGAIN}")
-    for key, expected, holds in _RULES:
-        with suppress(TypeError, LookupError):
-            if holds(header.get(key), header):
-                continue
-        raise UserError(f"{path} has an impossible header: {key} is {header.get(key)!r:.60}; expected "
-                        f"{expected}. {_AGAIN}")
+        check_types(header, HEADER, "header")
+        for source in header["source"]:
+            check_types(source, {"name": str, "bytes": int, "sha256": str}, "source")
+        if header["dtype"] not in DTYPES:
+            raise ValueError(f"dtype is {header['dtype']!r}, expected {' or '.join(DTYPES)}")
+        sections, size = header["sections"], header["vocab_size"]
+        # As text, in which 4096.0 is not 4096; an entry of the vocabulary takes a byte of the tokenizer or more.
+        if not (json.dumps(sections) == json.dumps(_sections(header)) and size <= sections["tokenizer"][1]
+                and 0 <= header["end_of_text_id"] < size):
+            raise ValueError("its sections and ids are not those that its numbers give, expected one behind the other")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} has an impossible header: {error}. {_AGAIN}") from None
     size, expected = path.stat().st_size, sum(header["sections"]["tokenizer"])
     if size != expected:  # reading past the end of a truncated mapped file kills the process
         found = "truncated" if size < expected else "too long"

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from plotarmour.cli import UserError
 from plotarmour.data.pretokenize import pre_tokenize
-from plotarmour.data.token_file import tokenize_in_memory
 from plotarmour.data.tokenizer import (
     END_OF_TEXT,
     Tokenizer,
@@ -135,7 +134,7 @@ WORDS = {"version": "1.0", "truncation": None, "padding": None, "normalizer": No
 LOWER = {**json.loads(BYTES.json), "normalizer": {"type": "Lowercase"}}
 
 
-def test_a_tokenizer_that_does_not_give_the_text_back_is_refused_or_said(tmp_path, capsys, warned):
+def test_a_tokenizer_that_does_not_give_the_text_back_is_refused_or_said(tmp_path, capsys):
     """Guards: a model that predicts [UNK] with perplexity 1.00, and nothing is said."""
     text, words, lower = tmp_path / "t.txt", tmp_path / "words.json", tmp_path / "lower.json"
     words.write_text(json.dumps(WORDS))
@@ -143,8 +142,6 @@ def test_a_tokenizer_that_does_not_give_the_text_back_is_refused_or_said(tmp_pat
     text.write_text("\n".join(f"кот спал {i}" for i in range(50)), encoding="utf-8")
     with pytest.raises(UserError, match=r"give the text back: \d+.\d% of .* lost, 100.0% of the tokens are its unk"):
         pre_tokenize([text], str(words), tmp_path / "x.bin", stories="line")
-    with warned("in memory"), pytest.raises(UserError, match="does not give the text back"):
-        tokenize_in_memory(text, load_tokenizer(words), "line")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lower.json", "t.txt", "words.json"]
     text.write_text("The dog ran home.")
     pre_tokenize([text], str(lower), tmp_path / "x.bin")

@@ -326,7 +326,7 @@ def test_a_run_goes_on_from_an_attached_read_only_output(token_files, two_runs, 
 
 
 def test_a_run_trained_from_text_is_known_by_its_text(run_main, token_files, tmp_path, warned):
-    """Guards: baselines refused for a run of the slow fallback, and its training text scored as held out."""
+    """Guards: baselines refused for a run on a text, and its training text scored as held out."""
     from plotarmour.data.pretokenize import pre_tokenize
 
     text, other = tmp_path / "text.txt", tmp_path / "other.txt"
