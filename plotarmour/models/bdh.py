@@ -38,7 +38,8 @@ from plotarmour.models.recurrent import BDHState, read, read_one
 from plotarmour.models.rotary import Rotation, rotate
 from plotarmour.models.tiled import Passes, Setting, Tiling
 
-RESIDUALS = {"plain": None, "gain": 1.0, "gate": 0.0, "embedding": 0.0}  # with the first values of the learned factors
+RESIDUALS = {"plain": None, "gain": 1.0, "gate": 0.0, "embedding": 0.0, "passes": 0.0}  # learned factors begin there
+DIFFERENCE = 0.2  # first value of the learned factors of differential scores, as in the first layer of Ye et al. 2024
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class BDHConfig:
     init_std: float = 0.02  # of the initial encoder, encoder_v and decoder
     weights_per_pass: bool = False  # whether each pass has an encoder, an encoder_v and a decoder of its own
     tied_head: bool = False  # whether the head is the embedding
-    residual: str = "plain"  # or gain, gate, embedding: learned factors on v, what a pass adds, or the embeddings
+    residual: str = "plain"  # or gain, gate, embedding, passes: learned factors on what a pass adds to, and adds
+    differential: bool = False  # whether every second pair of neurons of a head lowers scores, by a learned factor
     decay: float = 0.0  # scores fall by exp(-decay · distance) in the first head, half as fast in each next one
     depth_curriculum: str = ""  # passes in equal parts of training, such as "1:2"; otherwise always n_layer
 
@@ -86,10 +88,17 @@ class BDHConfig:
         return self.mlp_internal_dim_multiplier * self.n_embd // self.n_head
 
     @property
+    def learned_factors(self) -> int:
+        """Number of learned factors of the residual, D each, and of differential scores, one per pass and head."""
+        n = self.n_layer
+        vectors = {"plain": 0, "passes": n * (n + 3) // 2}.get(self.residual, n)
+        return vectors * self.n_embd + n * self.n_head * self.differential
+
+    @property
     def core_params(self) -> int:
-        """Number of parameters of encoder, encoder_v and decoder, each H·N·D = multiplier · D², and of the residual."""
-        sets, learned = self.n_layer if self.weights_per_pass else 1, self.residual != "plain"
-        return sets * 3 * self.mlp_internal_dim_multiplier * self.n_embd**2 + self.n_layer * self.n_embd * learned
+        """Number of parameters of encoder, encoder_v and decoder, each H·N·D = multiplier · D², and learned factors."""
+        sets = self.n_layer if self.weights_per_pass else 1
+        return sets * 3 * self.mlp_internal_dim_multiplier * self.n_embd**2 + self.learned_factors
 
     @property
     def params(self) -> int:
@@ -99,8 +108,7 @@ class BDHConfig:
     @property
     def weights_per_token(self) -> int:
         """Number of core parameters times passes. 2 passes with 3 · 64 parameters: 384."""
-        D, learned = self.n_embd, self.residual != "plain"
-        return self.n_layer * (3 * self.mlp_internal_dim_multiplier * D**2 + D * learned)
+        return self.n_layer * 3 * self.mlp_internal_dim_multiplier * self.n_embd**2 + self.learned_factors
 
     def flops_per_token(self, context_length: int) -> int:
         """Return the forward FLOPs per token in a row of T tokens (`ModelConfig.flops_per_token`).
@@ -132,7 +140,8 @@ class BDHConfig:
         saved = 2 * v + self.n_layer * (2 * v + scores)
         tiles = size * (2 * rows * N + 4 * tile) + 8 * tile + has_wide_copies * (size + 4) * tile
         heads = 4 * rows * (6 * D + T) + 4 * T * tiling.neurons  # a, LN(a), their gradients, dS, conjugate factors
-        v *= 2 if self.residual != "plain" else 1  # about: products with its factors, and gradients of the embeddings
+        v *= 2 if self.residual != "plain" else 1  # about: products with factors, and gradients of the earlier v
+        tiles += 2 * size * tile * self.differential
         heads += 20 * T * T * (self.decay > 0)  # distances, and the factors on scores
         return saved + tiles + heads + 6 * v + is_half * size * self.core_params + 4 * T * N  # and rotation factors
 
@@ -158,7 +167,10 @@ class BDH(nn.Module):
         if not config.tied_head:
             self.lm_head = nn.Parameter(torch.empty(width, config.vocab_size).normal_(std=0.02))
         if config.residual != "plain":  # a vector, which has no weight decay
-            self.mix = nn.Parameter(torch.full((config.n_layer * width,), RESIDUALS[config.residual]))
+            learned = config.learned_factors - config.n_layer * heads * config.differential
+            self.mix = nn.Parameter(torch.full((learned,), RESIDUALS[config.residual]))
+        if config.differential:
+            self.difference = nn.Parameter(torch.full((config.n_layer * heads,), DIFFERENCE))
         self.form = "tiled"  # or "parallel": the formula as published, with (B, H, T, N) tensors
         self.tiling: Tiling | None = None  # of the tiled form; None: chosen by shape and device
         self._rotation = Rotation(neurons)
@@ -213,8 +225,8 @@ class BDH(nn.Module):
                               self.tiling or Tiling.for_shape(B, T, c.neurons_per_head, v.device),
                               stories=None if starts is None else starts.cumsum(1),
                               decays=powers(self.decay, T, v.dtype))
-            return Passes.apply(v, self.encoder, self.encoder_v, self.decoder, self._residual(), n_passes, dtype,
-                                setting), None
+            return Passes.apply(v, self.encoder, self.encoder_v, self.decoder, self._residual(), self._signs(),
+                                n_passes, dtype, setting), None
         with torch.autocast(v.device.type, enabled=False):
             if state is not None and T == 1 and dropout is None and starts is None:
                 v = read_one(v, self._weights(dtype), self._rotation, state)
@@ -241,16 +253,17 @@ class BDH(nn.Module):
             same = same * decays[:, (place[:, None] - place).abs()]
             reads, writes, kept = (a * b for a, b in zip((reads, writes, kept), (
                 decays[:, 1:, None], decays[:, :-1, None].flip(1), decays[:, -1:, None]), strict=True))
-        weights, v = Weights(self.encoder, self.encoder_v, self.decoder, None, self._residual()), v.unsqueeze(1)
-        embedded = v  # (B, 1, T, D)
+        weights = Weights(self.encoder, self.encoder_v, self.decoder, None, self._residual(), self._signs())
+        v, before = v.unsqueeze(1), []  # (B, 1, T, D)
         for level in range(n_passes):
             own = weights.of_pass(level)
             x = F.relu(v @ own.encoder)  # (B, H, T, N)
             with torch.autocast(v.device.type, enabled=False):
                 q = rotate(x, factors)
-                a = ((q @ q.mT).tril(-1) * same) @ v
+                signed = q if own.signs is None else q * own.signs[:, None]
+                a = ((signed @ q.mT).tril(-1) * same) @ v
                 if state is not None:
-                    a = a + q * reads @ state.synapses[level]
+                    a = a + signed * reads @ state.synapses[level]
                     synapses.append(state.synapses[level] * kept + (q * writes).mT @ v)
             y = F.relu(normalize(a)[0] @ own.encoder_v)  # (B, H, T, N)
             xy = x * y
@@ -258,17 +271,34 @@ class BDH(nn.Module):
                 rows = dropout.rows(level, range(B), range(c.n_head), range(start, start + T))
                 xy = xy * dropout.kept(rows, 0, c.neurons_per_head).to(xy.dtype) * dropout.scale
             m = xy.transpose(1, 2).reshape(B, 1, T, -1) @ own.decoder
-            v = normalize(add_residual(v, normalize(m.to(v.dtype))[0], embedded, weights.mix, level))[0]
+            before.append(v)
+            v = normalize(add_residual(before, normalize(m.to(v.dtype))[0], weights.mix, level))[0]
         return v.squeeze(1), BDHState(synapses, start + T) if state else None
 
     def _residual(self) -> Tensor | None:
-        """Return the factors of `add_residual`, (n_layer, 3, D), from the learned ones."""
-        if self.config.residual == "plain":
+        """Return the factors of `add_residual`, (n_layer, n_layer + 1, D), from the learned ones."""
+        n, kind = self.config.n_layer, self.config.residual
+        if kind == "plain":
             return None
-        learned = self.mix.view(self.config.n_layer, self.config.n_embd)
-        one, zero, gate = torch.ones_like(learned), torch.zeros_like(learned), learned.sigmoid()
-        return torch.stack({"gain": (one, learned, zero), "gate": (1 - gate, gate, zero),
-                            "embedding": (one, one, learned)}[self.config.residual], 1)
+        learned, each = self.mix.view(-1, self.config.n_embd), torch.arange(n)
+        factors = learned.new_zeros(n, n + 1, learned.shape[1])
+        factors[each, each] = 1 - learned.sigmoid() if kind == "gate" else torch.ones_like(learned[:n])
+        factors[:, -1] = {"gain": learned, "gate": learned.sigmoid()}.get(kind, torch.ones_like(learned[:n]))
+        if kind == "embedding":
+            factors[:, 0] += learned
+        elif kind == "passes":
+            is_there = torch.ones(n, n + 1, dtype=torch.bool, device=learned.device).tril()
+            is_there[:, -1] = True
+            factors[is_there] += learned
+        return factors
+
+    def _signs(self) -> Tensor | None:
+        """Return the factors of neurons on scores, (n_layer, H, N): 1, and less a learned one for every other pair."""
+        c = self.config
+        if not c.differential:
+            return None
+        less = self.difference.view(c.n_layer, c.n_head, 1)
+        return torch.where(torch.arange(c.neurons_per_head, device=less.device) // 2 % 2 == 0, 1.0, -less)
 
     def _weights(self, dtype: torch.dtype) -> Weights:
         """Return detached weights in `dtype`; the copies are cached until a parameter changes."""
@@ -276,5 +306,5 @@ class BDH(nn.Module):
         key = dtype, *((p.data_ptr(), p._version) for p in self.parameters())
         if self._weights_cache is None or self._weights_cache[0] != key:
             copies = (p.detach().to(dtype) for p in parameters)
-            self._weights_cache = key, Weights(*copies, self.decay, self._residual())
+            self._weights_cache = key, Weights(*copies, self.decay, self._residual(), self._signs())
         return self._weights_cache[1]

@@ -20,7 +20,8 @@ class Weights:
     encoder_v: Tensor  # (H, D, N)
     decoder: Tensor  # (H·N, D)
     decay: Tensor | None = None  # (H,), the factor on a score per token of distance; None: 1
-    mix: Tensor | None = None  # (passes, 3, D), factors of the residual, in the dtype of v; see `add_residual`
+    mix: Tensor | None = None  # (passes, passes + 1, D), factors of the residual, in the dtype of v: `add_residual`
+    signs: Tensor | None = None  # (passes, H, N), factors on the products of neurons that are added to scores; None: 1
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -28,9 +29,10 @@ class Weights:
 
     def of_pass(self, level: int) -> "Weights":
         """Return the weights of one pass."""
+        own = self if self.signs is None else replace(self, signs=self.signs[level])
         if self.encoder.dim() == 3:
-            return self
-        return replace(self, encoder=self.encoder[level], encoder_v=self.encoder_v[level], decoder=self.decoder[level])
+            return own
+        return replace(own, encoder=self.encoder[level], encoder_v=self.encoder_v[level], decoder=self.decoder[level])
 
     @property
     def score_scale(self) -> float:
@@ -58,16 +60,15 @@ def normalize_backward(d: Tensor, normal: Tensor, rstd: Tensor) -> Tensor:
     return (d - d.mean(-1, keepdim=True)).sub_(normal * projection).mul_(rstd)
 
 
-def add_residual(v: Tensor, normal: Tensor, embedded: Tensor, mix: Tensor | None, level: int) -> Tensor:
+def add_residual(before: list[Tensor], normal: Tensor, mix: Tensor | None, level: int) -> Tensor:
     """Return v after a pass, before its layer norm: v + normal, where there are no factors.
 
     Args:
-        v: before the pass, (..., D).
+        before: v before each pass up to this one, (..., D); without factors only the last one counts.
         normal: layer norm of what the pass computed.
-        embedded: v before the first pass.
-        mix: factors on these three, (passes, 3, D); None: 1, 1 and 0.
+        mix: factors on these for each pass, in its last row on `normal`; None: 1 on the last two, otherwise 0.
         level: index of the pass.
     """
     if mix is None:
-        return v + normal
-    return mix[level, 0] * v + mix[level, 1] * normal + mix[level, 2] * embedded
+        return before[-1] + normal
+    return sum((factor * v for factor, v in zip(mix[level], before, strict=False)), mix[level, -1] * normal)

@@ -61,7 +61,7 @@ def read(v: Tensor, weights: Weights, n_layer: int, rotation: Rotation, dropout:
     Returns:
         v after the last pass, (B, T, D).
     """
-    (B, T, D), (H, _, N), embedded = v.shape, weights.shape, v
+    (B, T, D), (H, _, N), before = v.shape, weights.shape, []
     first = 0 if state is None else state.position
     # Without a state, one chunk of T tokens costs less than several chunks with a state while T <= CHUNK + 4 D.
     chunk, scratch = T if state is None and T <= CHUNK + 4 * D else CHUNK, Scratch(v.device)
@@ -78,14 +78,15 @@ def read(v: Tensor, weights: Weights, n_layer: int, rotation: Rotation, dropout:
                               None if starts is None else starts[:, start:start + chunk].cumsum(1),
                               powers(weights.decay, length, v.dtype))
             pieces.append(pass_forward(level, piece, weights.of_pass(level), setting, scratch, synapses=synapses))
-        v = normalize(add_residual(v, normalize(torch.cat(pieces, 1))[0], embedded, weights.mix, level))[0]
+        before = [*before, v] if weights.mix is not None else [v]
+        v = normalize(add_residual(before, normalize(torch.cat(pieces, 1))[0], weights.mix, level))[0]
     return v
 
 
 @torch.no_grad()
 def read_one(v: Tensor, weights: Weights, rotation: Rotation, state: BDHState) -> Tensor:
     """Apply all passes to one token of each story, v (B, 1, D), as `read` does; it is faster for one token."""
-    B, (H, D, N), dtype, embedded = len(v), weights.shape, weights.encoder.dtype, v
+    B, (H, D, N), dtype, before = len(v), weights.shape, weights.encoder.dtype, []
     factors = rotation.table(state.position, 1, v.device, v.dtype)
     for level, synapses in enumerate(state.synapses):
         own = weights.of_pass(level)
@@ -95,11 +96,13 @@ def read_one(v: Tensor, weights: Weights, rotation: Rotation, state: BDHState) -
         if weights.decay is not None:
             synapses.mul_(weights.decay.to(v.dtype)[:, None, None])
         S = synapses.view(B * H, N, D)
-        a = torch.bmm(q.view(B * H, 1, N), S).view(B, H, D)  # read before write: strictly causal
+        reads = q if own.signs is None else q * own.signs.to(q.dtype)
+        a = torch.bmm(reads.view(B * H, 1, N), S).view(B, H, D)  # read before write: strictly causal
         S.baddbmm_(q.view(B * H, N, 1), v.expand(B, H, D).reshape(B * H, 1, D))
         normal = normalize(a)[0].to(dtype)
         y = torch.bmm(normal.transpose(0, 1), own.encoder_v).relu_().transpose(0, 1)  # (B, H, N)
         heads = torch.bmm((x * y).transpose(0, 1), own.decoder.view(H, N, D))  # (H, B, D)
         m = heads.to(v.dtype).sum(0).unsqueeze(1)  # (B, 1, D)
-        v = normalize(add_residual(v, normalize(m)[0], embedded, weights.mix, level))[0]
+        before.append(v)
+        v = normalize(add_residual(before, normalize(m)[0], weights.mix, level))[0]
     return v

@@ -94,49 +94,52 @@ class Scratch:
 class Passes(torch.autograd.Function):
     """All passes: from embeddings v (B, T, D), float32 or float64, to v after the last pass, in the same dtype.
 
-    The other arguments of `Passes.apply` are the parameters, the factors of the residual (`add_residual`), the number
-    of passes, the dtype of products, a `Setting`.
+    The other arguments of `Passes.apply` are the parameters, `mix` and `signs` of `Weights`, the number of passes, the
+    dtype of products, a `Setting`.
     """
 
     @staticmethod
-    def forward(ctx, v, encoder, encoder_v, decoder, mix, n_layer, dtype, setting):
+    def forward(ctx, v, encoder, encoder_v, decoder, mix, signs, n_layer, dtype, setting):
         with torch.autocast(v.device.type, enabled=False):
-            weights = Weights(encoder.to(dtype), encoder_v.to(dtype), decoder.to(dtype))
-            scratch, saved, embedded = Scratch(v.device), [], v
+            weights = Weights(encoder.to(dtype), encoder_v.to(dtype), decoder.to(dtype), signs=signs)
+            scratch, saved, before = Scratch(v.device), [], []
             for level in range(n_layer):
                 scores: list[Tensor] = []
                 m = pass_forward(level, v, weights.of_pass(level), setting, scratch, keep=scores)
                 saved += [v, m, *scores]
-                v = normalize(add_residual(v, normalize(m)[0], embedded, mix, level))[0]
-        ctx.save_for_backward(encoder, encoder_v, decoder, mix, v, *saved)
+                before.append(v)
+                v = normalize(add_residual(before, normalize(m)[0], mix, level))[0]
+        ctx.save_for_backward(encoder, encoder_v, decoder, mix, signs, v, *saved)
         ctx.n_layer, ctx.dtype, ctx.setting = n_layer, dtype, setting
         return v
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dv):
-        encoder, encoder_v, decoder, mix, v_next, *saved = ctx.saved_tensors
-        each, embedded = len(saved) // ctx.n_layer, saved[0]
-        d_mix, d_embedded = (None, None) if mix is None else (torch.zeros_like(mix), torch.zeros_like(embedded))
+        encoder, encoder_v, decoder, mix, signs, v_next, *saved = ctx.saved_tensors
+        each, d_before = len(saved) // ctx.n_layer, [0.0] * ctx.n_layer  # gradients of v from residuals of later passes
+        d_mix, d_signs = (None if each is None else torch.zeros_like(each) for each in (mix, signs))
         with torch.autocast(dv.device.type, enabled=False):
-            weights = Weights(encoder.to(ctx.dtype), encoder_v.to(ctx.dtype), decoder.to(ctx.dtype))
-            gradient = Weights(torch.zeros_like(encoder), torch.zeros_like(encoder_v), torch.zeros_like(decoder))
+            weights = Weights(encoder.to(ctx.dtype), encoder_v.to(ctx.dtype), decoder.to(ctx.dtype), signs=signs)
+            gradient = Weights(torch.zeros_like(encoder), torch.zeros_like(encoder_v), torch.zeros_like(decoder),
+                               signs=d_signs)
             scratch = Scratch(dv.device)
             for level in reversed(range(ctx.n_layer)):
                 v, m, *scores = saved[level * each:(level + 1) * each]
-                normal, rstd = normalize(m)
-                d_sum = normalize_backward(dv, v_next, normalize(add_residual(v, normal, embedded, mix, level))[1])
+                before, (normal, rstd) = saved[:(level + 1) * each:each], normalize(m)
+                d_sum = normalize_backward(dv, v_next, normalize(add_residual(before, normal, mix, level))[1])
                 dv = d_normal = d_sum
                 if mix is not None:
-                    d_mix[level] = torch.stack([(d_sum * part).sum((0, 1)) for part in (v, normal, embedded)])
-                    dv, d_normal, d_more = (d_sum * factor for factor in mix[level])
-                    d_embedded += d_more
+                    for i, part in enumerate(before):
+                        d_mix[level, i] = (d_sum * part).sum((0, 1))
+                        d_before[i] = d_before[i] + d_sum * mix[level, i]
+                    d_mix[level, -1] = (d_sum * normal).sum((0, 1))
+                    dv, d_normal = d_before[level], d_sum * mix[level, -1]
                 dm = normalize_backward(d_normal, normal, rstd)
                 v_next = v
                 pass_backward(level, v, scores, dm, dv, weights.of_pass(level), gradient.of_pass(level), ctx.setting,
                               scratch)
-        dv = dv if mix is None else dv + d_embedded
-        return dv, gradient.encoder, gradient.encoder_v, gradient.decoder, d_mix, None, None, None
+        return dv, gradient.encoder, gradient.encoder_v, gradient.decoder, d_mix, d_signs, None, None, None
 
 
 def pass_forward(level: int, v: Tensor, weights: Weights, setting: Setting, scratch: Scratch,
@@ -171,13 +174,13 @@ def pass_forward(level: int, v: Tensor, weights: Weights, setting: Setting, scra
             a = scratch.get("a", (G, T, D), v.dtype).zero_()
             for n in _slices(N, tiling.neurons):
                 q = _rotated(x, n, G, setting.factors, scale, scratch)
-                _add_scores(scores, q, blocks, first=n.start == 0)
+                _add_scores(scores, _signed(q, weights, h, n), q, blocks, first=n.start == 0)
                 if synapses is not None:
                     S, unscaled = synapses[rows, h, n], q.to(v.dtype) / scale if scale != 1 else q.to(v.dtype)
-                    reads = writes = unscaled
+                    reads, writes = _signed(unscaled, weights, h, n), unscaled
                     if setting.stories is not None:
                         story = setting.stories[rows, :, None]
-                        reads, writes = unscaled * (story == 0), unscaled * (story == story[:, -1:])
+                        reads, writes = reads * (story == 0), writes * (story == story[:, -1:])
                     if setting.decays is not None:
                         decays = setting.decays[h][:, None]
                         reads, writes = reads * decays[1:], writes * decays[:-1].flip(0)
@@ -258,6 +261,9 @@ def pass_backward(level: int, v: Tensor, kept_scores: list[Tensor], dm: Tensor, 
             for n in _slices(N, tiling.neurons):
                 q = _rotated(x, n, G, setting.factors, scale, scratch)
                 dq = torch.bmm(d_scores, q, out=scratch.get("dq", q.shape, dtype))
+                if weights.signs is not None:  # half, because dS counts twice
+                    gradient.signs[h, n] += (q.to(v.dtype) * dq).sum((0, 1)).div_(2 * scale)
+                    dq = _signed(dq, weights, h, n)
                 back = scratch.get("conjugate", (T, q.shape[-1] // 2), setting.factors.dtype)
                 torch.conj_physical(setting.factors[:, n.start // 2:n.stop // 2], out=back)
                 dx = rotate_into(scratch.get("turned", q.shape, v.dtype), dq, back).flatten(0, 1)
@@ -282,12 +288,16 @@ def _rotated(x: Tensor, n: slice, G: int, factors: Tensor, scale: float, scratch
     return (q if scale == 1.0 else q.mul_(scale)).to(x.dtype)
 
 
-def _add_scores(scores: list[Tensor], q: Tensor, blocks: list[tuple[int, int]], first: bool) -> None:
+def _signed(q: Tensor, weights: Weights, h: int, n: slice) -> Tensor:
+    return q if weights.signs is None else q * weights.signs[h, n].to(q.dtype)
+
+
+def _add_scores(scores: list[Tensor], q: Tensor, k: Tensor, blocks: list[tuple[int, int]], first: bool) -> None:
     for (i, j), block in zip(blocks, scores, strict=True):
         if q.dtype == block.dtype:
-            block.baddbmm_(q[:, i:j], q[:, :j].mT, beta=0 if first else 1)
+            block.baddbmm_(q[:, i:j], k[:, :j].mT, beta=0 if first else 1)
         else:
-            product = q[:, i:j] @ q[:, :j].mT
+            product = q[:, i:j] @ k[:, :j].mT
             block.copy_(product) if first else block.add_(product)
 
 

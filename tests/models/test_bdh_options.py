@@ -18,7 +18,8 @@ from plotarmour.training.step import progress_of
 
 OPTIONS = {"depth_curriculum": {"depth_curriculum": "1:2:3"}, "decay": {"decay": 0.05},
            "weights_per_pass": {"weights_per_pass": True}, "tied_head": {"tied_head": True},
-           "gain": {"residual": "gain"}, "gate": {"residual": "gate"}, "embedding": {"residual": "embedding"}}
+           "gain": {"residual": "gain"}, "gate": {"residual": "gate"}, "embedding": {"residual": "embedding"},
+           "passes": {"residual": "passes"}, "differential": {"differential": True}}
 each_option = pytest.mark.parametrize("option", OPTIONS)
 
 
@@ -187,6 +188,19 @@ def test_a_decay_by_hand():
     decays = powers(BDH(BDHConfig(1, 16, 4, 2, decay=0.8)).decay, 3, torch.float64)
     expected = [[math.exp(-slope * distance) for distance in range(4)] for slope in (0.8, 0.4, 0.2, 0.1)]
     torch.testing.assert_close(decays, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_factors_of_passes_and_differences_by_hand():
+    """Guards: a pass that begins with another input than the published one, or sees a later one; signs by halves."""
+    model = BDH(BDHConfig(2, 4, 2, 4, residual="passes", differential=True))
+    factors = model._residual()[..., 0].detach()
+    assert factors.tolist() == [[1, 0, 1], [0, 1, 1]]  # on v before passes 1 and 2, and on what the pass computed
+    with torch.no_grad():
+        model.mix.copy_(torch.arange(1, 6).repeat_interleave(4))
+    assert model._residual()[..., 0].tolist() == [[2, 0, 3], [3, 5, 6]]
+    signs = model._signs()  # (passes, H, N)
+    assert signs.shape == (2, 2, 8)
+    torch.testing.assert_close(signs[1, 1], torch.tensor([1, 1, -0.2, -0.2] * 2))
 
 
 def test_options_that_exclude_each_other_are_refused():

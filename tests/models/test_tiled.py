@@ -64,7 +64,7 @@ def test_gradcheck_passes():
                       CounterDropout(0.25, 11, N, torch.device("cpu")), Tiling(1, 4, 2))
     shapes = (B, T, D), (H, D, N), (H, D, N), (H * N, D)
     tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    assert torch.autograd.gradcheck(lambda *t: Passes.apply(*t, None, 2, torch.float64, setting), tensors)
+    assert torch.autograd.gradcheck(lambda *t: Passes.apply(*t, None, None, 2, torch.float64, setting), tensors)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
