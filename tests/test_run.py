@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 
+from contrib.import_bin import import_bin
 from plotarmour import run as runs
 from plotarmour.cli import UserError
 from plotarmour.config import load_recipe
 from plotarmour.data.pretokenize import pre_tokenize
 from plotarmour.data.token_file import TokenFile
-from plotarmour.data.token_writer import import_bin
 from plotarmour.data.tokenizer import make_tokenizer
 from plotarmour.evaluation.scoring import evaluate_run, story_tokens
 from plotarmour.run import load_run, train_run

@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    from plotarmour.data.token_writer import import_bin
+    from contrib.import_bin import import_bin
 
     data = import_bin(args.ids, args.tokenizer, args.out, args.dtype, args.format, args.end_of_text, args.force)
     print(f"{args.out}: {data.n_tokens:,} tokens, {data.n_stories:,} stories "

@@ -9,11 +9,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from contrib import import_bin as importer
+from contrib.import_bin import import_bin, split_documents
 from plotarmour.cli import UserError
-from plotarmour.data import token_writer
 from plotarmour.data.pretokenize import pre_tokenize
 from plotarmour.data.token_file import TokenFile
-from plotarmour.data.token_writer import import_bin, split_documents
 
 END = 256  # of the tokenizer "bytes"
 
@@ -39,7 +39,7 @@ def ids_of(path):
 @pytest.mark.parametrize("block", [1, 3, 2**20])
 def test_our_tokens_written_as_bare_ids_come_back(tmp_path, monkeypatch, dtype, block):
     """Guards: stories cut at the edges of blocks, ids read with another width, bytes counted wrongly."""
-    monkeypatch.setattr(token_writer, "BLOCK_TOKENS", block)
+    monkeypatch.setattr(importer, "BLOCK_TOKENS", block)
     text = tmp_path / "t.txt"
     text.write_text("One day,\nTom ran.<|endoftext|>Zwölf\u2026 end<|endoftext|>x", encoding="utf-8")
     [path] = pre_tokenize([text], "bpe:260", tmp_path / "ours.bin")
@@ -66,7 +66,7 @@ def test_files_of_llm_c_open_their_documents_with_end_of_text(write, tmp_path, h
 
 def test_a_file_without_separators_is_one_story(write, tmp_path, monkeypatch):
     """Guards: nanoGPT's Shakespeare refused, or its last tokens lost."""
-    monkeypatch.setattr(token_writer, "BLOCK_TOKENS", 4)
+    monkeypatch.setattr(importer, "BLOCK_TOKENS", 4)
     import_bin(write(range(10)), "bytes", tmp_path / "one.bin", "uint16")
     assert ids_of(tmp_path / "one.bin") == [list(range(10))]
 
@@ -111,7 +111,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_files_are_refused_in_one_line_and_leave_nothing(write, tmp_path, monkeypatch, case):
     """Guards: ids that wrap silently, a model trained on noise, half a token file."""
-    monkeypatch.setattr(token_writer, "BLOCK_TOKENS", 2)
+    monkeypatch.setattr(importer, "BLOCK_TOKENS", 2)
     file, options, message = WRONG[case]
     path = write(**file)
     with pytest.raises(UserError, match=message) as refused:
