@@ -28,7 +28,8 @@ from plotarmour.config import Recipe, load_recipe
 from plotarmour.data.batches import Windows
 from plotarmour.machine import Machine
 from plotarmour.memory import plan_training
-from plotarmour.training.step import EVALUATION_ROWS, accumulate, evaluate_windows, make_optimizer
+from plotarmour.training.optimizer import make_optimizer
+from plotarmour.training.step import EVALUATION_ROWS, accumulate, evaluate_windows
 
 COLUMNS = ("recipe", "model", "vocab_size", "dtype", "settings", "device", "moment", "planned_mib", "measured_mib",
            "planned_of_measured", "resident_mib")

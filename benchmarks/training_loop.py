@@ -33,7 +33,7 @@ from plotarmour.data.token_file import TokenFile
 from plotarmour.loss import IGNORE, summed_nats
 from plotarmour.suite.steps import prepare
 from plotarmour.training import loop
-from plotarmour.training.step import make_optimizer
+from plotarmour.training.optimizer import make_optimizer
 
 LOSSES = ("cross_entropy", "summed_nats")
 

@@ -15,7 +15,7 @@ from plotarmour.resume import check_folder, differences, note_changes, read_info
 from plotarmour.run import load_run, train_run
 from plotarmour.training.checkpoint import FILES, find_checkpoint, sealed_json, write_manifest
 from plotarmour.training.ending import Ending
-from plotarmour.training.step import learning_rate
+from plotarmour.training.optimizer import learning_rate
 
 RECIPE = Recipe("small", "gpt2", DataConfig("bpe:400"),
                 TrainingConfig(context_length=24, rows_per_step=4, micro_batch_size=2, max_steps=6,

@@ -25,16 +25,9 @@ from plotarmour.training.checkpoint import TrainState, checkpoint_of, load_train
 from plotarmour.training.distributed import ALONE, LostProcess, Ranks
 from plotarmour.training.ending import Ending, Reason, StopRequest, forget_ending, session_minutes
 from plotarmour.training.log import RunLog, add_sample, record_change
+from plotarmour.training.optimizer import learning_rate, progress_of
 from plotarmour.training.progress import TIMED_STEPS, Pace, unused_hardware
-from plotarmour.training.step import (
-    EVALUATION_ROWS,
-    Updates,
-    evaluate_windows,
-    learning_rate,
-    progress_of,
-    too_large,
-    try_to_fit,
-)
+from plotarmour.training.step import EVALUATION_ROWS, Updates, evaluate_windows, too_large, try_to_fit
 
 NON_FINITE_IN_A_ROW = 10  # skipped steps that end a run
 

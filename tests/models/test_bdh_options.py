@@ -14,7 +14,7 @@ from plotarmour.models.bdh import BDH, BDHConfig
 from plotarmour.models.parts import powers
 from plotarmour.models.tiled import Tiling
 from plotarmour.run import load_run, train_run
-from plotarmour.training.step import progress_of
+from plotarmour.training.optimizer import progress_of
 
 OPTIONS = {"depth_curriculum": {"depth_curriculum": "1:2:3"}, "decay": {"decay": 0.05},
            "weights_per_pass": {"weights_per_pass": True}, "tied_head": {"tied_head": True},

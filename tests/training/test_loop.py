@@ -18,7 +18,8 @@ from plotarmour.training import step as step_module
 from plotarmour.training.checkpoint import checkpoint_folders, model_tensors, rewind
 from plotarmour.training.ending import Reason
 from plotarmour.training.log import COLUMNS
-from plotarmour.training.step import accumulate, clip_gradients, make_optimizer
+from plotarmour.training.optimizer import make_optimizer
+from plotarmour.training.step import accumulate, clip_gradients
 
 TIMING = ("utc", "elapsed_s", "tokens_per_s", "peak_memory_mib")
 CPU = find_machine("cpu")

@@ -8,7 +8,7 @@ import torch
 from plotarmour.cli import UserError
 from plotarmour.config import TrainingConfig
 from plotarmour.run import load_run, train_run
-from plotarmour.training.step import core_matrices, make_optimizer
+from plotarmour.training.optimizer import core_matrices, make_optimizer
 
 CHOICES = {"muon": {"optimizer": "muon"}, "norms": {"keep_norm": True},
            "muon with norms": {"optimizer": "muon", "keep_norm": True}}

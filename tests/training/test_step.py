@@ -24,7 +24,8 @@ from plotarmour.training import step as step_module
 from plotarmour.training.checkpoint import model_tensors
 from plotarmour.training.distributed import ALONE, Ranks
 from plotarmour.training.ending import Ending
-from plotarmour.training.step import Updates, is_out_of_memory, learning_rate
+from plotarmour.training.optimizer import learning_rate
+from plotarmour.training.step import Updates, is_out_of_memory
 
 
 def run(recipe, files, out, **changes):
