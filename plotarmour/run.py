@@ -189,10 +189,13 @@ def train_run(recipe: Recipe, train_path: AnyPath, val_path: AnyPath, out: AnyPa
     recipe = replace(recipe, data=replace(recipe.data, tokenizer=shared_tokenizer.kind, **made_with))
     t = recipe.training
     machine = find_machine(t.device, t.dtype)
+
+    def build() -> nn.Module:
+        return within_memory("the model", lambda: recipe.build_model(shared_tokenizer.vocab_size))
+
     # Before `joined`: importing transformers, as building a model may do, keeps alive a process group that exists by
     # then, and with it the connections of a process that has failed, so that the others would not notice.
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        recipe.build_model(shared_tokenizer.vocab_size)
+    model = build() if os.environ.get("WORLD_SIZE", "1") != "1" else None
     with joined(machine.device.type) as ranks, ExitStack() as lock:
         info = {
             "format": RUN_FORMAT, "started": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -214,7 +217,7 @@ def train_run(recipe: Recipe, train_path: AnyPath, val_path: AnyPath, out: AnyPa
             return ending
         windows, val_windows = (Windows(data, t.context_length, t.windows, t.seed, t.rows_per_step)
                                 for data in (train_data, val_data))
-        model = within_memory("the model", lambda: recipe.build_model(shared_tokenizer.vocab_size))
+        model = model or build()
         if t.mask_stories:
             if not hasattr(model, "story_start"):
                 raise UserError(f"the model {recipe.model} cannot keep a token from seeing other stories; expected "

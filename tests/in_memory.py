@@ -12,7 +12,9 @@ def data(*stories, vocab_size=50, end=0):
     rows = [np.array([*ids, end], dtype=np.uint16) for ids in stories]
     header = {"end_of_text_id": end, "vocab_size": vocab_size, "source": [], "tokenizer": {"sha256": "x"},
               "payload_sha256": f"{hash(str(rows)):x}"}
-    return TokensInMemory(rows, header, [2 * len(ids) for ids in stories], Path("x.bin"))
+    made = TokensInMemory(rows, header, [2 * len(ids) for ids in stories])
+    made.path = Path("x.bin")  # for messages
+    return made
 
 
 def draw_stories(*lengths):

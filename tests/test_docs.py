@@ -146,12 +146,12 @@ def test_the_columns_of_other_tables_are_documented(root, token_files, tmp_path)
     """Guards: a column of a CSV that only the code knows, or a unit that readers must guess."""
     from plotarmour.data.duplicates import EXAMPLE_COLUMNS, find_duplicates
     from plotarmour.data.token_file import TokenFile
-    from plotarmour.suite import learning_rates, runner
+    from plotarmour.suite import runner
 
     counts = find_duplicates({"val": TokenFile.open(token_files["val"])}, near=False).counts
     of = described_tables(root)
     assert of["summary.csv"] == ["run", "status", "reason", *runner.MEASURED]
-    assert of["learning_rates.csv"] == learning_rates.COLUMNS and of["X.csv"] == list(EXAMPLE_COLUMNS)
+    assert of["learning_rates.csv"] == runner.RATE_COLUMNS and of["X.csv"] == list(EXAMPLE_COLUMNS)
     assert of["X.counts.csv"] == list(counts[0])
 
 

@@ -209,28 +209,25 @@ HEADER = {"dtype": str, "n_tokens": int, "n_stories": int, "sections": {"tokeniz
 
 
 class TokensInMemory:
-    """Stories whose ids are in memory.
+    """Stories whose ids are in memory, without a tokenizer.
 
     Args:
         stories: ids of each story, unsigned integers, with its end-of-text id.
         header: entries of a token file's header that the user of the stories needs; their numbers are added.
         story_bytes: UTF-8 bytes of each story.
-        path, tokenizer: of their text.
     """
 
-    story = TokenFile.story
+    story, path = TokenFile.story, None
 
-    def __init__(self, stories: list[np.ndarray], header: dict, story_bytes: list[int], path: Path | None = None,
-                 tokenizer: Tokenizer | None = None):
+    def __init__(self, stories: list[np.ndarray], header: dict, story_bytes: list[int]):
         self.tokens = np.concatenate(stories)
         self.offsets = np.cumsum([0, *map(len, stories[:-1])]).astype(np.uint64)
         self.story_bytes = np.array(story_bytes, dtype=np.uint32)
         self.n_tokens, self.n_stories = len(self.tokens), len(stories)
         self.header = header | {"n_tokens": self.n_tokens, "n_stories": self.n_stories}
-        self.path, self._tokenizer = path, tokenizer
 
-    def tokenizer(self) -> Tokenizer:
-        return self._tokenizer
+    def tokenizer(self) -> None:
+        return None
 
 
 def read_header(path: Path) -> dict:

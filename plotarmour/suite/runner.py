@@ -4,6 +4,7 @@ What became of a row is read from its run folder (DONE.json or STOPPED.json, if 
 tokenizer and text) and, where it failed, from the error in its executed notebook.
 """
 
+import math
 import shlex
 import shutil
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from plotarmour.cli import LINE_EVERY_S, UserError, duration
+from plotarmour.config import Recipe, training_settings
 from plotarmour.data.stories import PARTS
 from plotarmour.data.token_file import TokenFile
 from plotarmour.files import locked
@@ -23,7 +25,6 @@ from plotarmour.report.compare import write_csv
 from plotarmour.resume import LOCK, read_info
 from plotarmour.suite.executors import Executor, Local
 from plotarmour.suite.grid import Grid, Row
-from plotarmour.suite.learning_rates import write_rates
 from plotarmour.suite.notebooks import ROOT, read_executed, run_notebook, write_html
 from plotarmour.suite.steps import different_settings, find_prepared, prepare
 from plotarmour.training.checkpoint import latest_whole_step
@@ -32,6 +33,8 @@ from plotarmour.training.log import read_log
 
 MEASURED = ("model", "params", "core_params", "seed", "learning_rate", "max_steps", "step", "tokens_seen",
             "best_step", "best_val_loss", "val_loss", "elapsed_s", "peak_memory_mib", "hardware")
+ENOUGH = 3  # learning rates to compare: with two, each is at an edge
+RATE_COLUMNS = ["model", "learning_rate", "best_val_loss", "chosen", "at_edge", "settings"]
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,8 @@ def run_grid(grid: Grid, executor_of: Callable[[Grid], Executor] = Local) -> lis
             is_new = False  # from here on it holds work
             states = _run_rows(grid, executor)
             ended = [state for state in states if state.row.recipe and state.ending]
-            write_rates([(state.row.recipe, state.ending) for state in ended
-                         if state.status == "done" or state.ending.reason == Reason.NON_FINITE], out)
+            _write_rates([(state.row.recipe, state.ending) for state in ended
+                          if state.status == "done" or state.ending.reason == Reason.NON_FINITE], out)
     except UserError:
         if is_new:
             shutil.rmtree(out, ignore_errors=True)
@@ -273,3 +276,52 @@ def _progress_line(states: list[State]) -> str:
         left, steps, seconds = left + of - step, steps + step, seconds + took_s
     text += f" ({', '.join(runs)})" * bool(runs)
     return f"{text}; about {duration(left * seconds / steps / n['running'])} left" if steps and n["running"] else text
+
+
+def _write_rates(runs: list[tuple[Recipe, Ending]], out: Path) -> None:
+    """Compare runs that differ only in their learning rate: print which one is best, and write learning_rates.csv.
+
+    `runs` are those of a grid that are complete or have diverged. Only where at least three rates were tried, the table
+    has a row for each run, rates ascending: best_val_loss in nats per token (none where the loss was not finite, which
+    shows that the rate is too high), chosen, at_edge (smallest or largest tried), and settings, in what runs of this
+    model differ besides.
+    """
+    (out / "learning_rates.csv").unlink(missing_ok=True)  # of an earlier grid
+    if runs and len(table := _compare_rates(runs)):
+        write_csv(table, out / "learning_rates.csv")
+        print(_describe_rates(table))
+
+
+def _compare_rates(runs: list[tuple[Recipe, Ending]]) -> pd.DataFrame:
+    """Return the table of `_write_rates`."""
+    identity = [name for name in training_settings("identity") if name != "learning_rate"]
+    settings = [vars(recipe.data) | {name: getattr(recipe.training, name) for name in identity} | recipe.architecture
+                for recipe, _ in runs]
+    table = pd.DataFrame([(recipe.model, recipe.training.learning_rate,
+                           math.nan if ending.reason == Reason.NON_FINITE else ending.best_val_loss)
+                          for recipe, ending in runs], columns=RATE_COLUMNS[:3]).astype({"best_val_loss": float})
+    differs = pd.DataFrame(settings, dtype=object).groupby(table["model"]).nunique(dropna=False) > 1
+    table["settings"] = [", ".join(f"{name}={value}" for name, value in own.items() if differs.at[model, name])
+                         for model, own in zip(table["model"], settings, strict=True)]
+    groups = table.groupby(["model", "settings"], sort=False)
+    rates, losses = groups["learning_rate"], groups["best_val_loss"]
+    table["chosen"] = table["best_val_loss"] == losses.transform("min")
+    table["at_edge"] = table["learning_rate"].eq(rates.transform("min")) | table["learning_rate"].eq(
+        rates.transform("max"))
+    table = table.assign(group=groups.ngroup())[rates.transform("nunique") >= ENOUGH]
+    return table.sort_values(["group", "learning_rate"], ignore_index=True)[RATE_COLUMNS]
+
+
+def _describe_rates(table: pd.DataFrame) -> str:
+    """Return which learning rate is best, a line for each choice."""
+    lines = []
+    for (model, settings), group in table.groupby(["model", "settings"], sort=False):
+        low, high = group["learning_rate"].min(), group["learning_rate"].max()
+        for best in group[group["chosen"]].itertuples():
+            line = (f"{model}{' with ' * bool(settings)}{settings}: of {len(group)} learning rates from {low:g} to "
+                    f"{high:g}, {best.learning_rate:g} is best on validation, with a loss of {best.best_val_loss:.4f}.")
+            if best.at_edge:
+                side, further = ("smallest", "smaller") if best.learning_rate == low else ("largest", "larger")
+                line += f" It is the {side} one tried: the best may be {further} still. Add {further} ones to the grid."
+            lines.append(line)
+    return "\n".join(lines)

@@ -23,13 +23,15 @@ from plotarmour.machine import cores
 from plotarmour.resume import read_info
 from plotarmour.run import train_run
 from plotarmour.suite.grid import plan_grid
-from plotarmour.suite.learning_rates import _compare, _describe, write_rates
 from plotarmour.suite.notebooks import Executed, read_executed
 from plotarmour.suite.runner import (
     State,
+    _compare_rates,
+    _describe_rates,
     _find_state,
     _judge,
     _progress_line,
+    _write_rates,
     _write_summary,
     describe_best,
     run_grid,
@@ -210,7 +212,7 @@ def test_the_best_rate_is_chosen_on_validation_and_an_edge_is_reported(grid, tmp
     """Guards: a rate at the edge of the grid reported as the best there is; a diverged run that is chosen or hidden."""
     losses = (1.5, 1.2, 1.3, 1.1, 1.2, 1.3)
     runs = [(row.recipe, replace(ENDING, best_val_loss=loss)) for row, loss in zip(grid.rows, losses, strict=True)]
-    write_rates(runs, tmp_path)
+    _write_rates(runs, tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == ("bdh: of 3 learning rates from 0.001 to 0.1, 0.01 is best on validation, with a loss of "
                         "1.2000.")
@@ -219,14 +221,14 @@ def test_the_best_rate_is_chosen_on_validation_and_an_edge_is_reported(grid, tmp
         "model,learning_rate,best_val_loss,chosen,at_edge,settings", "bdh,0.001,1.5,False,True,",
         "bdh,0.01,1.2,True,False,"]
     runs[2] = runs[2][0], replace(ENDING, reason=Reason.NON_FINITE, best_val_loss=0.9)
-    rows = _compare(runs)
-    assert rows["best_val_loss"].isna()[2] and not rows["chosen"][2] and "0.01 is best" in _describe(rows)
-    assert list(_compare(runs[:2] + runs[3:])["model"]) == ["gpt2"] * 3
+    rows = _compare_rates(runs)
+    assert rows["best_val_loss"].isna()[2] and not rows["chosen"][2] and "0.01 is best" in _describe_rates(rows)
+    assert list(_compare_rates(runs[:2] + runs[3:])["model"]) == ["gpt2"] * 3
     seeds = [(replace(recipe, training=replace(recipe.training, seed=i)), ENDING) for i, (recipe, _) in enumerate(runs)]
-    assert _compare(seeds).empty
+    assert _compare_rates(seeds).empty
     widths = [(replace(recipe, architecture=recipe.architecture | {"n_embd": 32}), ENDING) for recipe, _ in runs[:3]]
-    assert set(_compare([*runs, *widths])["settings"]) == {"n_embd=16", "n_embd=32", ""}
-    write_rates([], tmp_path)
+    assert set(_compare_rates([*runs, *widths])["settings"]) == {"n_embd=16", "n_embd=32", ""}
+    _write_rates([], tmp_path)
     assert capsys.readouterr().out == "" and not (tmp_path / "learning_rates.csv").exists()
 
 
