@@ -126,19 +126,15 @@ def pre_tokenize(texts: list[AnyPath], tokenizer: str, out: AnyPath, split: str 
         known = None if tokenizer.startswith(LEARNED) else open_tokenizer(tokenizer)
         # A changed text has another time of change; a copied stream always has, so its content decides.
         states = [s.sha256() if s.path in copies.values() else s.state for s in sources]
-        wanted = _identity([states, policies, list(targets), tokenizer, known and known.sha256])
+        wanted = {"wanted": _identity([states, policies, list(targets), tokenizer, known and known.sha256])}
         earlier = read_json(work / "job.json")
-        moving = earlier == {"wanted": wanted, "moving": True}  # killed while the final files got their names
-        complete = moving and all(path.exists() or (work / path.name).exists() for path in targets.values())
-        if not complete and (moving or force or not _is_there(job, tokenizer, known, replace, verify)):
-            if moving:  # and somebody has removed a final file
-                (work / SAVED).unlink(missing_ok=True)
-            if earlier.get("wanted") != wanted:
+        if force or not _is_there(job, tokenizer, known, replace, verify):
+            if earlier != wanted:
                 if earlier:
                     say("an earlier start was stopped and cannot be continued (the text or the settings are others "
                         "now): starting over")
                 _empty(work, copies.values())
-                write_json(work / "job.json", {"wanted": wanted})
+                write_json(work / "job.json", wanted)
             with _cleared_after_errors(work, out, sizes):
                 job = changed(job, excluded=_hashes(excluded))
                 known = known or _learned(job, work, tokenizer, bpe_bytes)
@@ -153,11 +149,9 @@ def pre_tokenize(texts: list[AnyPath], tokenizer: str, out: AnyPath, split: str 
                         raise UserError(f"the {part} part would hold {n:,} tokens, fewer than one context of "
                                         f"{least_tokens:,}; use more text, or --set context_length={max(1, n // 2)} or "
                                         "less.")
-                write_json(work / "job.json", {"wanted": wanted, "moving": True})
-            complete = True
-        for path in targets.values() if complete else ():
-            if (work / path.name).exists():
-                publish(work / path.name, path)
+                (work / "job.json").unlink()  # a start that is killed from here on is not continued
+                for path in targets.values():
+                    publish(work / path.name, path)
         _empty(work)
     for data in map(TokenFile.open, targets.values()):
         if "n_unknown_bytes" in data.header:
@@ -294,21 +288,17 @@ def _is_there(job: Job, spec: str, tokenizer: Tokenizer | None, replace: bool, v
     Files of something else are replaced or a mistake. `verify` reads files and texts whole; otherwise headers, sizes,
     beginnings and ends are compared. `tokenizer` is None for bpe:N, which is not learned yet.
     """
-    paths = list(job.targets.values())
-    missing = [path.name for path in paths if not path.exists()]
-    if len(missing) == len(paths) or (missing and replace):
-        return False
-    if missing:
-        raise UserError(f"{next(path for path in paths if path.exists())} exists, {', '.join(missing)} does not; "
-                        "expected all parts or none. Use another --out, or --force to replace them.")
-    for part, path in job.targets.items():
+    paths = {part: path for part, path in job.targets.items() if path.exists()}
+    for part, path in paths.items():
         differences = _differences(path, part, job, spec, tokenizer, verify)
-        if differences and replace:
-            return False
-        if differences:
+        if differences and not replace:
             raise UserError(f"{path} exists and was made from something else ({'; '.join(differences)}); expected a "
                             "new name. Use another --out, or --force to replace it.")
-    say(f"{', '.join(map(str, paths))}: made from this text with these settings before"
+        if differences:
+            return False
+    if len(paths) < len(job.targets):  # none, or a start was killed while the files got their names
+        return False
+    say(f"{', '.join(map(str, paths.values()))}: made from this text with these settings before"
         f"{', all of it read and compared' if verify else ''}; nothing to do "
         f"({'delete them, or use another --out, to make' if replace else '--force makes'} them again)")
     return True
