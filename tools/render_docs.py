@@ -260,15 +260,17 @@ def windows() -> str:
             f"`mask_stories` takes so many times the step without:\n{times}.")
 
 
+def interval(row: dict[str, str], column: str, digits: int = 3) -> str:
+    """Return a difference with its 95 % interval, from a column and those of its ends; "" where it is empty."""
+    ends = [float(row[f"{column}{end}"] or 0) for end in ("", "_low", "_high")]
+    return "{1:+.{0}f} ({2:+.{0}f} to {3:+.{0}f})".format(digits, *ends) if row[column] else ""
+
+
 def window_losses() -> str:
     """Return the loss of each kind of model, windows and mask, and its differences."""
-    lines = []
-    for row in rows_of("window_losses.csv"):
-        less = [nats_of({end or "nats": float(row[f"{name}_{end}".rstrip("_")]) for end in ("", "low", "high")})
-                if row[name] else "" for name in ("less_stream", "less_unmasked")]
-        lines.append([KINDS[row["model"]].label, f"`{row['windows']}`", "yes" if row["mask"] == "True" else "",
-                      f"{float(row['padding_share']):.0%}", f"{float(row['tokens_per_s']):,.0f}",
-                      f"{float(row['loss']):.3f}", *less])
+    lines = [[KINDS[row["model"]].label, f"`{row['windows']}`", "yes" if row["mask"] == "True" else "",
+              f"{float(row['padding_share']):.0%}", f"{float(row['tokens_per_s']):,.0f}", f"{float(row['loss']):.3f}",
+              interval(row, "less_stream"), interval(row, "less_unmasked")] for row in rows_of("window_losses.csv")]
     return table(["", "windows", "mask", "padding", "tokens/s", "loss", "less `stream`", "less the same unmasked"],
                  lines, 3)
 
@@ -277,28 +279,19 @@ def batch_losses() -> str:
     """Return the loss of each batch size, budget and rule of learning rates."""
     lines = []
     for row in rows_of("batch_losses.csv"):
-        less = {name: float(row[f"less_base{end}"] or 0)
-                for name, end in (("nats", ""), ("low", "_low"), ("high", "_high"))}
-        is_note = row["budget"] == "notes"
-        lines.append(["tutorial" if is_note else f"equal {row['budget']}", "" if is_note else row["rule"],
-                      row["batch_size"], f"{int(row['steps']):,}", f"{int(row['samples']):,}",
-                      row["learning_rate"], f"{float(row['loss']):.3f}", nats_of(less) if row["less_base"] else ""])
+        budget, rule = ("tutorial", "") if row["budget"] == "notes" else (f"equal {row['budget']}", row["rule"])
+        lines.append([budget, rule, row["batch_size"], f"{int(row['steps']):,}", f"{int(row['samples']):,}",
+                      row["learning_rate"], f"{float(row['loss']):.3f}", interval(row, "less_base")])
     return table(["budget", "rate scaled by", "rows per step", "steps", "samples", "learning rate", "loss",
                   "less base"], lines, 2)
 
 
 def words() -> str:
     """Return the bits per byte of tokenizers of one text."""
-    lines = []
-    for row in rows_of("words.csv"):
-        cells = []
-        for name in ("runs", "trigrams"):
-            digits = 3 if name == "runs" else 4
-            less = [f"{float(row[f'{name}_less{end}']):+.{digits}f}" for end in ("", "_low", "_high")
-                    if row[f"{name}_less"]]
-            cells += [f"{float(row[f'{name}_bits_per_byte']):.{digits}f}",
-                      "{} ({} to {})".format(*less) if less else ""]
-        lines.append([f"`{row['tokenizer']}`", f"{int(row['test_tokens']):,}", *cells])
+    lines = [[f"`{row['tokenizer']}`", f"{int(row['test_tokens']):,}",
+              f"{float(row['runs_bits_per_byte']):.3f}", interval(row, "runs_less"),
+              f"{float(row['trigrams_bits_per_byte']):.4f}", interval(row, "trigrams_less", 4)]
+             for row in rows_of("words.csv")]
     return table(["tokenizer", "test tokens", "GPT-2", "less `bpe:4096`", "trigrams", "less `bpe:4096`"], lines)
 
 
