@@ -1,4 +1,4 @@
-"""Figures of what the benchmarks measure, for notebooks 04 to 06 and docs: windows, batches, blends, contradictions."""
+"""Figures of what the benchmarks measure, for notebooks 04 to 07 and docs."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -142,13 +142,14 @@ def batch_losses(table: pd.DataFrame, path: Path) -> Path:
         path: PNG to write.
     """
     budgets, base = ("samples", "time"), table[table["rule"] == "base"]  # one run, in both panels
-    figure, panels = new_figure(9.6, 3.8, "", "rows per step", "loss on whole held-out stories", columns=2, sharey=True)
+    figure, panels = new_figure(9.6, 3.8, "", "rows per step", "loss (nats per token)", columns=2, sharey=True)
     colors = dict(zip(("none", "square root", "linear"), (BLUE, GREEN, ORANGE), strict=True))
     for axes, budget in zip(panels, budgets, strict=True):
         own = pd.concat([table[(table["budget"] == budget) & (table["rule"] != "base")], base])
-        for i, (rule, rows) in enumerate(own[own["rule"] != "base"].groupby("rule", sort=False)):
+        for rule, rows in own[own["rule"] != "base"].groupby("rule", sort=False):
             rows = pd.concat([rows, base]).sort_values("batch_size")
-            axes.plot(rows["batch_size"], rows["loss"], color=colors[rule], marker=MARKERS[i], markersize=5,
+            axes.plot(rows["batch_size"], rows["loss"], color=colors[rule], markersize=5,
+                      marker=MARKERS[list(colors).index(rule)],
                       label=f"learning rate scaled: {rule}")
         axes.plot(base["batch_size"], base["loss"], "k*", markersize=10, label="where the rate was chosen")
         axes.set_xscale("log", base=2)
@@ -213,4 +214,27 @@ def contradiction_curves(table: pd.DataFrame, path: Path, score: str) -> Path:
     panels[0].set_ylabel("ROC AUC (0.5: chance)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False,
                   fontsize=9)
+    return save_figure(figure, path)
+
+
+def option_losses(table: pd.DataFrame, path: Path) -> Path:
+    """Draw the loss of each arm less that of BDH, with its 95 % interval.
+
+    Args:
+        table: of `benchmarks/bdh_options.py`, with an arm `bdh`.
+        path: PNG to write.
+    """
+    rows = table[table["less_bdh"].notna()].sort_values("less_bdh", ascending=False, ignore_index=True)
+    figure, axes = new_figure(8.4, 1.2 + 0.26 * len(rows), "Test loss less that of BDH",
+                              "nats per token, 95 % interval")
+    for y, row in rows.iterrows():
+        color = GREEN if row["arm"].startswith("modern") else BLUE
+        axes.plot([row["less_bdh_low"], row["less_bdh_high"]], [y, y], color=color, linewidth=1.6)
+        axes.plot(row["less_bdh"], y, "s" if "-time" in row["arm"] else "o", color=color, markersize=6)
+    for marker, color, label in (("o", BLUE, "BDH, same tokens"), ("s", BLUE, "BDH, same time"),
+                                 ("o", GREEN, "transformer, same tokens"), ("s", GREEN, "transformer, same time")):
+        axes.plot([], [], marker, color=color, label=label)
+    axes.axvline(0, color=DARK_GRAY, linewidth=1)
+    axes.set_yticks(range(len(rows)), rows["arm"])
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return save_figure(figure, path)

@@ -148,7 +148,7 @@ display(Image(window_losses(full, folder / "figures" / "window_losses_full.png")
 # loss in 8 of 9 pairs, by 0.015 to 0.49 nats, for at most 11 % fewer tokens per second. Take `stream` for BDH and
 # `packed` for transformers, both masked: there they had the lowest loss of all windows that hardly pad. Leave
 # `left_pad` and `slide_through`, which take two to three times as long for the same targets, and `full`, whose loss
-# was the highest for BDH and GPT-2, because it reads long stories again and again.
+# was the highest for BDH and GPT-2. Why was not measured; it reads the long stories many times, one token further on.
 
 # %% [markdown]
 # ## Files written

@@ -71,7 +71,8 @@ class HFModel(nn.Module):
         c = self.hf.config
         width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         self._sizes = c.num_hidden_layers, getattr(c, "num_key_value_heads", c.num_attention_heads), width
-        self._slopes = getattr(config, "decay", 0.0) / 2.0 ** torch.arange(c.num_attention_heads)
+        decay = getattr(config, "decay", 0.0)
+        self._slopes = decay / 2.0 ** torch.arange(c.num_attention_heads if decay else 1)  # of each head, or of all
         # `transformers` renamed the argument in 5.24 and warns if the old name is used.
         arguments = inspect.signature(self.hf.base_model.forward).parameters
         self._cache_argument = "cache" if "cache" in arguments else "past_key_values"
