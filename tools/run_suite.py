@@ -78,7 +78,7 @@ def main() -> None:
                      args.models.replace(" ", "").split(","))
     if not args.status:
         print(f"{len(grid.rows)} run{'s' * (len(grid.rows) > 1)}; results go to {out}", flush=True)
-    from plotarmour.suite.executors import Local, Slurm  # seconds of imports
+    from plotarmour.suite.executors import Local  # seconds of imports
     from plotarmour.suite.runner import compare_rows, describe_best, describe_status, run_grid
 
     if args.status:
@@ -86,12 +86,13 @@ def main() -> None:
     try:
         executor_of = Local
         if args.executor == "slurm":
+            from contrib.slurm import Slurm
+
             executor_of = partial(Slurm, at_once=args.at_once, minutes=args.walltime or 240, options=args.slurm)
         elif args.executor == "kaggle":
-            from plotarmour.suite.kaggle_kernels import Kaggle
-            from tools import bundle_kaggle
+            from contrib.kaggle_kernels import Kaggle
 
-            executor_of = partial(Kaggle, minutes=args.walltime or 660, bundle=bundle_kaggle)
+            executor_of = partial(Kaggle, minutes=args.walltime or 660)
         states = run_grid(grid, executor_of)
         if args.grid is not None:
             best = describe_best(grid, states, Path(sys.argv[0]).with_name("compare.py").as_posix())

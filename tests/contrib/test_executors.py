@@ -14,16 +14,15 @@ import nbformat
 import pandas as pd
 import pytest
 
+from contrib.kaggle_kernels import Kaggle
+from contrib.slurm import Job, Slurm
 from plotarmour.cli import UserError
 from plotarmour.run import train_run
-from plotarmour.suite.executors import Job, Slurm
 from plotarmour.suite.grid import plan_grid
-from plotarmour.suite.kaggle_kernels import Kaggle
 from plotarmour.suite.runner import describe_status, run_grid
 from plotarmour.suite.steps import find_prepared, prepare
 from plotarmour.training.checkpoint import checkpoint_of
 from plotarmour.training.log import RunLog, read_log
-from tools import bundle_kaggle
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kaggle_server import Account, serving  # noqa: E402
@@ -162,10 +161,10 @@ def test_a_job_that_saves_nothing_before_its_walltime_is_not_started_again(plann
     """Guards: a job that Slurm starts again and again because its walltime ends before the first checkpoint."""
     job = Job(planned.notebook, planned.rows[0])
     job.first_step = job.process = None
-    monkeypatch.setattr("plotarmour.suite.executors.stop_notebooks", lambda processes: None)
+    monkeypatch.setattr("contrib.slurm.stop_notebooks", lambda processes: None)
     with pytest.raises(TimeoutError):
         job.checkpoint()
-    monkeypatch.setattr("plotarmour.suite.executors.latest_whole_step", lambda folder: 5)
+    monkeypatch.setattr("contrib.slurm.latest_whole_step", lambda folder: 5)
     assert job.checkpoint().function == job
 
 
@@ -199,7 +198,7 @@ def kaggle(tmp_path, monkeypatch):
             monkeypatch.delenv("KAGGLE_API_TOKEN", raising=False)
             for name, seconds in {"look_s": 0.3, "later_s": 1.0}.items():
                 monkeypatch.setattr(Kaggle, name, seconds)
-            return account, partial(Kaggle, minutes=minutes, bundle=bundle_kaggle)
+            return account, partial(Kaggle, minutes=minutes)
 
         yield make
 

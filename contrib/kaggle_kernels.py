@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pandas as pd
@@ -51,7 +50,7 @@ from pathlib import Path
 
 INPUTS = Path("/kaggle/input")
 sys.path.insert(0, str(next(INPUTS.rglob("plotarmour/__init__.py")).parents[1]))
-from plotarmour.suite.kaggle_kernels import run_plan
+from contrib.kaggle_kernels import run_plan
 
 run_plan(json.loads({plan!r}), INPUTS)
 """
@@ -109,13 +108,12 @@ class Kaggle:
     later_s = 300.0  # after a refused push
     grace_s = 900.0  # that a kernel has after its minutes, before it is deleted
 
-    def __init__(self, grid: Grid, minutes: float, bundle: ModuleType):
+    def __init__(self, grid: Grid, minutes: float):
         """Log in, read the quota and the ledger.
 
         Args:
             grid: checked.
             minutes: after which a kernel stops its rows.
-            bundle: tools/bundle_kaggle.py, whose `write_dataset` and `write_kernel` this uses.
         """
         if not LEAST_MINUTES <= minutes <= MOST_MINUTES:
             raise UserError(f"--walltime {minutes:g} is out of range; expected {LEAST_MINUTES:g} to {MOST_MINUTES:g} "
@@ -129,8 +127,10 @@ class Kaggle:
         except ImportError:
             raise UserError("--executor kaggle needs the package kaggle. Install it: pip install "
                             "'plotarmour[kaggle]', or pip install kaggle six.") from None
+        from tools import bundle_kaggle  # not where a kernel imports `run_plan`
+
         socket.setdefaulttimeout(120)  # the client has none
-        self.grid, self.minutes, self.bundle, self.api = grid, minutes, bundle, KaggleApi()
+        self.grid, self.minutes, self.bundle, self.api = grid, minutes, bundle_kaggle, KaggleApi()
         self.folder, self.indexes = grid.out / "kaggle", {row.run: i for i, row in enumerate(grid.rows)}
         self.push_at, self.unreadable, self.fruitless, self.steps, self.running = 0.0, Counter(), Counter(), {}, set()
         try:
