@@ -40,7 +40,7 @@ def wrong_arrows(root):
             continue
         for name in imports(path):
             parts = name.split(".")
-            if parts[0] in ("tools", "notebooks"):
+            if parts[0] in ("benchmarks", "contrib", "tools", "notebooks"):
                 yield f"{path.name} imports {name}"
             if parts[0] == "plotarmour" and len(parts) > 1 and parts[1] not in MAY_KNOW[room] | {room}:
                 yield f"{room} must not know {parts[1]} ({path.name})"

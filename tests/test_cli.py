@@ -69,14 +69,14 @@ def test_a_warning_is_printed_once_and_is_never_an_exception(capsys, warned):
 
 def test_the_package_warns_in_one_way(root):
     """Guards: a message to people through `warnings.warn`, which PYTHONWARNINGS=error turns into a traceback."""
-    sources = [*(root / "plotarmour").rglob("*.py"), *(root / "tools").glob("*.py")]
+    sources = [path for room in ("plotarmour", "contrib", "tools") for path in (root / room).rglob("*.py")]
     assert [path for path in sources if "warnings.warn(" in path.read_text(encoding="utf-8")] == []
 
 
 def test_the_encoding_of_every_text_file_is_stated(root):
     """Guards: UTF-8 that Windows reads and writes as cp1252."""
     unstated, opens_others = [], ("os.open", "TokenFile.open")
-    rooms = ("plotarmour", "tools", "notebooks", "benchmarks")
+    rooms = ("plotarmour", "contrib", "tools", "notebooks", "benchmarks")
     for path in (path for room in rooms for path in (root / room).rglob("*.py")):
         calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
         for call in calls:
