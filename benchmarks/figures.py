@@ -1,13 +1,12 @@
 """Figures of what the benchmarks measure, for notebooks 04 to 07 and docs."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.colors import ListedColormap
 
-from plotarmour.data.batches import Windows
+from plotarmour.data.windows import Cut
 from plotarmour.models import KINDS
 from plotarmour.report.figures import (
     BLUE,
@@ -22,20 +21,20 @@ from plotarmour.report.figures import (
 )
 
 
-def windows_picture(windows: list[Windows], path: Path, rows: int = 5) -> Path:
+def windows_picture(cuts: list[Cut], path: Path, rows: int = 5) -> Path:
     """Draw the first windows of each kind, in the order of the text: a cell is a token, a tint its story, gray padding.
 
     Args:
-        windows: of one small text and context length, a kind each.
+        cuts: of one small text and context length, a kind each.
         path: PNG to write.
         rows: drawn of each kind.
     """
-    T, starts = windows[0].context_length, windows[0].data.offsets.astype(int)
-    figure, axes = new_figure(8.4, 0.6 + 0.28 * (rows + 0.5) * len(windows), "What a row of training holds",
+    T, starts = cuts[0].context_length, cuts[0].data.offsets.astype(int)
+    figure, axes = new_figure(8.4, 0.6 + 0.28 * (rows + 0.5) * len(cuts), "What a row of training holds",
                               "place in the row; a letter is a story, a number the place in it, ■ its end")
     y, middles = 0.0, []
-    for each in windows:
-        epoch = replace(each, rows_per_step=each.per_epoch).rows_of(0)
+    for each in cuts:
+        epoch = each.rows(0, 0, each.per_epoch)
         middles.append(y + min(rows, len(epoch)) / 2)
         axes.annotate(f"  {len(epoch)} windows, {each.padding_share:.0%} padding", (T, middles[-1]), va="center",
                       fontsize=9)
@@ -50,7 +49,7 @@ def windows_picture(windows: list[Windows], path: Path, rows: int = 5) -> Path:
                               ha="center", va="center", fontsize=8)
             y += 1
         y += 0.5
-    axes.set_yticks(middles, [each.kind for each in windows])
+    axes.set_yticks(middles, [each.kind for each in cuts])
     axes.set_xlim(0, 1.4 * T)
     axes.set_ylim(y, 0)
     axes.set_xticks(range(0, T + 1, 2))

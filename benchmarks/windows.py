@@ -28,8 +28,9 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.training_loop import write_rows  # noqa: E402
 from plotarmour.cli import run_command  # noqa: E402
 from plotarmour.config import Recipe, load_recipe, restored  # noqa: E402
-from plotarmour.data.batches import BY_PLACE, Tokens, Windows  # noqa: E402
-from plotarmour.data.token_file import TokenFile, TokensInMemory  # noqa: E402
+from plotarmour.data.batches import Windows  # noqa: E402
+from plotarmour.data.token_file import TokenFile, Tokens, TokensInMemory  # noqa: E402
+from plotarmour.data.windows import BY_PLACE, CUTS  # noqa: E402
 from plotarmour.evaluation.arms import Arm, compare_arms, group_runs  # noqa: E402
 from plotarmour.evaluation.metrics import totals  # noqa: E402
 from plotarmour.evaluation.scoring import evaluate_run  # noqa: E402
@@ -71,17 +72,18 @@ def read(windows: Windows) -> dict:
     """Measure one kind of windows."""
     tracemalloc.start()
     windows.rows_of(0)
-    row = {"kind": windows.kind, "windows": windows.per_epoch, "padding_share": f"{windows.padding_share:.4f}",
+    cut = windows.cut
+    row = {"kind": cut.kind, "windows": cut.per_epoch, "padding_share": f"{cut.padding_share:.4f}",
            "held_bytes_per_story": f"{tracemalloc.get_traced_memory()[0] / windows.data.n_stories:.2f}"}
     tracemalloc.stop()
     begun = time.perf_counter()
     n = sum(len(windows.rows_of(step)) for step in range(5000))
     row["read_per_s"] = f"{n / (time.perf_counter() - begun):.0f}"
-    if windows.kind in BY_PLACE:
-        numbers = np.random.default_rng(1).integers(windows.per_epoch, size=MILLION)
+    if cut.kind in BY_PLACE:
+        numbers = np.random.default_rng(1).integers(cut.per_epoch, size=MILLION)
         begun = time.perf_counter()
-        story, place = windows.story_and_place(numbers)
-        back = windows.firsts[story].astype(np.int64) + place
+        story, place = cut.story_and_place(numbers)
+        back = cut.firsts[story].astype(np.int64) + place
         row["found_per_s"] = f"{MILLION / (time.perf_counter() - begun):.0f}"
         assert (back == numbers).all() and (place >= 0).all()
     print(row, flush=True)
@@ -114,7 +116,7 @@ def arms(recipe: Recipe, data: Tokens, n_tokens: int) -> list[tuple[str, list[st
     """
     t, found = recipe.training, []
     for kind in KINDS:
-        filled = 1 - Windows(data, t.context_length, kind, t.seed, 1).padding_share
+        filled = 1 - CUTS[kind](data, t.context_length, kind, t.seed).padding_share
         rows = max(1, round(t.rows_per_step / filled))
         steps = max(1, round(n_tokens / (rows * t.context_length * filled)))
         settings = [f"windows={kind}", f"rows_per_step={rows}", f"micro_batch_size={rows}", f"max_steps={steps}",

@@ -48,6 +48,7 @@ from benchmarks.windows import KINDS, REFERENCE, SMALL, TOY, arms, compared, rea
 from plotarmour.config import load_recipe
 from plotarmour.data.batches import Windows
 from plotarmour.data.token_file import TokenFile
+from plotarmour.data.windows import CUTS
 from plotarmour.suite.parameters import Path, check_parameters, results_folder
 from plotarmour.suite.steps import prepare
 
@@ -66,7 +67,7 @@ train, T = TokenFile.open(paths["train"]), settings.training.context_length
 # there (`slide_through`), or only rows that are full (`full`).
 
 # %%
-toy = [Windows(TOY, 8, kind, seed=0, rows_per_step=1) for kind in KINDS]
+toy = [CUTS[kind](TOY, 8, kind, seed=0) for kind in KINDS]
 display(Image(windows_picture(toy, folder / "figures" / "windows.png")))
 
 # %% [markdown]
@@ -93,8 +94,8 @@ display(Image(picture))
 import pandas as pd
 
 lengths = [T // 2, T, 2 * T, 4 * T]
-shares = {kind: [Windows(train, length, kind, 0, 1) for length in lengths] for kind in ("stream", "stories", "packed")}
-pd.DataFrame({kind: [f"{each.padding_share:.1%}" for each in row] for kind, row in shares.items()}, index=lengths)
+cuts = {kind: [CUTS[kind](train, length, kind, 0) for length in lengths] for kind in ("stream", "stories", "packed")}
+pd.DataFrame({kind: [f"{each.padding_share:.1%}" for each in row] for kind, row in cuts.items()}, index=lengths)
 
 # %% [markdown]
 # ## The work

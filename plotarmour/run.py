@@ -23,11 +23,11 @@ from torch import nn
 
 from plotarmour.cli import AnyPath, UserError, as_path, say, warn
 from plotarmour.config import AUTO, Recipe, restored
-from plotarmour.data.batches import Tokens, Windows
+from plotarmour.data.batches import Windows
 from plotarmour.data.duplicates import overlapping_stories
 from plotarmour.data.pretokenize import pre_tokenize
 from plotarmour.data.stories import SEPARATORS
-from plotarmour.data.token_file import TokenFile, looks_like_token_file
+from plotarmour.data.token_file import TokenFile, Tokens, looks_like_token_file
 from plotarmour.data.tokenizer import Tokenizer
 from plotarmour.evaluation.generation import NewToken, generate, stream
 from plotarmour.files import locked, write_json, write_text
@@ -228,7 +228,7 @@ def train_run(recipe: Recipe, train_path: AnyPath, val_path: AnyPath, out: AnyPa
                             "or install a newer torch.")
         info |= {"params": sum(p.numel() for p in model.parameters()),
                  "core_params": model.config.core_params}
-        info["train"] |= {"order_sha256": windows.order_sha256(), "padding_share": round(windows.padding_share, 4)}
+        info["train"] |= {"order_sha256": windows.order_sha256(), "padding_share": round(windows.cut.padding_share, 4)}
 
         def claim() -> tuple[Path | None, int | None]:
             """Lock the run folder and write into it; return the checkpoint, and the rows per micro-batch if planned."""

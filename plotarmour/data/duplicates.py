@@ -30,9 +30,8 @@ from itertools import chain, product
 import numpy as np
 
 from plotarmour.cli import AnyPath, UserError, as_path, progress
-from plotarmour.data.batches import Tokens
 from plotarmour.data.stories import normalise
-from plotarmour.data.token_file import TokenFile
+from plotarmour.data.token_file import TokenFile, Tokens
 from plotarmour.files import write_text
 
 WORDS = 5

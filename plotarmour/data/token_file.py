@@ -230,6 +230,9 @@ class TokensInMemory:
         return None
 
 
+Tokens = TokenFile | TokensInMemory  # the tokens of some stories, as training and scoring read them
+
+
 def read_header(path: Path) -> dict:
     """Return the checked header of a token file.
 

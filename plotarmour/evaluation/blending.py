@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from plotarmour.data.batches import Tokens
+from plotarmour.data.token_file import Tokens
 from plotarmour.evaluation.generation import BLENDS, blend_logits
 from plotarmour.evaluation.statistics import compare_losses
 from plotarmour.evaluation.surprise import Memory, sentences

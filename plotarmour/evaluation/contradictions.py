@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from plotarmour.data.batches import Tokens
 from plotarmour.data.tales import ENDING, EVENTS, OPENINGS, POOLS, STOP, Writer
+from plotarmour.data.token_file import Tokens
 from plotarmour.evaluation.ngrams import probabilities
 from plotarmour.evaluation.surprise import Memory, sentences
 

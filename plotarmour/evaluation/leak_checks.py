@@ -24,9 +24,8 @@ import pandas as pd
 import torch
 
 from plotarmour.cli import UserError
-from plotarmour.data.batches import Tokens
 from plotarmour.data.duplicates import long_overlaps, overlapping_stories
-from plotarmour.data.token_file import TokensInMemory
+from plotarmour.data.token_file import Tokens, TokensInMemory
 from plotarmour.evaluation.scoring import UNBOUNDED, score_stories, story_blocks
 
 LONG_OVERLAP = "long overlap"

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from plotarmour.data.batches import Tokens
+from plotarmour.data.token_file import Tokens
 from plotarmour.evaluation.scoring import story_blocks, story_tokens
 
 MAX_COUNTED = 50_000_000  # training tokens; more are not counted, which bounds memory to about 2 GiB

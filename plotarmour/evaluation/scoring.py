@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from plotarmour.cli import UserError, progress
-from plotarmour.data.batches import Tokens
 from plotarmour.data.stories import story_hash
 from plotarmour.data.tales import recalled_tokens
+from plotarmour.data.token_file import Tokens
 from plotarmour.evaluation.metrics import totals
 from plotarmour.loss import IGNORE, token_nats
 from plotarmour.machine import Machine
