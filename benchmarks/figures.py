@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.colors import ListedColormap
+from matplotlib.ticker import LogLocator, NullLocator
 
 from plotarmour.data.windows import Cut
 from plotarmour.models import KINDS
@@ -15,6 +16,7 @@ from plotarmour.report.figures import (
     LIGHT_GRAY,
     MARKERS,
     ORANGE,
+    PURPLE,
     TINTS,
     new_figure,
     save_figure,
@@ -30,8 +32,8 @@ def windows_picture(cuts: list[Cut], path: Path, rows: int = 5) -> Path:
         rows: drawn of each kind.
     """
     T, starts = cuts[0].context_length, cuts[0].data.offsets.astype(int)
-    figure, axes = new_figure(8.4, 0.6 + 0.28 * (rows + 0.5) * len(cuts), "What a row of training holds",
-                              "place in the row; a letter is a story, a number the place in it, ■ its end")
+    figure, axes = new_figure(8.4, 0.6 + 0.28 * (rows + 0.5) * len(cuts), f"The first {rows} rows of each way to cut",
+                              "place in the row (letter: story, number: place in it, ■: its end, gray: padding)")
     y, middles = 0.0, []
     for each in cuts:
         epoch = each.rows(0, 0, each.per_epoch)
@@ -71,12 +73,12 @@ def mask_picture(inputs: np.ndarray, end_of_text: int, path: Path) -> Path:
     causal = np.tril(np.ones((T, T), dtype=bool))
     masked = causal & (story[:, None] == story)
     figure, panels = new_figure(10.4, 3.6, "Seen without a mask", "input", "token", columns=3)
-    for axes, seen, color, title in zip(panels, (causal, masked), (BLUE, GREEN), ("", "Seen with mask_stories"),
+    for axes, seen, color, title in zip(panels, (causal, masked), (DARK_GRAY, GREEN), ("", "Seen with mask_stories"),
                                         strict=False):
         axes.imshow(seen, cmap=ListedColormap(["white", color]), interpolation="nearest")
         axes.set_title(title or axes.get_title("left"), loc="left", fontsize=11)
         axes.grid(visible=False)
-    panels[2].plot(causal.sum(axis=1), color=BLUE, label="without a mask")
+    panels[2].plot(causal.sum(axis=1), color=DARK_GRAY, label="without a mask")
     panels[2].plot(masked.sum(axis=1), color=GREEN, label="with mask_stories")
     panels[2].set_xlabel("token")
     panels[2].set_title("How many inputs a token sees", loc="left", fontsize=11)
@@ -92,11 +94,11 @@ def window_losses(table: pd.DataFrame, path: Path) -> Path:
         path: PNG to write.
     """
     models, kinds = list(dict.fromkeys(table["model"])), list(dict.fromkeys(table["windows"]))
-    figure, panels = new_figure(1.6 + 3.2 * len(models), 4.2, "", "loss less that of stream\n(nats per token, 95 %)",
-                                columns=max(2, len(models)), sharey=True)
+    figure, panels = new_figure(1.6 + 3.2 * len(models), 4.2, "", "loss less that of stream, no mask\n(nats per token, "
+                                "95 %); left: better", columns=max(2, len(models)), sharey=True)
     for axes, model in zip(panels, models, strict=False):
         for row in table[table["model"] == model].itertuples():
-            y, color = kinds.index(row.windows) + (0.15 if row.mask else -0.15), GREEN if row.mask else BLUE
+            y, color = kinds.index(row.windows) + (0.15 if row.mask else -0.15), GREEN if row.mask else DARK_GRAY
             axes.plot([row.less_stream_low, row.less_stream_high], [y, y], color=color, linewidth=1.6)
             axes.plot(row.less_stream, y, "s" if row.mask else "o", color=color, markersize=6)
         axes.axvline(0, color=DARK_GRAY, linewidth=1)
@@ -105,7 +107,7 @@ def window_losses(table: pd.DataFrame, path: Path) -> Path:
         axes.set_axis_off()
     panels[0].set_yticks(range(len(kinds)), kinds)
     panels[0].set_ylim(len(kinds) - 0.5, -0.5)
-    for is_masked, color in ((False, BLUE), (True, GREEN)):
+    for is_masked, color in ((False, DARK_GRAY), (True, GREEN)):
         panels[0].plot([], [], "s" if is_masked else "o", color=color, label="mask_stories" if is_masked else "no mask")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return save_figure(figure, path)
@@ -128,6 +130,9 @@ def batch_times(table: pd.DataFrame, path: Path) -> Path:
         axes.set_xticks(sorted(set(table["batch_size"])), [f"{n:,}" for n in sorted(set(table["batch_size"]))])
         axes.set_ylabel(label)
     panels[0].set_yscale("log")
+    panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[0].yaxis.set_major_formatter("{x:,.0f}")
+    panels[0].yaxis.set_minor_locator(NullLocator())
     panels[1].set_ylim(bottom=0)
     panels[1].legend(frameon=False, fontsize=9)
     return save_figure(figure, path)
@@ -141,18 +146,21 @@ def batch_losses(table: pd.DataFrame, path: Path) -> Path:
         path: PNG to write.
     """
     budgets, base = ("samples", "time"), table[table["rule"] == "base"]  # one run, in both panels
-    figure, panels = new_figure(9.6, 3.8, "", "rows per step", "loss (nats per token)", columns=2, sharey=True)
-    colors = dict(zip(("none", "square root", "linear"), (BLUE, GREEN, ORANGE), strict=True))
+    figure, panels = new_figure(9.6, 3.8, "", "rows per step", "loss (nats per token)", columns=2, sharex=True,
+                                sharey=True)
+    colors = {"none": DARK_GRAY, "square root": GREEN, "linear": PURPLE}
     for axes, budget in zip(panels, budgets, strict=True):
         own = pd.concat([table[(table["budget"] == budget) & (table["rule"] != "base")], base])
-        for rule, rows in own[own["rule"] != "base"].groupby("rule", sort=False):
-            rows = pd.concat([rows, base]).sort_values("batch_size")
-            axes.plot(rows["batch_size"], rows["loss"], color=colors[rule], markersize=5,
-                      marker=MARKERS[list(colors).index(rule)],
-                      label=f"learning rate scaled: {rule}")
+        for (rule, color), marker in zip(colors.items(), MARKERS, strict=False):
+            rows = own[own["rule"] == rule]
+            if len(rows):
+                rows = pd.concat([rows, base]).sort_values("batch_size")
+                axes.plot(rows["batch_size"], rows["loss"], color=color, marker=marker, markersize=5,
+                          label=f"learning rate scaled: {rule}")
         axes.plot(base["batch_size"], base["loss"], "k*", markersize=10, label="where the rate was chosen")
         axes.set_xscale("log", base=2)
-        axes.set_xticks(sorted(set(own["batch_size"])), [f"{n:,}" for n in sorted(set(own["batch_size"]))])
+        sizes = sorted(set(table["batch_size"]))
+        axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
         axes.set_title(f"after equal {budget}", loc="left", fontsize=11)
     panels[0].legend(frameon=False, fontsize=9)
     return save_figure(figure, path)

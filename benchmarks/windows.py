@@ -7,7 +7,7 @@ with a mask and one without take turns on the same batch; the ratio is the media
 
 With --results FOLDER, of the grid plotarmour/recipes/windows.csv, nothing of this is measured: every run there scores
 the test stories, and window_losses.csv has a row for each kind of model, windows and mask, with its tokens per second,
-measured in turn. Notebook 05 does the same.
+measured in turn, and the share of its targets that it learned from for the first time. Notebook 05 does the same.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from plotarmour.training.ending import Ending  # noqa: E402
 ROWS, T, MILLION = 32, 256, 1_000_000
 SMALL = ("corpus_stories=4000", "corpus_min_events=0", "corpus_max_events=9", "eval_tokens=2000")  # of the notebook
 REFERENCE = ROOT / "results" / "reference"
-KINDS = ("stream", "stories", "packed", *BY_PLACE)  # of windows
+KINDS = tuple(CUTS)  # of windows
 TOY = TokensInMemory([np.append(np.ones(n - 1, np.uint16), np.uint16(0)) for n in (6, 5, 7, 2, 3, 10)],
                      {"end_of_text_id": 0, "vocab_size": 2}, [1] * 6)  # stories of 6, 5, 7, ... tokens
 
@@ -172,6 +172,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     """Return a table of `compared` for people."""
     shown = table[["model", "windows", "mask", "seeds"]].assign(
         padding=[f"{share:.1%}" for share in table["padding_share"]], tokens_per_s=table["tokens_per_s"],
+        distinct=[f"{share:.0%}" for share in table["distinct"]],
         loss=table["loss"].round(3))
     for name in ("less_stream", "less_unmasked"):
         shown[name] = [f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" if mean == mean else "" for mean, low, high in
@@ -183,7 +184,7 @@ def speeds(runs: list[Path], data: TokenFile, turns: int = 8) -> pd.DataFrame:
     """Measure forward and backward of untrained models of some runs in turn, with each run's windows and mask.
 
     Returns:
-        A row per run: model, windows, mask, and targets per second, the median over turns.
+        A row per run: model, windows, mask, targets per second, the median over turns, and `distinct_share`.
     """
     recipes, seconds = [restored(read_info(run)["recipe"]) for run in runs], [[] for _ in runs]
     models = [recipe.build_model(data.header["vocab_size"]).train() for recipe in recipes]
@@ -198,8 +199,19 @@ def speeds(runs: list[Path], data: TokenFile, turns: int = 8) -> pd.DataFrame:
             model.zero_grad(set_to_none=True)
             times.append((time.perf_counter() - begun) / int((targets != IGNORE).sum()))
     return pd.DataFrame({"model": recipe.model, "windows": recipe.training.windows, "mask":
-                         recipe.training.mask_stories, "tokens_per_s": round(1 / statistics.median(times[1:]))}
+                         recipe.training.mask_stories, "tokens_per_s": round(1 / statistics.median(times[1:])),
+                         "distinct": distinct_share(recipe, data)}
                         for recipe, times in zip(recipes, seconds, strict=True))
+
+
+def distinct_share(recipe: Recipe, data: TokenFile) -> float:
+    """Return the share of a run's targets that it read for the first time: distinct targets / all."""
+    t, times = recipe.training, np.zeros(data.n_tokens, dtype=np.int64)
+    windows = Windows(data, t.context_length, t.windows, t.seed, t.rows_per_step)
+    for row in (row for step in range(t.max_steps) for row in windows.rows_of(step)):
+        for begin, end in zip(row[::2], row[1::2], strict=True):
+            times[begin:end] += 1
+    return np.count_nonzero(times) / times.sum()
 
 
 if __name__ == "__main__":

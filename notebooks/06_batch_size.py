@@ -122,7 +122,7 @@ display(Image(batch_losses(table, folder / "figures" / "batch_losses.png")))
 # ## Three batches of old
 # The table that many tutorials have: batches of 50 for 5,000 steps, of 500 for 5,000 steps, of 500 for 500 steps. The
 # second sees ten times as many samples as the others; the first and third see the same ones. Here with all of them
-# smaller: batches divided by 10, steps by 500.
+# smaller, batches divided by 10, steps by 500; of the full sizes we have no numbers to put beside these.
 
 # %%
 old = []
@@ -160,12 +160,12 @@ full.loc[full["budget"] == "notes", ["batch_size", "steps", "samples", "elapsed_
 # ## What it means
 # **On a CPU** the rows per second hardly rise beyond 4 rows for BDH and 16 for GPT-2: a larger batch only takes fewer
 # updates. After equal samples, 2 rows with the unchanged rate are 0.35 nats better than 8, and 32 rows are 0.83 to
-# 1.29 worse with any rule; after equal time 2 rows are still 0.07 better. So on a CPU take the smallest batch at
-# which the line of rows per second is nearly flat, and do not expect a rule of learning rates to make up for missing
-# updates in a short run.
+# 1.29 worse with any rule; after equal time 2 rows are still 0.07 better. So on a CPU take few rows per step, 2 to 8,
+# although the line of rows per second still rises there, and do not expect a rule of learning rates to make up for
+# missing updates in a short run.
 #
-# **On a GPU** nothing has been measured yet. Run the first cells there: while the line still rises, a larger batch
-# takes hardly longer, and equal time favours it; at its bend the same rule holds as here.
+# **On a GPU** nothing has been measured yet. Run all cells there: while the line still rises, a larger batch takes
+# hardly longer, so the best batch by equal time may be larger than here.
 
 # %% [markdown]
 # ## Files written

@@ -177,9 +177,8 @@ class _Lines(tqdm):
         say(f"{self.desc}: {', '.join(parts + [self.postfix] * bool(self.postfix))}")
 
 
-def file_size(path: Path) -> str:
-    """Return the size of a file for people: "812 bytes", "3.4 KiB" or "1,907.3 MiB"."""
-    size = path.stat().st_size
+def file_size(size: int) -> str:
+    """Return a number of bytes for people: "812 bytes", "3.4 KiB" or "1,907.3 MiB"."""
     if size < 2**10:
         return f"{size} bytes"
     return f"{size / 2**10:.1f} KiB" if size < 2**20 else f"{size / 2**20:,.1f} MiB"

@@ -35,7 +35,7 @@ def main() -> None:
 
     data = import_bin(args.ids, args.tokenizer, args.out, args.dtype, args.format, args.end_of_text, args.force)
     print(f"{args.out}: {data.n_tokens:,} tokens, {data.n_stories:,} stories "
-          f"({file_size(args.out)}), {data.header['n_empty_dropped']:,} empty stories dropped")
+          f"({file_size(args.out.stat().st_size)}), {data.header['n_empty_dropped']:,} empty stories dropped")
     print(f"first story: {data.tokenizer().decode(data.story(0)[:200])}")
 
 

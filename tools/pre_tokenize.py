@@ -80,7 +80,7 @@ def main() -> None:
                         bpe_bytes=args.bpe_bytes, backend=args.backend)
     for path in paths:
         data = TokenFile.open(path)
-        print(f"{path}: {data.n_tokens:,} tokens, {data.n_stories:,} stories ({file_size(path)})")
+        print(f"{path}: {data.n_tokens:,} tokens, {data.n_stories:,} stories ({file_size(path.stat().st_size)})")
     extra = [f"{data.header[key]:,} {word}" for key, word in (
         ("n_empty_dropped", "empty stories dropped"), ("n_excluded", "stories excluded"),
         ("n_replaced", "characters replaced by U+FFFD")) if data.header.get(key)]

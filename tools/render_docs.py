@@ -269,10 +269,11 @@ def interval(row: dict[str, str], column: str, digits: int = 3) -> str:
 def window_losses() -> str:
     """Return the loss of each kind of model, windows and mask, and its differences."""
     lines = [[KINDS[row["model"]].label, f"`{row['windows']}`", "yes" if row["mask"] == "True" else "",
-              f"{float(row['padding_share']):.0%}", f"{float(row['tokens_per_s']):,.0f}", f"{float(row['loss']):.3f}",
+              f"{float(row['padding_share']):.0%}", f"{float(row['tokens_per_s']):,.0f}",
+              f"{float(row['distinct']):.0%}", f"{float(row['loss']):.3f}",
               interval(row, "less_stream"), interval(row, "less_unmasked")] for row in rows_of("window_losses.csv")]
-    return table(["", "windows", "mask", "padding", "tokens/s", "loss", "less `stream`", "less the same unmasked"],
-                 lines, 3)
+    return table(["", "windows", "mask", "padding", "tokens/s", "distinct", "loss", "less `stream`",
+                  "less the same unmasked"], lines, 3)
 
 
 def batch_losses() -> str:

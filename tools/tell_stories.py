@@ -42,7 +42,7 @@ def main() -> None:
     from plotarmour.suite.steps import tell_corpus  # imports torch, which --help does not need
 
     text, facts = tell_corpus(args.out, args.count, args.seed, (low, high))
-    print(f"{text}: {args.count:,} stories ({file_size(text)}); facts in {facts}")
+    print(f"{text}: {args.count:,} stories ({file_size(text.stat().st_size)}); facts in {facts}")
 
 
 if __name__ == "__main__":

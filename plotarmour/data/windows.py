@@ -56,11 +56,12 @@ class Cut:
 
     def __init__(self, data: Tokens, context_length: int, kind: str, seed: int):
         self.data, self.context_length, self.kind, self.seed = data, context_length, kind, seed
+        self._n_targets = data.n_tokens  # in the rows of an epoch
 
     @property
     def padding_share(self) -> float:
         """Share of padding in an epoch: places without a target / (rows · context_length)."""
-        return 1 - self._n_targets() / (self.per_epoch * self.context_length)
+        return 1 - self._n_targets / (self.per_epoch * self.context_length)
 
     def epoch_of(self, place: int) -> tuple[int, int, int]:
         """Return the epoch of a row by its place in the order of all epochs, its place there, and the rows there."""
@@ -69,10 +70,6 @@ class Cut:
     def in_order(self) -> Iterable[Row]:
         """Return rows in the order of the file, for evaluation: those of the kind, or each story once."""
         return (piece[1:] for piece in self._pieces(np.arange(self.data.n_stories)))
-
-    def _n_targets(self) -> int:
-        """Return the targets in the rows of an epoch."""
-        return self.data.n_tokens
 
     def _pieces(self, stories: np.ndarray) -> Iterable[tuple[bool, int, int]]:
         """Cut stories so that each piece fits into a row: whether its story begins there, begin and end in targets."""
@@ -96,6 +93,7 @@ class Stream(Cut):
                             f"use more text, or --set context_length={max(1, n // 2)} or less.")
         self._last_phase = min(context_length - 1, n - context_length)
         self.per_epoch = (n - self._last_phase) // context_length
+        self._n_targets = self.per_epoch * context_length
 
     def rows(self, epoch: int, first: int, n: int) -> list[Row]:
         word = int(Philox(key=np.array([self.seed, epoch], dtype=np.uint64), counter=1 << 64).random_raw())
@@ -103,10 +101,7 @@ class Stream(Cut):
         return [(at, at + self.context_length) for at in (begins + word % (self._last_phase + 1)).tolist()]
 
     def in_order(self) -> Iterable[Row]:
-        return ((at, at + self.context_length) for at in range(0, self._n_targets(), self.context_length))
-
-    def _n_targets(self) -> int:
-        return self.per_epoch * self.context_length
+        return ((at, at + self.context_length) for at in range(0, self._n_targets, self.context_length))
 
 
 class Stories(Cut):
@@ -197,14 +192,12 @@ class ByPlace(Cut):
     ("slide_through"); "full" has only the latter's rows without padding, and one for a story that is shorter.
     """
 
-    @cached_property
-    def per_epoch(self) -> int:
-        return int(self._per_story().sum())
-
-    def _n_targets(self) -> int:
-        short = np.minimum(lengths := self._lengths(), self.context_length)  # in the padded rows of each story
+    def __init__(self, *fields):
+        super().__init__(*fields)
+        self.per_epoch, lengths = int(self._per_story().sum()), self._lengths()
+        short = np.minimum(lengths, self.context_length)  # in the padded rows of each story
         padded = short if self.kind == "full" else short * (short + 1) // 2
-        return int((padded + (lengths - short) * self.context_length).sum())
+        self._n_targets = int((padded + (lengths - short) * self.context_length).sum())
 
     @cached_property
     def firsts(self) -> np.ndarray:

@@ -5,6 +5,7 @@ import shutil
 import textwrap
 import time
 import zipfile
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -127,10 +128,14 @@ def _display(text: str) -> Any:
 
 
 def list_files(folder: Path) -> str:
-    """Return the files below a folder with their sizes, one per line, without hidden ones."""
-    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-    return "\n".join([f"{folder}:", *(f"{file_size(folder / name):>12}  {name}" for name in shown)])
+    """Return the files below a folder with their sizes, one per line, without hidden ones; a run in it is one line."""
+    sizes = Counter()
+    for path in sorted(folder.rglob("*")):
+        first, *rest = path.relative_to(folder).parts
+        if path.is_file() and not any(part.startswith(".") for part in (first, *rest)):
+            name = f"{first}/ (a run)" if (folder / first / "run.json").is_file() else path.relative_to(folder)
+            sizes[name] += path.stat().st_size
+    return "\n".join([f"{folder}:", *(f"{file_size(size):>12}  {name}" for name, size in sizes.items())])
 
 
 def download_links(folder: Path, gather: bool = False) -> Any:
@@ -170,7 +175,8 @@ def download_links(folder: Path, gather: bool = False) -> Any:
             warn(f"{base} has {free / 2**30:.1f} GiB left of the 20 that Kaggle keeps; delete what you do not need, "
                  "such as checkpoints of runs that are done.")
     # Jupyter and Kaggle serve only what is below the working folder.
-    return HTML("<br>".join(f"{FileLink(os.path.relpath(path))._repr_html_()} {file_size(path)}" for path in links))
+    return HTML("<br>".join(f"{FileLink(os.path.relpath(path))._repr_html_()} {file_size(path.stat().st_size)}"
+                            for path in links))
 
 
 def _zip(path: Path, folder: Path, files: list[Path]) -> Path:

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from plotarmour.cli import UserError
 from plotarmour.config import TrainingConfig, largest_divisor
-from plotarmour.data.batches import Windows
-from plotarmour.data.windows import Row
+from plotarmour.data.batches import Row, Windows
 from plotarmour.loss import IGNORE, summed_nats
 from plotarmour.machine import Machine
 from plotarmour.training.distributed import Ranks, check_share

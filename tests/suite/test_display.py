@@ -205,13 +205,16 @@ def test_on_kaggle_what_one_wants_lies_flat_in_the_working_folder(run, tmp_path,
         download_links(run, gather=True)
 
 
-def test_a_list_of_files_leaves_out_hidden_folders(tmp_path):
-    """Guards: the lock of a grid among the results that a notebook lists; sizes of "0.000" MiB."""
-    for name in (".lock/owner.json", ".hidden", "run/log.csv"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+def test_a_list_of_files_has_a_line_for_each_run_and_no_hidden_folders(tmp_path):
+    """Guards: pages of checkpoints below a notebook that trains 20 runs; the lock of a grid; sizes of "0.000" MiB."""
+    for name in (".lock/owner.json", ".hidden", "figures/a.png", "run/run.json", "run/checkpoints/model"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text("x" * 812)
     (tmp_path / "data.bin").write_bytes(bytes(3 * 2**10))
-    assert list_files(tmp_path).splitlines()[1:] == ["     3.0 KiB  data.bin", "   812 bytes  run/log.csv"]
+    assert list_files(tmp_path).splitlines()[1:] == ["     3.0 KiB  data.bin", "   812 bytes  figures/a.png",
+                                                     "     1.6 KiB  run/ (a run)"]
+    assert [line.split()[-1] for line in list_files(tmp_path / "run").splitlines()] == [
+        f"{tmp_path / 'run'}:", "checkpoints/model", "run.json"]
 
 
 def test_a_run_that_has_not_begun_is_refused(tmp_path):
