@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from plotarmour.data.readers import Source
 from plotarmour.data.token_file import TokenFile, looks_like_token_file, open_tokenizer
 from plotarmour.data.token_writer import TokenFileWriter
 from plotarmour.data.tokenizer import Tokenizer
-from plotarmour.files import map_file
+from plotarmour.files import map_file, publish
 
 DTYPES = ("uint16", "uint32", "int32", "int64")
 LLM_C_HEADER_BYTES = 1024
@@ -64,22 +65,26 @@ def import_bin(path: AnyPath, tokenizer: str, out: AnyPath, dtype: str | None = 
         raise UserError(f"--end-of-text {separator} is outside the vocabulary of {loaded.vocab_size:,} entries; "
                         f"expected an id of it, by default {loaded.end_of_text_id}.")
     n_empty = 0
-    with TokenFileWriter(out, loaded, {"stories": "imported", "split": None, "newlines": "kept", "part": "all"}
-                         ) as writer:
-        documents = split_documents(_checked_blocks(path, ids, loaded, separator), separator)
-        while batch := list(islice(documents, STORIES_PER_BATCH)):
-            stories = [story for story in batch if len(story)]
-            n_empty += len(batch) - len(stories)
-            if loaded.token_bytes is not None:
-                sizes = [int(loaded.token_bytes[ids].sum()) for ids in stories]
-            else:
-                sizes = [len(text.encode()) for text in loaded.decode_batch(stories)]
-            ids = [np.append(story, loaded.end_of_text_id) for story in stories]
-            writer.add(np.concatenate([np.zeros(0, np.int64), *ids]).astype(np.uint32), list(map(len, ids)), sizes)
-        if not writer.n_stories:
-            raise UserError(f"{path} holds no story: nothing but end-of-text; expected ids between them.")
-        source = Source.of(path)
-        writer.publish([source.fingerprint() | {"sha256": source.sha256()}], n_empty)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
+        unfinished = Path(work) / out.name
+        policies = {"stories": "imported", "split": None, "newlines": "kept", "part": "all"}
+        with TokenFileWriter(unfinished, loaded, policies) as writer:
+            documents = split_documents(_checked_blocks(path, ids, loaded, separator), separator)
+            while batch := list(islice(documents, STORIES_PER_BATCH)):
+                stories = [story for story in batch if len(story)]
+                n_empty += len(batch) - len(stories)
+                if loaded.token_bytes is not None:
+                    sizes = [int(loaded.token_bytes[ids].sum()) for ids in stories]
+                else:
+                    sizes = [len(text.encode()) for text in loaded.decode_batch(stories)]
+                ids = [np.append(story, loaded.end_of_text_id) for story in stories]
+                writer.add(np.concatenate([np.zeros(0, np.int64), *ids]).astype(np.uint32), list(map(len, ids)), sizes)
+            if not writer.n_stories:
+                raise UserError(f"{path} holds no story: nothing but end-of-text; expected ids between them.")
+            source = Source.of(path)
+            writer.complete([source.fingerprint() | {"sha256": source.sha256()}], n_empty)
+        publish(unfinished, out)
     return TokenFile.open(out)
 
 

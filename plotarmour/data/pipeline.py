@@ -126,7 +126,7 @@ def write_token_files(job: Job, work: Path, tokenizer: Tokenizer, backend: str, 
                              for source, sha256 in zip(job.sources, hashes, strict=True)])
         for writer, n_bytes in zip(writers, n_unknown_bytes, strict=True):
             writer.policies |= {"n_unknown_bytes": n_bytes} if tokenizer.drops_unknown else {}
-            writer.publish(sources, n_empty, n_excluded, n_replaced)
+            writer.complete(sources, n_empty, n_excluded, n_replaced)
     if lost := spelling.summary():
         say(f"{lost}; models learn and are scored on what remains")
 

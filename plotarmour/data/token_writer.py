@@ -13,33 +13,30 @@ import plotarmour
 from plotarmour.cli import UserError
 from plotarmour.data.token_file import CRC_BLOCK, FIXED, FORMAT_VERSION, HEADER_BYTES, MAGIC
 from plotarmour.data.tokenizer import Tokenizer
-from plotarmour.files import publish, unfinished
 
 
 class TokenFileWriter:
-    """Write a token file batch by batch; it appears under its name only when `publish` succeeds.
+    """Write a token file batch by batch, in a folder of unfinished work; `complete` makes it one.
 
     Args:
-        path: of the file.
+        path: of the file; two more, which begin with its name, grow beside it.
         tokenizer: whose ids are written.
         policies: more entries of the header, such as `stories` and `split`.
-        saved: what `save` of an earlier writer of this path returned, or (0, 0): this one continues behind it, writes
-            to the path itself, and leaves it as it is after an error.
+        saved: what `save` of an earlier writer of this path returned: this one continues behind it.
 
-    Use as a context manager.
+    Use as a context manager. After an error the files stay as they are.
     """
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, policies: dict, saved: tuple[int, int] | None = None):
-        self.path, self.tokenizer, self.policies, self.is_kept = path, tokenizer, policies, saved is not None
+    def __init__(self, path: Path, tokenizer: Tokenizer, policies: dict, saved: tuple[int, int] = (0, 0)):
+        self.tokenizer, self.policies = tokenizer, policies
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-        self.n_tokens, self.n_stories = saved or (0, 0)
+        self.n_tokens, self.n_stories = saved
         self.n_indexed = self.n_tokens  # tokens of the stories in the index
         self.sha256, self.crcs, self.crc, self.filled = hashlib.sha256(), [], 0, 0  # of whole blocks; of the last one
         # The index comes behind the tokens, whose number is known only at the end.
-        temporary = path if self.is_kept else unfinished(path)
-        parts = {temporary: HEADER_BYTES + self.n_tokens * self.dtype.itemsize,
-                 temporary.with_name(f"{temporary.name}.offsets"): 8 * self.n_stories,
-                 temporary.with_name(f"{temporary.name}.lengths"): 4 * self.n_stories}
+        parts = {path: HEADER_BYTES + self.n_tokens * self.dtype.itemsize,
+                 path.with_name(f"{path.name}.offsets"): 8 * self.n_stories,
+                 path.with_name(f"{path.name}.lengths"): 4 * self.n_stories}
         for part, size in parts.items():
             part.touch()
             if self.n_stories and part.stat().st_size < size:
@@ -60,8 +57,6 @@ class TokenFileWriter:
     def __exit__(self, *exception) -> None:
         for file in self.files:
             file.close()
-            if not self.is_kept:
-                Path(file.name).unlink(missing_ok=True)
 
     def add(self, ids: np.ndarray, counts: np.ndarray, sizes: np.ndarray) -> None:
         """Append ids, and the stories that end in them. Further calls may continue the last story.
@@ -99,8 +94,8 @@ class TokenFileWriter:
             os.fsync(file.fileno())
         return self.n_tokens, self.n_stories
 
-    def publish(self, sources: list[dict], n_empty_dropped: int = 0, n_excluded: int = 0, n_replaced: int = 0) -> None:
-        """Add index, checks, tokenizer and header, and put the file under its name, atomically.
+    def complete(self, sources: list[dict], n_empty_dropped: int = 0, n_excluded: int = 0, n_replaced: int = 0) -> None:
+        """Add index, checks, tokenizer and header.
 
         Args:
             sources: name, bytes and hashes of the texts, for the header.
@@ -131,9 +126,6 @@ class TokenFileWriter:
             **self.policies, "payload_sha256": self.sha256.hexdigest(), "checks_crc32": zlib.crc32(checks),
             "sections": sections, "program": f"plotarmour {plotarmour.__version__}"}))
         self.save()
-        self.files.remove(self.body)
-        self.body.close()
-        publish(Path(self.body.name), self.path)
 
     def _append(self, data: bytes | memoryview, checked: bool = True) -> None:
         self.body.write(data)

@@ -243,7 +243,7 @@ def test_unfinished_work_of_something_else_is_not_continued(text, tmp_path, monk
 def test_a_start_stopped_while_it_completes_its_files_continues(text, tmp_path, monkeypatch, capsys, n):
     """Guards: a file with its index taken for tokens; an index removed with the first complete file."""
     expected = digest(pre_tokenize([text], "bytes", tmp_path / "x.bin", "80:10:10"))
-    publish, calls = TokenFileWriter.publish, []
+    publish, calls = TokenFileWriter.complete, []
 
     def stop(writer, *args):
         publish(writer, *args)
@@ -251,7 +251,7 @@ def test_a_start_stopped_while_it_completes_its_files_continues(text, tmp_path, 
         if len(calls) == n:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(TokenFileWriter, "publish", stop)
+    monkeypatch.setattr(TokenFileWriter, "complete", stop)
     with pytest.raises(KeyboardInterrupt):
         pre_tokenize([text], "bytes", tmp_path / "x.bin", "80:10:10", force=True, block=9000, save_bytes=20_000)
     monkeypatch.undo()
