@@ -28,7 +28,7 @@ from plotarmour.data.duplicates import overlapping_stories
 from plotarmour.data.pretokenize import pre_tokenize
 from plotarmour.data.stories import SEPARATORS
 from plotarmour.data.token_file import TokenFile, Tokens, looks_like_token_file
-from plotarmour.data.tokenizer import Tokenizer
+from plotarmour.data.tokenizer import LEARNED, Tokenizer
 from plotarmour.evaluation.generation import NewToken, generate, stream
 from plotarmour.files import locked, write_json, write_text
 from plotarmour.machine import Machine, find_machine, memory_bytes, versions
@@ -138,9 +138,9 @@ def open_data(path: Path, tokenizer: str | None = None, stories: str = "endoftex
         UserError: it is neither, or a text without a tokenizer.
     """
     if path.is_file() and not looks_like_token_file(path):
-        if not tokenizer:
+        if not tokenizer or tokenizer.startswith(LEARNED):  # each text would learn one of its own
             raise UserError(f"{path} is not a token file; make one with tools/pre_tokenize.py, or name a --tokenizer "
-                            "to train on the text as it is, tokenized at every start.")
+                            "that exists, to train on the text as it is, tokenized at every start.")
         warn(f"{path} is not a token file: it is tokenized at every start. Make a token file once with: "
              f"python tools/pre_tokenize.py {path} --tokenizer {tokenizer} --out {path.stem}.bin")
         folder = Path(tempfile.mkdtemp(prefix="plotarmour_"))

@@ -53,6 +53,8 @@ def test_texts_are_looked_through_too(token_files, overlapping, small_recipe, tm
         train_run(small_recipe, token_files["text"], text, tmp_path / "run", tokenizer=str(token_files["train"]))
     with warned(), pytest.raises(UserError, match="is the training text itself"):
         train_run(small_recipe, text, text, tmp_path / "run", tokenizer=str(token_files["train"]))
+    with pytest.raises(UserError, match="name a --tokenizer that exists"):
+        train_run(small_recipe, token_files["text"], text, tmp_path / "run", tokenizer="bpe:300")
     assert not (tmp_path / "run").exists()
 
 
