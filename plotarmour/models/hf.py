@@ -71,8 +71,7 @@ class HFModel(nn.Module):
         c = self.hf.config
         width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         self._sizes = c.num_hidden_layers, getattr(c, "num_key_value_heads", c.num_attention_heads), width
-        decay = getattr(config, "decay", 0.0)
-        self._slopes = decay / 2.0 ** torch.arange(c.num_attention_heads if decay else 1)  # of each head, or of all
+        self._slopes = getattr(config, "decay", 0.0) / 2.0 ** torch.arange(c.num_attention_heads)
         # `transformers` renamed the argument in 5.24 and warns if the old name is used.
         arguments = inspect.signature(self.hf.base_model.forward).parameters
         self._cache_argument = "cache" if "cache" in arguments else "past_key_values"
@@ -114,10 +113,11 @@ class HFModel(nn.Module):
             is_seen = (distance >= 0)[None, None]
             if starts is not None:
                 first = torch.where(starts, place, 0).cummax(1).values  # place where the story of each token begins
-                is_seen = is_seen & (first[:, None, :, None] == first[:, None, None, :])
+                is_seen = is_seen & (place >= first[:, None, :, None])
                 options["position_ids"] = place - first
-            mask = -self._slopes.to(place.device)[:, None, None] * distance  # (heads, T, tokens)
-            options["attention_mask"] = mask.masked_fill(~is_seen, -torch.inf).to(product_dtype(self.unembedding))
+            # (heads, T, tokens), or one for all heads. Numbers, because every layer would make some of a bool mask.
+            bias = -self._slopes.to(place.device)[:, None, None] * distance if self._slopes.any() else 0.0
+            options["attention_mask"] = torch.where(is_seen, bias, -torch.inf).to(product_dtype(self.unembedding))
         is_balanced = self._experts is not None and self.training and torch.is_grad_enabled()
         if is_balanced:
             options["output_router_logits"] = True

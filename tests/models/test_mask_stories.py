@@ -6,6 +6,8 @@ import torch
 from plotarmour.loss import IGNORE, summed_nats
 from plotarmour.models import recurrent
 from plotarmour.models.bdh import BDH, BDHConfig
+from plotarmour.models.hf import HFModel
+from plotarmour.models.hf_kinds import GPT2Config
 from plotarmour.models.tiled import Tiling
 
 START = 0
@@ -62,6 +64,17 @@ def test_packed_and_masked_stories_are_learned_as_if_alone(small_model):
     assert not torch.allclose(together[0], alone[0], rtol=1e-3)
     small_model.story_start = START
     assert_equal(*together_and_alone(small_model))
+
+
+def test_a_transformers_mask_is_made_once_for_all_heads_and_layers():
+    """Guards: a mask for each head, which takes as many times the memory and a tenth of a small model's step."""
+    model = HFModel(GPT2Config(n_layer=3, n_embd=8, n_head=4, vocab_size=30, context_length=40))
+    model.story_start, masks = START, []
+    for block in model.hf.base_model.h:
+        block.attn.register_forward_pre_hook(lambda _, args, kwargs: masks.append(kwargs["attention_mask"]),
+                                             with_kwargs=True)
+    model.features(packed()[0])
+    assert [mask.shape for mask in masks] == [(3, 1, 40, 40)] * 3 and len({mask.data_ptr() for mask in masks}) == 1
 
 
 def bdh():
