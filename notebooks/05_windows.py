@@ -67,7 +67,7 @@ train, T = TokenFile.open(paths["train"]), settings.training.context_length
 # the row that ends there (`left_pad`), the row that begins there (`slide_through`), or only full ones (`full`).
 
 # %%
-toy = [cut(TOY, 8, kind, seed=0) for kind, cut in CUTS.items()]
+toy = [cut(TOY, 8, kind, 0) for kind, cut in CUTS.items()]
 display(Image(windows_picture(toy, folder / "figures" / "windows.png")))
 
 # %% [markdown]
