@@ -257,7 +257,8 @@ def windows() -> str:
     times = ", ".join(f"{row['model']} {float(row['masked_of_unmasked']):.2f}" for row in masked)
     return (f"`packed` and the three kinds after it are read at {slowest / 1e5:.1f} · 10⁵ windows/s or more on one "
             f"core, with at most\n{most:.0f} bytes per story beside the token file. On a CPU a step with "
-            f"`mask_stories` takes so many times the step without:\n{times}.")
+            f"`mask_stories` takes so many times the step without:\n{times} (the last with "
+            f"`n_embd={masked[-1]['n_embd']}` and rows of {masked[-1]['context_length']} tokens).")
 
 
 def interval(row: dict[str, str], column: str, digits: int = 3) -> str:
