@@ -4,15 +4,12 @@
 The pairs of drafts are those of plotarmour/evaluation/contradictions.py: tales of the built-in grammar with --tales,
 held-out stories with --stories. A model recalls a fact only from as far back as its training text made it learn, and
 the built-in corpus names every fact anew within some forty tokens. So --write makes a text of tales in which facts come
-back after up to 350 tokens; to train runs on it:
+back after up to 400 tokens; to train runs on it:
 
-    python benchmarks/contradictions.py --write 7000 --out results/far_facts.txt
-    python tools/run_suite.py --text results/far_facts.txt --set context_length=512 --set max_steps=1100 \\
-        --set rows_per_step=2 --set micro_batch_size=2 --models bdh,gpt2,gpt2_rope --out results/far_facts
-    for kind in bdh gpt2 gpt2_rope; do python tools/train.py --recipe tiny --model $kind --extend \\
-        --train results/far_facts/tokens.train.bin --val results/far_facts/tokens.val.bin \\
-        --set context_length=512 --set max_steps=3000 --set rows_per_step=2 --set micro_batch_size=2 \\
-        --out results/far_facts/$kind; done
+    python benchmarks/contradictions.py --write 20000 --out results/far_facts.txt
+    python tools/run_suite.py --text results/far_facts.txt --set context_length=512 --set windows=packed \\
+        --set rows_per_step=2 --set micro_batch_size=2 --set max_steps=3600 --models bdh,gpt2,gpt2_rope --at-once 2 \\
+        --out results/far_facts
     python benchmarks/contradictions.py results/far_facts/{bdh,gpt2,gpt2_rope} --tales 50 \\
         --train results/far_facts/tokens.train.bin
 
@@ -34,15 +31,16 @@ BINS = ((0, "up to 31"), (32, "32 to 127"), (128, "128 and more"))  # of distanc
 
 
 def write_tales(n: int, path: Path) -> None:
-    """Write tales that name a fact again and again, after up to 280 words, mostly fewer."""
+    """Write tales that name facts again and again, after up to 280 words, more often from far than from near."""
     from plotarmour.evaluation.contradictions import FILLERS, tale
 
     words = SimpleNamespace(encode=str.split)
-    facts = [*FILLERS, "holder", "holder"]  # other events repeat all facts but this one
+    # Half of them ask for several facts, so that fewer tokens teach them; other events repeat all but the holder.
+    kinds = [("hero", "object", "holder"), ("place", "animal")] * 3 + [(fact,) for fact in (*FILLERS, *["holder"] * 2)]
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for i in range(n):
-            fact, distance = facts[i % len(facts)], round(280 * ((i // len(facts)) * 0.618 % 1) ** 2)
-            pair = tale(fact, distance, 0, i, words, 1 + (distance < 60))
+            (*also, fact), distance = kinds[i % len(kinds)], round(280 * (i // len(kinds) * 0.618 % 1) ** 0.7)
+            pair = tale(fact, distance, 0, i, words, min(4, 1 + 130 // (distance + 20)), also)
             file.write(f"{pair.story}{pair.kept}\n<|endoftext|>\n")
 
 

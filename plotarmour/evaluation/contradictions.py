@@ -54,7 +54,8 @@ class Pair:
     broken: str
 
 
-def tale(fact: str, distance: int, seed: int, index: int, tokenizer, rounds: int = 1) -> Pair:
+def tale(fact: str, distance: int, seed: int, index: int, tokenizer, rounds: int = 1,
+         also: Sequence[str] = ()) -> Pair:
     """Return a tale with its two drafts: a pure function of its arguments.
 
     Args:
@@ -63,6 +64,7 @@ def tale(fact: str, distance: int, seed: int, index: int, tokenizer, rounds: int
         seed, index: of the tale.
         tokenizer: counts the tokens.
         rounds: how many times the fact is named after that distance; the last time is the draft.
+        also: other facts, named as far back, and again before the fact: with them, a training text asks for more.
     """
     writer = Writer(seed, index)
     gender = writer.pick(POOLS["gender"])
@@ -72,6 +74,7 @@ def tale(fact: str, distance: int, seed: int, index: int, tokenizer, rounds: int
     names = facts["friend"], facts["hero"]
     facts["holder"], other = names[::-1] if index % 2 else names
     broken = facts | {"holder": other}
+    fillers = [event for event in FILLERS[fact] if all(event in FILLERS[each] for each in also)]
     while fact != "holder" and broken[fact] == facts[fact]:  # both anew, so that neither is the rarer one
         facts[fact], broken[fact] = (writer.pick(POOLS[pools[fact]]) for _ in range(2))
 
@@ -82,10 +85,10 @@ def tale(fact: str, distance: int, seed: int, index: int, tokenizer, rounds: int
     def events_without_fact() -> str:
         text, tokens = "", 0
         while tokens < distance:
-            event = FILLERS[fact][int(writer.bits.random_raw()) % len(FILLERS[fact])]
+            event = fillers[int(writer.bits.random_raw()) % len(fillers)]
             text += (line := sentence(event).format_map(facts))
             tokens += len(tokenizer.encode(line))
-        return text
+        return text + "".join(sentence(DRAFTS[each]).format_map(facts) for each in also)
 
     def drafts() -> list[str]:
         draft = sentence(DRAFTS[fact])

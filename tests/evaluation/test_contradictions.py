@@ -41,6 +41,16 @@ def test_the_drafts_of_a_tale_differ_in_one_fact_that_the_story_states_far_back(
     assert abs(np.mean(kept) - np.mean(broken)) < (0.1 if fact == "holder" else 2.5)  # ranks: 0 or 1; 0 to 29, skewed
 
 
+def test_a_tale_to_train_on_names_several_facts_only_after_the_distance():
+    """Guards: an event in between that names one of them."""
+    pair = tale("animal", 400, 7, 0, BYTES, 2, ["place"])
+    animal, place = re.search(r"near the old (\w+) with a little (\w+)", pair.story).groups()[::-1]
+    text = f"{pair.story}{pair.kept}"
+    for fact, near in ((animal, 0), (place, 3)):  # the opening and each round name the place twice
+        gaps = np.diff([match.start() for match in re.finditer(rf"\b{fact}\b", text)])
+        assert (gaps > 400).sum() == 2 and len(gaps) == 2 + near
+
+
 def test_a_swap_puts_another_name_of_the_stories_into_the_last_sentence_that_names_one_again():
     """Guards: a sentence that names somebody for the first time; a swap to somebody who is in the story."""
     texts = ["Tom ran. He fell. Tom cried.", "Lily and Sam sat. Lily ate.", "Lily saw Tom. Sam saw Tom.", "No. One."]
