@@ -462,7 +462,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "tiny": lambda: arms_table("tiny/arms.csv", TINY),
     "over-corpus": over_corpus,
     "contradictions": lambda: contradictions("contradictions_tales.csv", {
-        "bdh": "BDH", "gpt2": "GPT-2", "gpt2_rope": "GPT-2 with RoPE", "trigram baseline": "trigrams"}),
+        "bdh": "BDH", "gpt2": "GPT-2", "trigram baseline": "trigrams"}),
     "swaps": lambda: contradictions("contradictions_stories.csv", {
         "bdh_seed-1": "BDH", "gpt2_seed-1": "GPT-2", "modern-time_seed-1": "Modern transformer, for BDH's time",
         "trigram baseline": "trigrams"}),
