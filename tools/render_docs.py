@@ -26,7 +26,9 @@ REFERENCE = ROOT / "results" / "reference"
 EXAMPLE_REPORT = REFERENCE / "example" / "comparison" / "report.html"
 MARKER = re.compile(r"(<!-- BEGIN ([\w-]+) -->\n)(.*?)(<!-- END \2 -->)", re.S)
 # Steps of BDH -> the comparisons of all kinds with that budget.
-BUDGETS = {800: ("models_800/comparison", "models_800/comparison_time"), 2200: ("models_2200/comparison",)}
+BUDGETS = {800: ("models_800/comparison", "models_800/comparison_time"), 2200: ("models_2200/comparison",),
+           8000: ("models_8000/comparison",)}
+BEST_RATES = BUDGETS[8000]  # comparisons that hold of each kind the run with the best of several rates, on validation
 TINY = {"gpt2-long_seed-1": "**GPT-2**, 18,000 steps, one seed", "bdh-long_seed-1": "**BDH**, 18,000 steps, one seed",
         "gpt2": "**GPT-2**, five seeds", "bdh": "**BDH**, five seeds"}
 EXAMPLE_RUNS = ("bdh", "gpt2")
@@ -74,24 +76,25 @@ def arms_table(path: str, labels: dict[str, str], leave_out: tuple[str, ...] = (
     return table(["", *(COLUMNS[c][0] for c in columns)], rows)
 
 
-def name_of(arm: str) -> str:
-    """Return the name of an arm without a seed or learning rate at its end."""
-    return re.sub(r"_(seed|lr)-[\d.]+$", "", arm)
+def name_of(arm: str, folder: str = "") -> str:
+    """Return the name of an arm without a seed or learning rate at its end; in BEST_RATES, also without its budget."""
+    name = re.sub(r"_(seed|lr)-[\d.]+$", "", arm)
+    return name.removesuffix("-rate") if folder in BEST_RATES else name
 
 
 def arms_of(folders: tuple[str, ...]) -> dict[str, dict[str, str]]:
     """Return the arms of comparisons by name, such as "modern-time", without baselines and unbounded scores."""
-    return {name_of(arm["name"]): arm for folder in folders
+    return {name_of(arm["name"], folder): arm for folder in folders
             for arm in rows_of(f"{folder}/arms.csv") if arm["train_tokens"] and arm["params"]}
 
 
 def above_bdh(folders: tuple[str, ...]) -> dict[str, dict[str, float]]:
     """Return how many nats each arm is above BDH, with the 95 % interval."""
     differences = {}
-    for pair in (row for folder in folders for row in rows_of(f"{folder}/pairs.csv")):
-        if pair["is_arms"] == "True" and name_of(pair["a"]) == "bdh":  # BDH less the other: turned around
+    for folder, pair in ((folder, row) for folder in folders for row in rows_of(f"{folder}/pairs.csv")):
+        if pair["is_arms"] == "True" and name_of(pair["a"], folder) == "bdh":  # BDH less the other: turned around
             nats, *ends = (-float(pair[f"loss_difference{end}"]) for end in ("", "_high", "_low"))
-            differences[name_of(pair["b"])] = {"nats": nats, "low": ends[0], "high": ends[1]}
+            differences[name_of(pair["b"], folder)] = {"nats": nats, "low": ends[0], "high": ends[1]}
     return differences
 
 
@@ -120,8 +123,11 @@ def models_sentence() -> str:
              f"{share:.0f} % of the difference in loss at the same tokens is rotary positions.**")
     stories = int(rows_of(f"{BUDGETS[2200][0]}/pairs.csv")[0]["stories"])
     [seeds] = {arms[name]["seeds"].count(",") + 1 for name in ("bdh", "modern", "modern-time", "gpt2")}
+    later, more = above_bdh(BUDGETS[8000]), float(arms_of(BUDGETS[8000])["bdh"]["train_tokens"]) / 1e6
     note = (f"{float(arms['bdh']['train_tokens']) / 1e6:.2f} million training tokens for BDH, {stories:,} held-out "
-            f"stories of TinyStories, {seeds} seeds; one of GPT-2 for the same time and with rotary positions.")
+            f"stories of TinyStories, {seeds} seeds; one of GPT-2 for the same time and with rotary positions. After "
+            f"{more:.1f} million (one seed, few rates tried) BDH's perplexity is {change(later['gpt2_rope'])} than GPT-2's "
+            "with rotary positions.")
     return "\n".join(textwrap.wrap(f"{words} {note}", 117, initial_indent="> ", subsequent_indent="> "))
 
 
@@ -259,6 +265,18 @@ def windows() -> str:
             f"core, with at most\n{most:.0f} bytes per story beside the token file. On a CPU a step with "
             f"`mask_stories` takes so many times the step without:\n{times} (the last with "
             f"`n_embd={masked[-1]['n_embd']}` and rows of {masked[-1]['context_length']} tokens).")
+
+
+def options() -> str:
+    """Return the runs with one change to BDH, its training or the modern transformer, best first."""
+    lines = []
+    for row in rows_of("bdh_options.csv"):
+        changes = [f"`{change}`" for change in row["overrides"].split(";")
+                   if change.partition("=")[0] not in ("max_steps", "warmup_steps")]
+        lines.append([f"**{KINDS[row['model']].label}** {' '.join(changes)}".strip(), f"{int(row['steps']):,}",
+                      f"{float(row['loss']):.3f}", interval(row, "less_bdh"),
+                      interval(row, "less_modern-time") if row["arm"].endswith("-time") else ""])
+    return table(["", "steps", "loss", "less BDH's", "for BDH's time: less the modern transformer's"], lines)
 
 
 def interval(row: dict[str, str], column: str, digits: int = 3) -> str:
@@ -459,6 +477,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "budgets": budgets,
     "tokens-to-reach": tokens_to_reach,
     "rates": rates,
+    "options": options,
     "tiny": lambda: arms_table("tiny/arms.csv", TINY),
     "over-corpus": over_corpus,
     "contradictions": lambda: contradictions("contradictions_tales.csv", {
