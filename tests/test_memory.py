@@ -50,7 +50,7 @@ CASES = {  # in each, another part of the memory is large
                                                  "tied_head=true"]),
     "embeddings in every pass": ("bdh", 64, "float32", ["n_embd=128", "mlp_internal_dim_multiplier=1", "n_layer=1",
                                                        "context_length=48", "residual=embedding"]),
-    "sums of passes": ("bdh", 64, "float32", ["n_embd=128", "mlp_internal_dim_multiplier=1", "n_layer=4",
+    "sums of passes": ("bdh", 64, "float32", ["n_embd=128", "mlp_internal_dim_multiplier=1", "n_layer=12",
                                               "context_length=48", "residual=passes", "differential=true"]),
     "attention that decays": ("gpt2", 64, "float32", ["n_embd=16", "n_head=4", "context_length=512", "decay=0.1"]),
     "Muon": ("bdh", 300, "float32", ["context_length=16", "rows_per_step=8", "optimizer=muon"]),

@@ -126,8 +126,8 @@ def models_sentence() -> str:
     later, more = above_bdh(BUDGETS[8000]), float(arms_of(BUDGETS[8000])["bdh"]["train_tokens"]) / 1e6
     note = (f"{float(arms['bdh']['train_tokens']) / 1e6:.2f} million training tokens for BDH, {stories:,} held-out "
             f"stories of TinyStories, {seeds} seeds; one of GPT-2 for the same time and with rotary positions. After "
-            f"{more:.1f} million (one seed, few rates tried) BDH's perplexity is {change(later['gpt2_rope'])} than GPT-2's "
-            "with rotary positions.")
+            f"{more:.1f} million (one seed, few rates tried) BDH's perplexity is {change(later['gpt2_rope'])} than "
+            "GPT-2's with rotary positions.")
     return "\n".join(textwrap.wrap(f"{words} {note}", 117, initial_indent="> ", subsequent_indent="> "))
 
 

@@ -140,7 +140,7 @@ class BDHConfig:
         saved = 2 * v + self.n_layer * (2 * v + scores)
         tiles = size * (2 * rows * N + 4 * tile) + 8 * tile + has_wide_copies * (size + 4) * tile
         heads = 4 * rows * (6 * D + T) + 4 * T * tiling.neurons  # a, LN(a), their gradients, dS, conjugate factors
-        v *= 2 if self.residual != "plain" else 1  # about: products with factors, and gradients of the earlier v
+        saved += (4 + self.n_layer) * v * (self.residual != "plain")  # about: products with factors, gradients of all v
         tiles += 2 * size * tile * self.differential
         heads += 20 * T * T * (self.decay > 0)  # distances, and the factors on scores
         return saved + tiles + heads + 6 * v + is_half * size * self.core_params + 4 * T * N  # and rotation factors
