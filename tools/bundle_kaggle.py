@@ -124,7 +124,8 @@ def write_kernels(folder: Path, owner: str, slug: str, recipe: str, models: list
     plan = [(name, "01_pretokenize", base, "", []) for name in tokens]
     plan += [(name, "02_train", base | {"model": model}, accelerator, tokens) for name, model in runs.items()]
     plan += [("03-compare", "03_compare", base, accelerator, [*tokens, *runs])]
-    plan += [(name.replace("_", "-"), name, {}, accelerator, []) for name in ("05_windows", "06_batch_size")]
+    plan += [(name.replace("_", "-"), name, {}, accelerator, []) for name in (
+        "05_windows", "06_batch_size", "07_bdh_options")]
     for name, notebook, parameters, shape, sources in plan:
         source = (ROOT / "notebooks" / f"{notebook}.ipynb").read_text(encoding="utf-8")
         write_kernel(folder / name, f"{owner}/{slug}-{name}", notebook + ".ipynb", with_parameters(source, parameters),

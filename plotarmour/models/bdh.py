@@ -142,7 +142,7 @@ class BDHConfig:
         heads = 4 * rows * (6 * D + T) + 4 * T * tiling.neurons  # a, LN(a), their gradients, dS, conjugate factors
         saved += (4 + self.n_layer) * v * (self.residual != "plain")  # about: products with factors, gradients of all v
         tiles += 2 * size * tile * self.differential
-        heads += 20 * T * T * (self.decay > 0)  # distances, and the factors on scores
+        heads += 4 * H * T * T * (self.decay > 0)  # factors on scores
         return saved + tiles + heads + 6 * v + is_half * size * self.core_params + 4 * T * N  # and rotation factors
 
 

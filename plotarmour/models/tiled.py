@@ -21,6 +21,7 @@ float64.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -63,11 +64,16 @@ class Setting:
     def weigh(self, scores: Tensor, rows: slice, h: int, i: int, j: int) -> None:
         """Let scores (rows, j - i, j) of tokens i, ..., j - 1 decay, and set those with other stories to 0."""
         if self.decays is not None:
-            place = torch.arange(j, device=scores.device)
-            scores.mul_(self.decays[h][(place[i:, None] - place).abs()])
+            scores.mul_(self._by_distance[h, i:j, :j])
         if self.stories is not None:
             stories = self.stories[rows]
             scores.masked_fill_(stories[:, i:j, None] != stories[:, None, :j], 0.0)
+
+    @cached_property
+    def _by_distance(self) -> Tensor:
+        """Decays of all pairs of tokens, (H, T, T)."""
+        place = torch.arange(len(self.factors), device=self.decays.device)
+        return self.decays[:, (place[:, None] - place).abs()]
 
     def dropout_rows(self, level: int, rows: slice, h: int) -> Tensor | None:
         """Return the hashes of `CounterDropout.rows` for a pass, rows of the batch and a head, (rows · T,)."""

@@ -31,7 +31,7 @@ def test_kaggle_accepts_every_folder_of_a_bundle(tool, bundle):
     """Guards: a kernel that is refused after the upload, runs without its dataset, or trains another model."""
     kernels = {folder.name: tool.ask_kaggle(folder) for folder in sorted((bundle / "kernels").iterdir())}
     assert list(kernels) == ["01-pretokenize", "02-train-bdh", "02-train-gpt2-rope", "03-compare", "05-windows",
-                             "06-batch-size"]
+                             "06-batch-size", "07-bdh-options"]
     assert all(tool.judge(bundle / "kernels" / name) for name in kernels) and tool.judge(bundle / "dataset")
     assert {request.slug for request in kernels.values()} == {f"someone/plot-armour-{name}" for name in kernels}
     assert all(request.dataset_data_sources == ["someone/plot-armour"] and not request.enable_internet
