@@ -29,14 +29,14 @@ print(report())
 
 # %% [markdown]
 # ## Parameters
-# An option is one setting of BDH or of its training, or several joined by `+`; `docs/bdh-recipes.md` lists all of
-# them. The default is too little training to decide anything: it shows how the comparison works.
+# An option is one setting of BDH or of its training, key and value, or several joined by `+`; `docs/bdh-recipes.md`
+# lists all of them. The default is too little training to decide anything: it shows how the comparison works.
 
 # %% tags=["parameters"]
 recipe = "tiny"  # name of a file in plotarmour/recipes, without .toml
 text = ""  # path of a UTF-8 text; empty: the built-in corpus
 results = ""  # folder for the runs; empty: results/bdh_options
-options = "decay=0.03; weights_per_pass=true+mlp_internal_dim_multiplier=8; init_std=0.1"  # separated by ;
+options = "decay 0.03; weights_per_pass true + mlp_internal_dim_multiplier 8; init_std 0.1"  # separated by ;
 n_steps = 150  # steps of every run
 overrides = ""  # settings of the recipe to override, separated by ;
 
@@ -67,7 +67,8 @@ from plotarmour.run import train_run
 
 runs = {name: load_recipe(given.recipe, name, overridden) for name in ("bdh", "modern")}
 for option in given.options:
-    runs[option] = load_recipe(given.recipe, "bdh", [*overridden, *option.split("+")])
+    settings = ["=".join(setting.split()) for setting in option.split("+")]
+    runs[" + ".join(settings)] = load_recipe(given.recipe, "bdh", [*overridden, *settings])
 for name, one in runs.items():
     train_run(one, paths["train"], paths["val"], folder / name)
 

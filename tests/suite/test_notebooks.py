@@ -116,7 +116,7 @@ def test_badges_and_links_lead_to_files_that_exist(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "parameters", "left"), [
     ("05_windows", {"models": "gpt2", "n_tokens": 700}, {"window_losses.csv": 10}),
-    ("07_bdh_options", {"options": "decay=0.1; decay=0.1+n_head=1", "n_steps": 20}, {"bdh_options.csv": 4}),
+    ("07_bdh_options", {"options": "decay 0.1; decay 0.1 + n_head 1", "n_steps": 20}, {"bdh_options.csv": 4}),
     ("06_batch_size", {"n_samples": 8, "largest": 2}, {"batch_times.csv": 8, "batch_readers.csv": 3,
                                                       "batch_losses.csv": 9})])
 def test_notebooks_that_train_many_runs_go_through(tmp_path, name, parameters, left):

@@ -36,7 +36,7 @@ def test_kaggle_accepts_every_folder_of_a_bundle(tool, bundle):
     assert {request.slug for request in kernels.values()} == {f"someone/plot-armour-{name}" for name in kernels}
     assert all(request.dataset_data_sources == ["someone/plot-armour"] and not request.enable_internet
                and request.is_private for request in kernels.values())
-    assert [request.machine_shape for request in kernels.values()] == ["", *["NvidiaTeslaT4"] * 5]
+    assert [request.machine_shape for request in kernels.values()] == ["", *["NvidiaTeslaT4"] * 6]
     train = kernels["02-train-gpt2-rope"]
     assert train.kernel_data_sources == ["someone/plot-armour-01-pretokenize"]
     [source] = [cell["source"] for cell in json.loads(train.text)["cells"]
