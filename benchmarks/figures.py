@@ -228,7 +228,7 @@ def option_losses(table: pd.DataFrame, path: Path) -> Path:
     """Draw the loss of each arm less that of BDH, with its 95 % interval.
 
     Args:
-        table: of `benchmarks/bdh_options.py`, with an arm `bdh`.
+        table: of `benchmarks/grid_losses.py`, with an arm `bdh`.
         path: PNG to write.
     """
     rows = table[table["less_bdh"].notna()].sort_values("less_bdh", ascending=False, ignore_index=True)
@@ -244,4 +244,31 @@ def option_losses(table: pd.DataFrame, path: Path) -> Path:
     axes.axvline(0, color=DARK_GRAY, linewidth=1)
     axes.set_yticks(range(len(rows)), rows["arm"])
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return save_figure(figure, path)
+
+
+PLUS_ARMS = {  # arms of the figure: label and colour
+    "bdh": ("BDH", KINDS["bdh"].colors[0]), "bdh_plus": ("BDH plus", KINDS["bdh_plus"].colors[0]),
+    "llama-time": ("Llama", KINDS["llama"].colors[0]),
+    "modern-decay-muon": ("Modern transformer, decay and Muon", KINDS["modern"].colors[0]),
+    "llama-decay-muon": ("Llama, decay and Muon", KINDS["llama"].colors[1])}
+
+
+def plus_curves(table: pd.DataFrame, path: Path) -> Path:
+    """Draw the validation loss of arms during training, against tokens and against time.
+
+    Args:
+        table: `curves` of `benchmarks/grid_losses.py` for the grid bdh_plus.csv.
+        path: PNG to write.
+    """
+    figure, panels = new_figure(9.6, 3.9, "Validation loss during training, the same time for all", "",
+                                "loss (nats per token)", columns=2)
+    for axes, column, unit, label in ((panels[0], "tokens_seen", 1e-6, "training tokens (million)"),
+                                      (panels[1], "of_steps", 1.0, "training time (1: 2,200 steps of BDH)")):
+        for arm, (name, color) in PLUS_ARMS.items():
+            rows = table[table["arm"] == arm]
+            axes.plot(unit * rows[column], rows["val_loss"], color=color, label=name, linewidth=1.8)
+        axes.set_xlabel(label)
+        axes.set_ylim(table["val_loss"].min() - 0.05, 3.6)
+    panels[1].legend(frameon=False, fontsize=9)
     return save_figure(figure, path)

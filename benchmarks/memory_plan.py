@@ -92,7 +92,8 @@ def peak_of_tensors(work: Callable, device: str = "cpu") -> int:
         torch.cuda.reset_peak_memory_stats()
         work()
         return torch.cuda.max_memory_allocated()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True,
+                                acc_events=True) as profile:
         work()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"

@@ -7,7 +7,7 @@ allows: anybody can repeat it to the bit.
 
 Every arm trains its own model (forward, loss, backward, clipping, AdamW) on a fixed batch of the recipe's shape. After
 every block of the first arm the others take as many steps, in changing order; the ratio is the median over blocks of
-the arm's time to the mean of the first arm's blocks before and after it.
+the arm's time to the mean of the first arm's blocks before and after it. On a GPU give `device=cuda` in every arm.
 """
 
 import argparse

@@ -31,6 +31,7 @@ from plotarmour.config import Recipe, load_recipe
 from plotarmour.data.batches import Windows
 from plotarmour.data.token_file import TokenFile
 from plotarmour.loss import IGNORE, summed_nats
+from plotarmour.machine import find_machine
 from plotarmour.suite.steps import prepare
 from plotarmour.training import loop
 from plotarmour.training.optimizer import make_optimizer
@@ -39,35 +40,40 @@ LOSSES = ("cross_entropy", "summed_nats")
 
 
 class Plain:
-    """The plain loop, on the rows of the first step for ever."""
+    """The plain loop, on the rows of the first step for ever; on a GPU in the recipe's dtype, without a scaler."""
 
     def __init__(self, recipe: Recipe, data: TokenFile, loss: str):
         t = self.config = recipe.training
+        self.machine = find_machine(t.device, t.dtype)
         windows = Windows(data, t.context_length, t.windows, t.seed, t.rows_per_step)
         rows = windows.rows_of(0)
         size = t.micro_batch_size
-        self.batches = [windows.micro_batch(rows[i:i + size]) for i in range(0, len(rows), size)]
-        self.model = recipe.build_model(data.header["vocab_size"]).train()
+        batches = [windows.micro_batch(rows[i:i + size]) for i in range(0, len(rows), size)]
+        self.n_tokens = [int((targets != IGNORE).sum()) for _, targets in batches]
+        self.batches = [[tensor.to(self.machine.device) for tensor in batch] for batch in batches]
+        self.model = recipe.build_model(data.header["vocab_size"]).to(self.machine.device).train()
         self.optimizer = make_optimizer(self.model, t)
         self.loss = loss
 
     def steps(self, count: int) -> float:
         """Take some steps; return seconds per token."""
-        begun, n_tokens = time.perf_counter(), 0
+        begun = time.perf_counter()
         for _ in range(count):
-            for inputs, targets in self.batches:
-                if self.loss == "cross_entropy":
-                    logits = self.model(inputs)
-                    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
-                else:
-                    features = self.model.features(inputs)[0]
-                    loss = summed_nats(features, self.model.unembedding, targets) / (targets != IGNORE).sum()
+            for (inputs, targets), n_tokens in zip(self.batches, self.n_tokens, strict=True):
+                with self.machine.autocast:
+                    if self.loss == "cross_entropy":
+                        logits = self.model(inputs)
+                        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+                    else:
+                        features = self.model.features(inputs)[0]
+                        loss = summed_nats(features, self.model.unembedding, targets) / n_tokens
                 (loss / len(self.batches)).backward()
-                n_tokens += int((targets != IGNORE).sum())
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        return (time.perf_counter() - begun) / n_tokens
+        if self.machine.device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - begun) / (count * sum(self.n_tokens))
 
 
 def measure(recipe: Recipe, files: dict[str, Path], blocks: int, every: int) -> dict[str, float]:

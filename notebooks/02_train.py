@@ -41,7 +41,7 @@ print(report())
 # kept checkpoint and discards all later steps, every time the cell runs: set it back to -1 afterwards.
 
 # %% tags=["parameters"]
-model = "bdh"  # bdh, gpt2, gpt2_rope, llama, modern, moe or lstm
+model = "bdh"  # bdh, bdh_plus, gpt2, gpt2_rope, llama, modern, moe or lstm
 recipe = "tiny"  # name of a file in plotarmour/recipes, without .toml
 results = ""  # folder for the run; empty: results/RECIPE
 run = ""  # name of the run folder; empty: the model

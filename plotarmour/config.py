@@ -107,8 +107,10 @@ class TrainingConfig:
     optimizer: str = _field("adamw, or muon: torch's Muon for the core matrices, and AdamW for the other parameters.",
                             "adamw", _one_of("adamw", "muon"))
     keep_norm: bool = _field("Whether an update leaves the norm of each core parameter matrix as it was.", False)
-    table_rate_fraction: float = _field("Learning rate of embeddings and head, as a fraction of learning_rate.", 1.0,
-                                        POSITIVE)
+    embedding_rate_fraction: float = _field("Learning rate of embeddings, of tokens and positions, as a multiple of "
+                                            "learning_rate.", 1.0, POSITIVE)
+    head_rate_fraction: float = _field("Learning rate of the head, as a multiple of learning_rate; a tied head learns "
+                                       "as the embeddings.", 1.0, POSITIVE)
     weight_decay: float = _field("Weight decay, on matrices only.", 0.1, NOT_NEGATIVE)
     beta1: float = _field("AdamW's decay rate of the mean of gradients, per step.", 0.9, BELOW_1)
     beta2: float = _field("AdamW's decay rate of the mean of squared gradients, per step.", 0.95, BELOW_1)

@@ -110,6 +110,8 @@ def run_main(root, monkeypatch, capsys):
 
 # A small architecture of every kind.
 TINY = {"bdh": {"n_layer": 2, "n_embd": 16, "n_head": 2, "mlp_internal_dim_multiplier": 8, "dropout": 0.1},
+        "bdh_plus": {"n_layer": 2, "n_embd": 16, "n_head": 2, "mlp_internal_dim_multiplier": 8, "dropout": 0.1,
+                     "weights_per_pass": True, "decay": 0.1, "differential": True, "init_std": 0.3},
         "gpt2": {"n_layer": 2, "n_embd": 16, "n_head": 2, "dropout": 0.1},
         "gpt2_rope": {"n_layer": 2, "n_embd": 16, "n_head": 2, "dropout": 0.1},
         "llama": {"n_layer": 2, "n_embd": 16, "n_head": 2, "intermediate_size": 24},

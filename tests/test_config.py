@@ -121,7 +121,7 @@ def test_minutes_may_be_automatic():
 def test_no_setting_may_be_endless_or_no_number(value):
     """Guards: a learning rate of NaN, of which every comparison is false; a schedule that never ends."""
     keys = [f.name for f in dataclasses.fields(TrainingConfig) if f.type in (float, float | Auto)]
-    assert len(keys) == 10
+    assert len(keys) == 11
     with pytest.raises(UserError) as caught:
         load_recipe("tiny", "bdh", [f"{key}={value}" for key in keys])
     assert all(f"{key} = {value} must " in str(caught.value) for key in keys)
@@ -191,8 +191,9 @@ HOW_TO_COMPUTE = {"micro_batch_size", "log_interval", "checkpoint_interval", "ke
 WITH_EXTEND = {"max_steps", "schedule_minutes", "patience"}  # ... or of these, if the user says --extend
 SAME_ARM = {"seed", "dtype"}  # only with the same value; runs of one arm may differ in it
 RECIPE = {"context_length", "rows_per_step", "learning_rate", "windows", "schedule", "warmup_steps",
-          "final_learning_rate_fraction", "decay_fraction", "optimizer", "keep_norm", "table_rate_fraction",
-          "weight_decay", "beta1", "beta2", "grad_clip", "eval_interval", "eval_tokens", "mask_stories"}
+          "final_learning_rate_fraction", "decay_fraction", "optimizer", "keep_norm", "head_rate_fraction",
+          "embedding_rate_fraction", "weight_decay", "beta1", "beta2", "grad_clip", "eval_interval",
+          "eval_tokens", "mask_stories"}
 
 
 def test_every_setting_is_classified():

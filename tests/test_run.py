@@ -104,7 +104,7 @@ def test_from_python_a_run_is_trained_and_used_by_plain_names(lines, small_recip
     assert (data.stories, data.split, data.tokenizer) == ("line", "80:10:10", "bpe:400")
     assert TokenFile.open(lines[0]).n_stories > 200 and run.log["step"].iloc[-1] == 6
     assert repr(run).startswith(f"Run({run.folder}: {small_recipe.model} with ") and "\n" not in repr(run)
-    assert repr(run).endswith(" of 6, on cpu)")
+    assert repr(run).endswith(f" of 6, on {run.machine.device})")
     story = run.generate("7 dogs", max_new_tokens=3, seed=1)
     assert story.startswith("7 dogs") and story == run.generate("7 dogs", max_new_tokens=3, seed=1)
     with pytest.raises(UserError, match="holds bytes that are not UTF-8"):

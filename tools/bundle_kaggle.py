@@ -28,7 +28,8 @@ from plotarmour.models import SUITE
 DATASET, KERNEL = "dataset-metadata.json", "kernel-metadata.json"
 PACKED = ("plotarmour", "tools", "notebooks", "benchmarks", "contrib", "docs", "data/gpt2", "README.md", "LICENSE",
           "pyproject.toml", "requirements.txt",
-          *(f"results/reference/{name}.csv" for name in ("window_losses", "batch_times", "batch_losses")))
+          *(f"results/reference/{name}.csv" for name in  # which notebooks 05 to 07 show
+            ("window_losses", "batch_times", "batch_losses", "bdh_options", "bdh_plus", "bdh_plus_curves")))
 ACCELERATORS = {"t4": "NvidiaTeslaT4", "none": ""}  # by name of --accelerator: machine_shape; Kaggle gives two T4
 # Names that https://github.com/Kaggle/kaggle-api/blob/main/docs/datasets_metadata.md lists; MIT is not one of them.
 LICENSES = {"CC0-1.0", "CC-BY-3.0", "CC-BY-3.0-IGO", "CC-BY-4.0", "CC-BY-SA-3.0", "CC-BY-SA-4.0", "CC-BY-NC-4.0",

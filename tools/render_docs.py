@@ -25,10 +25,7 @@ from plotarmour.models import KINDS
 REFERENCE = ROOT / "results" / "reference"
 EXAMPLE_REPORT = REFERENCE / "example" / "comparison" / "report.html"
 MARKER = re.compile(r"(<!-- BEGIN ([\w-]+) -->\n)(.*?)(<!-- END \2 -->)", re.S)
-# Steps of BDH -> the comparisons of all kinds with that budget.
-BUDGETS = {800: ("models_800/comparison", "models_800/comparison_time"), 2200: ("models_2200/comparison",),
-           8000: ("models_8000/comparison",)}
-BEST_RATES = BUDGETS[8000]  # comparisons that hold of each kind the run with the best of several rates, on validation
+BUDGETS = (800, 2200, 8000)  # steps of BDH: models_800.csv, ... have all runs of all kinds with that budget
 TINY = {"gpt2-long_seed-1": "**GPT-2**, 18,000 steps, one seed", "bdh-long_seed-1": "**BDH**, 18,000 steps, one seed",
         "gpt2": "**GPT-2**, five seeds", "bdh": "**BDH**, five seeds"}
 EXAMPLE_RUNS = ("bdh", "gpt2")
@@ -76,33 +73,21 @@ def arms_table(path: str, labels: dict[str, str], leave_out: tuple[str, ...] = (
     return table(["", *(COLUMNS[c][0] for c in columns)], rows)
 
 
-def name_of(arm: str, folder: str = "") -> str:
-    """Return the name of an arm without a seed or learning rate at its end; in BEST_RATES, also without its budget."""
-    name = re.sub(r"_(seed|lr)-[\d.]+$", "", arm)
-    return name.removesuffix("-rate") if folder in BEST_RATES else name
+def arms_of(steps: int) -> dict[str, dict[str, str]]:
+    """Return the arms of a budget by name, such as "llama-time": of each that with the best rates on validation."""
+    return {row["arm"].partition("_lr-")[0]: row for row in rows_of(f"models_{steps}.csv") if row["chosen"] == "True"}
 
 
-def arms_of(folders: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    """Return the arms of comparisons by name, such as "modern-time", without baselines and unbounded scores."""
-    return {name_of(arm["name"], folder): arm for folder in folders
-            for arm in rows_of(f"{folder}/arms.csv") if arm["train_tokens"] and arm["params"]}
-
-
-def above_bdh(folders: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """Return how many nats each arm is above BDH, with the 95 % interval."""
-    differences = {}
-    for folder, pair in ((folder, row) for folder in folders for row in rows_of(f"{folder}/pairs.csv")):
-        if pair["is_arms"] == "True" and name_of(pair["a"], folder) == "bdh":  # BDH less the other: turned around
-            nats, *ends = (-float(pair[f"loss_difference{end}"]) for end in ("", "_high", "_low"))
-            differences[name_of(pair["b"], folder)] = {"nats": nats, "low": ends[0], "high": ends[1]}
-    return differences
+def above_bdh(steps: int) -> dict[str, dict[str, float]]:
+    """Return how many nats each arm of a budget is above BDH, with the 95 % interval."""
+    return {name: {key: float(arm[f"less_bdh{end}"]) for key, end in (("nats", ""), ("low", "_low"), ("high", "_high"))}
+            for name, arm in arms_of(steps).items() if arm["less_bdh"]}
 
 
 def label_of(name: str) -> str:
     """Return what tables call an arm."""
     kind, _, budget = name.partition("-")
-    return KINDS[kind].label + {"time": ", for BDH's time", "flops": ", for BDH's FLOPs",
-                                                  "rate": ", half the rate"}.get(budget, "")
+    return KINDS[kind].label + {"time": ", for BDH's time", "flops": ", for BDH's FLOPs"}.get(budget, "")
 
 
 def change(difference: dict[str, float]) -> str:
@@ -114,45 +99,68 @@ def change(difference: dict[str, float]) -> str:
 
 def models_sentence() -> str:
     """Return what the comparison of all kinds says: the strongest transformer first, then GPT-2."""
-    above, arms = above_bdh(BUDGETS[2200]), arms_of(BUDGETS[2200])
+    above, arms, later = above_bdh(2200), arms_of(2200), above_bdh(8000)
     loss = {name: float(arm["loss"]) for name, arm in arms.items()}
     share = 100 * (loss["gpt2"] - loss["gpt2_rope"]) / (loss["gpt2"] - loss["bdh"])
-    modern, gpt2 = ([change(above[kind + budget]) for budget in ("-time", "")] for kind in ("modern", "gpt2"))
-    words = (f"**Compared with a modern transformer of its size, BDH's perplexity is {modern[0]} for the same training "
-             f"time and {modern[1]} for the same tokens. Compared with GPT-2, it is {gpt2[0]} and {gpt2[1]}; "
-             f"{share:.0f} % of the difference in loss at the same tokens is rotary positions.**")
-    stories = int(rows_of(f"{BUDGETS[2200][0]}/pairs.csv")[0]["stories"])
-    [seeds] = {arms[name]["seeds"].count(",") + 1 for name in ("bdh", "modern", "modern-time", "gpt2")}
-    later, more = above_bdh(BUDGETS[8000]), float(arms_of(BUDGETS[8000])["bdh"]["train_tokens"]) / 1e6
-    note = (f"{float(arms['bdh']['train_tokens']) / 1e6:.2f} million training tokens for BDH, {stories:,} held-out "
-            f"stories of TinyStories, {seeds} seeds; one of GPT-2 for the same time and with rotary positions. After "
-            f"{more:.1f} million (one seed, few rates tried) BDH's perplexity is {change(later['gpt2_rope'])} than "
-            "GPT-2's with rotary positions.")
+    strongest, best_later = (min((name for name in each if name.endswith("-time")), key=lambda name: each[name]["nats"])
+                             .removesuffix("-time") for each in (above, later))
+    one, gpt2, then = ([change(each[kind + budget]) for budget in ("-time", "")] for each, kind in (
+        (above, strongest), (above, "gpt2"), (later, best_later)))
+    words = (f"**BDH's perplexity is {one[0]} than that of the strongest transformer of its size "
+             f"({KINDS[strongest].label}) for the same training time, and {one[1]} for the same tokens. Than GPT-2's, "
+             f"it is {gpt2[0]} and {gpt2[1]}; {share:.0f}\u00a0% of the latter, in nats, is rotary positions.**")
+    of, more = arms["bdh"], float(arms_of(8000)["bdh"]["train_tokens"]) / 1e6
+    stories = int(rows_of("models_2200/comparison/pairs.csv")[0]["stories"])
+    note = (f"{float(of['train_tokens']) / 1e6:.2f} million training tokens for BDH, {stories:,} held-out stories of "
+            f"TinyStories, {of['seeds']} seeds, each kind with its best learning rates. After {more:.1f} million "
+            f"(one seed): {then[0]} and {then[1]} than that of {KINDS[best_later].label}.")
     return "\n".join(textwrap.wrap(f"{words} {note}", 117, initial_indent="> ", subsequent_indent="> "))
 
 
-def models(folders: tuple[str, ...], leave_out: tuple[str, ...] = (), drop: tuple[str, ...] = ()) -> str:
-    """Return a table of the arms of comparisons but some, best first, without some columns."""
-    above, seconds, rows = above_bdh(folders), {row["arm"]: row["ratio"] for row in rows_of("same_time.csv")}, []
-    every = rows_of(f"{folders[0]}/arms.csv")
-    baseline = {arm["name"]: arm for arm in every if arm["name"] == "trigram baseline"}
-    for name, arm in sorted((arms_of(folders) | baseline).items(), key=lambda item: float(item[1]["loss"])):
+def models(steps: int, leave_out: tuple[str, ...] = (), drop: tuple[str, ...] = ()) -> str:
+    """Return a table of the arms of a budget but some, best first, without some columns; beside them, trigrams."""
+    above, seconds, rows = above_bdh(steps), {row["arm"]: row["ratio"] for row in rows_of("same_time.csv")}, []
+    [trigrams] = (row for row in rows_of("models_2200/comparison/arms.csv") if row["name"] == "trigram baseline")
+    for name, arm in sorted((arms_of(steps) | {"trigram baseline": trigrams}).items(),
+                            key=lambda item: float(item[1]["loss"])):
         if name in leave_out:
             continue
         row = {"": name, "loss": f"{float(arm['loss']):.3f}", "perplexity": f"{float(arm['perplexity']):.2f}",
                "bits/byte": f"{float(arm['bits_per_byte']):.3f}",
                "tokens, million": f"{float(arm['train_tokens']) / 1e6:.2f}"}
-        if name not in baseline:
-            row |= {"": f"**{label_of(name)}**", "seeds": str(arm["seeds"].count(",") + 1),
+        if arm is not trigrams:
+            row |= {"": f"**{label_of(name)}**", "seeds": arm["seeds"], "rates": rates_of(arm["overrides"]),
                     "core params": f"{float(arm['core_params']):,.0f}", "all params": f"{float(arm['params']):,.0f}",
                     "training FLOPs, 10¹²": f"{float(arm['train_flops']) * 1e-12:.1f}",
                     "time of a step, BDH = 1": f"{float(seconds[arm['model']]):.2f}",
                     "loss less BDH's": nats_of(above[name]) if name in above else ""}
         rows.append(row)
-    header = ["", "seeds", "tokens, million", "core params", "all params", "training FLOPs, 10¹²",
+    header = ["", "seeds", "rates", "tokens, million", "core params", "all params", "training FLOPs, 10¹²",
               "time of a step, BDH = 1", "loss", "perplexity", "bits/byte", "loss less BDH's"]
     header = [column for column in header if column not in drop]
     return table(header, [[row.get(column, "") for column in header] for row in rows])
+
+
+def rates_of(overrides: str) -> str:
+    """Return the learning rates of matrices, embeddings and head of a run, "0.002, ×16, ×16"."""
+    settings = dict(setting.split("=") for setting in overrides.split(";"))
+    return ", ".join([settings["learning_rate"], *(f"×{settings.get(f'{part}_rate_fraction', '1')}"
+                                                   for part in ("embedding", "head"))])
+
+
+def second_text() -> str:
+    """Return the arms on the second text, best first."""
+    less = {row["b"]: {"nats": -float(row["loss_difference"]), "low": -float(row["loss_difference_high"]),
+                       "high": -float(row["loss_difference_low"])}
+            for row in rows_of("models_2200/comparison_extra/pairs.csv") if row["is_arms"] == "True"}
+    lines = []
+    for arm in rows_of("models_2200/comparison_extra/arms.csv"):
+        if arm["params"] or arm["name"] == "trigram baseline":
+            label = f"**{label_of(arm['name'].partition('_lr-')[0])}**" if arm["params"] else arm["name"]
+            lines.append([label, f"{float(arm['loss']):.3f}", f"{float(arm['perplexity']):.2f}",
+                          f"{float(arm['bits_per_byte']):.3f}",
+                          nats_of(less[arm["name"]]) if arm["name"] in less else ""])
+    return table(["", "loss", "perplexity", "bits/byte", "loss less BDH's"], lines)
 
 
 def nats_of(difference: dict[str, float]) -> str:
@@ -161,8 +169,7 @@ def nats_of(difference: dict[str, float]) -> str:
 
 def budgets() -> str:
     """Return the loss of BDH with each budget, and how far every other arm is above it."""
-    above = {steps: above_bdh(folders) for steps, folders in BUDGETS.items()}
-    bdh = {steps: arms_of(folders)["bdh"] for steps, folders in BUDGETS.items()}
+    above, bdh = ({steps: of(steps) for steps in BUDGETS} for of in (above_bdh, lambda steps: arms_of(steps)["bdh"]))
     names = sorted(above[2200], key=lambda name: above[2200][name]["nats"])
     lines = [["BDH: loss", *(f"{float(arm['loss']):.3f}" for arm in bdh.values())]]
     lines += [[label_of(name), *(nats_of(each[name]) if name in each else "" for each in above.values())]
@@ -173,8 +180,8 @@ def budgets() -> str:
 
 def points_of(kind: str) -> list[tuple[float, float]]:
     """Return (training tokens, test loss) of every arm of a kind: each is a whole schedule of its own."""
-    return sorted((float(arm["train_tokens"]), float(arm["loss"])) for folders in BUDGETS.values()
-                  for name, arm in arms_of(folders).items() if arm["model"] == kind and not name.endswith("-rate"))
+    return sorted((float(arm["train_tokens"]), float(arm["loss"])) for steps in BUDGETS
+                  for arm in arms_of(steps).values() if arm["model"] == kind)
 
 
 def tokens_to_reach() -> str:
@@ -182,29 +189,44 @@ def tokens_to_reach() -> str:
 
     Between two arms, the loss is taken to fall evenly with the logarithm of the tokens.
     """
-    bdh = arms_of(BUDGETS[2200])["bdh"]
+    bdh = arms_of(2200)["bdh"]
     tokens, wanted = float(bdh["train_tokens"]), float(bdh["loss"])
     seconds, lines = {row["arm"]: float(row["ratio"]) for row in rows_of("same_time.csv")}, []
     for kind in KINDS:
         points, words = points_of(kind), []
         needed = [before * (after / before) ** ((loss - wanted) / (loss - lower))
                   for (before, loss), (after, lower) in itertools.pairwise(points) if lower <= wanted <= loss]
+        if not points:
+            continue
         for unit in (1e-6, seconds[kind] / tokens):
             words.append(f"{needed[0] * unit:.2f}" if needed else f"more than {points[-1][0] * unit:.2f}")
         lines.append([KINDS[kind].label, *words])
-    needed = float(next(line[1] for line in lines if line[0] == KINDS["modern"].label))
-    return table([f"to reach a loss of {wanted:.3f}", "million tokens", "times BDH's training time"], lines) + (
-        f"\n\nSo BDH and the modern transformer would be level for the same time if a step of the latter took "
-        f"{tokens * 1e-6 / needed:.2f} times\nBDH's; here it takes {seconds['modern']:.2f} times.")
+    return table([f"to reach a loss of {wanted:.3f}", "million tokens", "times BDH's training time"], lines)
 
 
 def rates() -> str:
-    """Return the validation loss of each learning rate that was tried, with 800 steps."""
-    rows: dict[str, list[str]] = {}
-    for row in rows_of("models_800/learning_rates.csv"):
-        text = f"{float(row['learning_rate']):g}: {float(row['best_val_loss']):.3f}"
-        rows.setdefault(KINDS[row["model"]].label, []).append(f"**{text}**" if row["chosen"] == "True" else text)
-    return table(["", "learning rate: validation loss"], [[kind, ", ".join(each)] for kind, each in rows.items()], 2)
+    """Return for each kind and budget how many rates were tried, the best, and what one rate for all would give."""
+    lines = []
+    for steps, rows in ((steps, rows_of(f"models_{steps}.csv")) for steps in BUDGETS):
+        for name, best in sorted(arms_of(steps).items(), key=lambda item: list(KINDS).index(item[1]["model"])):
+            tried = [row for row in rows if row["arm"].partition("_lr-")[0] == name]
+            equal = [float(row["val_loss"]) for row in tried if rates_of(row["overrides"]).endswith(", ×1, ×1")]
+            lines.append([label_of(name), f"{steps:,}", str(len(tried)), rates_of(best["overrides"]),
+                          f"{float(best['val_loss']):.3f}", f"{min(equal):.3f}" if equal else ""])
+    return table(["", "budget", "tried", "best: matrices, embeddings, head", "validation loss",
+                  "with one rate for all"], lines)
+
+
+def plus(path: str, base: str) -> str:
+    """Return the arms of a table of `benchmarks/grid_losses.py` for BDH's time, best first, with their settings."""
+    lines = []
+    for row in rows_of(path):
+        settings = [f"`{setting}`" for setting in row["overrides"].split(";")
+                    if setting.partition("=")[0] not in ("max_steps", "warmup_steps", "seed")]
+        lines.append([f"**{KINDS[row['model']].label}** {' '.join(settings)}", row["seeds"], f"{int(row['steps']):,}",
+                      f"{float(row['loss']):.3f}", *(interval(row, f"less_{kind}") for kind in base.split())])
+    names = {"bdh": "less `bdh_plus`", "llama": "less Llama's"}
+    return table(["", "seeds", "steps", "loss", *(names[kind] for kind in base.split())], lines)
 
 
 def pretokenize_speed() -> str:
@@ -275,7 +297,7 @@ def options() -> str:
                    if change.partition("=")[0] not in ("max_steps", "warmup_steps")]
         lines.append([f"**{KINDS[row['model']].label}** {' '.join(changes)}".strip(), f"{int(row['steps']):,}",
                       f"{float(row['loss']):.3f}", interval(row, "less_bdh"),
-                      interval(row, "less_modern-time") if row["arm"].endswith("-time") else ""])
+                      interval(row, "less_modern") if row["arm"].endswith("-time") else ""])
     return table(["", "steps", "loss", "less BDH's", "for BDH's time: less the modern transformer's"], lines)
 
 
@@ -375,14 +397,14 @@ def draw_figures() -> None:
     """Draw the figures of results/reference that follow from committed tables."""
     import pandas as pd
 
-    from benchmarks.figures import contradiction_curves
+    from benchmarks.figures import contradiction_curves, option_losses, plus_curves
     from plotarmour.evaluation.arms import Arm
     from plotarmour.report import figures
 
     contradiction_curves(pd.read_csv(REFERENCE / "contradictions_tales.csv"), REFERENCE / "contradictions_tales.png",
                          "misfit")
     seconds = {row["arm"]: float(row["ratio"]) for row in rows_of("same_time.csv")}
-    bdh_tokens = float(arms_of(BUDGETS[2200])["bdh"]["train_tokens"])
+    bdh_tokens = float(arms_of(2200)["bdh"]["train_tokens"])
     figure, panels = figures.new_figure(9.6, 3.9, "Loss on held-out stories; each point is a whole training", "",
                                         "loss (nats per token)", columns=2)
     for axes, label, unit_of in ((panels[0], "training tokens (million, logarithmic)", lambda kind: 1e-6),
@@ -400,6 +422,8 @@ def draw_figures() -> None:
         axes.set_xlabel(label)
     panels[1].legend(frameon=False, fontsize=9)
     figures.save_figure(figure, REFERENCE / "budgets.png")
+    option_losses(pd.read_csv(REFERENCE / "bdh_options.csv"), REFERENCE / "bdh_options.png")
+    plus_curves(pd.read_csv(REFERENCE / "bdh_plus_curves.csv"), REFERENCE / "bdh_plus.png")
     path = REFERENCE / "tiny"
     by_arm, by_run, pairs = (pd.read_csv(path / f"{name}.csv") for name in ("arms", "totals", "pairs"))
     order = [*dict.fromkeys(pairs["a"]), *dict.fromkeys(pairs["b"])]  # gives the colours of the comparison
@@ -470,14 +494,16 @@ def modules() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "models-sentence": models_sentence,
-    "models-2200": lambda: models(BUDGETS[2200]),
-    "models-2200-short": lambda: models(BUDGETS[2200], ("llama", "moe", "lstm", "modern-flops", "bdh-rate"),
-                                        ("core params", "all params", "bits/byte")),
-    "models-2200-extra": lambda: models(("models_2200/comparison_extra",)),
+    "models-2200": lambda: models(2200),
+    "models-2200-short": lambda: models(2200, ("moe", "lstm", "llama-flops", "modern-time", "modern",
+                                               "gpt2_rope-time"), ("rates", "core params", "all params", "bits/byte")),
+    "models-2200-extra": second_text,
     "budgets": budgets,
     "tokens-to-reach": tokens_to_reach,
     "rates": rates,
     "options": options,
+    "plus": lambda: plus("bdh_plus.csv", "bdh llama"),
+    "plus-options": lambda: plus("bdh_plus_options.csv", "llama"),
     "tiny": lambda: arms_table("tiny/arms.csv", TINY),
     "over-corpus": over_corpus,
     "contradictions": lambda: contradictions("contradictions_tales.csv", {

@@ -140,10 +140,13 @@ class Kind:
     model: str  # import path of the model class, which takes a config
 
 
-# Colours of Okabe and Ito's palette for colour-blind readers: blues for BDH, other hues for the others.
+# Colours of Okabe and Ito's palette for colour-blind readers: blues and violets for BDH, other hues for the
+# others.
 KINDS: dict[str, Kind] = {
     "bdh": Kind("BDH", ("#0072B2", "#56B4E9", "#004A75"), "plotarmour.models.bdh:BDHConfig",
                 "plotarmour.models.bdh:BDH"),
+    "bdh_plus": Kind("BDH plus", ("#5E3C99", "#B2ABD2"), "plotarmour.models.bdh:BDHConfig",  # the recipes set options
+                     "plotarmour.models.bdh:BDH"),
     "gpt2": Kind("GPT-2", ("#D55E00", "#CC79A7", "#E69F00", "#7A3500"), "plotarmour.models.hf_kinds:GPT2Config",
                  "plotarmour.models.hf:HFModel"),
     "gpt2_rope": Kind("GPT-2 with RoPE", ("#E69F00", "#8A6000"), "plotarmour.models.hf_kinds:GPT2RopeConfig",

@@ -49,9 +49,10 @@ def progress_of(step: int, config: TrainingConfig, elapsed_s: float = 0.0) -> fl
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """Return the optimizer, with weight decay on matrices only (parameters of two or more dimensions)."""
-    core = core_matrices(model)
-    tables = [p for p in model.parameters() if p.dim() >= 2 and all(p is not matrix for matrix in core)]
-    groups = [(core, config.weight_decay, 1.0), (tables, config.weight_decay, config.table_rate_fraction),
+    core, embeddings = core_matrices(model), _embeddings(model)
+    head = [p for p in model.parameters() if p.dim() >= 2 and all(p is not other for other in (*core, *embeddings))]
+    groups = [(core, config.weight_decay, 1.0), (embeddings, config.weight_decay, config.embedding_rate_fraction),
+              (head, config.weight_decay, config.head_rate_fraction),
               ([p for p in model.parameters() if p.dim() < 2], 0.0, 1.0)]
     groups = [{"params": ps, "weight_decay": decay, "rate_fraction": part} for ps, decay, part in groups if ps]
     options = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "fused": True}
@@ -62,8 +63,14 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
 
 def core_matrices(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of two or more dimensions that are neither a table of embeddings nor the head."""
-    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)] + [model.unembedding]
-    return [p for p in model.parameters() if p.dim() >= 2 and p.data_ptr() not in {t.data_ptr() for t in tables}]
+    tables = {t.data_ptr() for t in (*_embeddings(model), model.unembedding)}
+    return [p for p in model.parameters() if p.dim() >= 2 and p.data_ptr() not in tables]
+
+
+def _embeddings(model: nn.Module) -> list[nn.Parameter]:
+    """Return the tables of embeddings; a tied head is one of them."""
+    tables = {m.weight.data_ptr() for m in model.modules() if isinstance(m, nn.Embedding)}
+    return [p for p in model.parameters() if p.data_ptr() in tables]
 
 
 class MatrixOptimizer(torch.optim.AdamW):

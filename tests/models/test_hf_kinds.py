@@ -44,8 +44,8 @@ def test_the_recipe_laptop_gives_all_kinds_the_core_parameters_of_bdh():
     """
     configs = {kind: load_recipe("laptop", kind).model_config(4096) for kind in KINDS}
     core = {kind: config.core_params for kind, config in configs.items()}
-    assert core == {"bdh": 786_432, "gpt2": 793_344, "gpt2_rope": 793_344, "llama": 787_072, "modern": 786_432,
-                    "moe": 2_356_352, "lstm": 785_680}
+    assert core == {"bdh": 786_432, "bdh_plus": 2 * 3 * 8 * 128**2 + 4, "gpt2": 793_344, "gpt2_rope": 793_344,
+                    "llama": 787_072, "modern": 786_432, "moe": 2_356_352, "lstm": 785_680}
     assert configs["moe"].weights_per_token == 789_632 == core["moe"] - 4 * 6 * 3 * 128 * 170
     assert configs["modern"].params == configs["bdh"].params == 786_432 + 2 * 4096 * 128
 

@@ -1,6 +1,7 @@
 """What goes to Kaggle, as the client's own code and our checks judge it, without a connection."""
 
 import json
+import re
 import runpy
 import shutil
 import zipfile
@@ -49,12 +50,14 @@ def test_kaggle_accepts_every_folder_of_a_bundle(tool, bundle):
 
 
 def test_the_dataset_holds_what_the_notebooks_need(bundle, root):
-    """Guards: a recipe or a tool that stays behind; caches, tests and the user's own results that are published."""
+    """Guards: a recipe, tool or table that stays behind; caches, tests and own results that are published."""
     names = zipfile.ZipFile(bundle / "dataset" / "plot-armour.zip").namelist()
     packaged = {path.relative_to(root).as_posix() for path in (root / "plotarmour").rglob("*")
                 if path.is_file() and path.suffix != ".pyc"}
-    assert packaged | {"tools/run_suite.py", "notebooks/set_up.py", "LICENSE", "pyproject.toml",
-                       "benchmarks/windows.py", "results/reference/window_losses.csv"} <= set(names)
+    shown = {f"results/reference/{name}" for path in (root / "notebooks").glob("*.py")
+             for name in re.findall(r'REFERENCE / "([^"]+)"', path.read_text(encoding="utf-8"))}
+    assert packaged | shown | {"tools/run_suite.py", "notebooks/set_up.py", "LICENSE", "pyproject.toml",
+                               "benchmarks/windows.py"} <= set(names) and len(shown) == 6
     assert not [name for name in names if name.startswith(("tests", ".")) or "__pycache__" in name
                 or (name.startswith("results") and not name.startswith("results/reference/"))]
 

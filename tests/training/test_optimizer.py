@@ -68,21 +68,24 @@ def test_norms_stay_where_they_are_to_stay(small_model, choice):
         assert (abs(float(p.detach().norm()) / norm - 1) < 1e-5) is ("norms" in choice)
 
 
-def test_embeddings_and_head_may_learn_more_slowly(small_recipe, token_files, tmp_path):
-    """Guards: a fraction that the schedule overwrites, or that reaches the core."""
+def test_embeddings_and_head_may_have_rates_of_their_own(small_recipe, token_files, tmp_path):
+    """Guards: a fraction that the schedule overwrites, or that reaches other parameters; a tied head with two rates."""
     found = []
-    for fraction in (1.0, 0.25):
+    for i, fractions in enumerate(({}, {"embedding_rate_fraction": 0.25, "head_rate_fraction": 0.5})):
         training = dataclasses.replace(small_recipe.training, max_steps=1, warmup_steps=0, weight_decay=0.0,
-                                       device="cpu", table_rate_fraction=fraction)
+                                       device="cpu", **fractions)
         recipe = dataclasses.replace(small_recipe, training=training)
-        train_run(recipe, token_files["train"], token_files["val"], tmp_path / str(fraction))
-        run = load_run(tmp_path / str(fraction), "latest")
+        train_run(recipe, token_files["train"], token_files["val"], tmp_path / str(i))
+        run = load_run(tmp_path / str(i), "latest")
         begun = dict(recipe.build_model(run.info["vocab_size"]).named_parameters())
         found.append({name: (p - begun[name]).detach() for name, p in run.model.named_parameters()})
-        core = core_matrices(run.model)
-    for name, parameter in run.model.named_parameters():
-        is_table = parameter.dim() >= 2 and all(parameter is not matrix for matrix in core)
-        torch.testing.assert_close(found[1][name], (0.25 if is_table else 1.0) * found[0][name], rtol=1e-3, atol=1e-7)
+    embeddings = {id(m.weight) for m in run.model.modules() if isinstance(m, torch.nn.Embedding)}
+    factors, head = set(), run.model.unembedding.data_ptr()
+    for name, p in run.model.named_parameters():
+        factor = 0.25 if id(p) in embeddings else 0.5 if p.data_ptr() == head else 1.0
+        torch.testing.assert_close(found[1][name], factor * found[0][name], rtol=1e-3, atol=1e-7)
+        factors.add(factor)
+    assert factors == ({0.25, 0.5, 1.0} if small_recipe.model == "bdh" else {0.25, 1.0})
 
 
 def test_a_run_that_stops_and_continues_ends_with_the_same_bits(small_recipe, token_files, tmp_path):
