@@ -70,7 +70,7 @@ def compared(runs: list[Path], test: TokenFile, bases: list[str]) -> pd.DataFram
     """
     infos, folders = {run.name: read_info(run) for run in runs}, {run.name: run for run in runs}
     scores = {run.name: evaluate_run(load_run(run), test)[0] for run in runs}
-    arms = {arm.name.rpartition("_seed-")[0] or arm.name: arm for arm in group_runs(infos)}
+    arms = _by_name(group_runs(infos))
     if missing := [base for base in bases if base not in arms]:
         raise UserError(f"no row {', '.join(missing)}; expected one of {', '.join(arms)}.")
     rows = []
@@ -85,6 +85,12 @@ def compared(runs: list[Path], test: TokenFile, bases: list[str]) -> pd.DataFram
     lowest = table.groupby(["model", "steps"])["val_loss"].transform("min")
     table.insert(table.columns.get_loc("val_loss") + 1, "chosen", table["val_loss"] == lowest)
     return table
+
+
+def _by_name(arms: list[Arm]) -> dict[str, Arm]:
+    """Return arms by their names, without a seed at the end unless two arms would then have the same name."""
+    short = [arm.name.rpartition("_seed-")[0] or arm.name for arm in arms]
+    return {name if short.count(name) == 1 else arm.name: arm for name, arm in zip(short, arms, strict=True)}
 
 
 def _row(name: str, arm: Arm, infos: dict[str, dict], endings: list[Ending], scores: dict[str, pd.DataFrame]) -> dict:
@@ -103,11 +109,11 @@ def _row(name: str, arm: Arm, infos: dict[str, dict], endings: list[Ending], sco
 def curves(runs: list[Path]) -> pd.DataFrame:
     """Return the evaluations of each arm's first run: arm, step, of_steps (1 at the end), tokens_seen, val_loss."""
     tables, infos, folders = [], {run.name: read_info(run) for run in runs}, {run.name: run for run in runs}
-    for arm in group_runs(infos):
+    for name, arm in _by_name(group_runs(infos)).items():
         log = read_log(folders[arm.runs[0]] / "log.csv")
         log = log.loc[log["val_loss"].notna() & (log["step"] > 0), ["step", "tokens_seen", "val_loss"]]
         log.insert(1, "of_steps", log["step"] / log["step"].max())
-        tables.append(log.assign(arm=arm.name.rpartition("_seed-")[0] or arm.name))
+        tables.append(log.assign(arm=name))
     return pd.concat(tables)[["arm", "step", "of_steps", "tokens_seen", "val_loss"]]
 
 
