@@ -291,10 +291,10 @@ def windows() -> str:
 
 def options() -> str:
     """Return the runs with one change to BDH, its training or the modern transformer, best first."""
-    lines = []
+    lines, of_all = [], ("learning_rate=0.024", "embedding_rate_fraction=1", "head_rate_fraction=1")
     for row in rows_of("bdh_options.csv"):
-        changes = [f"`{change}`" for change in row["overrides"].split(";")
-                   if change.partition("=")[0] not in ("max_steps", "warmup_steps")]
+        changes = [f"`{change}`" for change in row["overrides"].split(";") if change not in of_all
+                   and change.partition("=")[0] not in ("max_steps", "warmup_steps")]
         lines.append([f"**{KINDS[row['model']].label}** {' '.join(changes)}".strip(), f"{int(row['steps']):,}",
                       f"{float(row['loss']):.3f}", interval(row, "less_bdh"),
                       interval(row, "less_modern") if row["arm"].endswith("-time") else ""])
