@@ -106,8 +106,8 @@ display(Image(option_losses(full, folder / "figures" / "bdh_options_full.png")))
 # %% [markdown]
 # ## The best together
 # `bdh_plus`, a kind of model that every notebook takes: weights per pass, decay, differential scores and larger initial
-# matrices. All rows have the time of 2,200 steps of plain BDH, the first ones three seeds; the transformers were given
-# the same search for options and rates.
+# matrices. All rows have the time of 2,200 steps of plain BDH; `less_bdh` is the difference to `bdh_plus`, `less_llama`
+# that to Llama without options. The transformers were given a smaller search, of decay, Muon and rates.
 
 # %%
 plus = pd.read_csv(REFERENCE / "bdh_plus.csv")

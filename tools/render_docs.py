@@ -90,31 +90,34 @@ def label_of(name: str) -> str:
     return KINDS[kind].label + {"time": ", for BDH's time", "flops": ", for BDH's FLOPs"}.get(budget, "")
 
 
-def change(difference: dict[str, float]) -> str:
-    """Return how BDH's perplexity compares with another one's, in words; `difference` is of `above_bdh`."""
+def than(difference: dict[str, float], whose: str) -> str:
+    """Return how BDH's perplexity compares with that of `whose`, in words; `difference` is of `above_bdh`."""
     if difference["low"] <= 0 <= difference["high"]:
-        return "not clearly different"
-    return f"{100 * abs(math.expm1(-difference['nats'])):.1f} % {'lower' if difference['nats'] > 0 else 'higher'}"
+        return f"not clearly different from {whose}"
+    percent = f"{100 * abs(math.expm1(-difference['nats'])):.1f}\u00a0%"
+    return f"{percent} {'lower' if difference['nats'] > 0 else 'higher'} than {whose}"
 
 
 def models_sentence() -> str:
     """Return what the comparison of all kinds says: the strongest transformer first, then GPT-2."""
-    above, arms, later = above_bdh(2200), arms_of(2200), above_bdh(8000)
-    loss = {name: float(arm["loss"]) for name, arm in arms.items()}
+    loss = {name: float(arm["loss"]) for name, arm in arms_of(2200).items()}
     share = 100 * (loss["gpt2"] - loss["gpt2_rope"]) / (loss["gpt2"] - loss["bdh"])
-    strongest, best_later = (min((name for name in each if name.endswith("-time")), key=lambda name: each[name]["nats"])
-                             .removesuffix("-time") for each in (above, later))
-    one, gpt2, then = ([change(each[kind + budget]) for budget in ("-time", "")] for each, kind in (
-        (above, strongest), (above, "gpt2"), (later, best_later)))
-    words = (f"**BDH's perplexity is {one[0]} than that of the strongest transformer of its size "
-             f"({KINDS[strongest].label}) for the same training time, and {one[1]} for the same tokens. Than GPT-2's, "
-             f"it is {gpt2[0]} and {gpt2[1]}; {share:.0f}\u00a0% of the latter, in nats, is rotary positions.**")
-    of, more = arms["bdh"], float(arms_of(8000)["bdh"]["train_tokens"]) / 1e6
+    of_time, of_tokens, tokens = {}, {}, {}
+    for steps in (2200, 8000):
+        above, tokens[steps] = above_bdh(steps), float(arms_of(steps)["bdh"]["train_tokens"]) / 1e6
+        first = min((name for name in above if name.endswith("-time")), key=lambda name: above[name]["nats"])
+        kind = first.removesuffix("-time")
+        of_time[steps], of_tokens[steps] = (f"{than(above[kind + budget], one)} and {than(above['gpt2' + budget], two)}"
+                                            for budget, one, two in (
+            ("-time", f"that of the strongest transformer of its size ({KINDS[kind].label})", "GPT-2's"),
+            ("", f"{KINDS[kind].label}'s" if steps == 2200 else "its", "GPT-2's")))
+    words = (f"**For the same training time, BDH's perplexity is {of_time[2200]}. For the same tokens, it is "
+             f"{of_tokens[2200]}; {share:.0f}\u00a0% of the latter, in nats, is rotary positions.**")
     stories = int(rows_of("models_2200/comparison/pairs.csv")[0]["stories"])
-    note = (f"{float(of['train_tokens']) / 1e6:.2f} million training tokens for BDH, {stories:,} held-out stories of "
-            f"TinyStories, {of['seeds']} seeds, each kind with its best learning rates. After {more:.1f} million "
-            f"(one seed): {then[0]} and {then[1]} than that of {KINDS[best_later].label}.")
-    return "\n".join(textwrap.wrap(f"{words} {note}", 117, initial_indent="> ", subsequent_indent="> "))
+    note = (f"{tokens[2200]:.2f} million training tokens for BDH, {stories:,} held-out stories of TinyStories, "
+            f"{arms_of(2200)['bdh']['seeds']} seeds. After {tokens[8000]:.1f} million (one seed): {of_time[8000]}; for "
+            f"the same tokens, {of_tokens[8000]}.")
+    return "\n".join(textwrap.wrap(f"{words} {note}", 124, initial_indent="> ", subsequent_indent="> "))
 
 
 def models(steps: int, leave_out: tuple[str, ...] = (), drop: tuple[str, ...] = ()) -> str:
