@@ -102,15 +102,15 @@ def models_sentence() -> str:
     """Return what the comparison of all kinds says: the strongest transformer first, then GPT-2."""
     loss = {name: float(arm["loss"]) for name, arm in arms_of(2200).items()}
     share = 100 * (loss["gpt2"] - loss["gpt2_rope"]) / (loss["gpt2"] - loss["bdh"])
-    of_time, of_tokens, tokens = {}, {}, {}
+    of_time, of_tokens, tokens, gpt2 = {}, {}, {}, "GPT-2's"
     for steps in (2200, 8000):
         above, tokens[steps] = above_bdh(steps), float(arms_of(steps)["bdh"]["train_tokens"]) / 1e6
         first = min((name for name in above if name.endswith("-time")), key=lambda name: above[name]["nats"])
-        kind = first.removesuffix("-time")
-        of_time[steps], of_tokens[steps] = (f"{than(above[kind + budget], one)} and {than(above['gpt2' + budget], two)}"
-                                            for budget, one, two in (
-            ("-time", f"that of the strongest transformer of its size ({KINDS[kind].label})", "GPT-2's"),
-            ("", f"{KINDS[kind].label}'s" if steps == 2200 else "its", "GPT-2's")))
+        label = KINDS[first.removesuffix("-time")].label
+        named, again = ((f"that of the strongest transformer of its size ({label})", f"{label}'s") if steps == 2200 else
+                        (f"that of the strongest ({label})", "that model's"))
+        of_time[steps] = f"{than(above[first], named)} and {than(above['gpt2-time'], gpt2)}"
+        of_tokens[steps] = f"{than(above[first.removesuffix('-time')], again)} and {than(above['gpt2'], gpt2)}"
     words = (f"**For the same training time, BDH's perplexity is {of_time[2200]}. For the same tokens, it is "
              f"{of_tokens[2200]}; {share:.0f}\u00a0% of the latter, in nats, is rotary positions.**")
     stories = int(rows_of("models_2200/comparison/pairs.csv")[0]["stories"])
@@ -220,16 +220,15 @@ def rates() -> str:
                   "with one rate for all"], lines)
 
 
-def plus(path: str, base: str) -> str:
-    """Return the arms of a table of `benchmarks/grid_losses.py` for BDH's time, best first, with their settings."""
+def plus() -> str:
+    """Return the arms of the grid bdh_plus.csv, which all have BDH's time, best first, with their settings."""
     lines = []
-    for row in rows_of(path):
+    for row in rows_of("bdh_plus.csv"):
         settings = [f"`{setting}`" for setting in row["overrides"].split(";")
                     if setting.partition("=")[0] not in ("max_steps", "warmup_steps", "seed")]
         lines.append([f"**{KINDS[row['model']].label}** {' '.join(settings)}", row["seeds"], f"{int(row['steps']):,}",
-                      f"{float(row['loss']):.3f}", *(interval(row, f"less_{kind}") for kind in base.split())])
-    names = {"bdh": "less `bdh_plus`", "llama": "less Llama's"}
-    return table(["", "seeds", "steps", "loss", *(names[kind] for kind in base.split())], lines)
+                      f"{float(row['loss']):.3f}", interval(row, "less_bdh"), interval(row, "less_llama")])
+    return table(["", "seeds", "steps", "loss", "less `bdh_plus`", "less Llama's"], lines)
 
 
 def pretokenize_speed() -> str:
@@ -505,8 +504,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "tokens-to-reach": tokens_to_reach,
     "rates": rates,
     "options": options,
-    "plus": lambda: plus("bdh_plus.csv", "bdh llama"),
-    "plus-options": lambda: plus("bdh_plus_options.csv", "llama"),
+    "plus": plus,
     "tiny": lambda: arms_table("tiny/arms.csv", TINY),
     "over-corpus": over_corpus,
     "contradictions": lambda: contradictions("contradictions_tales.csv", {
