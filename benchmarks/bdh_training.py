@@ -4,6 +4,8 @@
 Each side lives in a process of its own with the same weights and tokens; they take steps in turn, and ratios are
 medians over pairs of neighbouring steps. A step is forward, loss, backward and AdamW. Activation memory is the peak of
 a step less weights, gradients and optimizer state: resident memory on a CPU (Linux), allocated memory on CUDA.
+`products_share` is the share of matrix products in the time of all operators of a step, by torch's profiler: what is
+left is all that could be saved without other products.
 """
 
 import argparse
@@ -30,10 +32,11 @@ SIDES = ("published", "compiled", "tiled")
 # A heap that is never given back and uses huge pages spares page faults; both sides get it.
 TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 VOCABULARY = 256
+PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_")}
 
 
 def worker(spec: dict) -> None:
-    """Take a step for every line of standard input, "time" or "memory", and answer with a line of JSON."""
+    """Take a step for every line of standard input, "time", "memory" or "products"; answer with a line of JSON."""
     import torch
     import torch.nn.functional as F
     from published_bdh import PublishedBDH
@@ -72,9 +75,19 @@ def worker(spec: dict) -> None:
             torch.cuda.synchronize()
         return time.perf_counter() - start, loss
 
+    def products_share() -> float:
+        kind = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        with torch.profiler.profile() as profiler:
+            step()
+        found = {event.key: getattr(event, kind) for event in profiler.key_averages()}
+        return sum(found.get(name, 0.0) for name in PRODUCTS) / sum(found.values())
+
     gradients = sum(p.numel() * p.element_size() for p in model.parameters())
     for command in sys.stdin:
         gc.collect()
+        if command == "products\n":
+            print(json.dumps({"share": products_share()}), flush=True)
+            continue
         base = resident(device, reset=True) if command == "memory\n" else None
         seconds, loss = step()
         memory = None if base is None else (resident(device, peak=True) - base - gradients) / 2**20
@@ -130,10 +143,11 @@ def measure(shape: str, T: int, B: int, sides: tuple[str, ...], rounds: int, arg
         side = Side(spec, tuned)
         try:
             first, memory = side.step("time"), side.step("memory")["mib"]
+            share = None if name == "compiled" else side.step("products")["share"]  # compiled products have other names
         except RuntimeError as error:
             print(f"  {name} left out: {error}", flush=True)
             continue
-        running[name], answers[name] = side, {"loss": first["loss"], "mib": memory, "s": []}
+        running[name], answers[name] = side, {"loss": first["loss"], "mib": memory, "share": share, "s": []}
     for _ in range(rounds):
         for name, side in running.items():
             answers[name]["s"].append(side.step("time")["s"])
@@ -146,6 +160,7 @@ def measure(shape: str, T: int, B: int, sides: tuple[str, ...], rounds: int, arg
                      "shape": shape, "T": T, "B": B, "form": name, "rounds": rounds,
                      "tokens_per_s": round(B * T / statistics.median(found["s"]), 1),
                      "ours_times_faster": round(ratio, 3), "activations_mib": found["mib"] and round(found["mib"], 1),
+                     "products_share": found["share"] and round(found["share"], 3),
                      "ours_times_leaner": found["mib"] and round(found["mib"] / ours["mib"], 2),
                      "loss_differs_by": f"{abs(found['loss'] - ours['loss']):.1e}"})
         print(json.dumps(rows[-1]), flush=True)

@@ -272,3 +272,31 @@ def plus_curves(table: pd.DataFrame, path: Path) -> Path:
         axes.set_ylim(table["val_loss"].min() - 0.05, 3.6)
     panels[1].legend(frameon=False, fontsize=9)
     return save_figure(figure, path)
+
+
+def budget_losses(points: dict[str, list[tuple[float, float]]], seconds: dict[str, float], bdh_tokens: float,
+                  path: Path) -> Path:
+    """Draw the loss of kinds of model against training tokens and against training time.
+
+    Args:
+        points: for each kind, (training tokens, test loss in nats per token) of each of its trainings.
+        seconds: time of a step of each kind, BDH's is 1.
+        bdh_tokens: of the training of BDH whose time is 1.
+        path: of the PNG.
+    """
+    figure, panels = new_figure(9.6, 3.9, "Loss on held-out stories; each point is a whole training", "",
+                                "loss (nats per token)", columns=2)
+    of_time = f"training time (1: BDH with {bdh_tokens / 1e6:.2f} million tokens; logarithmic)"
+    for axes, label, unit_of in ((panels[0], "training tokens (million, logarithmic)", lambda kind: 1e-6),
+                                 (panels[1], of_time, lambda kind: seconds[kind] / bdh_tokens)):
+        for kind, kind_points in points.items():
+            tokens, losses = zip(*kind_points, strict=True)
+            axes.plot([n * unit_of(kind) for n in tokens], losses, color=KINDS[kind].colors[0], marker="o",
+                      linewidth=2.4 if kind in ("modern", "bdh") else 1.2, label=KINDS[kind].label)
+        axes.set_xscale("log")
+        ticks = [tick for tick in (0.25, 0.5, 1, 2, 4, 8) if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel(label)
+    panels[1].legend(frameon=False, fontsize=9)
+    return save_figure(figure, path)
