@@ -6,21 +6,12 @@ state is the key/value cache, which grows with every token.
 
 import inspect
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from plotarmour.models import ModelConfig, State, check_ids, check_state, product_dtype, story_starts
-
-if TYPE_CHECKING:
-    from transformers import DynamicCache
-
-
-def _empty_cache() -> "DynamicCache":
-    from transformers import DynamicCache
-
-    return DynamicCache()
 
 
 @dataclass
@@ -28,7 +19,7 @@ class CacheState(State):
     """The keys and values of all tokens read so far."""
 
     shape: tuple[int, ...]  # (B, n_layer, heads of keys, head width); an empty cache does not know them
-    cache: "DynamicCache" = field(default_factory=_empty_cache)  # per layer keys, values (B, heads, T, head width)
+    cache: DynamicCache = field(default_factory=DynamicCache)  # per layer keys, values (B, heads, T, head width)
 
     @property
     def position(self) -> int:
@@ -40,14 +31,13 @@ class CacheState(State):
         return "CacheState", self.shape, *next(of_keys, ())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state as named tensors, to save with safetensors; they share the memory of the state."""
         named = {"position": torch.tensor(self.position), "shape": torch.tensor(self.shape)}
         for i, layer in enumerate(self.cache.layers):
             named |= {f"keys.{i}": layer.keys.contiguous(), f"values.{i}": layer.values.contiguous()}
         return named
 
     @classmethod
-    def _load(cls, tensors: dict[str, Tensor]) -> "CacheState":
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "CacheState":
         state = cls(tuple(tensors["shape"].tolist()))
         if tensors["position"]:
             for i in range(state.shape[1]):
@@ -83,7 +73,7 @@ class HFModel(nn.Module):
         """The (vocab_size, n_embd) matrix that gives logits."""
         return self.hf.get_output_embeddings().weight
 
-    def initial_state(self, batch_size: int) -> "CacheState":
+    def initial_state(self, batch_size: int) -> CacheState:
         """Return the state before the first token: an empty cache."""
         return CacheState((batch_size, *self._sizes))
 

@@ -76,11 +76,10 @@ class LSTMState(State):
         return "LSTMState", tuple(self.hidden.shape), self.hidden.dtype, self.hidden.device
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state as named tensors, to save with safetensors; they share the memory of the state."""
         return {"hidden": self.hidden, "cell": self.cell, "position": torch.tensor(self.position)}
 
     @classmethod
-    def _load(cls, tensors: dict[str, Tensor]) -> "LSTMState":
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "LSTMState":
         return cls(tensors["hidden"], tensors["cell"], int(tensors["position"]))
 
 

@@ -36,12 +36,11 @@ class BDHState(State):
         return "BDHState", len(self.synapses), tuple(S.shape), S.dtype, S.device
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state as named tensors, to save with safetensors; they share the memory of the state."""
         named = {f"synapses.{level}": S.contiguous() for level, S in enumerate(self.synapses)}
         return named | {"position": torch.tensor(self.position)}
 
     @classmethod
-    def _load(cls, tensors: dict[str, Tensor]) -> "BDHState":
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "BDHState":
         return cls([tensors[f"synapses.{level}"] for level in range(len(tensors) - 1)], int(tensors["position"]))
 
 

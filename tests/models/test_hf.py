@@ -67,12 +67,6 @@ def test_autocast_leaves_a_float64_models_state_alone():
         assert model.features(torch.zeros(1, 3, dtype=torch.int64), state)[1].position == 6
 
 
-def test_tensors_of_something_else_are_refused_by_name():
-    """Guards: a KeyError for the saved state of a BDH."""
-    with pytest.raises(ValueError, match="position, synapses.0 .* without 'shape', expected .* CacheState"):
-        CacheState.from_tensors({"synapses.0": torch.zeros(1, 1, 4, 2), "position": torch.tensor(3)})
-
-
 def test_attention_goes_through_sdpa():
     """Guards: the slow path that holds (B, heads, T, T) in memory."""
     assert HFModel(GPT2Config(1, 8, 1, vocab_size=10, context_length=4)).hf.config._attn_implementation == "sdpa"

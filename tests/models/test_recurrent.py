@@ -1,14 +1,12 @@
 """Reading from left to right: the formula's numbers at any length, from a state of constant size."""
 
-import importlib.util
-
 import pytest
 import torch
 from watch import LargestTensor
 
+from benchmarks.generation import activity
 from plotarmour.loss import summed_nats
 from plotarmour.models.bdh import BDH, BDHConfig
-from plotarmour.models.recurrent import BDHState
 from plotarmour.models.rotary import Rotation
 from plotarmour.models.tiled import Weights, normalize
 
@@ -117,25 +115,16 @@ def test_gradients_flow_through_a_state_until_it_is_detached():
 
 
 @torch.no_grad()
-def test_activity_is_what_a_count_by_hand_gives(root):
+def test_activity_is_what_a_count_by_hand_gives():
     """Guards: a share over the wrong total, a pair counted as two, in the benchmark that counts active neurons."""
-    spec = importlib.util.spec_from_file_location("generation_benchmark", root / "benchmarks" / "generation.py")
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
     model, inputs = made(n_layer=1, firing=0.2), torch.randint(0, 30, (2, 9))
     v = normalize(model.embed(inputs))[0]
-    (found,) = benchmark.activity(v, Weights(model.encoder, model.encoder_v, model.decoder), 1, Rotation(64))
+    (found,) = activity(v, Weights(model.encoder, model.encoder_v, model.decoder), 1, Rotation(64))
     x = torch.relu(v.unsqueeze(1) @ model.encoder)
     assert found["x"] == pytest.approx(float((x > 0).float().mean()))
     assert found["pairs"] == pytest.approx(float(((x[..., 0::2] > 0) | (x[..., 1::2] > 0)).float().mean()))
     assert found["xy"] <= min(found["x"], found["y"]) and found["x"] <= found["pairs"] <= 2 * found["x"]
     assert 0.05 < found["x"] < 0.35
-
-
-def test_tensors_of_something_else_are_refused_by_name():
-    """Guards: a KeyError for the saved state of a GPT-2."""
-    with pytest.raises(ValueError, match="expected those of a BDHState"):
-        BDHState.from_tensors({"keys.0": torch.zeros(1), "position": torch.tensor(1)})
 
 
 @torch.no_grad()
