@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Hyperparameters and arithmetic that the transformers share. A subclass states the sizes of one layer."""
+    """Hyperparameters and arithmetic that the transformers share.
+
+    A subclass has `layer_params`, the number of parameters of a layer; `layer_products`, the number of a layer's
+    weights that one token is multiplied with; `layer_values(size, is_cuda)`, the bytes that a layer stores per token,
+    without attention's own, with products of `size` bytes; and `build_hf()`, the `transformers` model with random
+    weights.
+    """
 
     n_layer: int = 12
     n_embd: int = 768
@@ -48,16 +54,6 @@ class TransformerConfig:
         if not 0 <= self.decay < float("inf"):
             wrong.append(f"decay = {self.decay} must not be negative or infinite")
         return wrong
-
-    @property
-    def layer_params(self) -> int:
-        """Number of parameters of a layer."""
-        raise NotImplementedError
-
-    @property
-    def layer_products(self) -> int:
-        """Number of a layer's weights that one token is multiplied with."""
-        raise NotImplementedError
 
     @property
     def final_params(self) -> int:
@@ -106,10 +102,6 @@ class TransformerConfig:
         mask = (self.decay > 0) * 2 * 4 * self.n_head * length**2
         return self.n_layer * layer + 5 * 4 * n_tokens * self.n_embd + scores + mask
 
-    def layer_values(self, size: int, is_cuda: bool) -> int:
-        """Return the bytes that a layer stores per token, without attention's own, with products of `size` bytes."""
-        raise NotImplementedError
-
     def _hf_sizes(self) -> dict[str, Any]:
         """Return the arguments that most config classes of `transformers` share."""
         return {"vocab_size": self.vocab_size, "hidden_size": self.n_embd, "num_hidden_layers": self.n_layer,
@@ -125,7 +117,6 @@ class GPT2RopeConfig(TransformerConfig):
     tied_head: bool = True
 
     def build_hf(self) -> "PreTrainedModel":
-        """Return the `transformers` model with random weights."""
         from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
         hf = GPTNeoXForCausalLM(GPTNeoXConfig(
@@ -166,7 +157,6 @@ class GPT2Config(GPT2RopeConfig):
         return self.context_length
 
     def build_hf(self) -> "PreTrainedModel":
-        """Return the `transformers` model with random weights."""
         from transformers import GPT2Config as HFGPT2Config
         from transformers import GPT2LMHeadModel
 
@@ -183,7 +173,6 @@ class LlamaConfig(TransformerConfig):
     tied_head: bool = False
 
     def build_hf(self) -> "PreTrainedModel":
-        """Return the `transformers` model with random weights."""
         from transformers import LlamaConfig as HFLlamaConfig
         from transformers import LlamaForCausalLM
 
@@ -262,7 +251,6 @@ class MoEConfig(LlamaConfig):
         return wrong
 
     def build_hf(self) -> "PreTrainedModel":
-        """Return the `transformers` model with random weights."""
         from transformers import MixtralConfig, MixtralForCausalLM
 
         return MixtralForCausalLM(MixtralConfig(
