@@ -143,7 +143,7 @@ def _most_probable(run, data: Tokens, ids: np.ndarray, count: int) -> np.ndarray
 def _alone(run, data: Tokens, scores: pd.DataFrame, spread: np.ndarray, context: int | None,
            stride: int | None) -> list[float]:
     """Return by how much the nats per token of stories change when each is scored alone."""
-    differences, stride = [], None if context is None else stride
+    differences = []
     for i in map(int, spread):
         [(_, nats)] = score_stories(run.model, data, context, run.machine, stride, [i], name=None)
         differences.append(abs(float(nats.sum(dtype=np.float64)) - scores["nats"].iat[i]) / len(nats))

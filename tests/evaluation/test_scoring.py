@@ -1,12 +1,10 @@
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from in_memory import data, draw_stories
 
-from plotarmour.cli import UserError
-from plotarmour.evaluation.scoring import comparison_table, score_stories, story_blocks, windows_of
+from plotarmour.evaluation.scoring import score_stories, story_blocks, windows_of
 from plotarmour.machine import find_machine
 
 CPU = find_machine("cpu")
@@ -77,10 +75,3 @@ def test_windows_score_every_target_once(n, context, stride):
     scored = [t for begin, end, first in windows_of(n, context, stride) for t in range(begin + first, end)]
     assert scored == list(range(n))
     assert all(end - begin <= context for begin, end, _ in windows_of(n, context, stride))
-
-
-def test_a_comparison_on_other_tokens_is_refused():
-    """Guards: perplexities of two tokenizers side by side."""
-    a = pd.DataFrame({"story": [0], "tokens": [3], "bytes": [9], "nats": [2.0]})
-    with pytest.raises(UserError, match="scored on different tokens"):
-        comparison_table({"a": a, "b": a.assign(tokens=4)}, {})
