@@ -11,7 +11,7 @@ import torch
 from plotarmour.data.token_file import Tokens
 from plotarmour.evaluation.generation import BLENDS, blend_logits
 from plotarmour.evaluation.statistics import compare_losses
-from plotarmour.evaluation.surprise import Memory, sentences
+from plotarmour.evaluation.surprise import last_misfits
 
 
 @torch.no_grad()
@@ -76,11 +76,8 @@ def blend_texts(runs: Sequence[Any], prompts: Sequence[str], shares: Sequence[fl
             pairs.update(zip(new, new[1:], strict=False))
             fours = list(zip(*(new[i:] for i in range(4)), strict=False))
             repeated, n_fours = repeated + len(fours) - len(set(fours)), n_fours + len(fours)
-            text = tokenizer.decode([*ids, *new])
-            if len(spans := sentences(text)) > 1:
-                begin = spans[-1][0]
-                words = Memory.of(runs[0], text[:begin]).words(text[begin:])
-                marked, n_words = marked + sum(word.misfit > threshold for word in words), n_words + len(words)
+            misfits = last_misfits(runs[0], tokenizer.decode([*ids, *new]))
+            marked, n_words = marked + sum(misfit > threshold for misfit in misfits), n_words + len(misfits)
         rows.append([share, len(prompts), len(pairs) / max(1, pairs.total()), repeated / max(1, n_fours),
                      marked / max(1, n_words)])
     return pd.DataFrame(rows, columns=["share", "texts", "distinct_2", "repetition", "contradictions"])

@@ -163,13 +163,19 @@ def threshold_of(run, data: TokenFile, stories: int = 200, false_alarms: float =
         raise UserError(f"false alarms are {false_alarms:.0%} of the words that fit; expected 0 to 100 %.")
     misfits = []
     for i in range(min(stories, data.n_stories)):
-        text = run.tokenizer.decode(data.story(i))
-        if len(spans := sentences(text)) > 1:
-            begin = spans[-1][0]
-            misfits += [word.misfit for word in Memory.of(run, text[:begin]).words(text[begin:])]
+        misfits += last_misfits(run, run.tokenizer.decode(data.story(i)))
     if not misfits:
         raise UserError(f"{data.path} has no story with two sentences; expected stories to calibrate on.")
     return float(np.quantile(misfits, 1 - false_alarms))
+
+
+def last_misfits(run, text: str) -> list[float]:
+    """Return the misfit of each word of a text's last sentence, after those before it; none of a single sentence."""
+    spans = sentences(text)
+    if len(spans) < 2:
+        return []
+    begin = spans[-1][0]
+    return [word.misfit for word in Memory.of(run, text[:begin]).words(text[begin:])]
 
 
 def sentences(text: str) -> list[tuple[int, int]]:
