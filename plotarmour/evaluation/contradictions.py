@@ -10,7 +10,7 @@ one that breaks its own, the second has the higher score: 0.5 is chance, and wha
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,9 +103,9 @@ def tale(fact: str, distance: int, seed: int, index: int, tokenizer, rounds: int
     return Pair(fact, distance, story + events_without_fact(), *(draft.strip() for draft in drafts()))
 
 
-def swaps(data: Tokens, tokenizer, seed: int = 0) -> Iterator[Pair]:
+def swaps(data: Tokens, tokenizer) -> Iterator[Pair]:
     """Yield, of held-out stories, the last sentence that names a name or thing again, and the same with another one."""
-    rng, texts = np.random.default_rng(seed), [tokenizer.decode(data.story(i)) for i in range(data.n_stories)]
+    rng, texts = np.random.default_rng(0), [tokenizer.decode(data.story(i)) for i in range(data.n_stories)]
     for kind, words in SWAPPED.items():
         found = []
         for text in texts:
@@ -138,11 +138,7 @@ def measure(runs: Sequence[Any], pairs: Sequence[Pair], train: Tokens | None = N
         A row per run, fact, distance and score: run, fact, distance, score, pairs, auc, low, high; the last two are
         the 95 % interval over stories.
     """
-    values: dict[tuple, tuple[list, list]] = {}
-
-    def note(key: tuple, side: int, value: float) -> None:
-        values.setdefault(key, ([], []))[side].append(value)
-
+    values: dict[tuple, tuple[list, list]] = defaultdict(lambda: ([], []))  # of kept and broken drafts
     for run in runs:
         alone = Memory.of(run, "")
         for pair in pairs:
@@ -150,7 +146,7 @@ def measure(runs: Sequence[Any], pairs: Sequence[Pair], train: Tokens | None = N
             for side, draft in enumerate((pair.kept, pair.broken)):
                 words, words_alone = memory.words(draft), alone.words(draft)
                 for name, score in SCORES.items():
-                    note((run.name, pair.fact, pair.distance, name), side, max(map(score, words, words_alone)))
+                    values[run.name, pair.fact, pair.distance, name][side].append(max(map(score, words, words_alone)))
     if train is not None:
         drafts = [(pair, side, draft) for pair in pairs for side, draft in enumerate((pair.kept, pair.broken))]
         encode, triples = runs[0].tokenizer.encode, []
@@ -160,15 +156,15 @@ def measure(runs: Sequence[Any], pairs: Sequence[Pair], train: Tokens | None = N
         p = probabilities(train, *np.concatenate(triples, axis=1))["trigram"]
         ends = np.cumsum([triple.shape[1] for triple in triples])
         for (pair, side, _), own in zip(drafts, np.split(p, ends[:-1]), strict=True):
-            note(("trigram baseline", pair.fact, pair.distance, "nats"), side, -np.log(own.min()))
+            values["trigram baseline", pair.fact, pair.distance, "nats"][side].append(-np.log(own.min()))
     rows = [[*key, len(kept), *auc(kept, broken)] for key, (kept, broken) in values.items()]
     return pd.DataFrame(rows, columns=["run", "fact", "distance", "score", "pairs", "auc", "low", "high"])
 
 
-def auc(kept: Sequence[float], broken: Sequence[float], draws: int = 1000) -> tuple[float, float, float]:
+def auc(kept: Sequence[float], broken: Sequence[float]) -> tuple[float, float, float]:
     """Return the ROC AUC and the ends of its 95 % interval; a bootstrap draw takes the same stories for both drafts."""
     wins = np.subtract.outer(np.asarray(broken), np.asarray(kept))
     wins = (wins > 0) + 0.5 * (wins == 0)
-    drawn = np.random.default_rng(0).integers(0, len(kept), (draws, len(kept)))
+    drawn = np.random.default_rng(0).integers(0, len(kept), (1000, len(kept)))
     return float(wins.mean()), *map(float, np.quantile([wins[np.ix_(rows, rows)].mean() for rows in drawn],
                                                        [0.025, 0.975]))

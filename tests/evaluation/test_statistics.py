@@ -1,4 +1,3 @@
-import importlib.util
 import math
 import tracemalloc
 from fractions import Fraction
@@ -6,6 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from benchmarks import bootstrap_coverage
 from plotarmour.cli import UserError
 from plotarmour.evaluation.statistics import compare_losses, sign_test, win_share_by_length
 
@@ -21,14 +21,6 @@ def drawn_stories(n=60, seeds=None, spread=0.0, shared=0.0):
         of_side = shared * of_both + math.sqrt(1 - shared**2) * rng.normal(0, 1, (seeds or 1, 1))
         sides.append(tokens * (hard + loss + 0.05 * rng.normal(0, 1, (seeds or 1, n)) + spread * of_side))
     return (tokens, *sides) if seeds else (tokens, sides[0][0], sides[1][0])
-
-
-@pytest.fixture(scope="module")
-def benchmark(root):
-    spec = importlib.util.spec_from_file_location("bootstrap_coverage", root / "benchmarks" / "bootstrap_coverage.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_two_stories_by_hand():
@@ -161,21 +153,22 @@ def test_a_side_with_one_seed_is_taken_as_it_is():
 
 @pytest.mark.parametrize(("case", "low"), [(("stories", 1), 0.90), (("seeds", 3, 0.0), 0.90), (("seeds", 3, 2.0), 0.90),
                                            (("seeds", 3, 8.0, True), 0.90)])
-def test_95_of_100_intervals_hold_the_true_value(benchmark, case, low):
+def test_95_of_100_intervals_hold_the_true_value(case, low):
     """Guards: intervals that are too narrow, as those of three resampled seeds are (79 %), or that hold everything.
 
     300 cases: an interval of 95 % falls below 270 of them, 4 standard errors of 1.26 points under, once in 8,000; the
     seeds' may be as much as 97.5 %, of which 300 of 300 would be one in 2,000.
     """
-    found = list(benchmark.differences(benchmark.Case(*case), 351, 300, 400, seed=1))
-    for share in benchmark.coverage(found):
+    found = list(bootstrap_coverage.differences(bootstrap_coverage.Case(*case), 351, 300, 400, seed=1))
+    for share in bootstrap_coverage.coverage(found):
         assert low <= share < 1
 
 
-def test_resampled_seeds_hold_too_little(benchmark):
+def test_resampled_seeds_hold_too_little():
     """Guards: a benchmark in which every method looks right."""
-    found = list(benchmark.differences(benchmark.Case("resampled", 3, 8.0), 100, 200, 300, seed=1))
-    assert benchmark.coverage(found)[0] < 0.88
+    case = bootstrap_coverage.Case("resampled", 3, 8.0)
+    found = list(bootstrap_coverage.differences(case, 100, 200, 300, seed=1))
+    assert bootstrap_coverage.coverage(found)[0] < 0.88
 
 
 def test_the_sign_test_by_hand():
@@ -208,18 +201,18 @@ def test_the_sign_test_takes_a_million_stories():
 def test_wins_by_length():
     """Guards: bins of equal width that hold few stories; an interval that leaves 0 to 1.
 
-    Twenty stories in two bins: a wins the five with even numbers of the ten short ones, Wilson 0.237 to 0.763, and all
-    long ones, 0.722 to 1.
+    Forty stories in two bins: a wins the ten with even numbers of the twenty short ones, Wilson 0.299 to 0.701, and all
+    long ones, 0.839 to 1.
     """
-    tokens = np.r_[np.arange(100, 110), np.arange(10)[::-1] + 1]
+    tokens = np.r_[np.arange(100, 120), np.arange(20)[::-1] + 1]
     nats_a = np.where((tokens > 50) | (tokens % 2 == 0), 1.0, 2.0)
-    found = win_share_by_length(tokens, nats_a, np.full(20, 1.5), n_bins=2)
-    assert found[["min_tokens", "max_tokens", "stories", "a_better"]].values.tolist() == [[1, 10, 10, 5],
-                                                                                         [100, 109, 10, 10]]
-    assert found[["share", "low", "high"]].values.tolist() == [pytest.approx([0.5, 0.2366, 0.7634], abs=1e-4),
-                                                              pytest.approx([1.0, 0.7225, 1.0], abs=1e-4)]
-    few = win_share_by_length(tokens[:3], nats_a[:3], np.full(3, 1.0), n_bins=6)
-    assert few["stories"].tolist() == [1, 1, 1] and few["a_better"].sum() == 0  # ties are no wins
+    found = win_share_by_length(tokens, nats_a, np.full(40, 1.5))
+    assert found[["min_tokens", "max_tokens", "stories", "a_better"]].values.tolist() == [[1, 20, 20, 10],
+                                                                                         [100, 119, 20, 20]]
+    assert found[["share", "low", "high"]].values.tolist() == [pytest.approx([0.5, 0.2993, 0.7007], abs=1e-4),
+                                                              pytest.approx([1.0, 0.8389, 1.0], abs=1e-4)]
+    few = win_share_by_length(tokens[:3], nats_a[:3], np.full(3, 1.0))
+    assert few["stories"].tolist() == [3] and few["a_better"].sum() == 0  # ties are no wins
 
 
 @pytest.mark.parametrize("compare", [compare_losses, sign_test, win_share_by_length])
