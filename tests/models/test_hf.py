@@ -72,24 +72,6 @@ def test_attention_goes_through_sdpa():
     assert HFModel(GPT2Config(1, 8, 1, vocab_size=10, context_length=4)).hf.config._attn_implementation == "sdpa"
 
 
-@torch.no_grad()
-def test_a_cache_that_grows_token_by_token_holds_what_one_reading_holds():
-    """Guards: a cache that loses or repeats tokens, or that a copied or differentiated state changes."""
-    torch.manual_seed(0)
-    model = HFModel(GPT2Config(2, 16, 2, vocab_size=50, context_length=300, dropout=0.0)).eval()
-    inputs, state, pieces = torch.randint(0, 50, (2, 300)), model.initial_state(2), []
-    for piece in inputs.split([3, *[1] * 150, 40, *[1] * 107], dim=1):
-        features, state = model.features(piece, state)
-        pieces.append(features)
-        if state.position in (60, 154):
-            state = state.copy()
-        if state.position == 100:
-            with torch.enable_grad():  # keys that carry history go the way of `transformers`
-                model.features(inputs[:, 100:105], state.copy())[0].sum().backward()
-    torch.testing.assert_close(torch.cat(pieces, 1), model.features(inputs)[0], rtol=1e-4, atol=1e-5)
-    assert torch.equal(state.tensors()["keys.1"], state.cache.layers[1].keys)
-
-
 class TinyLlama:
     """What `HFModel` needs of a config."""
 
