@@ -21,7 +21,6 @@ from plotarmour.data.token_file import TokenFile  # noqa: E402
 from plotarmour.evaluation.arms import Arm, compare_arms, group_runs  # noqa: E402
 from plotarmour.evaluation.metrics import totals  # noqa: E402
 from plotarmour.evaluation.scoring import evaluate_run  # noqa: E402
-from plotarmour.models import training_flops_per_token  # noqa: E402
 from plotarmour.report.compare import write_csv  # noqa: E402
 from plotarmour.resume import read_info  # noqa: E402
 from plotarmour.run import load_run  # noqa: E402
@@ -97,7 +96,7 @@ def _row(name: str, arm: Arm, infos: dict[str, dict], endings: list[Ending], sco
     first, info = scores[arm.runs[0]], infos[arm.runs[0]]
     recipe, nats = restored(info["recipe"]), sum(scores[run]["nats"].sum() for run in arm.runs) / len(arm.runs)
     shape = recipe.model_config(info["vocab_size"])
-    flops = training_flops_per_token(shape, recipe.training.context_length)
+    flops = shape.training_flops_per_token(recipe.training.context_length)
     return {"arm": name, "first_run": arm.runs[0], "model": arm.model, "seeds": len(arm.runs),
             "steps": endings[0].step, "train_tokens": endings[0].tokens_seen,
             "train_flops": endings[0].tokens_seen * flops, "core_params": info["core_params"],

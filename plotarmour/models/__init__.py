@@ -24,10 +24,14 @@ if TYPE_CHECKING:
 
 
 class ModelConfig(Protocol):
-    """The hyperparameters of a model: a frozen dataclass that raises `ValueError` for impossible values."""
+    """The hyperparameters of a model: a frozen dataclass that raises `ValueError` for impossible values.
+
+    A config class that inherits from this one has the numbers of a model that uses each weight once per token.
+    """
 
     n_embd: int
     vocab_size: int
+    tied_head: bool  # whether the head is the embedding
 
     @property
     def core_params(self) -> int:
@@ -35,11 +39,13 @@ class ModelConfig(Protocol):
 
     @property
     def params(self) -> int:
-        """Number of all parameters."""
+        """Number of all parameters: core parameters, the embedding, and an untied head."""
+        return self.core_params + (1 if self.tied_head else 2) * self.vocab_size * self.n_embd
 
     @property
     def weights_per_token(self) -> int:
         """Number of core parameters used to process one token; a shared parameter counts once per use."""
+        return self.core_params
 
     def flops_per_token(self, context_length: int) -> int:
         """Return the forward FLOPs per token in a full row of `context_length` tokens.
@@ -51,6 +57,13 @@ class ModelConfig(Protocol):
 
         Source: Chowdhery et al. 2022 (PaLM), appendix B; Kaplan et al. 2020, section 2.1; nanoGPT's `estimate_mfu`.
         """
+
+    def training_flops_per_token(self, context_length: int) -> float:
+        """Return the FLOPs per token of forward and backward pass; of a model that grows, their average over training.
+
+        The backward pass has two products for each one of the forward pass.
+        """
+        return 3 * self.flops_per_token(context_length)
 
     def activation_bytes(self, batch_size: int, length: int, dtype: torch.dtype, device: str) -> int:
         """Return about how many bytes a training step's forward and backward pass hold at most, up to the features.
@@ -189,16 +202,6 @@ def build_model(kind: str, config: ModelConfig, seed: int) -> LanguageModel:
 
     torch.manual_seed(seed)
     return _import(KINDS[kind].model)(config)
-
-
-def training_flops_per_token(config: ModelConfig, context_length: int) -> float:
-    """Return the FLOPs per token of forward and backward pass, which has two products for each one of the forward pass.
-
-    A config whose model grows in training states their average over training.
-    """
-    if hasattr(config, "training_flops_per_token"):
-        return config.training_flops_per_token(context_length)
-    return 3 * config.flops_per_token(context_length)
 
 
 def check_dimensions(config: ModelConfig, complaints: Collection[str] = ()) -> None:

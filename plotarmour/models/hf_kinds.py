@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from plotarmour.models import check_dimensions
+from plotarmour.models import ModelConfig, check_dimensions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(ModelConfig):
     """Hyperparameters and arithmetic that the transformers share.
 
     A subclass has `layer_params`, the number of parameters of a layer; `layer_products`, the number of a layer's
@@ -68,12 +68,7 @@ class TransformerConfig:
     @property
     def params(self) -> int:
         """Number of core parameters, of token and position embeddings, and of an untied head."""
-        return self.core_params + ((1 if self.tied_head else 2) * self.vocab_size + self.positions) * self.n_embd
-
-    @property
-    def weights_per_token(self) -> int:
-        """Number of core parameters that process one token, each once."""
-        return self.core_params
+        return super().params + self.positions * self.n_embd
 
     def flops_per_token(self, context_length: int) -> int:
         """Return the forward FLOPs per token in a row of T tokens (`ModelConfig.flops_per_token`).

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from plotarmour.models import State, check_dimensions, check_ids, check_state, story_starts
+from plotarmour.models import ModelConfig, State, check_dimensions, check_ids, check_state, story_starts
 
 
 @dataclass(frozen=True)
-class LSTMConfig:
+class LSTMConfig(ModelConfig):
     """Hyperparameters of an LSTM."""
 
     n_layer: int = 2
@@ -40,16 +40,6 @@ class LSTMConfig:
     def core_params(self) -> int:
         """Number of parameters in matrices, and of two biases for each of four gates per layer."""
         return self.matrices + self.n_layer * 8 * self.hidden_size
-
-    @property
-    def params(self) -> int:
-        """Number of core parameters, of the embedding, and of an untied head."""
-        return self.core_params + (1 if self.tied_head else 2) * self.vocab_size * self.n_embd
-
-    @property
-    def weights_per_token(self) -> int:
-        """Number of core parameters; each is used once per token."""
-        return self.core_params
 
     def flops_per_token(self, context_length: int) -> int:
         """Return the forward FLOPs per token (`ModelConfig.flops_per_token`): 2 per weight in a matrix, 2·D·V."""

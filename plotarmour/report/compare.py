@@ -18,7 +18,7 @@ from plotarmour.evaluation.ngrams import ORDERS, counted_tokens, evaluate_baseli
 from plotarmour.evaluation.scoring import BASELINE, CORPUS, UNBOUNDED, comparison_table, evaluate_run, story_tokens
 from plotarmour.evaluation.statistics import win_share_by_length
 from plotarmour.files import write_text
-from plotarmour.models import LADDER, REFERENCE, training_flops_per_token
+from plotarmour.models import LADDER, REFERENCE
 from plotarmour.report import figures
 from plotarmour.report.examples import different_stories, samples_of
 from plotarmour.report.page import render_page
@@ -161,7 +161,7 @@ def _budget_of(run: Run) -> dict:
     return {"model": run.config.model, "seed": run.config.training.seed, "params": run.info["params"],
             "core_params": shape.core_params, "params_per_token": shape.weights_per_token,
             "train_tokens": tokens, "flops_per_token": shape.flops_per_token(T),
-            "train_flops": None if tokens is None else round(tokens * training_flops_per_token(shape, T)),
+            "train_flops": None if tokens is None else round(tokens * shape.training_flops_per_token(T)),
             "steps": ending and ending.step, "checkpoint_step": run.step, "train_s": ending and ending.elapsed_s,
             "peak_memory_mib": ending and ending.peak_memory_mib, "hardware": run.info["hardware"],
             "ended": str(ending.reason) if ending else "unfinished"}
@@ -254,8 +254,8 @@ def _draw(c: Comparison, tables: dict[str, pd.DataFrame], budgets: dict[str, dic
     figures.perplexities(c.arms, c.by_arm, c.table, out / "perplexity.png", c.title)
     logs = {run.name: read_log(run.folder / "log.csv") for run in c.runs}
     figures.training_curves(c.arms, logs, out / "training_curves.png",
-                            {arm.name: training_flops_per_token(run.config.model_config(run.info["vocab_size"]),
-                                                                run.context_length)
+                            {arm.name: run.config.model_config(run.info["vocab_size"]).training_flops_per_token(
+                                run.context_length)
                              for arm in c.arms for run in c.runs if run.name == arm.runs[0]},
                             None if baselines.empty else tuple(baselines.iloc[0]))
     figures.loss_by_position(c.arms, tables["positions.csv"], out / "loss_by_position.png",

@@ -7,23 +7,19 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from plotarmour.models import ModelConfig
+
 
 @dataclass(frozen=True)
-class BigramConfig:
+class BigramConfig(ModelConfig):
     n_embd: int = 8
     vocab_size: int = 256
+
+    tied_head = True
 
     @property
     def core_params(self) -> int:
         return self.n_embd**2 + self.n_embd
-
-    @property
-    def params(self) -> int:
-        return self.core_params + self.n_embd * self.vocab_size
-
-    @property
-    def weights_per_token(self) -> int:
-        return self.core_params
 
     def flops_per_token(self, context_length: int) -> int:
         return 2 * self.n_embd**2 + 2 * self.n_embd * self.vocab_size
