@@ -13,9 +13,9 @@ Models know nothing of files, tokenizers, losses or optimizers. Importing this m
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Collection
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ _FROM_DATA = ("vocab_size", "context_length")  # fields of a config class that a
 
 def architecture_fields(kind: str) -> dict[str, dataclasses.Field]:
     """Return the fields of a kind's config class that a recipe sets, by name."""
-    return {f.name: f for f in dataclasses.fields(_import(KINDS[kind].config)) if f.name not in _FROM_DATA}
+    return {f.name: f for f in dataclasses.fields(resolve_name(KINDS[kind].config)) if f.name not in _FROM_DATA}
 
 
 def model_config(kind: str, architecture: dict[str, Any], vocab_size: int, context_length: int) -> ModelConfig:
@@ -191,7 +191,7 @@ def model_config(kind: str, architecture: dict[str, Any], vocab_size: int, conte
     Raises:
         ValueError: impossible values.
     """
-    config_class = _import(KINDS[kind].config)
+    config_class = resolve_name(KINDS[kind].config)
     positions = {"context_length": context_length} if "context_length" in config_class.__dataclass_fields__ else {}
     return config_class(vocab_size=vocab_size, **positions, **architecture)
 
@@ -201,7 +201,7 @@ def build_model(kind: str, config: ModelConfig, seed: int) -> LanguageModel:
     import torch
 
     torch.manual_seed(seed)
-    return _import(KINDS[kind].model)(config)
+    return resolve_name(KINDS[kind].model)(config)
 
 
 def check_dimensions(config: ModelConfig, complaints: Collection[str] = ()) -> None:
@@ -268,8 +268,3 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
     device = tensor.device.type
     enabled = torch.is_autocast_enabled(device) and tensor.dtype != torch.float64
     return torch.get_autocast_dtype(device) if enabled else tensor.dtype
-
-
-def _import(path: str) -> type:
-    module, name = path.split(":")
-    return getattr(importlib.import_module(module), name)
