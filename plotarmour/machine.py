@@ -174,12 +174,19 @@ def versions() -> dict[str, str | None]:
             **{name: version(name) for name in ("transformers", "tokenizers", "numpy")}, "git_commit": commit}
 
 
-def session_minutes() -> float | None:
-    """Return how many minutes of Kaggle's session are left for training; None where no session ends."""
+def session_minutes(max_minutes: float | str = "auto") -> float:
+    """Return how many minutes this session may train from now on; 0 for no limit.
+
+    Args:
+        max_minutes: of the recipe. "auto" is no limit except on Kaggle, where the session's clock also runs while text
+            is prepared.
+    """
     import psutil
 
+    if max_minutes != "auto":
+        return max_minutes
     if host() != "kaggle":
-        return None
+        return 0.0
     limit = KAGGLE_MINUTES.get(os.environ.get("KAGGLE_KERNEL_RUN_TYPE", ""), min(KAGGLE_MINUTES.values()))
     process = psutil.Process()
     # The oldest ancestor, because a notebook's kernel may have been restarted and a command started late.
@@ -226,7 +233,7 @@ def report() -> str:
                   "colab": " (Runtime > Change runtime type > T4 GPU)"}.get(where, "")
         gpu = f"none{switch}; on two cores recipe tiny takes 1 to 2 minutes a model, laptop 6 to 20"
     free = (memory_bytes(torch.device("cpu")) / 2**30, free_disk(Path.cwd()) / 2**30)
-    session = {"kaggle": f"training stops by itself in {session_minutes() or 0:.0f} minutes, before Kaggle ends it",
+    session = {"kaggle": f"training stops by itself in {session_minutes():.0f} minutes, before Kaggle ends it",
                "colab": "ends after at most 12 h, and its disk with it; results on Google Drive stay"}
     rows = {"host": f"{where}, {platform.system()} {platform.machine()}, cores: {cores()}; free: {free[0]:.1f} GiB of "
                     f"memory, {free[1]:.1f} GiB of disk",

@@ -14,18 +14,14 @@ from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 
-from plotarmour import machine
-from plotarmour.config import AUTO
 from plotarmour.evaluation.metrics import perplexity
 from plotarmour.files import check_types, write_json
 
 FILES = ("DONE.json", "STOPPED.json")
-UNTRAINED = " (before any training: no later evaluation was better)"
 
 HANGUP = getattr(signal, "SIGHUP", None)  # none on Windows
 
 _asked_by_thread = threading.Event()
-
 
 CONTINUES = "{again} continues from the checkpoint of step {last_checkpoint:,}."
 
@@ -117,8 +113,9 @@ class Ending:
         """The best evaluation, for people."""
         if not math.isfinite(self.best_val_loss):
             return "never evaluated"
-        return (f"validation loss {self.best_val_loss:.4f} (perplexity {perplexity(self.best_val_loss):,.2f}) at step "
-                f"{self.best_step:,}{UNTRAINED if self.best_step == 0 < self.step else ''}")
+        best = f"validation loss {self.best_val_loss:.4f} (perplexity {perplexity(self.best_val_loss):,.2f}) at step "
+        untrained = " (before any training: no later evaluation was better)" if self.best_step == 0 < self.step else ""
+        return f"{best}{self.best_step:,}{untrained}"
 
     def advice(self, again: str = "The same command") -> str:
         """Say what to do next; empty for a complete run.
@@ -184,13 +181,3 @@ class StopRequest:
 def ask_to_stop() -> None:
     """Ask the training in this process, now or later, to stop as after SIGINT; for threads, which get no signals."""
     _asked_by_thread.set()
-
-
-def session_minutes(max_minutes: float | str) -> float:
-    """Return how many minutes this session may train from now on; 0 for no limit.
-
-    Args:
-        max_minutes: of the recipe. AUTO is no limit except on Kaggle, where the session's clock also runs while text
-            is prepared.
-    """
-    return (machine.session_minutes() or 0.0) if max_minutes == AUTO else max_minutes

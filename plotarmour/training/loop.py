@@ -20,10 +20,10 @@ from plotarmour.cli import duration, progress, say, warn
 from plotarmour.config import TrainingConfig
 from plotarmour.data.batches import Windows
 from plotarmour.evaluation.metrics import totals
-from plotarmour.machine import Machine, peak_memory, peak_memory_mib
+from plotarmour.machine import Machine, peak_memory, peak_memory_mib, session_minutes
 from plotarmour.training.checkpoint import TrainState, checkpoint_of, load_training, save_checkpoint, warn_of_low_disk
 from plotarmour.training.distributed import ALONE, LostProcess, Ranks
-from plotarmour.training.ending import Ending, Reason, StopRequest, forget_ending, session_minutes
+from plotarmour.training.ending import Ending, Reason, StopRequest, forget_ending
 from plotarmour.training.log import RunLog, add_sample, record_change
 from plotarmour.training.optimizer import learning_rate, progress_of
 from plotarmour.training.progress import TIMED_STEPS, Pace, unused_hardware

@@ -9,9 +9,10 @@ from dataclasses import replace
 import psutil
 import pytest
 
+from plotarmour import machine
 from plotarmour.config import AUTO
+from plotarmour.machine import session_minutes
 from plotarmour.run import train_run
-from plotarmour.training import ending as ending_module
 from plotarmour.training.ending import (
     DONE,
     HANGUP,
@@ -21,7 +22,6 @@ from plotarmour.training.ending import (
     ask_to_stop,
     forget_ending,
     is_complete,
-    session_minutes,
 )
 
 ENDING = Ending(Reason.MAX_STEPS, step=8, tokens_seen=800, elapsed_s=1.5, train_loss=0.5, val_loss=0.6, best_step=8,
@@ -78,8 +78,8 @@ def age(monkeypatch):
     """Set how many minutes ago the oldest of the processes began that led to this one."""
     this = psutil.Process()
     began = min(process.create_time() for process in (this, *this.parents()))
-    monkeypatch.setattr(ending_module.machine.time, "time", lambda: began)
-    return lambda minutes: monkeypatch.setattr(ending_module.machine.time, "time", lambda: began + 60.0 * minutes)
+    monkeypatch.setattr(machine.time, "time", lambda: began)
+    return lambda minutes: monkeypatch.setattr(machine.time, "time", lambda: began + 60.0 * minutes)
 
 
 @pytest.mark.parametrize(("kind", "minutes"), [("Interactive", 510.0), ("Batch", 660.0), ("Something", 510.0)])
@@ -97,13 +97,13 @@ def test_automatic_minutes_are_what_is_left_of_a_kaggle_session(kind, minutes, a
 def test_minutes_that_were_asked_for_hold_everywhere(age, monkeypatch):
     """Guards: a limit that Kaggle's replaces; a laptop that stops by Kaggle's clock."""
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
-    monkeypatch.setattr(ending_module.machine, "host", lambda: "own machine")
+    monkeypatch.setattr(machine, "host", lambda: "own machine")
     assert session_minutes(AUTO) == 0.0
     for name in ("own machine", "kaggle"):
-        monkeypatch.setattr(ending_module.machine, "host", lambda name=name: name)
+        monkeypatch.setattr(machine, "host", lambda name=name: name)
         age(100)
         assert (session_minutes(0.0), session_minutes(90.0)) == (0.0, 90.0)
-    monkeypatch.setattr(ending_module.machine, "host", lambda: "kaggle")
+    monkeypatch.setattr(machine, "host", lambda: "kaggle")
     assert session_minutes(AUTO) == 410.0  # by its folder only: no word of which kind
 
 
