@@ -75,9 +75,10 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.opt
     disk is full or a write fails, `UserError` is raised, and earlier checkpoints are unchanged.
     """
     folder = checkpoint_of(run, step)
-    moments = {f"{name}/{key}": value.contiguous() for name, parameter in model.named_parameters()
-               for key, value in optimizer.state.get(parameter, {}).items()}
-    tensors = {"model.safetensors": model_tensors(model), "optimizer.safetensors": moments}
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}  # tied ones once
+    moments = {f"{name}/{key}": value.contiguous() for name, p in model.named_parameters()
+               for key, value in optimizer.state.get(p, {}).items()}
+    tensors = {"model.safetensors": weights, "optimizer.safetensors": moments}
     try:
         _write(folder, tensors, state | {"step": step})
     except (OSError, SafetensorError) as error:
@@ -217,11 +218,6 @@ def load_training(folder: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         name, entry = key.rsplit("/", 1)
         optimizer.state[parameters[name]][entry] = value.to(parameters[name].device, torch.float32)
     return _state_of(folder)
-
-
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters by name, tied ones once, contiguous."""
-    return {name: p.detach().contiguous() for name, p in model.named_parameters()}
 
 
 def write_manifest(folder: Path, step: int) -> None:

@@ -23,11 +23,14 @@ from plotarmour.config import TrainingConfig, largest_divisor
 from plotarmour.data.batches import Row, Windows
 from plotarmour.loss import IGNORE, summed_nats
 from plotarmour.machine import Machine
-from plotarmour.training.distributed import Ranks, check_share
+from plotarmour.training.distributed import Ranks
 from plotarmour.training.optimizer import make_optimizer
 from plotarmour.training.prefetch import Batches
 
 EVALUATION_ROWS = 8  # per forward pass of an evaluation
+# Of a RuntimeError: in RAM, where the system refuses memory instead of killing, and on a GPU outside torch's allocator.
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "Storage size calculation overflowed", "CUDA error: out of memory",
+                 "CUBLAS_STATUS_ALLOC_FAILED")
 LEAST_SCALE = 1.0  # of the loss in float16; 16 overflows in a row lead there from GradScaler's first scale
 
 
@@ -49,7 +52,6 @@ class Updates:
         self.model, self.windows, self.config, self.machine, self.ranks = model, windows, config, machine, ranks
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-        check_share(config.rows_per_step, ranks.size)
         self.share = config.rows_per_step // ranks.size
         self.waited_s = 0.0  # for batches; near zero where reading keeps up
 
@@ -183,20 +185,14 @@ def evaluate_windows(model: nn.Module, windows: Windows, batches: list[list[Row]
     return nats, n_tokens, n_bytes
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an allocation failed: on a GPU, or in RAM where the system refuses it instead of killing."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in (
-            "DefaultCPUAllocator", "CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
-            "Storage size calculation overflowed")))
-
-
 def try_to_fit(act: Callable[[], Any]) -> Any:
     """Call a function and return its result; None where memory runs out. Unused memory then returns to the device."""
     try:
         return act()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except (torch.OutOfMemoryError, MemoryError):
+        pass
+    except RuntimeError as error:
+        if not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
     gc.collect()  # not in the except clause, where the error still holds the tensors
     if torch.cuda.is_available():
@@ -211,15 +207,7 @@ def too_large(what: str) -> UserError:
 
 
 def within_memory(what: str, act: Callable[[], Any]) -> Any:
-    """Call a function that cannot be split, and return its result.
-
-    Args:
-        what: names the work in the message, such as "the model".
-        act: the function.
-
-    Raises:
-        UserError: memory runs out.
-    """
+    """Call a function that cannot be split, and return its result; a `UserError` says that `what` does not fit."""
     result = try_to_fit(lambda: (act(),))  # the result alone may be None
     if result is None:
         raise too_large(what)

@@ -15,13 +15,11 @@ from lost_process import ALONE_FAILS
 
 from plotarmour import run as runs
 from plotarmour.cli import UserError
-from plotarmour.config import TrainingConfig, load_recipe
-from plotarmour.machine import find_machine
+from plotarmour.config import load_recipe
 from plotarmour.run import train_run
 from plotarmour.suite.display import describe_ending
 from plotarmour.training import distributed as ranks_module
 from plotarmour.training.distributed import ALONE, LostProcess, Ranks
-from plotarmour.training.step import Updates
 
 SETTINGS = {"context_length": 24, "windows": "stream", "rows_per_step": 8, "micro_batch_size": 2, "max_steps": 20,
             "warmup_steps": 4, "learning_rate": "1e-3", "log_interval": 1, "eval_interval": 5, "eval_tokens": 400,
@@ -146,12 +144,6 @@ def test_what_the_second_process_alone_has_met_is_said(where, processes, first_s
     line = "error: process 1: /data/t.train.bin: Input/output error. Check the path, its permissions and the disk.\n"
     assert process.returncode == 1 and said.count(line) == said.count("error: process") == 1, said
     assert first_says in said[:said.index(line)]
-
-
-def test_rows_that_cannot_be_shared_out_are_refused(small_model):
-    """Guards: rows that no GPU reads."""
-    with pytest.raises(UserError, match="3 rows per step cannot be shared out evenly among 2 processes; set rows_per"):
-        Updates(small_model, None, TrainingConfig(8, 3, 1, 10, 1e-3), find_machine("cpu"), Ranks(0, 2))
 
 
 def test_a_process_lost_before_the_first_checkpoint_is_told_like_any_other(root, token_files, tmp_path, monkeypatch,

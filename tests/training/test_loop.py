@@ -15,7 +15,7 @@ from plotarmour.machine import find_machine
 from plotarmour.run import load_run, train_run
 from plotarmour.training import loop, progress
 from plotarmour.training import step as step_module
-from plotarmour.training.checkpoint import checkpoint_folders, model_tensors, rewind
+from plotarmour.training.checkpoint import checkpoint_folders, rewind
 from plotarmour.training.ending import Reason
 from plotarmour.training.log import COLUMNS
 from plotarmour.training.optimizer import make_optimizer
@@ -121,7 +121,7 @@ def test_a_stopped_and_resumed_run_has_the_bits_of_an_uninterrupted_one(small_re
     assert final.step == 6 and not (tmp_path / "cut" / "STOPPED.json").exists()
 
     whole, cut = (load_run(tmp_path / name, "latest") for name in ("whole", "cut"))
-    for (name, a), b in zip(model_tensors(whole.model).items(), model_tensors(cut.model).values(), strict=True):
+    for (name, a), b in zip(whole.model.named_parameters(), cut.model.parameters(), strict=True):
         assert torch.equal(a, b), name
     optimizers = [(tmp_path / n / "checkpoints" / "step_00000006" / "optimizer.safetensors").read_bytes()
                   for n in ("whole", "cut")]
@@ -199,7 +199,7 @@ def test_a_non_finite_gradient_never_reaches_the_optimizer(small_recipe, token_f
     assert (final.reason, final.step, final.skipped_steps) == ("non-finite", 10, 10)
     with warned("not finished: this is its checkpoint of step 9"):
         loaded = load_run(tmp_path / "run", "latest")
-    assert all(torch.isfinite(t).all() for t in model_tensors(loaded.model).values())
+    assert all(torch.isfinite(p).all() for p in loaded.model.parameters())
 
 
 def test_bad_steps_in_a_row_are_counted_across_sessions(small_recipe, token_files, tmp_path, monkeypatch):

@@ -21,11 +21,10 @@ from plotarmour.models.hf_kinds import GPT2Config
 from plotarmour.run import load_run, train_run
 from plotarmour.training import loop
 from plotarmour.training import step as step_module
-from plotarmour.training.checkpoint import model_tensors
 from plotarmour.training.distributed import ALONE, Ranks
 from plotarmour.training.ending import Ending
 from plotarmour.training.optimizer import learning_rate
-from plotarmour.training.step import Updates, is_out_of_memory
+from plotarmour.training.step import Updates, try_to_fit
 
 
 def run(recipe, files, out, **changes):
@@ -97,7 +96,7 @@ def test_a_split_run_resumes_with_the_bits_of_an_uninterrupted_one(small_recipe,
     tried = room_for(1, 0, monkeypatch)
     final = run(small_recipe, token_files, tmp_path / "cut")
     assert {len(sizes) for _, sizes in tried} == {4} and final.micro_batch_size == 1
-    whole, cut = (model_tensors(load_run(tmp_path / name, "latest").model) for name in ("whole", "cut"))
+    whole, cut = (load_run(tmp_path / name, "latest").model.state_dict() for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
@@ -126,8 +125,16 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(small_recipe, token_fil
     monkeypatch.setattr(step_module, "accumulate", broken)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         run(small_recipe, token_files, tmp_path / "run")
-    assert not is_out_of_memory(ValueError("CUDA out of memory")) and is_out_of_memory(MemoryError())
-    assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))  # of what torch's allocator does not manage
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."),
+                                   RuntimeError("CUDA error: out of memory")])  # the last: not of torch's allocator
+def test_every_lack_of_memory_is_noticed(error):
+    """Guards: a traceback where a smaller micro-batch would fit."""
+    def act():
+        raise error
+
+    assert try_to_fit(act) is None
 
 
 def test_the_largest_divisor_by_hand():
