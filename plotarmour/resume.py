@@ -36,7 +36,6 @@ def read_info(folder: Path) -> dict:
     with content_of(path):
         check_types(info, INFO, "run.json")
         info["recipe"] = asdict(restored(info["recipe"]))  # with defaults of settings that are newer than the run
-        _identity(info)
     return info
 
 
@@ -148,7 +147,7 @@ def note_changes(out: Path, info: dict, step: int) -> None:
     if longer - {"patience"}:
         print("the learning rate follows the new schedule from here on: it may rise again (--from-step goes back to a "
               "kept step before it fell)", flush=True)
-    holds = {key: info[key] for key in ("recipe", "processes", "device", "hardware", "versions") if key in info}
+    holds = {key: info[key] for key in ("recipe", "processes", "device", "hardware", "versions")}
     record_change(out, step, "--extend" if longer else "settings", holds, **changed)
 
 

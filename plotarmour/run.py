@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +36,7 @@ from plotarmour.resume import LOCK, RUN_FORMAT, check_folder, checkpoint_to_resu
 from plotarmour.training.checkpoint import find_checkpoint, load_model, step_of, tidy
 from plotarmour.training.distributed import joined
 from plotarmour.training.ending import Ending, is_complete
-from plotarmour.training.log import read_log
+from plotarmour.training.log import read_log, utc_now
 from plotarmour.training.loop import Session
 from plotarmour.training.step import within_memory
 
@@ -104,7 +103,6 @@ class Run:
                 "Use another seed, or a prompt with which such a story begins.")
         return self.tokenizer.decode([*ids, *new])
 
-
     def stream(self, prompt: list[int], other: "Run | None" = None, share: float = 0.5, **options
                ) -> Iterator[NewToken]:
         """Continue a prompt of ids, one token after the other; see `generate`, and `generation.stream` for the options.
@@ -126,12 +124,12 @@ def check_one_tokenizer(a: Run, b: Run) -> None:
                         "trained on the same token files.")
 
 
-def open_data(path: Path, tokenizer: str | None = None, stories: str = "endoftext") -> TokenFile:
+def open_data(path: Path, tokenizer: str | None, stories: str) -> TokenFile:
     """Open a token file, or make one of a text, which is removed when this process ends.
 
     Args:
         path: of the token file or text.
-        tokenizer: for a text: "gpt2", "bytes", a folder, or another token file's path.
+        tokenizer: for a text: "gpt2", "bytes", a folder, or another token file's path; None for a token file.
         stories: what makes a story of a text.
 
     Raises:
@@ -198,8 +196,8 @@ def train_run(recipe: Recipe, train_path: AnyPath, val_path: AnyPath, out: AnyPa
     model = build() if os.environ.get("WORLD_SIZE", "1") != "1" else None
     with joined(machine.device.type) as ranks, ExitStack() as lock:
         info = {
-            "format": RUN_FORMAT, "started": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "recipe": asdict(recipe), "versions": versions(), "hardware": machine.hardware,
+            "format": RUN_FORMAT, "started": utc_now(), "recipe": asdict(recipe), "versions": versions(),
+            "hardware": machine.hardware,
             "device": machine.device.type, "processes": ranks.size,
             "dtype": str(machine.dtype).removeprefix("torch."), "dtype_reason": machine.reason,
             "vocab_size": shared_tokenizer.vocab_size,
@@ -230,8 +228,8 @@ def train_run(recipe: Recipe, train_path: AnyPath, val_path: AnyPath, out: AnyPa
                  "core_params": model.config.core_params}
         info["train"] |= {"order_sha256": windows.order_sha256(), "padding_share": round(windows.cut.padding_share, 4)}
 
-        def claim() -> tuple[Path | None, int | None]:
-            """Lock the run folder and write into it; return the checkpoint, and the rows per micro-batch if planned."""
+        def claim() -> tuple[Path | None, int]:
+            """Lock the run folder and write into it; return the checkpoint, and the rows per micro-batch."""
             _check_held_out(train_data, val_data)
             lock.enter_context(locked(out / LOCK, out))
             checkpoint = checkpoint_to_resume(out, resume, from_step, t.max_steps)
@@ -242,7 +240,7 @@ def train_run(recipe: Recipe, train_path: AnyPath, val_path: AnyPath, out: AnyPa
                 print(f"continuing {out} from {checkpoint.name}", flush=True)
                 note_changes(out, info, step_of(checkpoint))
             write_text(out / "tokenizer.json", shared_tokenizer.json)  # again, because it may have been damaged
-            return checkpoint, _planned_rows(recipe, shared_tokenizer.vocab_size, machine, ranks.size)
+            return checkpoint, _first_rows(recipe, shared_tokenizer.vocab_size, machine, ranks.size)
 
         prompt, n_new = val_data.story(0)[:4].tolist(), min(40, t.context_length - 5)
 
@@ -251,11 +249,11 @@ def train_run(recipe: Recipe, train_path: AnyPath, val_path: AnyPath, out: AnyPa
             new = generate(model, prompt, shared_tokenizer.end_of_text_id, machine, n_new, top_p=0.95)
             return "".join(c if c.isprintable() else " " for c in shared_tokenizer.decode([*prompt, *new]))
 
-        checkpoint, planned_rows = ranks.first(claim)
+        checkpoint, first_rows = ranks.first(claim)
         # A step is split where it does not fit; the weights and the optimizer's state cannot be.
         return within_memory("training", lambda: Session(
             out, model.to(machine.device), windows, val_windows, shared_tokenizer.token_bytes, t, machine, checkpoint,
-            ranks, planned_rows, on_row, sample if n_new > 0 else None).train())
+            ranks, first_rows, on_row, sample if n_new > 0 else None).train())
 
 
 def load_run(folder: AnyPath, checkpoint: str | int = "best", device: str = "auto") -> Run:
@@ -328,10 +326,10 @@ def _fingerprint(path: Path, data: Tokens) -> dict:
             "payload_sha256": data.header["payload_sha256"]}
 
 
-def _planned_rows(recipe: Recipe, vocab_size: int, machine: Machine, processes: int) -> int | None:
-    """Return the rows per micro-batch that should fit, for micro_batch_size = "auto"; None where the recipe sets it."""
+def _first_rows(recipe: Recipe, vocab_size: int, machine: Machine, processes: int) -> int:
+    """Return the rows per micro-batch to begin with: the recipe's, or for "auto" those that should fit."""
     if recipe.training.micro_batch_size != AUTO:
-        return None
+        return recipe.training.micro_batch_size
     sharing = processes if machine.device.type == "cpu" else 1  # each GPU has memory of its own
     budget = memory_bytes(machine.device) // sharing - RESERVE
     return largest_micro_batch(recipe, vocab_size, machine.dtype, machine.device.type, budget) or 1

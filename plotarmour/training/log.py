@@ -5,13 +5,12 @@ The columns of `log.csv` have a fixed order; an empty cell means "not measured".
 
 import csv
 import io
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plotarmour.cli import AnyPath, UserError, as_path, warn
-from plotarmour.files import complete_file, write_json, write_text
+from plotarmour.files import complete_file, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,10 +113,14 @@ def record_change(run: Path, step: int, why: str, holds: dict | None = None, **c
         changed: [before, after] by setting.
     """
     path = run / "run.json"
-    info = json.loads(path.read_text(encoding="utf-8"))
-    utc = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    info["changes"] = [*(info.get("changes") or []), {"utc": utc, "step": step, "why": why} | changed]
+    info = read_json(path)
+    info["changes"] = [*(info.get("changes") or []), {"utc": utc_now(), "step": step, "why": why} | changed]
     write_json(path, info | (holds or {}))
+
+
+def utc_now() -> str:
+    """Return the time as in log.csv and run.json."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _lines(path: Path) -> tuple[list[str], str]:

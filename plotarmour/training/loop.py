@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +21,9 @@ from plotarmour.data.batches import Windows
 from plotarmour.evaluation.metrics import totals
 from plotarmour.machine import Machine, peak_memory, peak_memory_mib, session_minutes
 from plotarmour.training.checkpoint import TrainState, checkpoint_of, load_training, save_checkpoint, warn_of_low_disk
-from plotarmour.training.distributed import ALONE, LostProcess, Ranks
+from plotarmour.training.distributed import LostProcess, Ranks
 from plotarmour.training.ending import Ending, Reason, StopRequest, forget_ending
-from plotarmour.training.log import RunLog, add_sample, record_change
+from plotarmour.training.log import RunLog, add_sample, record_change, utc_now
 from plotarmour.training.optimizer import learning_rate, progress_of
 from plotarmour.training.progress import TIMED_STEPS, Pace, unused_hardware
 from plotarmour.training.step import EVALUATION_ROWS, Updates, evaluate_windows, too_large, try_to_fit
@@ -43,11 +42,11 @@ class Session:
     token_bytes: np.ndarray | None  # int32 (vocab_size,), bytes that each id stands for; None where that is not exact
     config: TrainingConfig  # the training part of a recipe
     machine: Machine  # device and dtype
-    resume_from: Path | None = None  # the checkpoint folder to continue from; None for a new run
-    ranks: Ranks = ALONE  # which of several processes this is; only the first one writes into the run folder
-    first_micro_batch_size: int | None = None  # rows per micro-batch to begin with; None for those of the recipe
-    on_row: Callable[[], None] | None = None  # called after every row of log.csv, for example to draw it
-    sample: Callable[[], str] | None = None  # continues a prompt with the model, which is in evaluation mode meanwhile
+    resume_from: Path | None  # the checkpoint folder to continue from; None for a new run
+    ranks: Ranks  # which of several processes this is; only the first one writes into the run folder
+    first_micro_batch_size: int  # rows per micro-batch to begin with
+    on_row: Callable[[], None] | None  # called after every row of log.csv, for example to draw it
+    sample: Callable[[], str] | None  # continues a prompt with the model, which is in evaluation mode meanwhile
 
     def __post_init__(self) -> None:
         run, config, ranks = self.run, self.config, self.ranks
@@ -64,7 +63,7 @@ class Session:
             self.log = RunLog(run / "log.csv", -1 if self.resume_from is None else state.step, state.log_rows)
         # What memory allowed stays in force while the recipe's setting is the same: the bits depend on it.
         allowed = state.micro_batch_rows if state.micro_batch_setting == config.micro_batch_size else None
-        self.updates.begin(state.step, allowed or self.first_micro_batch_size or config.micro_batch_rows)
+        self.updates.begin(state.step, allowed or self.first_micro_batch_size)
 
     def train(self) -> Ending:
         """Train until the schedule ends, early stopping fires, or something stops the run.
@@ -172,8 +171,8 @@ class Session:
         if not self.ranks.is_first:
             return
         self.log.append(
-            utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), step=state.step, learning_rate=rate, grad_norm=norm,
-            epoch=self.windows.epoch_of(state.step), tokens_seen=state.tokens_seen, elapsed_s=self.pace.elapsed_s,
+            utc=utc_now(), step=state.step, epoch=self.windows.epoch_of(state.step), tokens_seen=state.tokens_seen,
+            elapsed_s=self.pace.elapsed_s, learning_rate=rate, grad_norm=norm,
             train_loss=state.train_loss if is_measured else None, tokens_per_s=self.pace.rate(),
             peak_memory_mib=peak_memory_mib(self.machine.device), skipped_steps=state.skipped_steps,
             scaler_overflows=state.scaler_overflows, **measured)

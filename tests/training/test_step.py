@@ -223,11 +223,11 @@ def test_auto_takes_what_the_plan_says_and_keeps_the_rows_of_a_step(small_recipe
     """Guards: micro_batch_size = "auto" that changes the tokens per step, or chooses anew when it resumes."""
     from plotarmour import run as runs
 
-    monkeypatch.setattr(runs, "_planned_rows", lambda *args: 2)
+    monkeypatch.setattr(runs, "_first_rows", lambda *args: 2)
     auto = {"rows_per_step": 8, "micro_batch_size": "auto"}
     first = run(small_recipe, token_files, tmp_path / "run", max_minutes=1e-9, **auto)
     assert (first.reason, first.micro_batch_size) == ("time budget", 2)
-    monkeypatch.setattr(runs, "_planned_rows", lambda *args: 4)
+    monkeypatch.setattr(runs, "_first_rows", lambda *args: 4)
     final = run(small_recipe, token_files, tmp_path / "run", **auto)
     assert (final.micro_batch_size, final.tokens_seen) == (2, 6 * 8 * 24)
 
@@ -241,15 +241,15 @@ def test_auto_takes_the_most_rows_that_leave_a_reserve(monkeypatch):
     cpu, chosen = find_machine("cpu"), []
     for gib in (1, 5, 10, 1000):
         monkeypatch.setattr(runs, "memory_bytes", lambda device, gib=gib: gib * 2**30)
-        chosen.append(runs._planned_rows(load_recipe("kaggle_t4", "gpt2", ["micro_batch_size=auto"]), 50257, cpu, 1))
+        chosen.append(runs._first_rows(load_recipe("kaggle_t4", "gpt2", ["micro_batch_size=auto"]), 50257, cpu, 1))
         for rows, fits in ((chosen[-1], True), (2 * chosen[-1], False)):
             recipe = load_recipe("kaggle_t4", "gpt2", [f"micro_batch_size={min(rows, 64)}"])
             plan = plan_training(recipe, 50257, cpu.dtype, "cpu").total
             assert (plan <= gib * 2**30 - RESERVE) == fits or (not fits and rows > 64) or (fits and rows == 1)
     assert chosen[0] == 1 < chosen[1] < chosen[2] < chosen[3] == 64
     monkeypatch.setattr(runs, "memory_bytes", lambda device: 10 * 2**30)
-    assert runs._planned_rows(load_recipe("kaggle_t4", "gpt2", ["micro_batch_size=auto"]), 50257, cpu, 2) < chosen[2]
-    assert runs._planned_rows(load_recipe("kaggle_t4", "gpt2"), 50257, cpu, 1) is None
+    assert runs._first_rows(load_recipe("kaggle_t4", "gpt2", ["micro_batch_size=auto"]), 50257, cpu, 2) < chosen[2]
+    assert runs._first_rows(load_recipe("kaggle_t4", "gpt2"), 50257, cpu, 1) == 16
 
 
 def float16_updates(model, token_files, monkeypatch, spoil):
