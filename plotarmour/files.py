@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 LOCK_FILES = {"lock", "owner.json"}
+# Of a file that should be JSON: it is no UTF-8, no JSON, or has other entries.
+WRONG_CONTENT = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 # Answers of mounts, such as network drives and folders of a virtual machine's host, that lack a function.
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 NO_LOCKS = (*NOT_SUPPORTED, errno.ENOLCK, errno.EIO)
@@ -83,7 +85,7 @@ def content_of(path: Path, *errors: type[Exception]) -> Iterator[None]:
     """Raise `UserError` that names a file where the block, or one of `errors`, says that its content is wrong."""
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, *errors) as error:
+    except (*WRONG_CONTENT, *errors) as error:
         raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:200]}. Restore it from a copy, or start "
                         "anew with another --out.") from None
 

@@ -97,12 +97,7 @@ def check_folder(out: Path, info: dict, resume: str, from_step: int | None, exte
 
 
 def differences(out: Path, info: dict) -> list[str]:
-    """Return the names of the settings, texts and tokenizer in which a run folder's run differs from another.
-
-    Args:
-        out: a run folder.
-        info: run.json of the other run.
-    """
+    """Return the names of the settings, texts and tokenizer that differ between a run folder and another's run.json."""
     before, now = _identity(read_info(out)), _identity(info)
     return [key for key in now if before.get(key) != now[key]]
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from plotarmour.cli import UserError, warn
 from plotarmour.config import TrainingConfig
-from plotarmour.files import check_types, content_of, publish, read_json, sync, unfinished, write_text
+from plotarmour.files import WRONG_CONTENT, check_types, content_of, publish, read_json, sync, unfinished, write_text
 from plotarmour.machine import free_disk
 from plotarmour.training.ending import forget_ending
 
@@ -250,7 +250,7 @@ def damage_of(folder: Path, files: Sequence[str] = FILES) -> str | None:
         return f"{path} is damaged ({error.strerror})"
     except UserError:
         raise
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # no UTF-8, no JSON, another content
+    except WRONG_CONTENT:
         return f"{path} is damaged (it is not as this program writes it)"
     return None
 

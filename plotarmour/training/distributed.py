@@ -107,8 +107,7 @@ def joined(device: str) -> Iterator[Ranks]:
     try:
         yield Ranks(dist.get_rank(), size)
     finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             dist.destroy_process_group()
 
 

@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from plotarmour.evaluation.metrics import perplexity
-from plotarmour.files import check_types, write_json
+from plotarmour.files import WRONG_CONTENT, check_types, write_json
 
 FILES = ("DONE.json", "STOPPED.json")
 
@@ -85,13 +85,11 @@ class Ending:
         is_run = (folder / "run.json").exists()
         types = {field.name: field.type if is_run else field.type | None for field in fields(cls)}
         for name in FILES:
-            try:
+            with suppress(OSError, *WRONG_CONTENT):
                 values = json.loads((folder / name).read_text(encoding="utf-8"))
                 values["reason"] = Reason(values["reason"])
                 check_types(values, types, name)
                 return cls(**{name: values.get(name) for name in types})
-            except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                continue
         return None
 
     def write(self, folder: Path) -> None:

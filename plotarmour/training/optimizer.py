@@ -89,7 +89,7 @@ class MatrixOptimizer(torch.optim.AdamW):
                                          weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:
         """Take an update; Muon's momentum is part of `state`."""
         norms = [p.norm() for p in self.matrices]
         if self.muon is not None:
