@@ -21,7 +21,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -67,26 +67,24 @@ class TrainState:
 STATE = {field.name: field.type for field in fields(TrainState)} | {"took_s": {"evaluation": float, "save": float}}
 
 
-def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict,
-                    keep_every: int) -> Path:
-    """Write the checkpoint of a step, then remove those that are no longer kept; return its folder.
+def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState,
+                    keep_every: int) -> None:
+    """Write the checkpoint of a step, then remove those that are no longer kept.
 
-    `state` has the JSON values of state.json; its `best_step` is the step with the lowest validation loss. Where the
-    disk is full or a write fails, `UserError` is raised, and earlier checkpoints are unchanged.
+    Where the disk is full or a write fails, `UserError` is raised, and earlier checkpoints are unchanged.
     """
-    folder = checkpoint_of(run, step)
+    folder = checkpoint_of(run, state.step)
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}  # tied ones once
     moments = {f"{name}/{key}": value.contiguous() for name, p in model.named_parameters()
                for key, value in optimizer.state.get(p, {}).items()}
     tensors = {"model.safetensors": weights, "optimizer.safetensors": moments}
     try:
-        _write(folder, tensors, state | {"step": step})
+        _write(folder, tensors, state)
     except (OSError, SafetensorError) as error:
         what = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"{folder} cannot be written: {what}. Earlier checkpoints are intact: free some disk space, or "
                         "mend the disk or its permissions, and give the same command again.") from None
     _prune(folder, keep_every)
-    return folder
 
 
 def warn_of_low_disk(run: Path, model: nn.Module, step: int, config: TrainingConfig) -> None:
@@ -261,19 +259,19 @@ def sealed_json(value: dict) -> str:
     return json.dumps(value | {"sha256": seal}, indent=2) + "\n"
 
 
-def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
+def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], state: TrainState) -> None:
     """Write a checkpoint under a hidden name, then rename it."""
     temporary = unfinished(folder)
     try:
         temporary.mkdir()
         for name, values in tensors.items():
             save_file(values, temporary / name)
-        (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
         for name in FILES:
             with suppress(OSError):  # safetensors writes files that only their owner can read
                 shutil.copymode(temporary / "state.json", temporary / name)
             sync(temporary / name)
-        write_manifest(temporary, state["step"])  # syncs the folder, too
+        write_manifest(temporary, state.step)  # syncs the folder, too
         log = folder.parents[1] / "log.csv"
         if log.exists():
             sync(log)  # so that, after a loss of power, its rows reach as far as the checkpoint

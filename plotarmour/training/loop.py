@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -199,8 +199,7 @@ class Session:
             state.micro_batch_rows = self.updates.micro_batch_size
             state.scaler = self.updates.scaler.state_dict()
             with self.pace.timing("save"):
-                save_checkpoint(self.run, state.step, self.model, self.updates.optimizer, asdict(state),
-                                self.config.keep_every)
+                save_checkpoint(self.run, self.model, self.updates.optimizer, state, self.config.keep_every)
         self.last_checkpoint = state.step
 
     def end(self, reason: Reason) -> Ending:

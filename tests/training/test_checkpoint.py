@@ -20,6 +20,7 @@ from plotarmour.training import checkpoint, loop
 from plotarmour.training import step as step_module
 from plotarmour.training.checkpoint import (
     FILES,
+    TrainState,
     checkpoint_folders,
     damage_of,
     find_checkpoint,
@@ -44,8 +45,7 @@ def network(step):
 
 
 def save(run, step, best_step=3, keep_every=0):
-    state = {"best_step": best_step, "tokens_seen": 100 * step}
-    return save_checkpoint(run, step, *network(step), state, keep_every)
+    save_checkpoint(run, *network(step), TrainState(step, tokens_seen=100 * step, best_step=best_step), keep_every)
 
 
 @pytest.fixture
