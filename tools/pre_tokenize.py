@@ -14,7 +14,7 @@ import numpy as np
 from plotarmour.cli import HelpFormatter, UserError, add_common, as_path, file_size, run_command
 from plotarmour.data.pipeline import BACKENDS
 from plotarmour.data.pretokenize import BPE_BYTES, pre_tokenize
-from plotarmour.data.token_file import TokenFile, unknown_words
+from plotarmour.data.token_file import TokenFile, story_bounds, unknown_words
 
 BARS = 40  # characters
 
@@ -98,7 +98,7 @@ def show(data: TokenFile) -> None:
     """Print what a token file holds, its first story, lengths and header."""
     header, size, n_bytes = data.header, data.path.stat().st_size, int(data.story_bytes.sum(dtype=np.int64))
     print(f"{data.path}: {size:,} bytes; {data.n_stories:,} stories, {data.n_tokens:,} tokens, {n_bytes:,} UTF-8 "
-          f"bytes; {n_bytes / max(1, data.n_tokens):.2f} bytes per token")
+          f"bytes; {n_bytes / data.n_tokens:.2f} bytes per token")
     texts = ", ".join(f"{source['name']} ({source['bytes']:,} bytes)" for source in header["source"])
     print(f"text: {texts}; a story by {header.get('stories')}; part {header.get('part')}, split {header.get('split')}")
     kind = header["tokenizer"]["kind"]
@@ -106,15 +106,14 @@ def show(data: TokenFile) -> None:
           f"{', learned from all of the text, held-out stories too' if kind.endswith(':all') else ''}")
     if sentence := unknown_words(data):
         print(sentence)
-    if data.n_stories:
-        print(f"\nfirst story: {data.tokenizer().decode(data.story(0)[:200])}")
-        show_lengths(data)
+    print(f"\nfirst story: {data.tokenizer().decode(data.story(0)[:200])}")
+    show_lengths(data)
     print(f"\nheader: {json.dumps(header, indent=2, ensure_ascii=False)}")
 
 
 def show_lengths(data: TokenFile) -> None:
     """Print how long the stories of a token file are."""
-    lengths = np.diff(np.append(data.offsets, np.uint64(data.n_tokens)).astype(np.int64)) - 1
+    lengths = np.diff(story_bounds(data)) - 1
     marks = np.percentile(lengths, (0, 5, 25, 50, 75, 95, 100))
     print("\ntokens per story: " + ", ".join(f"{name} {value:,.0f}" for name, value in zip(
         ("shortest", "5 %", "25 %", "median", "75 %", "95 %", "longest"), marks, strict=True)))

@@ -31,7 +31,7 @@ import numpy as np
 
 from plotarmour.cli import AnyPath, UserError, as_path, progress
 from plotarmour.data.stories import normalise
-from plotarmour.data.token_file import TokenFile, Tokens
+from plotarmour.data.token_file import TokenFile, Tokens, story_bounds
 from plotarmour.files import write_text
 
 WORDS = 5
@@ -86,8 +86,8 @@ def long_overlaps(train: Tokens, val: Tokens) -> np.ndarray:
     Source: 13 tokens as in appendix C of Brown et al. (2020), arXiv 2005.14165. A share of the story instead of a fixed
     n, because stories of one author or grammar begin alike.
     """
-    offsets = val.offsets.astype(np.int64)
-    lengths = np.diff(offsets, append=val.n_tokens) - 1  # without end-of-text
+    bounds = story_bounds(val)
+    lengths = np.diff(bounds) - 1  # without end-of-text
     half = np.maximum(lengths // 2, LEAST_NGRAM)
     bits = np.frexp(half)[1] - 4
     sizes, overlaps, wanted = half >> bits << bits, np.zeros(val.n_stories, dtype=bool), {}
@@ -96,7 +96,7 @@ def long_overlaps(train: Tokens, val: Tokens) -> np.ndarray:
         stories = np.flatnonzero(sizes == n)
         counts = lengths[stories] - n + 1  # n-grams of each story
         owners = np.repeat(stories, counts)
-        places = np.arange(len(owners)) + np.repeat(offsets[stories] - np.cumsum(counts) + counts, counts)
+        places = np.arange(len(owners)) + np.repeat(bounds[stories] - np.cumsum(counts) + counts, counts)
         keys, key_of = np.unique(hashes[places], return_inverse=True)
         is_likely = np.zeros(2**22, dtype=bool)  # by the first 22 bits of a hash; few n-grams of train pass
         is_likely[keys >> np.uint64(42)] = True
@@ -128,7 +128,7 @@ def _ngram_hashes(tokens: np.ndarray, sizes: Iterable[int]) -> Iterator[tuple[in
 
 def _story_keys(data: Tokens) -> np.ndarray:
     """Return a 64-bit hash of each story's ids, equal in this process for equal ids of any integer type."""
-    tokens, bounds = np.asarray(data.tokens), np.append(data.offsets, data.n_tokens).astype(np.int64).tolist()
+    tokens, bounds = np.asarray(data.tokens), story_bounds(data).tolist()
     return np.array([hash(tokens[begin:end].astype("<u4").tobytes())
                      for begin, end in zip(bounds, bounds[1:], strict=False)], dtype=np.int64)
 
@@ -212,8 +212,7 @@ class _Corpus:
         self.n, self.tokenizer = sum(sizes), self.files[0].tokenizer()
         self.part_of = np.repeat(np.arange(len(sizes), dtype=np.int16), sizes)  # of each story, index into `parts`
         self.place = np.concatenate([np.arange(size) for size in sizes])  # of each story in its file
-        self.lengths = np.concatenate([np.diff(data.offsets.astype(np.int64), append=data.n_tokens)
-                                       for data in self.files])
+        self.lengths = np.concatenate([np.diff(story_bounds(data)) for data in self.files])
 
     def texts(self, stories: np.ndarray) -> list[str]:
         """Return the texts of some stories."""

@@ -46,7 +46,7 @@ class TokenFile:
     """
 
     def __init__(self, path: Path, header: dict):
-        self.path, self.header, self._index_is_checked = path, header, False
+        self.path, self.header = path, header
         self.n_tokens, self.n_stories = header["n_tokens"], header["n_stories"]
         self.tokens = self._map("tokens", DTYPES[header["dtype"]])
 
@@ -57,15 +57,16 @@ class TokenFile:
         Raises:
             UserError: no token file, a damaged, truncated or impossible one, or one of a newer format.
         """
-        return cls(as_path(path), read_header(as_path(path)))
+        path = as_path(path)
+        return cls(path, _read_header(path))
 
-    @cached_property
+    @property
     def offsets(self) -> np.ndarray:
-        return self._map_index("offsets", np.dtype("<u8"))
+        return self._index[0]
 
-    @cached_property
+    @property
     def story_bytes(self) -> np.ndarray:
-        return self._map_index("lengths", np.dtype("<u4"))
+        return self._index[1]
 
     def story(self, i: int) -> np.ndarray:
         """Return the ids of story `i`, without its end-of-text id, as stored, after a check against the vocabulary."""
@@ -95,19 +96,17 @@ class TokenFile:
         Raises:
             UserError: which 4 MiB block is damaged, or what is wrong.
         """
-        digest = hashlib.sha256()
         with self.path.open("rb") as file:
             file.seek(HEADER_BYTES)
-            while block := file.read(CRC_BLOCK):
-                digest.update(block)
-        if digest.hexdigest() != self.header["payload_sha256"]:
-            damaged = _damaged_block(self.tokens.view("u1"), self._checks()[:self._n_token_blocks])
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if sha256 != self.header["payload_sha256"]:
+            damaged = _damaged_block(self.tokens.view("u1"), self._checks()[0])
             found = "its content does" if damaged is None else f"the tokens in block {damaged} (4 MiB each) do"
             raise self._damaged(f"{found} not match the hash that the file states")
-        bounds = np.append(self.offsets, np.uint64(self.n_tokens))
-        if bounds[0] or (bounds[1:] <= bounds[:-1]).any():
+        bounds = story_bounds(self)
+        if bounds[0] or (np.diff(bounds) <= 0).any():
             raise self._damaged("its offsets do not ascend from 0 to the number of tokens")
-        bounds, token_bytes = bounds.astype(np.int64), self.tokenizer().token_bytes
+        token_bytes = self.tokenizer().token_bytes
         n_bytes, step = np.zeros(self.n_stories, np.int64), CRC_BLOCK // self.tokens.itemsize
         for begin in range(0, self.n_tokens, step):
             ids = self.tokens[begin:begin + step]
@@ -125,31 +124,23 @@ class TokenFile:
     def _damaged(self, found: str) -> UserError:
         return UserError(f"{self.path} is damaged: {found}. {_AGAIN}")
 
-    @property
-    def _n_token_blocks(self) -> int:
-        return -(-self.tokens.nbytes // CRC_BLOCK)
-
-    def _checks(self) -> np.ndarray:
-        """CRC-32 of each block: first of the tokens, then of the index."""
+    def _checks(self) -> list[np.ndarray]:
+        """CRC-32 of each block of the tokens, and of each block of the index."""
         stored = self._map("checks", np.dtype("<u4"))
         if zlib.crc32(stored) != self.header["checks_crc32"]:
             raise self._damaged("its checks do not match their own CRC-32")
-        return stored
+        return np.split(stored, [-(-self.tokens.nbytes // CRC_BLOCK)])
 
-    def _map_index(self, section: str, dtype: np.dtype) -> np.ndarray:
-        """Map offsets or lengths, after one comparison of both (12 bytes a story) with their CRC-32."""
-        if self.n_stories and not self._index_is_checked:
-            start = self.header["sections"]["offsets"][0]
-            index = map_file(self.path, "u1", start, (12 * self.n_stories,))
-            if _damaged_block(index, self._checks()[self._n_token_blocks:]) is not None:
-                raise self._damaged("its index of stories does not match its CRC-32")
-            self._index_is_checked = True
-        return self._map(section, dtype)
+    @cached_property
+    def _index(self) -> tuple[np.ndarray, np.ndarray]:
+        """Map offsets and lengths, after a comparison of both (12 bytes a story) with their CRC-32."""
+        index = map_file(self.path, "u1", self.header["sections"]["offsets"][0], (12 * self.n_stories,))
+        if _damaged_block(index, self._checks()[1]) is not None:
+            raise self._damaged("its index of stories does not match its CRC-32")
+        return self._map("offsets", np.dtype("<u8")), self._map("lengths", np.dtype("<u4"))
 
     def _map(self, section: str, dtype: np.dtype) -> np.ndarray:
         offset, length = self.header["sections"][section]
-        if not length:  # an empty section cannot be mapped
-            return np.zeros(0, dtype)
         return map_file(self.path, dtype, offset, (length // dtype.itemsize,))
 
 
@@ -201,7 +192,7 @@ def _sections(header: dict) -> dict[str, list[int]]:
     return sections
 
 
-# The types of a header's entries; more must hold of them, see `read_header`.
+# The types of a header's entries; more must hold of them, see `_read_header`.
 HEADER = {"dtype": str, "n_tokens": int, "n_stories": int, "sections": {"tokenizer": list}, "vocab_size": int,
           "end_of_text_id": int, "tokenizer": {"kind": str, "sha256": str}, "source": list, "payload_sha256": str,
           "checks_crc32": int, **dict.fromkeys(("n_empty_dropped", "n_excluded", "n_replaced", "n_unknown_bytes"),
@@ -233,12 +224,13 @@ class TokensInMemory:
 Tokens = TokenFile | TokensInMemory  # the tokens of some stories, as training and scoring read them
 
 
-def read_header(path: Path) -> dict:
-    """Return the checked header of a token file.
+def story_bounds(data: Tokens) -> np.ndarray:
+    """Return where each story begins, counted in tokens, and at last the number of tokens; int64 (n_stories + 1,)."""
+    return np.append(data.offsets.astype(np.int64), data.n_tokens)
 
-    Raises:
-        UserError: missing, a folder, another kind or size of file, a newer format, or an impossible header.
-    """
+
+def _read_header(path: Path) -> dict:
+    """Return the checked header of a token file."""
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"{path} {found}; expected a token file. Make one with tools/pre_tokenize.py.")
@@ -263,7 +255,7 @@ def read_header(path: Path) -> dict:
         sections, size = header["sections"], header["vocab_size"]
         # As text, in which 4096.0 is not 4096; an entry of the vocabulary takes a byte of the tokenizer or more.
         if not (json.dumps(sections) == json.dumps(_sections(header)) and size <= sections["tokenizer"][1]
-                and 0 <= header["end_of_text_id"] < size):
+                and 0 <= header["end_of_text_id"] < size and 0 < header["n_stories"] <= header["n_tokens"]):
             raise ValueError("its sections and ids are not those that its numbers give, expected one behind the other")
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{path} has an impossible header: {error}. {_AGAIN}") from None

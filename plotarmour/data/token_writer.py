@@ -11,7 +11,7 @@ import numpy as np
 
 import plotarmour
 from plotarmour.cli import UserError
-from plotarmour.data.token_file import CRC_BLOCK, FIXED, FORMAT_VERSION, HEADER_BYTES, MAGIC
+from plotarmour.data.token_file import CRC_BLOCK, DTYPES, FIXED, FORMAT_VERSION, HEADER_BYTES, MAGIC
 from plotarmour.data.tokenizer import Tokenizer
 
 
@@ -29,7 +29,7 @@ class TokenFileWriter:
 
     def __init__(self, path: Path, tokenizer: Tokenizer, policies: dict, saved: tuple[int, int] = (0, 0)):
         self.tokenizer, self.policies = tokenizer, policies
-        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+        self.dtype = DTYPES["uint16" if tokenizer.vocab_size <= 2**16 else "uint32"]
         self.n_tokens, self.n_stories = saved
         self.n_indexed = self.n_tokens  # tokens of the stories in the index
         self.sha256, self.crcs, self.crc, self.filled = hashlib.sha256(), [], 0, 0  # of whole blocks; of the last one
@@ -118,10 +118,9 @@ class TokenFileWriter:
             self._append(data, checked=False)
         self.body.seek(0)
         self.body.write(header_block({
-            "dtype": "uint16" if self.dtype.itemsize == 2 else "uint32", "n_tokens": self.n_tokens,
-            "n_stories": self.n_stories, "n_empty_dropped": n_empty_dropped, "n_excluded": n_excluded,
-            "n_replaced": n_replaced, "vocab_size": self.tokenizer.vocab_size,
-            "end_of_text_id": self.tokenizer.end_of_text_id,
+            "dtype": self.dtype.name, "n_tokens": self.n_tokens, "n_stories": self.n_stories,
+            "n_empty_dropped": n_empty_dropped, "n_excluded": n_excluded, "n_replaced": n_replaced,
+            "vocab_size": self.tokenizer.vocab_size, "end_of_text_id": self.tokenizer.end_of_text_id,
             "tokenizer": {"kind": self.tokenizer.kind, "sha256": self.tokenizer.sha256}, "source": sources,
             **self.policies, "payload_sha256": self.sha256.hexdigest(), "checks_crc32": zlib.crc32(checks),
             "sections": sections, "program": f"plotarmour {plotarmour.__version__}"}))

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.random import Philox
 
 from plotarmour.cli import UserError
-from plotarmour.data.token_file import Tokens
+from plotarmour.data.token_file import Tokens, story_bounds
 
 BY_PLACE = ("left_pad", "slide_through", "full")
 BUFFER = 4096  # stories that are packed together
@@ -232,7 +232,7 @@ class ByPlace(Cut):
 
     def _lengths(self) -> np.ndarray:
         """Return the number of tokens of each story, with its end-of-text; int64 (n_stories,)."""
-        return np.diff(self.data.offsets.astype(np.int64), append=self.data.n_tokens)
+        return np.diff(story_bounds(self.data))
 
 
 CUTS = {"stream": Stream, "stories": Stories, "packed": Packed, **dict.fromkeys(BY_PLACE, ByPlace)}

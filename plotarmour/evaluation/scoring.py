@@ -17,7 +17,7 @@ from torch import nn
 from plotarmour.cli import UserError, progress
 from plotarmour.data.stories import story_hash
 from plotarmour.data.tales import recalled_tokens
-from plotarmour.data.token_file import Tokens
+from plotarmour.data.token_file import Tokens, story_bounds
 from plotarmour.evaluation.metrics import totals
 from plotarmour.loss import IGNORE, token_nats
 from plotarmour.machine import Machine
@@ -138,7 +138,7 @@ def comparison_table(scores: dict[str, pd.DataFrame], budgets: dict[str, dict]) 
 
 def story_tokens(data: Tokens) -> np.ndarray:
     """Return the number of tokens of each story, including its closing end-of-text; int64 (n_stories,)."""
-    return np.diff(np.append(data.offsets, data.n_tokens).astype(np.int64))
+    return np.diff(story_bounds(data))
 
 
 def story_blocks(data: Tokens, size: int) -> Iterator[np.ndarray]:
@@ -147,7 +147,7 @@ def story_blocks(data: Tokens, size: int) -> Iterator[np.ndarray]:
     Example:
         Of stories with 3, 4 and 2 tokens, blocks of at most 7 tokens have the bounds 0 3 7 and 7 9.
     """
-    bounds, first = np.append(data.offsets, data.n_tokens).astype(np.int64), 0
+    bounds, first = story_bounds(data), 0
     while first < data.n_stories:
         last = max(first + 1, int(np.searchsorted(bounds, bounds[first] + size, side="right")) - 1)
         yield bounds[first:last + 1]

@@ -17,7 +17,7 @@ from plotarmour import run
 from plotarmour.cli import UserError
 from plotarmour.config import load_recipe
 from plotarmour.data.pretokenize import pre_tokenize
-from plotarmour.data.token_file import HEADER_BYTES, TokenFile, read_header
+from plotarmour.data.token_file import HEADER_BYTES, TokenFile
 from plotarmour.data.token_writer import header_block
 from plotarmour.report import compare
 from plotarmour.report.compare import check_together, compare_runs, find_runs
@@ -245,8 +245,8 @@ def near_train(token_files, tmp_path_factory):
 
 def as_test_part(path, train, out):
     """Copy a token file with the header's source, split and part of the test part that belongs to `train`."""
-    header = {key: read_header(train)[key] for key in ("source", "split", "stories")} | {"part": "test"}
-    out.write_bytes(header_block(read_header(path) | header) + path.read_bytes()[HEADER_BYTES:])
+    header = {key: TokenFile.open(train).header[key] for key in ("source", "split", "stories")} | {"part": "test"}
+    out.write_bytes(header_block(TokenFile.open(path).header | header) + path.read_bytes()[HEADER_BYTES:])
     return out
 
 
