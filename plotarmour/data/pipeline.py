@@ -14,7 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -91,7 +91,9 @@ def write_token_files(job: Job, work: Path, tokenizer: Tokenizer, backend: str, 
     n_bytes = sum(source.path.stat().st_size for source in job.sources)
     encoder, spelling, hashes, size, writing = Encoder(tokenizer, backend, n_bytes), Spelling(tokenizer), [], 0, deque()
     bar = progress(n_bytes, "bytes", f"pretokenize ({tokenizer.kind}, {encoder.name})")
-    with bar, _frequent_switches(), ExitStack() as stack:
+    with bar, ExitStack() as stack:
+        stack.callback(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(1e-4)  # seconds: at Python's 5 ms a finished encoder waits for the reader
         writers = [stack.enter_context(TokenFileWriter(work / path.name, tokenizer, {**job.policies, "part": part},
                                                        saved.get("files", {}).get(part, (0, 0))))
                    for part, path in job.targets.items()]
@@ -109,8 +111,7 @@ def write_token_files(job: Job, work: Path, tokenizer: Tokenizer, backend: str, 
                     counts[3:] += [unknown[targets[ended] == i].sum() for i in range(len(writers))]
                 writing.append(thread.submit(_add, writers, ids, ends, sizes[ended], targets[begun]))
                 n_done = ended.stop
-                while len(writing) > WAITING:
-                    writing.popleft().result()
+                _wait(writing, WAITING)
             size += sum(chunk.sizes)
             if size >= save_bytes:
                 _wait(writing)
@@ -142,9 +143,9 @@ def _add(writers: list[TokenFileWriter], ids: np.ndarray, counts: np.ndarray, si
             writer.add(ids[np.repeat(mine, counts)], counts[mine], sizes[mine])
 
 
-def _wait(writing: deque) -> None:
-    """Wait until all is written; raise what a write has raised."""
-    while writing:
+def _wait(writing: deque, at_most: int = 0) -> None:
+    """Wait until at most so many batches are left to write; raise what a write has raised."""
+    while len(writing) > at_most:
         writing.popleft().result()
 
 
@@ -170,17 +171,6 @@ def _ahead(items: Iterator) -> Iterator:
         while (item := waiting.popleft().result()) is not None:
             waiting.append(thread.submit(next, items, None))
             yield item
-
-
-@contextmanager
-def _frequent_switches() -> Iterator[None]:
-    """Let threads take turns every 0.1 ms: at Python's 5 ms a finished encoder waits for the reader."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
 
 
 def described(sources: list[dict]) -> list[dict]:
@@ -212,7 +202,7 @@ def _no_story(job: Job, part: str, n_stories: int, n_excluded: int) -> str:
     if n_excluded and not n_stories:
         remedy = f"All its {n_excluded:,} stories are left out by --exclude"
     elif n_stories < 10 and job.policies["stories"] == "endoftext" and any(s.kind == "text" for s in job.sources):
-        likely = likely_stories(job.sources)
+        likely = likely_stories(job.sources[0])
         remedy = f"Is there no <|endoftext|> between the stories? Then use --stories {likely}, or more text"
     return f"{where}; expected at least one story{' in each part' if job.shares else ''}. {remedy}."
 
@@ -251,7 +241,12 @@ class Encoder:
             included, int64 (len(texts),).
         """
         if self._fast:
-            ids, offsets = self._fast_ids(texts)
+            try:
+                ids, offsets = self._fast(texts)
+            except BaseException as error:  # of any kind, panics of Rust included: the reference may do better
+                if isinstance(error, KeyboardInterrupt | SystemExit):
+                    raise
+                raise Differs(f"fastokens fails ({' '.join(str(error).split())[:200]})") from None
             ids, offsets = np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<u8").astype(np.int64)
             self._check(texts, ids, offsets)
             return ids, np.diff(offsets)
@@ -281,14 +276,6 @@ class Encoder:
                 ids = ids[:-1] if left else ids  # end-of-text ends each piece
                 n_ids += len(ids)
                 yield ids, np.array([] if left else [n_ids], np.int64)
-
-    def _fast_ids(self, texts: list[str]) -> tuple[bytes, bytes]:
-        try:
-            return self._fast(texts)
-        except BaseException as error:  # of any kind, panics of Rust included: the reference may do better
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            raise Differs(f"fastokens fails ({' '.join(str(error).split())[:200]})") from None
 
     def _check(self, texts: list[str], ids: np.ndarray, offsets: np.ndarray) -> None:
         """Compare the first texts, then one of every batch, with `tokenizers`."""

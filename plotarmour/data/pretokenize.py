@@ -113,7 +113,9 @@ def pre_tokenize(texts: list[AnyPath], tokenizer: str, out: AnyPath, split: str 
         with _cleared_after_errors(work, out, sizes):
             for path, copy in copies.items():
                 stack.callback(copy.unlink, missing_ok=True)
-                copy_stream(path, copy)
+                # A copy can be checked, and read again for a tokenizer.
+                with sys.stdin.buffer if path == STDIN else path.open("rb") as stream, copy.open("wb") as file:
+                    shutil.copyfileobj(stream, file, MIB)
                 check_text(copy, "standard input" if path == STDIN else path.name)
         options = {"stories": stories, "errors": errors, "text_column": text_column}
         sources, excluded = ([Source.of(copies.get(path, path), "-" if path == STDIN else path.name, **options)
@@ -174,12 +176,6 @@ def find_texts(names: list[AnyPath]) -> list[Path]:
             raise UserError(f"{name} matches no file; expected at least one text. Check the pattern.")
         paths += matches
     return paths
-
-
-def copy_stream(path: Path, to: Path) -> None:
-    """Copy standard input or a FIFO to a file, which can be checked, and read again for a tokenizer."""
-    with sys.stdin.buffer if path == STDIN else path.open("rb") as stream, to.open("wb") as file:
-        shutil.copyfileobj(stream, file, MIB)
 
 
 def _check_target(path: Path, inputs: list[Path]) -> None:

@@ -14,6 +14,7 @@ import stat
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 from plotarmour.cli import UserError, warn
@@ -117,17 +118,17 @@ def check_text(path: Path, name: str | None = None) -> None:
         warn(f"{source.name} begins with a byte order mark (BOM): left out.")
 
 
-class HashingReader:
+class HashingReader(FileIO):
     """A file that is hashed while it is read; `progress` is called with the number of bytes of each read."""
 
     def __init__(self, source: Source, progress: Callable[[int], object] | None = None):
+        super().__init__(source.path)
         self.source, self.progress = source, progress
-        self.file = source.path.open("rb", buffering=0)
         self.before = source.state or file_state(source.path)
         self._sha256, self.n_bytes = hashlib.sha256(), 0  # of what was read so far
 
-    def read(self, size: int = -1) -> bytes:
-        data = self.file.read(size if size >= 0 else MIB)
+    def read(self, size: int) -> bytes:
+        data = super().read(size)
         self._sha256.update(data)
         self.n_bytes += len(data)
         if self.progress:
@@ -148,12 +149,6 @@ class HashingReader:
                             f"{after[1]:,} now); expected a file that does not change. Start again when it is "
                             "complete.")
         return self._sha256.hexdigest()
-
-    def __enter__(self) -> "HashingReader":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.file.close()
 
 
 def blocks(source: Source, reader: HashingReader, size: int) -> Iterator[bytes]:
@@ -288,10 +283,10 @@ def _not_utf8(source: Source, start: int, raw: bytes) -> UserError:
                      f"it as UTF-8, e.g. text of Western Windows with: {command} > utf8.txt, or use --errors replace.")
 
 
-def likely_stories(sources: list[Source]) -> str:
+def likely_stories(source: Source) -> str:
     """Return what probably makes a story in a text without separators: "paragraph" where it has blank lines."""
-    with HashingReader(sources[0]) as reader:
-        start = next(blocks(sources[0], reader, MIB), b"")
+    with HashingReader(source) as reader:
+        start = next(blocks(source, reader, MIB), b"")
     return "paragraph" if len(BLANK_LINES.findall(start.strip(BLANK_BYTES))) >= 2 else "line"
 
 

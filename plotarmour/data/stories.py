@@ -81,8 +81,7 @@ def _folded(story: str) -> bytes:
 def story_hash(story: str) -> int:
     """Return the first 64 bits of the SHA-256 of the normalised story: equal for normalised copies."""
     if len(story) <= PIECE:
-        words, n_odd = _words(story)
-        sha256 = hashlib.sha256(words if PROSE * n_odd < len(words) else _folded(story))
+        sha256 = hashlib.sha256(normalise(story).encode())
     else:  # in pieces, which bounds memory
         counts = [(len(words), n_odd) for words, n_odd in map(_words, pieces(story, PIECE)) if words]
         n_bytes, n_odd = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
