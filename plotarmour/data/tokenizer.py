@@ -60,20 +60,22 @@ class Tokenizer:
         with _failures(self.kind, "be read"):
             self.backend = tokenizers.Tokenizer.from_str(json_text)
         self.json, self.sha256 = json_text, hashlib.sha256(json_text.encode()).hexdigest()
+        self._settings = json.loads(json_text)
         self.vocab_size = self.backend.get_vocab_size()
-        self._has_words = type(self.backend.model).__name__ == "WordLevel"
+        model = type(self.backend.model).__name__
+        self._has_words, self._is_bpe = model == "WordLevel", model == "BPE"
         ends = map(self.backend.token_to_id, (END_OF_TEXT, SPECIAL_WORDS[2]) if self._has_words else (END_OF_TEXT,))
         self.end_of_text_id = next((i for i in ends if i is not None), None)
         if complaint := self._complaint():
             raise UserError(f"the {kind} tokenizer {complaint}")
-        self.kind = "gpt2" if kind == "file" and _is_gpt2(self) else kind
+        self.kind = "gpt2" if kind == "file" and self._is_gpt2 else kind
         self.backend.encode_special_tokens = True  # a literal <|endoftext|> in a story stays text
         self.backend.no_padding()
         self.backend.no_truncation()
 
     def _complaint(self) -> str | None:
         """Return why the tokenizer cannot be used."""
-        vocabulary, model = self.backend.get_vocab(with_added_tokens=True), json.loads(self.json)["model"]
+        vocabulary, model = self.backend.get_vocab(), self._settings["model"]
         if self.end_of_text_id is None:
             return f"has no {END_OF_TEXT} entry; expected one, it ends every story. Add it as a special token."
         if model.get("dropout"):
@@ -95,10 +97,25 @@ class Tokenizer:
     @property
     def _is_byte_level(self) -> bool:
         """Whether the text becomes one character for each byte before a BPE reads it."""
-        settings = json.loads(self.json)
-        steps = [settings.get("pre_tokenizer") or {}, settings.get("normalizer") or {}]
+        steps = [self._settings.get("pre_tokenizer") or {}, self._settings.get("normalizer") or {}]
         steps += [step for parent in steps for key in ("pretokenizers", "normalizers") for step in parent.get(key, [])]
-        return settings["model"].get("type", "BPE") == "BPE" and any(step.get("type") == "ByteLevel" for step in steps)
+        return self._is_bpe and any(step.get("type") == "ByteLevel" for step in steps)
+
+    @property
+    def _changes_nothing(self) -> bool:
+        """Whether it neither normalises the text nor has entries of its own beside special ones."""
+        added = self._settings.get("added_tokens", [])
+        return self._settings.get("normalizer") is None and all(token["special"] for token in added)
+
+    @property
+    def _is_gpt2(self) -> bool:
+        """Whether entries, merges and splitting are GPT-2's; the size alone does not identify it."""
+        if self.vocab_size != GPT2_VOCAB_SIZE or not self.takes_pieces:
+            return False
+        vocab, merges = self._settings["model"]["vocab"], self._settings["model"]["merges"]
+        merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in merges)
+        content = "\n".join(sorted(vocab, key=vocab.get)) + "\0" + "\n".join(merges)
+        return hashlib.sha256(content.encode()).hexdigest() == GPT2_SHA256
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without any end-of-text id."""
@@ -129,7 +146,7 @@ class Tokenizer:
     @cached_property
     def unknown_id(self) -> int | None:
         """The id that stands for what the vocabulary lacks."""
-        model = json.loads(self.json)["model"]
+        model = self._settings["model"]
         return model.get("unk_id", self.backend.token_to_id(model.get("unk_token") or ""))
 
     @cached_property
@@ -139,11 +156,9 @@ class Tokenizer:
         True for byte-level BPE: its regular expression never matches across the cuts. Other tokenizers may normalise
         across them, mark the beginning of a text, or have entries that contain spaces.
         """
-        settings = json.loads(self.json)
-        split, model = settings.get("pre_tokenizer") or {}, settings["model"]
-        return (split.get("type") == "ByteLevel" and split.get("use_regex", True) and _changes_nothing(settings)
-                and not split.get("add_prefix_space", True) and model.get("type", "BPE") == "BPE"
-                and "merges" in model)
+        split = self._settings.get("pre_tokenizer") or {}
+        return (split.get("type") == "ByteLevel" and split.get("use_regex", True) and self._changes_nothing
+                and not split.get("add_prefix_space", True) and self._is_bpe)
 
     @cached_property
     def token_bytes(self) -> np.ndarray | None:
@@ -152,16 +167,15 @@ class Tokenizer:
         Exact only where the text is encoded unchanged, by bytes (each character of an entry stands for one, and none is
         missing) or words. Others mark continuations (`##ed`), normalise, or put a space before the text.
         """
-        settings, vocabulary = json.loads(self.json), self.backend.get_vocab(with_added_tokens=True)
-        splits = settings.get("pre_tokenizer") or {}
+        vocabulary, splits = self.backend.get_vocab(), self._settings.get("pre_tokenizer") or {}
         splits = splits.get("pretokenizers") or [splits]  # a sequence, or a single one
         unchanged = all(split.get("type") == "Split" and split.get("behavior") != "Removed"
                         or split.get("type") == "ByteLevel" and not split.get("add_prefix_space", True)
                         for split in splits)
-        decoder, splitter = (settings.get("decoder") or {}).get("type"), splits[-1].get("type")
+        decoder, splitter = (self._settings.get("decoder") or {}).get("type"), splits[-1].get("type")
         byte_level = decoder == splitter == "ByteLevel" and set(byte_characters()) <= set(vocabulary)
         words = self._has_words and (decoder, splitter) == ("Fuse", "Split")
-        if not ((byte_level or words) and unchanged and _changes_nothing(settings)):
+        if not ((byte_level or words) and unchanged and self._changes_nothing):
             return None
         empty = {self.end_of_text_id, *([self.unknown_id, *self.backend.get_added_tokens_decoder()] * words)}
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
@@ -209,21 +223,6 @@ class Spelling:
         return (f"the {self.tokenizer.kind} tokenizer does not give the text back: "
                 f"{self.n_lost / self.n_characters:.1%} of {self.n_characters:,} characters looked at are lost"
                 f"{unknown} (as in {self.example!r})")
-
-
-def _changes_nothing(settings: dict) -> bool:
-    """Whether a tokenizer.json neither normalises the text nor has entries of its own beside special ones."""
-    return settings.get("normalizer") is None and all(token["special"] for token in settings.get("added_tokens", []))
-
-
-def _is_gpt2(tokenizer: Tokenizer) -> bool:
-    """Whether entries, merges and splitting are GPT-2's; the size alone does not identify it."""
-    if (tokenizer.vocab_size, tokenizer.end_of_text_id) != (GPT2_VOCAB_SIZE, GPT2_VOCAB_SIZE - 1):
-        return False
-    model = json.loads(tokenizer.json)["model"]
-    vocab, merges = model["vocab"], [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
-    content = "\n".join(sorted(vocab, key=vocab.get)) + "\0" + "\n".join(merges)
-    return hashlib.sha256(content.encode()).hexdigest() == GPT2_SHA256 and tokenizer.takes_pieces
 
 
 def make_tokenizer(spec: str, train_stories: Iterable[str] | None = None) -> Tokenizer:
