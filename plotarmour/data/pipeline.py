@@ -310,7 +310,5 @@ def _fastokens(tokenizer: Tokenizer) -> Callable[[list[str]], tuple[bytes, bytes
     settings = json.loads(tokenizer.json) | {"post_processor": template, "truncation": None, "padding": None}
     if "merges" in settings["model"]:
         settings["model"].setdefault("type", "BPE")  # missing in GPT-2's own file
-    encode = partial(fastokens.Tokenizer.from_json_str(json.dumps(settings)).encode_batch_flat,
-                     add_special_tokens=True, split_special_tokens=True)
-    encode(["a"])  # an older release lacks the options
-    return encode
+    return partial(fastokens.Tokenizer.from_json_str(json.dumps(settings)).encode_batch_flat,
+                   add_special_tokens=True, split_special_tokens=True)

@@ -179,12 +179,11 @@ def unknown_words(data) -> str:
             "know: the loss takes each for one token <?>, and bits per byte count the bytes of the other words only.")
 
 
-def _sections(header: dict) -> dict[str, list[int]]:
-    """Return offset and bytes that each section must have; the tokenizer's bytes are those that the header states."""
-    n_tokens, n_stories = header["n_tokens"], header["n_stories"]
-    sizes = {"tokens": n_tokens * DTYPES[header["dtype"]].itemsize, "offsets": 8 * n_stories, "lengths": 4 * n_stories}
+def layout(dtype: str, n_tokens: int, n_stories: int, tokenizer_bytes: int) -> dict[str, list[int]]:
+    """Return offset and bytes of each section of a token file with these numbers."""
+    sizes = {"tokens": n_tokens * DTYPES[dtype].itemsize, "offsets": 8 * n_stories, "lengths": 4 * n_stories}
     n_blocks = -(-sizes["tokens"] // CRC_BLOCK) - (-12 * n_stories // CRC_BLOCK)
-    sizes |= {"checks": 4 * n_blocks, "tokenizer": header["sections"]["tokenizer"][1]}
+    sizes |= {"checks": 4 * n_blocks, "tokenizer": tokenizer_bytes}
     sections, place = {}, HEADER_BYTES
     for name, size in sizes.items():
         place += -place % 8 if name == "offsets" else 0
@@ -253,8 +252,9 @@ def _read_header(path: Path) -> dict:
         if header["dtype"] not in DTYPES:
             raise ValueError(f"dtype is {header['dtype']!r}, expected {' or '.join(DTYPES)}")
         sections, size = header["sections"], header["vocab_size"]
+        expected = layout(header["dtype"], header["n_tokens"], header["n_stories"], sections["tokenizer"][1])
         # As text, in which 4096.0 is not 4096; an entry of the vocabulary takes a byte of the tokenizer or more.
-        if not (json.dumps(sections) == json.dumps(_sections(header)) and size <= sections["tokenizer"][1]
+        if not (json.dumps(sections) == json.dumps(expected) and size <= sections["tokenizer"][1]
                 and 0 <= header["end_of_text_id"] < size and 0 < header["n_stories"] <= header["n_tokens"]):
             raise ValueError("its sections and ids are not those that its numbers give, expected one behind the other")
     except (ValueError, LookupError, TypeError, RecursionError) as error:

@@ -11,7 +11,7 @@ import numpy as np
 
 import plotarmour
 from plotarmour.cli import UserError
-from plotarmour.data.token_file import CRC_BLOCK, DTYPES, FIXED, FORMAT_VERSION, HEADER_BYTES, MAGIC
+from plotarmour.data.token_file import CRC_BLOCK, DTYPES, FIXED, FORMAT_VERSION, HEADER_BYTES, MAGIC, layout
 from plotarmour.data.tokenizer import Tokenizer
 
 
@@ -103,19 +103,14 @@ class TokenFileWriter:
             n_replaced: U+FFFD put in.
         """
         self._end_block()
-        sections = {"tokens": [HEADER_BYTES, self.n_tokens * self.dtype.itemsize]}
         self._append(bytes(-self.body.tell() % 8), checked=False)  # offsets begin at a multiple of 8
-        for name, file in (("offsets", self.offsets), ("lengths", self.lengths)):
-            start = self.body.tell()
+        for file in (self.offsets, self.lengths):
             file.seek(0)
             while block := file.read(2**20):
                 self._append(block)
-            sections[name] = [start, self.body.tell() - start]
         self._end_block()
-        checks = struct.pack(f"<{len(self.crcs)}I", *self.crcs)
-        for name, data in (("checks", checks), ("tokenizer", self.tokenizer.json.encode())):
-            sections[name] = [self.body.tell(), len(data)]
-            self._append(data, checked=False)
+        checks, tokenizer = struct.pack(f"<{len(self.crcs)}I", *self.crcs), self.tokenizer.json.encode()
+        self._append(checks + tokenizer, checked=False)
         self.body.seek(0)
         self.body.write(header_block({
             "dtype": self.dtype.name, "n_tokens": self.n_tokens, "n_stories": self.n_stories,
@@ -123,7 +118,8 @@ class TokenFileWriter:
             "vocab_size": self.tokenizer.vocab_size, "end_of_text_id": self.tokenizer.end_of_text_id,
             "tokenizer": {"kind": self.tokenizer.kind, "sha256": self.tokenizer.sha256}, "source": sources,
             **self.policies, "payload_sha256": self.sha256.hexdigest(), "checks_crc32": zlib.crc32(checks),
-            "sections": sections, "program": f"plotarmour {plotarmour.__version__}"}))
+            "sections": layout(self.dtype.name, self.n_tokens, self.n_stories, len(tokenizer)),
+            "program": f"plotarmour {plotarmour.__version__}"}))
         self.save()
 
     def _append(self, data: bytes | memoryview, checked: bool = True) -> None:

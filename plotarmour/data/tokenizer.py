@@ -56,8 +56,7 @@ class Tokenizer:
     def __init__(self, json_text: str, kind: str):
         import tokenizers
 
-        self.kind = kind
-        with _failures(self.kind, "be read"):
+        with _failures(kind, "be read"):
             self.backend = tokenizers.Tokenizer.from_str(json_text)
         self.json, self.sha256 = json_text, hashlib.sha256(json_text.encode()).hexdigest()
         self._settings = json.loads(json_text)
