@@ -286,12 +286,11 @@ def _is_there(job: Job, spec: str, tokenizer: Tokenizer | None, replace: bool, v
     """
     paths = {part: path for part, path in job.targets.items() if path.exists()}
     for part, path in paths.items():
-        differences = _differences(path, part, job, spec, tokenizer, verify)
-        if differences and not replace:
+        if differences := _differences(path, part, job, spec, tokenizer, verify):
+            if replace:
+                return False
             raise UserError(f"{path} exists and was made from something else ({'; '.join(differences)}); expected a "
                             "new name. Use another --out, or --force to replace it.")
-        if differences:
-            return False
     if len(paths) < len(job.targets):  # none, or a start was killed while the files got their names
         return False
     say(f"{', '.join(map(str, paths.values()))}: made from this text with these settings before"

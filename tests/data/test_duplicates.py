@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from in_memory import data
 
 from plotarmour.cli import UserError
 from plotarmour.data import duplicates
@@ -217,15 +218,6 @@ def test_near_copies_are_those_that_comparing_all_pairs_finds(pairs, make):
     assert 0.97 * exact <= found <= exact and exact > 80
 
 
-def data(*stories, end=0, dtype=np.uint16):
-    """Stories as ids, each closed by `end`, like a token file."""
-    rows = [[*ids, end] for ids in stories]
-    tokens = np.array(sum(rows, []), dtype=dtype)
-    return SimpleNamespace(tokens=tokens, n_tokens=len(tokens), n_stories=len(rows), header={"vocab_size": 50},
-                           tokenizer=lambda: None,
-                           offsets=np.cumsum([0, *map(len, rows[:-1])]).astype(np.uint64))
-
-
 def test_a_shared_story_is_found_and_a_beginning_is_not():
     """Guards: an overlap by chance of prefixes, or one that is missed. The docstring's integers."""
     train = data([5, 6, 7], [8, 9])
@@ -238,7 +230,7 @@ def test_a_shared_story_is_found_and_a_beginning_is_not():
 def test_stories_that_may_differ_in_unknown_words_are_not_the_same():
     """Guards: training refused because two verses name different people, both unknown. Id 0 stands for them."""
     val = data([0, 4], [5, 4], end=2)
-    val.tokenizer, val.story = lambda: SimpleNamespace(drops_unknown=True, unknown_id=0), [[0, 4], [5, 4]].__getitem__
+    val.tokenizer = lambda: SimpleNamespace(drops_unknown=True, unknown_id=0)
     assert overlapping_stories(val, val).tolist() == [[1, 1]]
 
 
