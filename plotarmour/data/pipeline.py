@@ -308,7 +308,5 @@ def _fastokens(tokenizer: Tokenizer) -> Callable[[list[str]], tuple[bytes, bytes
     template = {"type": "TemplateProcessing", "single": closing, "pair": closing, "special_tokens": {
         END_OF_TEXT: {"id": END_OF_TEXT, "ids": [tokenizer.end_of_text_id], "tokens": [END_OF_TEXT]}}}
     settings = json.loads(tokenizer.json) | {"post_processor": template, "truncation": None, "padding": None}
-    if "merges" in settings["model"]:
-        settings["model"].setdefault("type", "BPE")  # missing in GPT-2's own file
     return partial(fastokens.Tokenizer.from_json_str(json.dumps(settings)).encode_batch_flat,
                    add_special_tokens=True, split_special_tokens=True)

@@ -17,6 +17,7 @@ import hashlib
 import json
 import struct
 import zlib
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -31,6 +32,7 @@ FORMAT_VERSION = 1
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 HEADER_BYTES = 4096
 CRC_BLOCK = 4 * 2**20
+BLOCK_TOKENS = 2**20  # that are checked or counted at once
 FIXED = struct.Struct("<8sII")
 _AGAIN = "Make it again with tools/pre_tokenize.py."
 
@@ -106,20 +108,16 @@ class TokenFile:
         bounds = story_bounds(self)
         if bounds[0] or (np.diff(bounds) <= 0).any():
             raise self._damaged("its offsets do not ascend from 0 to the number of tokens")
-        token_bytes = self.tokenizer().token_bytes
-        n_bytes, step = np.zeros(self.n_stories, np.int64), CRC_BLOCK // self.tokens.itemsize
-        for begin in range(0, self.n_tokens, step):
-            ids = self.tokens[begin:begin + step]
+        for block in story_blocks(self, BLOCK_TOKENS):
+            ids = self.tokens[block[0]:block[-1]]
             check_largest_id(self, int(ids.max()))
-            first, end = np.searchsorted(bounds[:-1], [begin + 1, begin + len(ids)]) - (1, 0)  # stories in these ids
-            ends = bounds[1:][slice(*np.searchsorted(bounds[1:], [begin + 1, begin + len(ids) + 1]))] - 1 - begin
-            if not np.array_equal(np.flatnonzero(ids == self.header["end_of_text_id"]), ends):
+            if not np.array_equal(np.flatnonzero(ids == self.header["end_of_text_id"]), block[1:] - 1 - block[0]):
                 raise self._damaged("end-of-text is elsewhere than at the end of each story")
-            if token_bytes is not None:
-                n_bytes[first:end] += np.add.reduceat(token_bytes[ids], np.maximum(bounds[first:end] - begin, 0))
-        if token_bytes is not None and len(wrong := np.flatnonzero(n_bytes != self.story_bytes)):
-            raise self._damaged(f"story {wrong[0]} has {n_bytes[wrong[0]]:,} bytes and its index says "
-                                f"{self.story_bytes[wrong[0]]:,}")
+        if (token_bytes := self.tokenizer().token_bytes) is not None:
+            n_bytes = counted_bytes(self, token_bytes)
+            if len(wrong := np.flatnonzero(n_bytes != self.story_bytes)):
+                raise self._damaged(f"story {wrong[0]} has {n_bytes[wrong[0]]:,} bytes and its index says "
+                                    f"{self.story_bytes[wrong[0]]:,}")
 
     def _damaged(self, found: str) -> UserError:
         return UserError(f"{self.path} is damaged: {found}. {_AGAIN}")
@@ -159,11 +157,10 @@ def check_largest_id(data, largest: int) -> None:
 
 
 def token_counts(data: TokenFile) -> np.ndarray:
-    """Return how often each id occurs, int64 (vocab_size,). The tokens are read once, 4 MiB at a time."""
+    """Return how often each id occurs, int64 (vocab_size,). The tokens are read once."""
     counts = np.zeros(data.header["vocab_size"], dtype=np.int64)
-    step = CRC_BLOCK // data.tokens.itemsize
-    for begin in range(0, data.n_tokens, step):
-        counts += np.bincount(data.tokens[begin:begin + step], minlength=len(counts))
+    for begin in range(0, data.n_tokens, BLOCK_TOKENS):
+        counts += np.bincount(data.tokens[begin:begin + BLOCK_TOKENS], minlength=len(counts))
     return counts
 
 
@@ -226,6 +223,25 @@ Tokens = TokenFile | TokensInMemory  # the tokens of some stories, as training a
 def story_bounds(data: Tokens) -> np.ndarray:
     """Return where each story begins, counted in tokens, and at last the number of tokens; int64 (n_stories + 1,)."""
     return np.append(data.offsets.astype(np.int64), data.n_tokens)
+
+
+def story_blocks(data: Tokens, size: int) -> Iterator[np.ndarray]:
+    """Yield the bounds, int64 (n + 1,), of blocks of n whole stories that have at most `size` tokens, or of one story.
+
+    Example:
+        Of stories with 3, 4 and 2 tokens, blocks of at most 7 tokens have the bounds 0 3 7 and 7 9.
+    """
+    bounds, first = story_bounds(data), 0
+    while first < data.n_stories:
+        last = max(first + 1, int(np.searchsorted(bounds, bounds[first] + size, side="right")) - 1)
+        yield bounds[first:last + 1]
+        first = last
+
+
+def counted_bytes(data: Tokens, token_bytes: np.ndarray) -> np.ndarray:
+    """Return the bytes of each story by its tokens, int64 (n_stories,); see `Tokenizer.token_bytes`."""
+    return np.concatenate([np.add.reduceat(token_bytes[data.tokens[block[0]:block[-1]]], block[:-1] - block[0],
+                                           dtype=np.int64) for block in story_blocks(data, BLOCK_TOKENS)])
 
 
 def _read_header(path: Path) -> dict:

@@ -194,7 +194,7 @@ class ByPlace(Cut):
 
     def __init__(self, *fields):
         super().__init__(*fields)
-        self.per_epoch, lengths = int(self._per_story().sum()), self._lengths()
+        self.per_epoch, lengths = int(self._per_story().sum()), np.diff(story_bounds(self.data))
         short = np.minimum(lengths, self.context_length)  # in the padded rows of each story
         padded = short if self.kind == "full" else short * (short + 1) // 2
         self._n_targets = int((padded + (lengths - short) * self.context_length).sum())
@@ -202,7 +202,7 @@ class ByPlace(Cut):
     @cached_property
     def firsts(self) -> np.ndarray:
         """uint64 (n_stories,): number of each story's first row."""
-        if (longest := int(self._lengths().max())) < self.context_length:
+        if (longest := int(np.diff(story_bounds(self.data)).max())) < self.context_length:
             raise UserError(f"the longest story of {self.data.path} has {longest:,} tokens, fewer than one context of "
                             f"{self.context_length:,}, so that every window of windows={self.kind} would be padded; "
                             f"--set context_length={longest} or less, or windows=packed.")
@@ -227,12 +227,8 @@ class ByPlace(Cut):
 
     def _per_story(self) -> np.ndarray:
         """Return the number of rows of each story."""
-        lengths = self._lengths()
+        lengths = np.diff(story_bounds(self.data))
         return np.maximum(lengths - (self.context_length - 1), 1) if self.kind == "full" else lengths
-
-    def _lengths(self) -> np.ndarray:
-        """Return the number of tokens of each story, with its end-of-text; int64 (n_stories,)."""
-        return np.diff(story_bounds(self.data))
 
 
 CUTS = {"stream": Stream, "stories": Stories, "packed": Packed, **dict.fromkeys(BY_PLACE, ByPlace)}

@@ -25,15 +25,14 @@ import torch
 
 from plotarmour.cli import UserError
 from plotarmour.data.duplicates import long_overlaps, overlapping_stories
-from plotarmour.data.token_file import Tokens, TokensInMemory
-from plotarmour.evaluation.scoring import UNBOUNDED, score_stories, story_blocks
+from plotarmour.data.token_file import Tokens, TokensInMemory, counted_bytes
+from plotarmour.evaluation.scoring import UNBOUNDED, score_stories
 
 LONG_OVERLAP = "long overlap"
 STORIES = 4  # stories of different lengths that are checked
 MAX_TOKENS = 1024  # tokens of a story that are checked if the context is not limited
 EARLY, EARLY_ALTERNATIVES = 24, 512  # place near the start of a window, and number of tokens tried there
 LATE_ALTERNATIVES = 48  # tokens tried in the middle and at the end, where each costs a whole window
-BLOCK = 2**20  # tokens whose bytes are counted at once
 MOST_OVERLAPS = 0.1  # share of stories with a long overlap; more stand in the verdict
 # Tolerances in nats of one token, and in nats per token of a story; in half precision, and in float32.
 TOLERANCES = {True: (5e-2, 5e-3), False: (2e-3, 2e-4)}
@@ -154,9 +153,7 @@ def _bytes(run, data: Tokens, scores: pd.DataFrame) -> tuple[str, bool | None]:
     """Compare the bytes that the token file states with those of its tokens."""
     if run.tokenizer.token_bytes is None:
         return "not checked: a token of this tokenizer has no fixed number of bytes", None
-    sizes = run.tokenizer.token_bytes.astype(np.int64)
-    counted = np.concatenate([np.add.reduceat(sizes[data.tokens[bounds[0]:bounds[-1]]], bounds[:-1] - bounds[0])
-                              for bounds in story_blocks(data, BLOCK)])
+    counted = counted_bytes(data, run.tokenizer.token_bytes)
     wrong = int((counted != scores["bytes"].to_numpy()).sum())
     return (f"{wrong:,} stories with other bytes" if wrong else f"{int(counted.sum()):,} bytes"), wrong == 0
 

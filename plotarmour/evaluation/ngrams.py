@@ -16,8 +16,8 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from plotarmour.data.token_file import Tokens
-from plotarmour.evaluation.scoring import story_blocks, story_tokens
+from plotarmour.data.token_file import Tokens, story_blocks
+from plotarmour.evaluation.scoring import story_tokens
 
 MAX_COUNTED = 50_000_000  # training tokens; more are not counted, which bounds memory to about 2 GiB
 BLOCK = 2**22  # training tokens counted at once

@@ -43,14 +43,18 @@ def score_stories(model: nn.Module, data: Tokens, context_length: int | None, ma
         data: stories in ids of the model's tokenizer.
         context_length: maximum number of tokens in a window; None: the whole story, through the model's state.
         machine: device and dtype.
-        stride: stride of sliding windows, in tokens, 1 to `context_length`; None: half of it.
+        stride: stride of sliding windows, in tokens; None: half of `context_length`.
         stories: indices of the stories to score; None: all.
         name: label of the progress bar; None: no bar.
 
     Yields:
         Per story, not in order: its index, and the nats of its tokens, float32 (ids + 1,). Memory holds one batch and
         the unfinished stories.
+
+    Raises:
+        UserError: a stride outside 1..context_length.
     """
+    check_stride(stride, context_length)
     lengths = story_tokens(data)
     chosen = np.arange(data.n_stories) if stories is None else np.asarray(stories, dtype=np.int64)
     order = chosen[np.argsort(lengths[chosen], kind="stable")]
@@ -141,17 +145,10 @@ def story_tokens(data: Tokens) -> np.ndarray:
     return np.diff(story_bounds(data))
 
 
-def story_blocks(data: Tokens, size: int) -> Iterator[np.ndarray]:
-    """Yield the bounds, int64 (n + 1,), of blocks of n whole stories that have at most `size` tokens, or of one story.
-
-    Example:
-        Of stories with 3, 4 and 2 tokens, blocks of at most 7 tokens have the bounds 0 3 7 and 7 9.
-    """
-    bounds, first = story_bounds(data), 0
-    while first < data.n_stories:
-        last = max(first + 1, int(np.searchsorted(bounds, bounds[first] + size, side="right")) - 1)
-        yield bounds[first:last + 1]
-        first = last
+def check_stride(stride: int | None, context_length: int | None) -> None:
+    """Raise `UserError` unless the stride of sliding windows, where there are any, is in 1..context_length."""
+    if stride is not None and context_length is not None and not 1 <= stride <= context_length:
+        raise UserError(f"stride {stride} must be between 1 and the context length {context_length}.")
 
 
 def windows_of(n_targets: int, context_length: int, stride: int) -> list[tuple[int, int, int]]:

@@ -15,7 +15,15 @@ from plotarmour.data.token_file import TokenFile, unknown_words
 from plotarmour.evaluation.arms import compare_arms, group_runs, ladder_of, nats_of, pairs_of
 from plotarmour.evaluation.leak_checks import check_run, check_stories, passed_checks, require
 from plotarmour.evaluation.ngrams import ORDERS, counted_tokens, evaluate_baselines
-from plotarmour.evaluation.scoring import BASELINE, CORPUS, UNBOUNDED, comparison_table, evaluate_run, story_tokens
+from plotarmour.evaluation.scoring import (
+    BASELINE,
+    CORPUS,
+    UNBOUNDED,
+    check_stride,
+    comparison_table,
+    evaluate_run,
+    story_tokens,
+)
 from plotarmour.evaluation.statistics import win_share_by_length
 from plotarmour.files import write_text
 from plotarmour.models import LADDER, REFERENCE
@@ -76,9 +84,7 @@ def compare_runs(folders: list[AnyPath], data: AnyPath, out: AnyPath, train: Any
     train_data = TokenFile.open(train) if train is not None else None
     for folder, info in zip(folders, infos.values(), strict=True):
         check_same_tokenizer(test, info["tokenizer"]["sha256"], str(folder))
-        context_length = info["recipe"]["training"]["context_length"]
-        if stride is not None and not 1 <= stride <= context_length:
-            raise UserError(f"stride {stride} must be between 1 and the context length {context_length}.")
+        check_stride(stride, info["recipe"]["training"]["context_length"])
         _check_unseen(folder.name, info, data, test, train, train_data)
     _check_different_weights(folders, checkpoint)
     _clear(out)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from in_memory import data, draw_stories
 
-from plotarmour.evaluation.scoring import score_stories, story_blocks, windows_of
+from plotarmour.evaluation.scoring import score_stories, windows_of
 from plotarmour.machine import find_machine
 
 CPU = find_machine("cpu")
@@ -60,12 +60,6 @@ def test_chosen_stories_are_scored_alone(small_model):
     assert sorted(some) == [0, 2]
     for i, nats in some.items():
         np.testing.assert_allclose(nats, every[i], rtol=1e-3, atol=1e-5)
-
-
-def test_blocks_hold_whole_stories():
-    """Guards: a story cut, left out or read twice at the edge of a block; a long story that no block takes."""
-    stories = data([1, 2], [1, 2, 3], [1], list(range(1, 12)), [])
-    assert [bounds.tolist() for bounds in story_blocks(stories, 7)] == [[0, 3, 7], [7, 9], [9, 21], [21, 22]]
 
 
 @pytest.mark.parametrize(("n", "context", "stride"),
