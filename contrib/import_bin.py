@@ -26,7 +26,7 @@ from plotarmour.data.readers import Source
 from plotarmour.data.token_file import TokenFile, looks_like_token_file, open_tokenizer
 from plotarmour.data.token_writer import TokenFileWriter
 from plotarmour.data.tokenizer import Tokenizer
-from plotarmour.files import map_file, publish
+from plotarmour.files import map_file, publish, sha256_of
 
 DTYPES = ("uint16", "uint32", "int32", "int64")
 LLM_C_HEADER_BYTES = 1024
@@ -82,8 +82,7 @@ def import_bin(path: AnyPath, tokenizer: str, out: AnyPath, dtype: str | None = 
                 writer.add(np.concatenate([np.zeros(0, np.int64), *ids]).astype(np.uint32), list(map(len, ids)), sizes)
             if not writer.n_stories:
                 raise UserError(f"{path} holds no story: nothing but end-of-text; expected ids between them.")
-            source = Source.of(path)
-            writer.complete([source.fingerprint() | {"sha256": source.sha256()}], n_empty)
+            writer.complete([Source.of(path).fingerprint() | {"sha256": sha256_of(path)}], n_empty)
         publish(unfinished, out)
     return TokenFile.open(out)
 

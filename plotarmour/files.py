@@ -1,6 +1,7 @@
 """Atomic writes (complete, fsynced, renamed), the one lock, and mapped files."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -112,6 +113,12 @@ def check_types(value: object, kind: object, name: str) -> None:
             check_types(value.get(key), each, f"{name}.{key}")
     elif not isinstance(value, kind) and not (type(value) is int and isinstance(0.0, kind)):
         raise ValueError(f"{name} is {value!r:.60}, expected {getattr(kind, '__name__', kind)}")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

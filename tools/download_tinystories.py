@@ -2,13 +2,13 @@
 """Download the official TinyStories texts from the Hugging Face Hub."""
 
 import argparse
-import hashlib
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plotarmour.cli import HelpFormatter, UserError, add_common, as_path, next_command, run_command
+from plotarmour.files import sha256_of
 
 DATASET = "roneneldan/TinyStories"
 FILES = {("v2", "train"): "TinyStoriesV2-GPT4-train.txt", ("v2", "val"): "TinyStoriesV2-GPT4-valid.txt",
@@ -67,10 +67,8 @@ def main() -> None:
     texts = []
     for part in parts:
         path, downloaded = download(FILES[args.version, part], args.out, args.force)
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         existed = "" if downloaded else " (existed already; --force downloads it again)"
-        print(f"{path}: {path.stat().st_size:,} bytes, SHA-256 {sha256}{existed}", flush=True)
+        print(f"{path}: {path.stat().st_size:,} bytes, SHA-256 {sha256_of(path)}{existed}", flush=True)
         texts.append(path)
     # A hash of each story decides its part: copies across the official files never stand in two parts.
     options = (["--tokenizer", "bpe:4096", "--split", "90:5:5"] if args.part == "val" else

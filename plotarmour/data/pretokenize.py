@@ -44,7 +44,7 @@ from plotarmour.data.readers import BLOCK, MIB, STDIN, Source, check_text, is_st
 from plotarmour.data.stories import PARTS, PIECE, SEPARATORS, parse_split, pieces, story_hash, story_hashes
 from plotarmour.data.token_file import TokenFile, open_tokenizer, unknown_words
 from plotarmour.data.tokenizer import LEARNED, Tokenizer, load_tokenizer, make_tokenizer, vocab_size_of
-from plotarmour.files import LOCK_FILES, locked, publish, read_json, write_json, write_text
+from plotarmour.files import LOCK_FILES, locked, publish, read_json, sha256_of, write_json, write_text
 from plotarmour.machine import free_disk
 
 BPE_BYTES = 64 * 10**6
@@ -127,7 +127,7 @@ def pre_tokenize(texts: list[AnyPath], tokenizer: str, out: AnyPath, split: str 
         job = Job(sources, targets, shares, policies, block=block)
         known = None if tokenizer.startswith(LEARNED) else open_tokenizer(tokenizer)
         # A changed text has another time of change; a copied stream always has, so its content decides.
-        states = [s.sha256() if s.path in copies.values() else s.state for s in sources]
+        states = [sha256_of(s.path) if s.path in copies.values() else s.state for s in sources]
         wanted = {"wanted": _identity([states, policies, list(targets), tokenizer, known and known.sha256])}
         earlier = read_json(work / "job.json")
         if force or not _is_there(job, tokenizer, known, replace, verify):
@@ -320,7 +320,8 @@ def _differences(path: Path, part: str, job: Job, spec: str, tokenizer: Tokenize
         differences.append(f"tokenizer {kind}, now {spec}")
     if verify and not differences:
         data.verify()
-        hashes, stored = [source.sha256() for source in job.sources], [s["sha256"] for s in data.header["source"]]
+        hashes = [sha256_of(source.path) for source in job.sources]
+        stored = [source["sha256"] for source in data.header["source"]]
         if hashes != stored and [joined_hash(hashes)] != stored:
             differences.append("another text of the same size, beginning and end")
     return differences

@@ -68,11 +68,6 @@ class Source:
         return {"name": self.name, "bytes": size, "sha256_first_mib": hashlib.sha256(head).hexdigest(),
                 "sha256_last_mib": hashlib.sha256(tail).hexdigest()}
 
-    def sha256(self) -> str:
-        """Return the SHA-256 of the whole file."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 def file_state(path: Path) -> tuple[int, int, int]:
     """Return inode, size and time of change of the file that has this name now."""

@@ -5,6 +5,7 @@ import json
 import os
 import struct
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from plotarmour.data.token_file import CRC_BLOCK, DTYPES, FIXED, FORMAT_VERSION,
 from plotarmour.data.tokenizer import Tokenizer
 
 
-class TokenFileWriter:
+class TokenFileWriter(ExitStack):
     """Write a token file batch by batch, in a folder of unfinished work; `complete` makes it one.
 
     Args:
@@ -28,6 +29,7 @@ class TokenFileWriter:
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, policies: dict, saved: tuple[int, int] = (0, 0)):
+        super().__init__()
         self.tokenizer, self.policies = tokenizer, policies
         self.dtype = DTYPES["uint16" if tokenizer.vocab_size <= 2**16 else "uint32"]
         self.n_tokens, self.n_stories = saved
@@ -43,20 +45,13 @@ class TokenFileWriter:
                 raise UserError(f"{part} is truncated; expected what an earlier start has saved. Give the same command "
                                 "again: it starts over.")
             os.truncate(part, size)  # what was written after the last save goes
-        self.files = [part.open("r+b") for part in parts]
+        self.files = [self.enter_context(part.open("r+b")) for part in parts]
         self.body, self.offsets, self.lengths = self.files
         self.body.seek(HEADER_BYTES)
         while block := self.body.read(CRC_BLOCK):
             self._count(block)
         for file in self.files:
             file.seek(0, os.SEEK_END)
-
-    def __enter__(self) -> "TokenFileWriter":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for file in self.files:
-            file.close()
 
     def add(self, ids: np.ndarray, counts: np.ndarray, sizes: np.ndarray) -> None:
         """Append ids, and the stories that end in them. Further calls may continue the last story.

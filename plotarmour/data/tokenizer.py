@@ -2,9 +2,6 @@
 
 Every tokenizer is a `tokenizers.Tokenizer` (Hugging Face) and is stored as its JSON: in token files, in run folders. A
 literal `<|endoftext|>` inside a story is ordinary text: only the pretokenizer writes the end-of-text id.
-
-A tokenizer that cannot be relied on is refused when it is loaded: one with BPE dropout (other ids at every start), with
-ids beyond its vocabulary, or a byte-level one that lacks bytes. Failures of the library become one line.
 """
 
 import hashlib
@@ -50,7 +47,8 @@ class Tokenizer:
         kind: the user's name for it: "gpt2", "bpe:4096", "words:4096", "bytes" or "file".
 
     Raises:
-        UserError: not a tokenizer, one without an end-of-text entry, or one that cannot be relied on.
+        UserError: not a tokenizer, one without an end-of-text entry, or one that cannot be relied on: with BPE dropout,
+            with ids beyond its vocabulary, or a byte-level one that lacks bytes.
     """
 
     def __init__(self, json_text: str, kind: str):

@@ -113,7 +113,7 @@ class Stories(Cut):
     @cached_property
     def cuts(self) -> np.ndarray:
         """int64 (n, 2): begin and end of each row in targets."""
-        ends = [*self.data.offsets[1:].tolist(), self.data.n_tokens]  # bisect is faster than NumPy for one number
+        ends = story_bounds(self.data)[1:].tolist()  # bisect is faster than NumPy for one number
         cuts, begin, story, T = [], 0, 0, self.context_length  # story: the first that ends behind `begin`
         while begin < self.data.n_tokens:
             following = bisect_right(ends, begin + T, story, min(story + T, len(ends)))

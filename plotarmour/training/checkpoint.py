@@ -31,7 +31,17 @@ from torch import Tensor, nn
 
 from plotarmour.cli import UserError, warn
 from plotarmour.config import TrainingConfig
-from plotarmour.files import WRONG_CONTENT, check_types, content_of, publish, read_json, sync, unfinished, write_text
+from plotarmour.files import (
+    WRONG_CONTENT,
+    check_types,
+    content_of,
+    publish,
+    read_json,
+    sha256_of,
+    sync,
+    unfinished,
+    write_text,
+)
 from plotarmour.machine import free_disk
 from plotarmour.training.ending import forget_ending
 
@@ -220,7 +230,7 @@ def load_training(folder: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 def write_manifest(folder: Path, step: int) -> None:
     """Write MANIFEST.json, with the hashes of the files on disk."""
-    hashes = {name: _sha256_of(folder / name) for name in FILES}
+    hashes = {name: sha256_of(folder / name) for name in FILES}
     write_text(folder / "MANIFEST.json", sealed_json({"format": FORMAT, "step": step, "files": hashes}))
 
 
@@ -242,7 +252,7 @@ def damage_of(folder: Path, files: Sequence[str] = FILES) -> str | None:
             return f"{path} is damaged (it is of step {manifest['step']!r:.60})"
         for name in files:
             path = folder / name
-            if _sha256_of(path) != manifest["files"][name]:
+            if sha256_of(path) != manifest["files"][name]:
                 return f"{path} is damaged (its SHA-256 is not the manifest's)"
     except OSError as error:
         return f"{path} is damaged ({error.strerror})"
@@ -325,8 +335,3 @@ def _state_of(folder: Path) -> TrainState:
     with content_of(path):
         check_types(values, STATE, "state")
     return TrainState(**{name: values[name] for name in STATE})
-
-
-def _sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,6 +10,7 @@ from plotarmour.data import readers
 from plotarmour.data.pretokenize import find_texts, pre_tokenize
 from plotarmour.data.readers import HashingReader, Source, check_text, read_chunks
 from plotarmour.data.token_file import TokenFile
+from plotarmour.files import sha256_of
 
 STORIES = [f"Story {i}: été." for i in range(50)]
 
@@ -42,7 +43,7 @@ def test_every_kind_of_text_gives_the_same_tokens(tmp_path, kind):
     [made] = pre_tokenize([path], "bytes", tmp_path / "x.bin")
     assert told(made) == STORIES
     [source] = TokenFile.open(made).header["source"]
-    assert (source["bytes"], source["sha256"]) == (path.stat().st_size, Source(path, path.name).sha256())
+    assert (source["bytes"], source["sha256"]) == (path.stat().st_size, sha256_of(path))
 
 
 def test_several_texts_and_patterns_are_read_in_order(tmp_path):
