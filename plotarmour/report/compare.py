@@ -4,7 +4,6 @@ import base64
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -195,25 +194,6 @@ def _differences(runs: list[Run], budgets: dict[str, dict], same_order: bool) ->
     if not same_order:
         lines.append("order of the tokens: runs of one seed have different hashes (run.json, order_sha256)")
     return lines
-
-
-def find_runs(folder: Path, named: Sequence[str] = ()) -> list[Path]:
-    """Return the run folders to compare.
-
-    Args:
-        folder: results folder.
-        named: paths, or names in `folder`. Empty: every run folder in `folder`.
-
-    Raises:
-        UserError: no run folder.
-    """
-    if named:
-        return [folder / name if (folder / name).is_dir() else as_path(name) for name in named]
-    runs = sorted(path.parent for path in folder.glob("*/run.json"))
-    if not runs:
-        raise UserError(f"{folder} holds no run folder; expected one or more, of notebook 02_train. Name them, or "
-                        "on Kaggle attach their outputs (Add Input > Your Work).")
-    return runs
 
 
 def check_together(folders: list[Path], unfinished: bool = False) -> dict[str, dict]:

@@ -17,7 +17,6 @@ from plotarmour.data.stories import PARTS, SEPARATOR, parse_split
 from plotarmour.data.tales import tell_stories, write_facts
 from plotarmour.data.token_file import TokenFile
 from plotarmour.files import publish, unfinished, write_text
-from plotarmour.report.compare import find_runs
 from plotarmour.resume import EXTENDABLE, differences, read_info
 from plotarmour.run import train_run
 from plotarmour.suite.display import LiveCurves
@@ -150,14 +149,26 @@ def find_earlier(run: Path, recipe: Recipe, tokens: Path, given: Path | None = N
 
 
 def find_all_runs(folder: Path, recipe: str, named: list[str] = ()) -> list[Path]:
-    """Return the run folders to compare: see `find_runs`; on Kaggle also those of a recipe in the inputs."""
+    """Return the run folders to compare: of the results folder and, on Kaggle, those of a recipe in the inputs.
+
+    Args:
+        folder: results folder.
+        recipe: name of the recipe, or its TOML file.
+        named: names of these run folders, or paths. Empty: all of these run folders.
+
+    Raises:
+        UserError: no run folder.
+    """
     attached = _attached_runs(Path(recipe).stem) if machine.host() == "kaggle" else {}
-    if not attached:
-        return find_runs(folder, named)
-    here = {path.parent.name: path.parent for path in folder.glob("*/run.json")}
-    runs = [Path((attached | here).get(name, name)) for name in named or sorted(attached | here)]
-    print(f"runs: {', '.join(map(str, runs))}")
-    return runs
+    runs = attached | {path.parent.name: path.parent for path in folder.glob("*/run.json")}
+    if not (named or runs):
+        raise UserError(f"{folder} holds no run folder; expected one or more, of notebook 02_train. Name them, or "
+                        "on Kaggle attach their outputs (Add Input > Your Work).")
+    chosen = [runs.get(name) or (folder / name if (folder / name).is_dir() else as_path(name))
+              for name in named or sorted(runs)]
+    if attached:
+        print(f"runs: {', '.join(map(str, chosen))}")
+    return chosen
 
 
 def different_settings(run: Path, recipe: Recipe, data_folder: Path) -> list[str]:

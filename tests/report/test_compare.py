@@ -20,9 +20,10 @@ from plotarmour.data.pretokenize import pre_tokenize
 from plotarmour.data.token_file import HEADER_BYTES, TokenFile
 from plotarmour.data.token_writer import header_block
 from plotarmour.report import compare
-from plotarmour.report.compare import check_together, compare_runs, find_runs
+from plotarmour.report.compare import check_together, compare_runs
 from plotarmour.report.verdict import readable_table, text_table
 from plotarmour.run import train_run
+from plotarmour.suite.steps import find_all_runs
 
 SETTINGS = ["max_steps=2", "warmup_steps=0", "n_embd=16", "eval_tokens=100"]
 
@@ -359,7 +360,7 @@ def test_one_run_has_no_tables_about_pairs(runs, token_files, tmp_path):
 def test_runs_are_found_by_name_path_or_all(runs, tmp_path):
     """Guards: notebook 3 comparing what nobody meant."""
     folder = runs[0].parent
-    assert find_runs(folder) == sorted(runs)
-    assert find_runs(folder, ["gpt2_seed-2", str(runs[0])]) == [runs[3], runs[0]]
+    assert find_all_runs(folder, "tiny") == sorted(runs)
+    assert find_all_runs(folder, "tiny", ["gpt2_seed-2", str(runs[0])]) == [runs[3], runs[0]]
     with pytest.raises(UserError, match="holds no run folder"):
-        find_runs(tmp_path)
+        find_all_runs(tmp_path, "tiny")

@@ -6,8 +6,7 @@ import pytest
 
 from plotarmour.cli import UserError
 from plotarmour.config import load_recipe
-from plotarmour.report.compare import find_runs
-from plotarmour.suite.steps import find_prepared, prepare, tell_corpus
+from plotarmour.suite.steps import find_all_runs, find_prepared, prepare, tell_corpus
 
 SMALL = ["max_steps=2", "warmup_steps=0"]
 
@@ -77,7 +76,7 @@ def test_the_paths_of_a_step_may_be_text_that_begins_with_a_tilde(tmp_path, monk
     """Guards: AttributeError for a path that is text; a folder named ~."""
     for variable in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(variable, str(tmp_path))
-    assert find_runs(tmp_path, ["~/results/bdh"]) == [tmp_path / "results" / "bdh"]
+    assert find_all_runs(tmp_path, "tiny", ["~/results/bdh"]) == [tmp_path / "results" / "bdh"]
     with pytest.raises(UserError, match=re.escape(str(tmp_path / "tokens"))):
         find_prepared("~/tokens")
     with pytest.raises(UserError, match=re.escape(str(tmp_path / "tales.txt"))):
