@@ -54,6 +54,7 @@ class Executed:
     is_complete: bool = False  # every code cell ran to its end
     error: str = ""  # kind of the exception that ended it, such as "UserError"
     message: str = ""  # of that exception
+    last_line: str = ""  # of progress that it printed; papermill saves a running notebook now and then
 
     @property
     def failure(self) -> str:
@@ -71,20 +72,13 @@ def read_executed(executed: Path) -> Executed:
     except (OSError, ValueError, nbformat.ValidationError):  # not there, or half written
         return Executed()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    error = next((o for cell in cells for o in cell.outputs if o.output_type == "error"), {"ename": "", "evalue": ""})
+    outputs = [output for cell in cells for output in cell.outputs]
+    error = next((output for output in outputs if output.output_type == "error"), {"ename": "", "evalue": ""})
+    printed = "\n".join(output.get("text", "") for output in outputs)
+    last_line = next((line for line in reversed(printed.splitlines()) if "% of " in line), "")
     is_complete = all(cell.metadata.get("papermill", {}).get("status") == "completed" for cell in cells)
     parameters = notebook.metadata.get("papermill", {}).get("parameters", {})
-    return Executed(dict(parameters), is_complete, error["ename"], error["evalue"])
-
-
-def last_line(executed: Path) -> str:
-    """Return the last line of progress that a running notebook printed; papermill saves it now and then."""
-    try:
-        cells = nbformat.read(executed, as_version=4).cells
-    except (OSError, ValueError, nbformat.ValidationError):
-        return ""
-    printed = "\n".join(o.get("text", "") for cell in cells for o in cell.get("outputs", []))
-    return next((line for line in reversed(printed.splitlines()) if "% of " in line), "")
+    return Executed(dict(parameters), is_complete, error["ename"], error["evalue"], last_line)
 
 
 def write_html(executed: Path) -> None:
@@ -128,7 +122,7 @@ def run_notebook(source: Path, executed: Path, parameters: dict[str, Value]) -> 
         while process.poll() is None:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(LINE_EVERY_S)
-            if process.poll() is None and (line := last_line(executed)):
+            if process.poll() is None and (line := read_executed(executed).last_line):
                 say(f"{executed.stem}: {line}")
     except BaseException:  # interrupted: no process may go on writing in the background
         stop_notebooks([process])

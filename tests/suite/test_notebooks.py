@@ -13,7 +13,7 @@ import pytest
 from papermill.inspection import inspect_notebook
 
 from plotarmour.cli import UserError
-from plotarmour.suite.notebooks import last_line, read_executed, run_notebook, write_html
+from plotarmour.suite.notebooks import read_executed, run_notebook, write_html
 from tools import sync_notebooks
 from tools.sync_notebooks import ROOT, generate_notebook, notebook_scripts, out_of_step, taken_over
 
@@ -185,11 +185,11 @@ def test_an_edited_notebook_is_not_overwritten(checkout, tmp_path):
 def test_a_running_notebook_shows_its_last_line(tmp_path):
     """Guards: a comparison of an hour of which the terminal says nothing."""
     path, cell = tmp_path / "03_compare.ipynb", nbformat.v4.new_code_cell
-    assert last_line(path) == ""
+    assert read_executed(path).last_line == ""
     cells = [cell("1", outputs=[nbformat.v4.new_output("stream", text="bdh: 34% of 900 rows, 2 min left\n2 runs\n")]),
              cell("2", outputs=[nbformat.v4.new_output("display_data", {"text/plain": "figure"})])]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
-    assert last_line(path) == "bdh: 34% of 900 rows, 2 min left"
+    assert read_executed(path).last_line == "bdh: 34% of 900 rows, 2 min left"
 
 
 def test_an_executed_notebook_is_written_as_html_where_nbconvert_is_installed(tmp_path, monkeypatch, warned):
