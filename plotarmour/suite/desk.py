@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,6 @@ class Side:
     title: str
     prompt: str
     pieces: list[Piece]
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,8 @@ def texts_html(sides: Sequence[Side], labels: tuple[str, str], message: str = ""
     for side in sides:
         spans = "".join(f'<span style="background:{tint_of(piece.probabilities)}" title="{_title(piece, labels)}">'
                         f"{html.escape(piece.text)}</span>" for piece in side.pieces)
-        note = f'<div class="note">{html.escape(side.note)}</div>' if side.note else ""
         columns.append(f'<div class="side"><h4>{html.escape(side.title)}</h4><span class="prompt">'
-                       f"{html.escape(side.prompt)}</span>{spans}{note}</div>")
+                       f"{html.escape(side.prompt)}</span>{spans}</div>")
     legend = html.escape(LEGEND.format(logic=labels[0], creativity=labels[1]))
     return (f'{STYLE}<div class="desk">{_message(message)}<div class="sides">{"".join(columns)}</div>'
             f'<div class="note">{legend}</div></div>')
@@ -233,6 +232,7 @@ def writing_desk(pair: Pair, threshold: float, prompt: str = "Once upon a time",
     write, stop, check = (widgets.Button(description=name) for name in ("Write", "Stop", "Check"))
     stop.disabled = True
     texts, marked = widgets.HTML(layout=wide), widgets.HTML(layout=wide)
+    no_draft = partial(draft_html, "", [], threshold, {})
     stopped, memories = threading.Event(), {}
 
     def write_texts() -> None:
@@ -256,7 +256,7 @@ def writing_desk(pair: Pair, threshold: float, prompt: str = "Once upon a time",
     def check_text() -> None:
         text = checked(field_of["story"].value, "story")
         if text not in memories:
-            marked.value = draft_html("", [], threshold, {}, "Reading the story ...")
+            marked.value = no_draft("Reading the story ...")
             memories.clear()
             memories[text] = Memory.of(pair.logic, text)
         draft, message = field_of["draft"].value, ""
@@ -269,14 +269,15 @@ def writing_desk(pair: Pair, threshold: float, prompt: str = "Once upon a time",
                 break
         marked.value = draft_html(draft, words, threshold, reasons, message)
 
-    def run_in_thread(work: Callable[[], None], show: Callable[[str], None]) -> Callable[[Any], None]:
+    def run_in_thread(work: Callable[[], None], field: Any, page_of: Callable[[str], str]) -> Callable[[Any], None]:
         def started() -> None:
             try:
                 work()
             except UserError as error:
-                show(str(error))
+                field.value = page_of(str(error))
             except Exception as error:  # of any kind: the page shows a sentence, never a stack trace
-                show(f"This went wrong ({type(error).__name__}: {error}). The desk still works; try another text.")
+                field.value = page_of(f"This went wrong ({type(error).__name__}: {error}). The desk still works; try "
+                                      "another text.")
             finally:
                 write.disabled, check.disabled, stop.disabled = False, False, True
 
@@ -286,14 +287,8 @@ def writing_desk(pair: Pair, threshold: float, prompt: str = "Once upon a time",
             threading.Thread(target=started, daemon=True).start()
         return click
 
-    def show_beside_texts(message: str) -> None:
-        texts.value = texts_html([], pair.labels, message)
-
-    def show_beside_draft(message: str) -> None:
-        marked.value = draft_html("", [], threshold, {}, message)
-
-    write.on_click(run_in_thread(write_texts, show_beside_texts))
-    check.on_click(run_in_thread(check_text, show_beside_draft))
+    write.on_click(run_in_thread(write_texts, texts, partial(texts_html, [], pair.labels)))
+    check.on_click(run_in_thread(check_text, marked, no_draft))
     stop.on_click(lambda _: stopped.set())
     ends = widgets.HTML(f"<small>0 %: creativity, {html.escape(pair.labels[1])} · 100 %: logic, "
                         f"{html.escape(pair.labels[0])}</small>")
