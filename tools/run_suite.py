@@ -95,7 +95,7 @@ def main() -> None:
             executor_of = partial(Kaggle, minutes=args.walltime or 660)
         states = run_grid(grid, executor_of)
         if args.grid is not None:
-            best = describe_best(grid, states, Path(sys.argv[0]).with_name("compare.py").as_posix())
+            best = describe_best(grid, states)
             print(f"{len(states)} runs: {out / 'summary.csv'}", *filter(None, [best]), sep="\n", flush=True)
         unfinished = [state for state in states if state.status != "done"]
         if unfinished:

@@ -5,7 +5,6 @@ tokenizer and text) and, where it failed, from the error in its executed noteboo
 """
 
 import math
-import shlex
 import shutil
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from plotarmour.cli import LINE_EVERY_S, UserError, duration
+from plotarmour.cli import LINE_EVERY_S, UserError, duration, next_command
 from plotarmour.config import Recipe, training_settings
 from plotarmour.data.stories import PARTS
 from plotarmour.data.token_file import TokenFile
@@ -89,19 +88,19 @@ def run_grid(grid: Grid, executor_of: Callable[[Grid], Executor] = Local) -> lis
     return states
 
 
-def describe_best(grid: Grid, states: list[State], tool: str) -> str:
+def describe_best(grid: Grid, states: list[State]) -> str:
     """Return which run of a grid is best on validation, and the command that compares its complete runs.
 
-    Empty where no run of a recipe is complete. `tool` is the path of tools/compare.py.
+    Empty where no run of a recipe is complete.
     """
     done = [state for state in states if state.status == "done" and state.row.recipe]
     if not done:
         return ""
     best, paths = min(done, key=lambda state: state.ending.best_val_loss), find_prepared(grid.out)
     facts = ["--facts", paths["facts"]] if "facts" in paths else []
-    command = ["python", tool, *(state.row.folder for state in done), "--data", paths["test"], "--train",
-               paths["train"], *facts, "--out", grid.out / "comparison"]
-    return f"best: {best.row.run}, {best.ending.best}\nnext: {shlex.join(map(str, command))}"
+    command = next_command("compare", *(state.row.folder for state in done), "--data", paths["test"], "--train",
+                           paths["train"], *facts, "--out", grid.out / "comparison")
+    return f"best: {best.row.run}, {best.ending.best}\n{command}"
 
 
 def describe_status(grid: Grid) -> str:
@@ -155,14 +154,13 @@ def _run_rows(grid: Grid, executor: Executor) -> list[State]:
         print(f"[{i + 1}/{len(states)}] {grid.rows[i].run} {text}", flush=True)
 
     def settle(i: int, state: State) -> None:
-        states[i] = state
-        ending = state.ending
-        reason = ending.reason.label if state.status == "done" and ending else state.reason
-        loss = ending.best_val_loss if state.status == "done" and ending else None
-        if state.status == "stopped" and ending and ending.last_checkpoint is not None:
+        states[i], reason, ending = state, state.reason, state.ending
+        if state.status == "done":  # a notebook of one's own may state no loss
+            reason = (ending.reason.label if ending.best_val_loss is None else
+                      f"validation loss {ending.best_val_loss:.4f}")
+        elif state.status == "stopped" and ending and ending.last_checkpoint is not None:
             reason += f", saved at step {ending.last_checkpoint:,}"
-        report(i, f"{state.status} in {duration(time.monotonic() - begun.pop(i))}, "
-               + (reason if loss is None else f"validation loss {loss:.4f}"))
+        report(i, f"{state.status} in {duration(time.monotonic() - begun.pop(i))}, {reason}")
 
     _write_summary(states, grid)
     if len(waiting) < len(states):

@@ -171,19 +171,20 @@ def test_the_summary_has_a_tidy_row_for_every_run(grid):
     assert states[2].advice.startswith("bdh_learning_rate-0.1 failed: the cable came out (see ")
 
 
-def test_the_end_of_a_grid_names_the_best_run_and_the_comparison(grid):
+def test_the_end_of_a_grid_names_the_best_run_and_the_comparison(grid, monkeypatch):
     """Guards: a grid whose user must find out by himself which run is best, and how runs are compared."""
     end(grid.rows[0])
     end(grid.rows[1], best_val_loss=1.125)
     end(grid.rows[2], "STOPPED.json", reason="time budget", best_val_loss=0.5)
     states = [_find_state(row) for row in grid.rows]
-    best, following = describe_best(grid, states, "tools/compare.py").splitlines()
+    monkeypatch.setattr(sys, "argv", ["tools/run_suite.py"])
+    best, following = describe_best(grid, states).splitlines()
     assert best.startswith(f"best: {grid.rows[1].run}, validation loss 1.1250 ")
     runs = [str(row.folder) for row in grid.rows[:2]]
     assert shlex.split(following)[:9] == ["next:", "python", "tools/compare.py", *runs, "--data",
                                           str(grid.out / "tokens.test.bin"), "--train",
                                           str(grid.out / "tokens.train.bin")]
-    assert describe_best(grid, states[2:], "tools/compare.py") == ""
+    assert describe_best(grid, states[2:]) == ""
 
 
 def test_one_line_tells_how_far_a_grid_is(grid):
