@@ -15,12 +15,12 @@ from plotarmour.cli import UserError, duration, file_size, warn
 from plotarmour.config import Recipe
 from plotarmour.evaluation.arms import Arm
 from plotarmour.files import complete_file
-from plotarmour.machine import free_disk, host
 from plotarmour.report.figures import training_curves
 from plotarmour.training.checkpoint import find_checkpoint
 from plotarmour.training.ending import Ending, Reason
 from plotarmour.training.log import read_log, read_samples
 
+EVERY_S = 30.0  # least seconds between two drawings
 SHARE = 0.01  # largest share of the time that drawing takes
 WIDTH = 100  # characters of a line
 WAITING = "The curves appear here, after half a minute of training at the earliest."
@@ -78,11 +78,11 @@ class LiveCurves:
 
     The figure is an ordinary display with an id, not a widget: papermill and nbclient keep its last state in the
     executed notebook. It is also written to figures/training.png in the run folder. Drawing takes at most 1 % of the
-    time, with at least `every_s` seconds between two drawings, and an error in it never stops training.
+    time, and an error in it never stops training.
     """
 
-    def __init__(self, model: str, run: Path, every_s: float = 30.0):
-        self.arm, self.run, self.every_s = Arm(model, model, (model,), (0,)), run, every_s
+    def __init__(self, model: str, run: Path):
+        self.arm, self.run = Arm(model, model, (model,), (0,)), run
         self.handle, self.took_s = None, 0.0
 
     def __enter__(self) -> "LiveCurves":
@@ -96,7 +96,7 @@ class LiveCurves:
 
     def row(self) -> None:
         """Draw if it is time to; called after every row of log.csv."""
-        if time.perf_counter() - self.drawn_at >= max(self.every_s, self.took_s / SHARE):
+        if time.perf_counter() - self.drawn_at >= max(EVERY_S, self.took_s / SHARE):
             self._draw()
 
     def _draw(self) -> None:
@@ -153,7 +153,7 @@ def download_links(folder: Path, gather: bool = False) -> Any:
     """
     from IPython.display import HTML, FileLink
 
-    where, name = host() if gather else "", folder.resolve().name
+    where, name = machine.host() if gather else "", folder.resolve().name
     small = [path for path in sorted([*folder.glob("*"), *folder.glob("figures/*")])
              if path.suffix in SMALL and path.name != "tokenizer.json" or path.name == "summary.txt"]
     times = [path.stat().st_mtime for path in small if path.suffix == ".csv"]
@@ -171,7 +171,7 @@ def download_links(folder: Path, gather: bool = False) -> Any:
             if path.suffix in (".csv", ".png", ".html"):
                 links.append(base / f"{name}_{path.name}")
                 shutil.copyfile(path, links[-1])
-        if (free := free_disk(base)) < 2 * 2**30:
+        if (free := machine.free_disk(base)) < 2 * 2**30:
             warn(f"{base} has {free / 2**30:.1f} GiB left of the 20 that Kaggle keeps; delete what you do not need, "
                  "such as checkpoints of runs that are done.")
     # Jupyter and Kaggle serve only what is below the working folder.
