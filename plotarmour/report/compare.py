@@ -78,7 +78,7 @@ def compare_runs(folders: list[AnyPath], data: AnyPath, out: AnyPath, train: Any
     infos = check_together(folders, unfinished)
     arms = group_runs(infos)
     test, corpus_facts = TokenFile.open(data), read_facts(facts) if facts else None
-    if test.n_stories < min(2, len(folders)) or not test.n_stories:
+    if test.n_stories < min(2, len(folders)):
         raise UserError(f"{data} holds {test.n_stories} stories; expected test stories, at least two for a comparison.")
     train_data = TokenFile.open(train) if train is not None else None
     for folder, info in zip(folders, infos.values(), strict=True):
@@ -92,13 +92,15 @@ def compare_runs(folders: list[AnyPath], data: AnyPath, out: AnyPath, train: Any
         checks.append(check_stories(train_data, test))
         write_csv(checks[0], out / "checks.csv")
         require(checks[0])
-    pairs = pairs_of(arms, REFERENCE, {folder.name: _validation_loss(folder) for folder in folders})
+    endings = {folder.name: Ending.read(folder) for folder in folders}
+    pairs = pairs_of(arms, REFERENCE, {name: ending.best_val_loss if ending else math.inf
+                                       for name, ending in endings.items()})
     arm_of_first_run = {arm.runs[0]: arm.name for arm in arms} if pairs else {}
     first_pair = [arm.runs[0] for arm in pairs[0]] if pairs else []  # for the examples
     scores, positions, budgets, runs, token_nats, samples = {}, [], {}, [], {}, {}
     for folder in folders:
         run = load_run(folder, checkpoint, device)
-        budgets[run.name] = _budget_of(run)
+        budgets[run.name] = _budget_of(run, endings[run.name])
         has_longer = run.model.context_length is None and story_tokens(test).max() > run.context_length
         for unbounded in (False, True)[:1 + has_longer]:
             name = run.name + UNBOUNDED * unbounded
@@ -127,7 +129,7 @@ def compare_runs(folders: list[AnyPath], data: AnyPath, out: AnyPath, train: Any
         title or f"{data.name}, {step} checkpoints", arms, table, by_arm,
         *(compare_arms(each, scores, budgets, same_order) for each in (pairs, ladder)), checks,
         _differences(runs, budgets, same_order),
-        different_stories(first_pair, scores, token_nats, test, runs[0].tokenizer),
+        different_stories(first_pair, scores, token_nats, test) if pairs else pd.DataFrame(),
         pd.concat([samples[arm.name] for arm in arms]) if pairs else pd.DataFrame(),
         runs, stride, same_order, test.header.get("part"), unknown_words(test))
     tables = {_file_of(name): frame for name, frame in scores.items()}
@@ -142,7 +144,7 @@ def compare_runs(folders: list[AnyPath], data: AnyPath, out: AnyPath, train: Any
         tables["ladder.csv"] = comparison.ladder
     for name, frame in tables.items():
         write_csv(frame, out / name)
-    _draw(comparison, tables, budgets, out)
+    _draw(comparison, tables, out)
     write_text(out / "summary.txt", summary_text(comparison))
     images = {path.name: f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
               for path in out.glob("*.png")}
@@ -150,19 +152,12 @@ def compare_runs(folders: list[AnyPath], data: AnyPath, out: AnyPath, train: Any
     return table
 
 
-def _validation_loss(folder: Path) -> float:
-    """Return the best validation loss of a run, or infinity if it is unknown."""
-    ending = Ending.read(folder)
-    return math.inf if ending is None or ending.best_val_loss is None else ending.best_val_loss
-
-
-def _budget_of(run: Run) -> dict:
+def _budget_of(run: Run, ending: Ending | None) -> dict:
     """Return the budget of a run: parameters, training tokens, FLOPs, seconds, memory, hardware.
 
     Tokens, steps and seconds are those of the whole run; `checkpoint_step` is the step that is scored.
     """
-    ending, shape = Ending.read(run.folder), run.model.config
-    T, tokens = run.context_length, ending and ending.tokens_seen
+    shape, T, tokens = run.model.config, run.context_length, ending and ending.tokens_seen
     return {"model": run.config.model, "seed": run.config.training.seed, "params": run.info["params"],
             "core_params": shape.core_params, "params_per_token": shape.weights_per_token,
             "train_tokens": tokens, "flops_per_token": shape.flops_per_token(T),
@@ -209,7 +204,6 @@ def check_together(folders: list[Path], unfinished: bool = False) -> dict[str, d
     Raises:
         UserError: names that lead to the same files, no run folder, a run that is not complete, different tokenizers.
     """
-    folders = [folder.resolve() for folder in folders]
     infos = {folder.name: read_info(folder) for folder in folders}
     if len(infos) < len(folders):
         raise UserError(f"found runs {', '.join(folder.name for folder in folders)}; expected different names. Name "
@@ -233,7 +227,7 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
     write_text(path, frame.to_csv(index=False, float_format="%.9g", lineterminator="\n"))
 
 
-def _draw(c: Comparison, tables: dict[str, pd.DataFrame], budgets: dict[str, dict], out: Path) -> None:
+def _draw(c: Comparison, tables: dict[str, pd.DataFrame], out: Path) -> None:
     """Draw the figures of a comparison."""
     baselines = c.table.loc[c.table["name"].str.endswith(BASELINE), ["name", "loss"]]  # sorted by loss
     contexts = {run.context_length for run in c.runs}

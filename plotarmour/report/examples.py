@@ -15,31 +15,26 @@ MAX_CHARACTERS = 5_000  # shown of a story
 PROMPT = "Once upon a time"
 BEGINNINGS, BEGINNING_TOKENS = 2, 16  # test stories whose first tokens are further prompts
 SAMPLE_TOKENS, TEMPERATURE, TOP_P, SEED = 120, 0.8, 0.95, 1
-COLUMNS = ["story", "tokens", "a", "b", "nats_a", "nats_b", "better", "words", "text"]
 
 
 def different_stories(names: Sequence[str], scores: dict[str, pd.DataFrame], token_nats: dict[str, list[np.ndarray]],
-                      data: TokenFile, tokenizer) -> pd.DataFrame:
+                      data: TokenFile) -> pd.DataFrame:
     """Return the stories with the largest differences in nats per token between two runs.
 
     Args:
-        names: names of the two runs; without names, no stories.
+        names: names of the two runs.
         scores: by run name, a row per story with tokens and nats.
         token_nats: by run name, the nats of the tokens of each story.
         data: the token file that was scored.
-        tokenizer: tokenizer of the token file.
 
     Returns:
         A row per story: its index, tokens, both runs and their nats, the better run, the words with the largest
         additional nats under the worse run (word and nats), and its text.
     """
-    if not names:
-        return pd.DataFrame(columns=COLUMNS)
     a, b = (scores[name] for name in names)
     difference = ((a["nats"] - b["nats"]) / a["tokens"]).to_numpy()
     order = np.argsort(difference, kind="stable")
-    count = min(STORIES_PER_SIDE, len(order) // 2)
-    rows = []
+    count, tokenizer, rows = min(STORIES_PER_SIDE, len(order) // 2), data.tokenizer(), []
     for i in map(int, (*order[:count], *order[len(order) - count:][::-1])):
         worse, better = (1, 0) if difference[i] < 0 else (0, 1)
         ids, text = data.story(i), tokenizer.decode(data.story(i))
@@ -48,7 +43,7 @@ def different_stories(names: Sequence[str], scores: dict[str, pd.DataFrame], tok
         rows.append([i, int(a["tokens"].iat[i]), *names, float(a["nats"].iat[i]), float(b["nats"].iat[i]),
                      names[better], ", ".join(f"{word} {nats:+.1f}" for word, nats in words),
                      text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " ..."])
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=["story", "tokens", "a", "b", "nats_a", "nats_b", "better", "words", "text"])
 
 
 def samples_of(run: Run, arm: str, data: TokenFile) -> pd.DataFrame:

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib import font_manager
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -105,17 +104,16 @@ def training_curves(arms: list[Arm], logs: dict[str, pd.DataFrame], path: Path,
     return save_figure(figure, path)
 
 
-def perplexities(arms: list[Arm], by_arm: pd.DataFrame, by_run: pd.DataFrame, path: Path, title: str = "") -> Path:
+def perplexities(arms: list[Arm], by_arm: pd.DataFrame, by_run: pd.DataFrame, path: Path, title: str) -> Path:
     """Draw the perplexity of arms, baselines and corpus as bars, in the order of the table, and each seed as a point.
 
     Args:
         by_arm: name, model and perplexity of arms, baselines and corpus.
         by_run: name and perplexity of the runs.
     """
-    figure, axes = new_figure(6.4, 1.1 + 0.42 * len(by_arm),
-                              _escape(title) or "Perplexity: models in colour, n-gram baselines in gray",
-                              "perplexity on the scored stories\n(logarithmic; lower is better"
-                              + "; points: seeds" * any(len(arm.runs) > 1 for arm in arms) + ")")
+    seeds = "; points: seeds" * any(len(arm.runs) > 1 for arm in arms)
+    figure, axes = new_figure(6.4, 1.1 + 0.42 * len(by_arm), _escape(title),
+                              f"perplexity on the scored stories\n(logarithmic; lower is better{seeds})")
     style, arm_of = styles(arms), {arm.name: arm for arm in arms}
     points = by_run.set_index("name")["perplexity"]
     colors = [style[name]["color"] if name in style else GREEN if "corpus" in name else
@@ -305,7 +303,7 @@ def arm_label(name: str, kind: str) -> str:
 
 def row_labels(table: pd.DataFrame) -> list[str]:
     """Return the label of each row of a table of totals: of runs and arms by `arm_label`, of others their name."""
-    kinds = table.dropna(subset="model").set_index("name")["model"] if "model" in table else {}
+    kinds = table.dropna(subset="model").set_index("name")["model"]
     labels = []
     for name in table["name"]:
         base = name.removesuffix(UNBOUNDED)
@@ -326,7 +324,6 @@ def _escape(text: str) -> str:
 def new_figure(width: float, height: float, title: str, x_label: str, y_label: str = "", columns: int = 1, **options):
     """Return a figure of this width and height in inches, and its axes: one, or `columns` with one title."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, columns, squeeze=False, **options)[0]
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)

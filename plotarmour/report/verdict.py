@@ -137,14 +137,14 @@ def arm_table(arms: list[Arm], table: pd.DataFrame) -> pd.DataFrame:
         runs = by_name.loc[list(arm.runs)]
         used |= set(arm.runs)
         row = {"name": arm.name, "model": arm.model, "seeds": ", ".join(map(str, arm.seeds))}
-        row |= {column: runs[column].mean() for column in BUDGETS if column in runs}
+        row |= {column: runs[column].mean() for column in BUDGETS}
         row |= {"tokens": int(runs["tokens"].iloc[0]), "bytes": int(runs["bytes"].iloc[0]),
                 **totals(runs["nats"].sum(), runs["tokens"].sum(), runs["bytes"].sum()),
                 "loss_min": runs["loss"].min(), "loss_max": runs["loss"].max()}
         row |= {column: runs[column].mean() for column in ("over_corpus", "recall_loss", "other_loss")
                 if column in runs}
-        if "ended" in runs:  # of a run that is not complete, if there is one
-            row["ended"] = next((reason for reason in runs["ended"] if reason not in DONE), runs["ended"].iloc[0])
+        # Of a run that is not complete, if there is one.
+        row["ended"] = next((reason for reason in runs["ended"] if reason not in DONE), runs["ended"].iloc[0])
         rows.append(row)
     others = table[~table["name"].isin(used)]
     columns = [c for c in ("name", "model", "train_tokens", "tokens", "bytes", "loss", "perplexity", "bits_per_byte",
@@ -158,7 +158,7 @@ def arm_pairs(pairs: pd.DataFrame, labels: dict[str, str]) -> pd.DataFrame:
     return pairs[pairs["is_arms"]].replace({"a": labels, "b": labels}) if len(pairs) else pairs
 
 
-def headline(pairs: pd.DataFrame, stories: str = "held-out stories") -> str:
+def headline(pairs: pd.DataFrame, stories: str) -> str:
     """Return one sentence with the difference of each pair of arms, its interval and its budgets.
 
     Args:

@@ -62,7 +62,8 @@ def test_points_of_seeds_are_named_only_where_there_are_some(tmp_path, monkeypat
     for seeds in (["bdh"], ["bdh_1", "bdh_2"]):
         by_run = pd.DataFrame({"name": seeds, "perplexity": 9.0})
         figures.perplexities([Arm("bdh", "bdh", tuple(seeds), tuple(range(len(seeds))))],
-                             pd.DataFrame({"name": ["bdh"], "model": ["bdh"], "perplexity": [9.0]}), by_run, tmp_path)
+                             pd.DataFrame({"name": ["bdh"], "model": ["bdh"], "perplexity": [9.0]}), by_run, tmp_path,
+                             "title")
     assert ["points: seeds" in label for label in labels] == [False, True]
 
 
