@@ -47,15 +47,6 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Side:
-    """One text of the desk."""
-
-    title: str
-    prompt: str
-    pieces: list[Piece]
-
-
-@dataclass(frozen=True)
 class Pair:
     """Two runs of one tokenizer: `logic` is the slider's end at 100 %, `creativity` the one at 0 %.
 
@@ -112,20 +103,22 @@ def pieces_of(tokenizer: Tokenizer, prompt: list[int], tokens: Iterable[NewToken
         yield Piece(text[shown:], token.probabilities)
 
 
-def texts_html(sides: Sequence[Side], labels: tuple[str, str], message: str = "") -> str:
-    """Return the split view as HTML: a column per text, its prompt and its pieces in the tints of `tint_of`.
+def texts_html(prompt: str, texts: Sequence[tuple[str, list[Piece]]], labels: tuple[str, str], message: str = ""
+               ) -> str:
+    """Return the split view as HTML: a column per text, the prompt and the text's pieces in the tints of `tint_of`.
 
     Args:
-        sides: the texts.
+        prompt: that all texts continue.
+        texts: title and pieces of each.
         labels: of logic and creativity, for the legend.
         message: a sentence for the user, such as what is wrong with the prompt.
     """
     columns = []
-    for side in sides:
+    for title, pieces in texts:
         spans = "".join(f'<span style="background:{tint_of(piece.probabilities)}" title="{_title(piece, labels)}">'
-                        f"{html.escape(piece.text)}</span>" for piece in side.pieces)
-        columns.append(f'<div class="side"><h4>{html.escape(side.title)}</h4><span class="prompt">'
-                       f"{html.escape(side.prompt)}</span>{spans}</div>")
+                        f"{html.escape(piece.text)}</span>" for piece in pieces)
+        columns.append(f'<div class="side"><h4>{html.escape(title)}</h4><span class="prompt">'
+                       f"{html.escape(prompt)}</span>{spans}</div>")
     legend = html.escape(LEGEND.format(logic=labels[0], creativity=labels[1]))
     return (f'{STYLE}<div class="desk">{_message(message)}<div class="sides">{"".join(columns)}</div>'
             f'<div class="note">{legend}</div></div>')
@@ -206,8 +199,8 @@ def calibrated(run: Run, tokens: Path | None = None, false_alarms: float = 0.01)
 
 def desk_strip(pair: Pair, prompt: str, percents: Sequence[int] = (0, 25, 50, 75, 100), **options) -> str:
     """Return the blend at several positions of the slider as HTML, for notebooks without a browser."""
-    sides = [Side(f"{percent} % logic", prompt, list(pair.stream(prompt, percent, **options))) for percent in percents]
-    return texts_html(sides, pair.labels)
+    texts = [(f"{percent} % logic", list(pair.stream(prompt, percent, **options))) for percent in percents]
+    return texts_html(prompt, texts, pair.labels)
 
 
 def writing_desk(pair: Pair, threshold: float, prompt: str = "Once upon a time", story: str = "", draft: str = ""
@@ -231,16 +224,16 @@ def writing_desk(pair: Pair, threshold: float, prompt: str = "Once upon a time",
     length = widgets.BoundedIntText(120, 1, 2000, description="tokens", layout=widgets.Layout(width="12rem"))
     write, stop, check = (widgets.Button(description=name) for name in ("Write", "Stop", "Check"))
     stop.disabled = True
-    texts, marked = widgets.HTML(layout=wide), widgets.HTML(layout=wide)
+    split, marked = widgets.HTML(layout=wide), widgets.HTML(layout=wide)
     no_draft = partial(draft_html, "", [], threshold, {})
     stopped, memories = threading.Event(), {}
 
     def write_texts() -> None:
-        text, blended = field_of["prompt"].value, percent.value
+        start, blended = field_of["prompt"].value, percent.value
         titles = {blended: f"blend, {blended} % logic", 100: pair.labels[0], 0: pair.labels[1]}
         shares = sorted(titles, reverse=True)
-        sides = [Side(titles[share], text, []) for share in shares]
-        streams = {i: pair.stream(text, share, max_new_tokens=length.value, top_p=0.95, seed=seed.value)
+        texts = [(titles[share], []) for share in shares]
+        streams = {i: pair.stream(start, share, max_new_tokens=length.value, top_p=0.95, seed=seed.value)
                    for i, share in enumerate(shares)}
         drawn_at = 0.0
         while streams and not stopped.is_set():
@@ -248,10 +241,10 @@ def writing_desk(pair: Pair, threshold: float, prompt: str = "Once upon a time",
                 if (piece := next(new, None)) is None:
                     del streams[i]
                 else:
-                    sides[i].pieces.append(piece)
+                    texts[i][1].append(piece)
             if time.monotonic() - drawn_at >= REDRAW_S:
-                texts.value, drawn_at = texts_html(sides, pair.labels), time.monotonic()
-        texts.value = texts_html(sides, pair.labels, "Stopped." if stopped.is_set() else "")
+                split.value, drawn_at = texts_html(start, texts, pair.labels), time.monotonic()
+        split.value = texts_html(start, texts, pair.labels, "Stopped." if stopped.is_set() else "")
 
     def check_text() -> None:
         text = checked(field_of["story"].value, "story")
@@ -287,14 +280,14 @@ def writing_desk(pair: Pair, threshold: float, prompt: str = "Once upon a time",
             threading.Thread(target=started, daemon=True).start()
         return click
 
-    write.on_click(run_in_thread(write_texts, texts, partial(texts_html, [], pair.labels)))
+    write.on_click(run_in_thread(write_texts, split, partial(texts_html, "", [], pair.labels)))
     check.on_click(run_in_thread(check_text, marked, no_draft))
     stop.on_click(lambda _: stopped.set())
     ends = widgets.HTML(f"<small>0 %: creativity, {html.escape(pair.labels[1])} · 100 %: logic, "
                         f"{html.escape(pair.labels[0])}</small>")
     flow = widgets.Layout(flex_flow="row wrap")
     return widgets.VBox([percent, ends, field_of["prompt"], widgets.HBox([write, stop, seed, length], layout=flow),
-                         texts, field_of["story"], field_of["draft"], check, marked])
+                         split, field_of["story"], field_of["draft"], check, marked])
 
 
 def _title(piece: Piece, labels: tuple[str, str]) -> str:
