@@ -34,7 +34,6 @@ from plotarmour.resume import read_info
 from plotarmour.run import Run, check_same_tokenizer, load_run
 from plotarmour.training.checkpoint import find_checkpoint, step_of
 from plotarmour.training.ending import Ending, Reason, is_complete
-from plotarmour.training.log import read_log
 
 OUTPUTS = ("report.html", "summary.txt", "totals.csv", "arms.csv", "pairs.csv", "checks.csv", "positions.csv",
            "win_shares.csv", "different_stories.csv", "samples.csv", "perplexity.png", "training_curves.png",
@@ -232,7 +231,7 @@ def _draw(c: Comparison, tables: dict[str, pd.DataFrame], out: Path) -> None:
     baselines = c.table.loc[c.table["name"].str.endswith(BASELINE), ["name", "loss"]]  # sorted by loss
     contexts = {run.context_length for run in c.runs}
     figures.perplexities(c.arms, c.by_arm, c.table, out / "perplexity.png", c.title)
-    logs = {run.name: read_log(run.folder / "log.csv") for run in c.runs}
+    logs = {run.name: run.log for run in c.runs}
     figures.training_curves(c.arms, logs, out / "training_curves.png",
                             {arm.name: run.config.model_config(run.info["vocab_size"]).training_flops_per_token(
                                 run.context_length)

@@ -24,7 +24,6 @@ from plotarmour.report.verdict import (
     join_words,
     readable_table,
 )
-from plotarmour.training.log import read_log
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 
@@ -70,7 +69,7 @@ def _findings(c: Comparison, pairs: pd.DataFrame, out: Path) -> dict[str, str]:
     """Return what each figure shows, as a sentence for readers who cannot see it, by the name of its file."""
     rows = zip(row_labels(c.by_arm), c.by_arm["perplexity"], strict=True)
     findings = {"perplexity.png": "Perplexity: " + ", ".join(f"{name} {value:,.3f}" for name, value in rows)}
-    logs = {run.name: read_log(run.folder / "log.csv")["val_loss"].dropna() for run in c.runs}
+    logs = {run.name: run.log["val_loss"].dropna() for run in c.runs}
     last = {arm.name: [logs[run].iloc[-1] for run in arm.runs if len(logs[run])] for arm in c.arms}
     findings["training_curves.png"] = "Last validation loss: " + ", ".join(
         f"{c.labels[name]} {sum(values) / len(values):.3f}" for name, values in last.items() if values)

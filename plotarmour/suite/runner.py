@@ -78,9 +78,8 @@ def run_grid(grid: Grid, executor_of: Callable[[Grid], Executor] = Local) -> lis
                 _make_token_files(grid)
             is_new = False  # from here on it holds work
             states = _run_rows(grid, executor)
-            ended = [state for state in states if state.row.recipe and state.ending]
-            _write_rates([(state.row.recipe, state.ending) for state in ended
-                          if state.status == "done" or state.ending.reason == Reason.NON_FINITE], out)
+            _write_rates([(state.row.recipe, state.ending) for state in states if state.row.recipe and state.ending
+                          and (state.status == "done" or state.ending.reason == Reason.NON_FINITE)], out)
     except UserError:
         if is_new:
             shutil.rmtree(out, ignore_errors=True)
@@ -134,8 +133,7 @@ def _make_token_files(grid: Grid) -> None:
     print("token files (half a minute, or minutes for gigabytes) ...", flush=True)
     before = read_executed(executed)
     if before.is_complete and before.parameters == grid.data:  # `prepare` keeps files that are still right
-        texts = (Path(grid.data[name]) if grid.data[name] else None for name in ("text", "extra_text"))
-        prepare(grid.rows[0].recipe, grid.out, *texts)
+        prepare(grid.rows[0].recipe, grid.out, grid.data["text"], grid.data["extra_text"])
     else:
         run_notebook(ROOT / "notebooks" / "01_pretokenize.ipynb", executed, grid.data)
     n = {part: TokenFile.open(path).n_stories for part, path in find_prepared(grid.out).items() if part in PARTS}
