@@ -35,6 +35,7 @@ COLUMNS = (("name", "name", ""), ("seeds", "seeds", ""), ("loss", "loss", "{:.4f
 ONLY_IN_CSV = ["loss elsewhere", "all params", "params used per token", "FLOPs", "MiB", "step scored"]
 BUDGETS = ("core_params", "params", "params_per_token", "train_tokens", "flops_per_token", "train_flops",
            "train_s", "peak_memory_mib")
+OF_FACTS = ("over_corpus", "recall_loss", "other_loss")  # columns of the built-in corpus only
 
 
 @dataclass(frozen=True)
@@ -141,15 +142,13 @@ def arm_table(arms: list[Arm], table: pd.DataFrame) -> pd.DataFrame:
         row |= {"tokens": int(runs["tokens"].iloc[0]), "bytes": int(runs["bytes"].iloc[0]),
                 **totals(runs["nats"].sum(), runs["tokens"].sum(), runs["bytes"].sum()),
                 "loss_min": runs["loss"].min(), "loss_max": runs["loss"].max()}
-        row |= {column: runs[column].mean() for column in ("over_corpus", "recall_loss", "other_loss")
-                if column in runs}
+        row |= {column: runs[column].mean() for column in OF_FACTS if column in runs}
         # Of a run that is not complete, if there is one.
         row["ended"] = next((reason for reason in runs["ended"] if reason not in DONE), runs["ended"].iloc[0])
         rows.append(row)
-    others = table[~table["name"].isin(used)]
-    columns = [c for c in ("name", "model", "train_tokens", "tokens", "bytes", "loss", "perplexity", "bits_per_byte",
-                           "over_corpus", "recall_loss", "other_loss") if c in others]
-    rows += others[columns].to_dict("records")
+    others = table[~table["name"].isin(used)].filter([
+        "name", "model", "train_tokens", "tokens", "bytes", "loss", "perplexity", "bits_per_byte", *OF_FACTS])
+    rows += others.to_dict("records")
     return pd.DataFrame(rows).sort_values("loss", ignore_index=True, kind="stable")
 
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
@@ -44,12 +44,12 @@ def check_gpus(gpus: int, recipe: Recipe) -> None:
     check_share(recipe.training.rows_per_step, gpus)
 
 
-def launch(recipe: Recipe, name: str, train: Path, val: Path, out: Path, overrides: list[str], gpus: int,
+def launch(recipe: str, model: str, overrides: Sequence[str], train: Path, val: Path, out: Path, gpus: int,
            extend: bool = False, from_step: int | None = None, on_row: Callable[[], None] | None = None) -> Ending:
-    """Train one model in several processes, with the arguments of `plotarmour.run.train_run`.
+    """Train one model in several processes, with the arguments of `load_recipe` and `plotarmour.run.train_run`.
 
-    `name` and `overrides` are what the recipe was loaded with; `on_row` is called in this process. On an interrupt or
-    SIGTERM, the processes finish their step and save. A second one kills them at once.
+    `on_row` is called in this process. On an interrupt or SIGTERM, the processes finish their step and save. A second
+    one kills them at once.
 
     Raises:
         UserError: what one of the processes raised.
@@ -61,8 +61,8 @@ def launch(recipe: Recipe, name: str, train: Path, val: Path, out: Path, overrid
     before, length = Ending.read(out), _size(out / "log.csv")
     with tempfile.TemporaryDirectory(prefix="plotarmour_", ignore_cleanup_errors=True) as logs, StopRequest() as stop:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}",
-                   "--tee=3", "--local-ranks-filter=0", f"--log-dir={logs}", str(TOOL), "--recipe", name,
-                   "--model", recipe.model, "--train", str(train), "--val", str(val), "--out", str(out), *options]
+                   "--tee=3", "--local-ranks-filter=0", f"--log-dir={logs}", str(TOOL), "--recipe", recipe,
+                   "--model", model, "--train", str(train), "--val", str(val), "--out", str(out), *options]
         environment = {"OMP_NUM_THREADS": str(max(1, cores() // gpus))} | os.environ | {
             LAUNCHED: "1", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

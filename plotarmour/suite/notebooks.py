@@ -144,9 +144,8 @@ def stop_notebooks(processes: list[subprocess.Popen]) -> None:
     """
     members = family(processes)
     try:
-        with suppress(OSError):  # the terminal may have been closed
-            say("stopping: a run that trains finishes its step and saves, which takes some seconds; Ctrl-C once more "
-                "ends it at once")
+        say("stopping: a run that trains finishes its step and saves, which takes some seconds; Ctrl-C once more ends "
+            "it at once")
         if os.name == "posix":  # no such signal on Windows
             for member in members:
                 with suppress(psutil.Error):

@@ -205,7 +205,7 @@ def train_recipe(name: str, model: str, data_folder: AnyPath, out: AnyPath, over
         if gpus == 1:
             return train_run(recipe, paths["train"], paths["val"], out, from_step=back_to, extend=extend,
                              on_row=live.row)
-        return launch(recipe, name, paths["train"], paths["val"], out, list(overrides), gpus, extend, back_to, live.row)
+        return launch(name, model, overrides, paths["train"], paths["val"], out, gpus, extend, back_to, live.row)
 
 
 def _attached(name: str) -> list[Path]:

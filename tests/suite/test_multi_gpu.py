@@ -61,8 +61,7 @@ runpy.run_path({train!r}, run_name="__main__")
 
 
 def start(token_files, out, settings=SETTINGS[:1], **options):
-    return launch(load_recipe("tiny", "bdh", settings), "tiny", token_files["train"], token_files["val"], out,
-                  settings, gpus=2, **options)
+    return launch("tiny", "bdh", settings, token_files["train"], token_files["val"], out, gpus=2, **options)
 
 
 def column(out, name):
@@ -106,9 +105,9 @@ def test_a_launcher_that_is_killed_leaves_a_saved_run_and_nobody_behind(root, tm
     """Guards: a kernel that dies, and two processes that train on for hours, unseen, and lock the run folder."""
     tool(WAITS)
     call = (f"import sys; sys.path.insert(0, {str(root)!r})\nfrom pathlib import Path\n"
-            "from plotarmour.config import load_recipe\nfrom plotarmour.suite import multi_gpu as launch\n"
+            "from plotarmour.suite import multi_gpu as launch\n"
             f"launch.TOOL, out = Path({str(launching.TOOL)!r}), Path({str(tmp_path)!r})\n"
-            "launch.launch(load_recipe('tiny', 'bdh'), 'tiny', out, out, out, [], 2)")
+            "launch.launch('tiny', 'bdh', [], out, out, out, 2)")
     launcher = subprocess.Popen([sys.executable, "-c", call], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (tmp_path / "started").exists() and time.monotonic() < deadline:
