@@ -70,20 +70,20 @@ def compare_runs(folders: list[AnyPath], data: AnyPath, out: AnyPath, train: Any
         UserError: the same run or the same weights twice, different tokenizers, stories that a run was trained on, a
             training file that is not the runs' own, a run that is not complete, or a failed leak check.
     """
-    data, out, train, facts = (as_path(path) if path else None for path in (data, out, train, facts))
+    out, folders = as_path(out), [as_path(folder).resolve() for folder in folders]
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; expected a folder for --out.")
-    folders = [as_path(folder).resolve() for folder in folders]
     infos = check_together(folders, unfinished)
     arms = group_runs(infos)
-    test, corpus_facts = TokenFile.open(data), read_facts(facts) if facts else None
+    test, corpus_facts = TokenFile.open(data), read_facts(as_path(facts)) if facts else None
     if test.n_stories < min(2, len(folders)):
-        raise UserError(f"{data} holds {test.n_stories} stories; expected test stories, at least two for a comparison.")
-    train_data = TokenFile.open(train) if train is not None else None
+        raise UserError(f"{test.path} holds {test.n_stories} stories; expected test stories, at least two for a "
+                        "comparison.")
+    train_data = TokenFile.open(train) if train else None
     for folder, info in zip(folders, infos.values(), strict=True):
         check_same_tokenizer(test, info["tokenizer"]["sha256"], str(folder))
         check_stride(stride, info["recipe"]["training"]["context_length"])
-        _check_unseen(folder.name, info, data, test, train, train_data)
+        _check_unseen(folder.name, info, test, train_data)
     _check_different_weights(folders, checkpoint)
     _clear(out)
     checks = []
@@ -125,7 +125,7 @@ def compare_runs(folders: list[AnyPath], data: AnyPath, out: AnyPath, train: Any
     ladder = ladder_of(pairs, by_arm, LADDER)
     step = checkpoint if isinstance(checkpoint, str) else f"step-{checkpoint}"
     comparison = Comparison(
-        title or f"{data.name}, {step} checkpoints", arms, table, by_arm,
+        title or f"{test.path.name}, {step} checkpoints", arms, table, by_arm,
         *(compare_arms(each, scores, budgets, same_order) for each in (pairs, ladder)), checks,
         _differences(runs, budgets, same_order),
         different_stories(first_pair, scores, token_nats, test) if pairs else pd.DataFrame(),
@@ -294,14 +294,13 @@ def _check_different_weights(folders: list[Path], checkpoint: str | int) -> None
                             f"separately.{untrained} Name only one of them.")
 
 
-def _check_unseen(name: str, info: dict, data: Path, test: TokenFile, train: Path | None,
-                  train_data: TokenFile | None) -> None:
+def _check_unseen(name: str, info: dict, test: TokenFile, train_data: TokenFile | None) -> None:
     """Check that a run was not trained on the test file, and that it was trained on the training file."""
     trained_on = info["train"]["payload_sha256"]
     if trained_on == test.header["payload_sha256"]:
-        raise UserError(f"{name} was trained on {data}; expected stories that it has not seen: the test part.")
+        raise UserError(f"{name} was trained on {test.path}; expected stories that it has not seen: the test part.")
     if info["val"]["payload_sha256"] == test.header["payload_sha256"]:
-        warn(f"The checkpoint of {name} was chosen on {data}; use the test part for a result.")
+        warn(f"The checkpoint of {name} was chosen on {test.path}; use the test part for a result.")
     if train_data is not None and trained_on != train_data.header["payload_sha256"]:
-        raise UserError(f"{name} was trained on {info['train']['file']}, not on {train}; baselines must learn from the "
-                        "same tokens. Name the run's training file.")
+        raise UserError(f"{name} was trained on {info['train']['file']}, not on {train_data.path}; baselines must "
+                        "learn from the same tokens. Name the run's training file.")

@@ -268,14 +268,13 @@ def win_shares(shares: pd.DataFrame, path: Path) -> Path:
     return save_figure(figure, path)
 
 
-def story_lengths(tokens_per_story: Sequence[int], path: Path, context_length: int | None = None) -> Path:
-    """Draw a histogram of story lengths in tokens, with the context length as a line if given."""
+def story_lengths(tokens_per_story: Sequence[int], path: Path, context_length: int) -> Path:
+    """Draw a histogram of story lengths in tokens, with the context length as a line."""
     figure, axes = new_figure(6.4, 3.2, "Story lengths", "tokens per story", "stories")
     axes.hist(tokens_per_story, bins=min(60, max(10, len(tokens_per_story) // 50)), color=BLUE)
-    if context_length:
-        axes.axvline(context_length, color=ORANGE, linewidth=2)
-        axes.annotate(f" context {context_length}", (context_length, 0.95), xycoords=("data", "axes fraction"),
-                      color=ORANGE, va="top")
+    axes.axvline(context_length, color=ORANGE, linewidth=2)
+    axes.annotate(f" context {context_length}", (context_length, 0.95), xycoords=("data", "axes fraction"),
+                  color=ORANGE, va="top")
     return save_figure(figure, path)
 
 
