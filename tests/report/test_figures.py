@@ -20,6 +20,14 @@ def arms(*names):
     return [Arm(name, "bdh", (name,), (0,)) for name in names]
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved, in order."""
+    saved, save = [], figures.save_figure
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: saved.append(figure) or save(figure, path))
+    return saved
+
+
 def draw_all(folder, name):
     own = arms(name, "plain")
     table = pd.DataFrame({"name": [name, "plain", "trigram baseline"], "model": ["bdh", "bdh", None],
@@ -40,51 +48,35 @@ def draw_all(folder, name):
 
 
 @pytest.mark.parametrize("name", [FORMULA, r"$\foo$", "a$b", r"\$5"])
-def test_text_in_figures_is_text(tmp_path, monkeypatch, name):
+def test_text_in_figures_is_text(tmp_path, drawn, name):
     """Guards: a comparison that ends in a parse error, hours later, because a title or a run's name holds two `$`."""
-    shown, save = [], figures.save_figure
-
-    def record(figure, path):
-        result = save(figure, path)
-        shown.extend(text._preprocess_math(text.get_text()) for text in figure.findobj(Text))
-        return result
-
-    monkeypatch.setattr(figures, "save_figure", record)
     draw_all(tmp_path, name)
+    shown = [text._preprocess_math(text.get_text()) for figure in drawn for text in figure.findobj(Text)]
     assert len(list(tmp_path.iterdir())) == 8
     assert sum(name in text and not is_math for text, is_math in shown) >= 7  # all but shares; bars and title
 
 
-def test_points_of_seeds_are_named_only_where_there_are_some(tmp_path, monkeypatch):
+def test_points_of_seeds_are_named_only_where_there_are_some(tmp_path, drawn):
     """Guards: "points: seeds" below a figure without a point."""
-    labels = []
-    monkeypatch.setattr(figures, "save_figure", lambda figure, path: labels.append(figure.axes[0].get_xlabel()))
     for seeds in (["bdh"], ["bdh_1", "bdh_2"]):
         by_run = pd.DataFrame({"name": seeds, "perplexity": 9.0})
         figures.perplexities([Arm("bdh", "bdh", tuple(seeds), tuple(range(len(seeds))))],
-                             pd.DataFrame({"name": ["bdh"], "model": ["bdh"], "perplexity": [9.0]}), by_run, tmp_path,
-                             "title")
-    assert ["points: seeds" in label for label in labels] == [False, True]
+                             pd.DataFrame({"name": ["bdh"], "model": ["bdh"], "perplexity": [9.0]}), by_run,
+                             tmp_path / "perplexity.png", "title")
+    assert ["points: seeds" in figure.axes[0].get_xlabel() for figure in drawn] == [False, True]
 
 
 @pytest.mark.parametrize("name", ["_bdh", "狼_run", "हिन्दी"])
-def test_no_name_is_left_out_of_a_figure(tmp_path, monkeypatch, name):
+def test_no_name_is_left_out_of_a_figure(tmp_path, drawn, name):
     """Guards: a run whose name begins with `_` is missing from legends; a character without a glyph is a warning."""
-    legends, save = [], figures.save_figure
-
-    def record(figure, path):
-        legends.extend(text.get_text() for legend in figure.findobj(Legend) for text in legend.get_texts())
-        return save(figure, path)
-
-    monkeypatch.setattr(figures, "save_figure", record)
     draw_all(tmp_path, name)
-    assert sum(name in text for text in legends) == 3  # curves, positions, shares
+    legends = [legend for figure in drawn for legend in figure.findobj(Legend)]
+    texts = [text.get_text() for legend in legends for text in legend.get_texts()]
+    assert sum(name in text for text in texts) == 3  # curves, positions, shares
 
 
-def test_a_legend_of_win_shares_covers_no_point(tmp_path, monkeypatch):
+def test_a_legend_of_win_shares_covers_no_point(tmp_path, drawn):
     """Guards: a legend on the curve that it names."""
-    drawn, save = [], figures.save_figure
-    monkeypatch.setattr(figures, "save_figure", lambda figure, path: save(figure, path) and drawn.append(figure))
     shares = pd.concat(SHARES.assign(pair=f"a against {share}", share=share) for share in (0.0, 0.5, 1.0))
     figures.win_shares(shares, tmp_path / "shares.png")
     [figure] = drawn
@@ -99,10 +91,8 @@ def test_rows_of_a_table_have_the_names_of_the_figures():
     assert figures.row_labels(table) == ["GPT-2", "BDH unbounded", "BDH", "mine (BDH)", "trigram baseline"]
 
 
-def test_one_run_shows_its_training_loss_and_no_flops_unless_given(tmp_path, monkeypatch):
+def test_one_run_shows_its_training_loss_and_no_flops_unless_given(tmp_path, drawn):
     """Guards: live curves without the training loss, a panel of FLOPs that nobody counted, an empty log that fails."""
-    drawn, save = [], figures.save_figure
-    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure) or save(figure, path))
     figures.training_curves(arms("one"), {"one": LOG}, tmp_path / "one.png")
     figures.training_curves(arms("one"), {"one": LOG.assign(val_loss=None)}, tmp_path / "none.png")
     panels = drawn[0].axes
