@@ -249,7 +249,9 @@ def _draw(c: Comparison, tables: dict[str, pd.DataFrame], out: Path) -> None:
 
 
 def _clear(out: Path) -> None:
-    """Remove the files of an earlier comparison from a folder."""
+    """Remove the files of an earlier comparison from a folder; where there was none, such files are the user's."""
+    if not any((out / name).exists() for name in ("checks.csv", "totals.csv")):
+        return
     for path in [*out.glob("stories_*.csv"), *(out / name for name in OUTPUTS)]:
         path.unlink(missing_ok=True)
 

@@ -83,6 +83,8 @@ class Updates:
             scaler.update()
         elif scaler.is_enabled():
             scaler.update(scale * scaler.get_backoff_factor() if overflowed else scale)
+            # A given scale leaves the count of good steps as it was: the scale would grow again too early.
+            scaler.load_state_dict(scaler.state_dict() | {"_growth_tracker": 0})
         optimizer.zero_grad(set_to_none=True)
         return Update(loss, n_tokens, norm, overflowed, not (finite or overflowed))
 

@@ -348,8 +348,11 @@ def test_every_column_that_a_comparison_writes_is_described(compared, root):
 
 
 def test_one_run_has_no_tables_about_pairs(runs, token_files, tmp_path):
-    """Guards: pairs.csv and samples.csv of one byte, which pandas refuses to read."""
+    """Guards: pairs.csv and samples.csv of one byte, which pandas refuses to read; a user's own file that is removed."""
+    (tmp_path / "stories_mine.csv").write_text("not ours")
     compare_runs(runs[:1], token_files["test"], tmp_path)
+    assert (tmp_path / "stories_mine.csv").read_text() == "not ours"
+    (tmp_path / "stories_mine.csv").unlink()
     tables = sorted(path.name for path in tmp_path.glob("*.csv"))
     assert tables == ["arms.csv", "checks.csv", "positions.csv", "stories_bdh_seed-1.csv", "totals.csv"]
     assert all(len(pd.read_csv(tmp_path / name)) for name in tables)

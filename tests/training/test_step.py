@@ -312,7 +312,8 @@ def test_gradients_that_overflow_for_ever_end_the_run_at_a_scale_that_still_trai
 
 
 def test_a_norm_that_overflows_moves_nothing(token_files, monkeypatch):
-    """Guards: AdamW stepping on its momentum where each gradient is finite but their norm is not."""
+    """Guards: AdamW stepping on its momentum where each gradient is finite but their norm is not; a scale that grows
+    again after fewer good steps than growth_interval."""
     model = small_gpt2(token_files)
     taken = float16_updates(model, token_files, monkeypatch, lambda parameters: None)
     assert not taken.take(0, 1e-3).overflowed  # there is a momentum now
@@ -328,6 +329,7 @@ def test_a_norm_that_overflows_moves_nothing(token_files, monkeypatch):
     update = taken.take(1, 1e-3)
     taken.close()
     assert update.overflowed and not update.skipped and taken.scaler.get_scale() == 2.0**15
+    assert taken.scaler.state_dict()["_growth_tracker"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
