@@ -90,17 +90,18 @@ def models_sentence() -> str:
     of_time, of_tokens, tokens, gpt2 = {}, {}, {}, "GPT-2's"
     for steps in (2200, 8000):
         above, tokens[steps] = above_bdh(steps), float(arms_of(steps)["bdh"]["train_tokens"]) / 1e6
-        first = min((name for name in above if name.endswith("-time")), key=lambda name: above[name]["nats"])
+        first = min((name for name in above if name.endswith("-time")),
+                    key=lambda name: float(arms_of(steps)[name]["val_loss"]))
         label = KINDS[first.removesuffix("-time")].label
         named, again = ((f"that of the strongest transformer of its size ({label})", f"{label}'s") if steps == 2200 else
                         (f"that of the strongest ({label})", "that model's"))
         of_time[steps] = f"{than(above[first], named)} and {than(above['gpt2-time'], gpt2)}"
         of_tokens[steps] = f"{than(above[first.removesuffix('-time')], again)} and {than(above['gpt2'], gpt2)}"
-    words = (f"**For the same training time, BDH's perplexity is {of_time[2200]}. For the same tokens, it is "
+    words = (f"**For the same training time on a CPU, BDH's perplexity is {of_time[2200]}. For the same tokens, it is "
              f"{of_tokens[2200]}; {share:.0f}\u00a0% of the latter, in nats, is rotary positions.**")
     stories = int(rows_of("models_2200/comparison/pairs.csv")[0]["stories"])
     note = (f"{tokens[2200]:.2f} million training tokens for BDH, {stories:,} held-out stories of TinyStories, "
-            f"{arms_of(2200)['bdh']['seeds']} seeds. After {tokens[8000]:.1f} million (one seed): {of_time[8000]}; for "
+            f"{arms_of(2200)['bdh']['seeds']} seeds; time is that of a step, on one thread. After {tokens[8000]:.1f} million (one seed): {of_time[8000]}; for "
             f"the same tokens, {of_tokens[8000]}.")
     return "\n".join(textwrap.wrap(f"{words} {note}", 124, initial_indent="> ", subsequent_indent="> "))
 

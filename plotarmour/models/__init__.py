@@ -1,7 +1,7 @@
 """Model architectures: the protocol that every model fulfils, and the registry of model kinds.
 
 The rest of the package uses a model only through `LanguageModel`, `ModelConfig` and `State`. The registry `KINDS` is
-the only list of model kinds. A new kind needs an entry there, a section in a recipe, and
+the only list of model kinds. A new kind needs an entry there, a section in each recipe, and
 
 - for a class of `transformers`: a config class with the method `build_hf`, in `hf_kinds.py`;
 - for any other model: a config class, a model class and a state class, in a file of their own.
@@ -170,7 +170,7 @@ KINDS: dict[str, Kind] = {
 }
 SUITE = ("bdh", "gpt2")  # kinds that a suite without a grid trains
 REFERENCE = "bdh"  # comparisons compare this kind with all others
-LADDER = ("gpt2", "gpt2_rope", "llama", "modern", "bdh")  # from GPT-2 to BDH, each one step from the kind before it
+LADDER = ("gpt2", "gpt2_rope", "llama", "modern", "bdh")  # from GPT-2 to BDH: each kind changes more of GPT-2
 _FROM_DATA = ("vocab_size", "context_length")  # fields of a config class that a recipe's architecture does not set
 
 
