@@ -39,7 +39,7 @@ def score_stories(model: nn.Module, data: Tokens, context_length: int | None, ma
     """Score stories of a token file, in batches of similar length.
 
     Args:
-        model: a `plotarmour.models.LanguageModel`, on the machine's device.
+        model: a `plotarmour.models.LanguageModel` in evaluation mode, on the machine's device.
         data: stories in ids of the model's tokenizer.
         context_length: maximum number of tokens in a window; None: the whole story, through the model's state.
         machine: device and dtype.
