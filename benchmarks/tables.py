@@ -101,8 +101,8 @@ def models_sentence() -> str:
              f"{of_tokens[2200]}; {share:.0f}\u00a0% of the latter, in nats, is rotary positions.**")
     stories = int(rows_of("models_2200/comparison/pairs.csv")[0]["stories"])
     note = (f"{tokens[2200]:.2f} million training tokens for BDH, {stories:,} held-out stories of TinyStories, "
-            f"{arms_of(2200)['bdh']['seeds']} seeds; time is that of a step, on one thread. After {tokens[8000]:.1f} million (one seed): {of_time[8000]}; for "
-            f"the same tokens, {of_tokens[8000]}.")
+            f"{arms_of(2200)['bdh']['seeds']} seeds; time is that of a step, on one thread. After {tokens[8000]:.1f} "
+            f"million (one seed): {of_time[8000]}; for the same tokens, {of_tokens[8000]}.")
     return "\n".join(textwrap.wrap(f"{words} {note}", 124, initial_indent="> ", subsequent_indent="> "))
 
 

@@ -103,8 +103,8 @@ def find_prepared(folder: AnyPath) -> dict[str, Path]:
     paths = {part: part_path(folder / "tokens.bin", part) for part in PARTS}
     missing = [str(path) for path in paths.values() if not path.exists()]
     if missing:
-        raise UserError(f"{missing[0]} does not exist; expected the token files of notebook 01_pretokenize or tools/run_suite.py in this "
-                        "folder. Run one of them first.")
+        raise UserError(f"{missing[0]} does not exist; expected the token files of notebook 01_pretokenize or "
+                        "tools/run_suite.py in this folder. Run one of them first.")
     return paths | {name: folder / file for name, file in OPTIONAL.items() if (folder / file).exists()}
 
 

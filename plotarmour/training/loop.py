@@ -1,8 +1,8 @@
 """The training loop: one step is one attempted optimizer update over `rows_per_step` rows.
 
 Everything random in a step follows from (seed, step): which rows it reads, and the dropout of each micro-batch. So a
-run that stops and resumes replays nothing and ends with the same bits (float32 on a CPU; with `schedule_minutes` the learning rate also
-follows from the clock).
+run that stops and resumes replays nothing and ends with the same bits (float32 on a CPU, without `schedule_minutes`, by
+which the learning rate follows the clock).
 """
 
 import math

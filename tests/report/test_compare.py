@@ -348,7 +348,7 @@ def test_every_column_that_a_comparison_writes_is_described(compared, root):
 
 
 def test_one_run_has_no_tables_about_pairs(runs, token_files, tmp_path):
-    """Guards: pairs.csv and samples.csv of one byte, which pandas refuses to read; a user's own file that is removed."""
+    """Guards: pairs.csv and samples.csv of one byte, which pandas refuses to read; a user's file that is removed."""
     (tmp_path / "stories_mine.csv").write_text("not ours")
     compare_runs(runs[:1], token_files["test"], tmp_path)
     assert (tmp_path / "stories_mine.csv").read_text() == "not ours"
