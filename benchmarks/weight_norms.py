@@ -51,7 +51,7 @@ def main() -> None:
                 moments = {key.rsplit("/", 1)[1]: value for key, value in state.items() if key.startswith(f"{name}/")}
                 if weight.dim() < 2 or not moments:
                     continue
-                norm, update = float(weight.norm()), update_of(moments, rates[:step].iloc[-1], run.config.training)
+                norm, update = float(weight.norm()), update_of(moments, rates.loc[:step].iloc[-1], run.config.training)
                 rows.append((run.name, step, name, f"{norm:.4g}", f"{norm / weight.numel()**0.5:.4g}",
                              f"{float(update.norm()) / norm:.4g}"))
                 print(*rows[-1], flush=True)
