@@ -41,9 +41,13 @@ def tell_corpus(path: AnyPath, n_stories: int, seed: int, events: tuple[int, int
         raise UserError(f"{n_stories} stories; expected at least 1.")
     path = as_path(path)
     facts = path.with_suffix(".facts.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    texts = write_facts(facts, tell_stories(n_stories, seed, events))
-    write_text(path, f"\n{SEPARATOR.decode()}\n".join(texts) + "\n")
+    temporary = unfinished(facts)
+    try:
+        texts = write_facts(temporary, tell_stories(n_stories, seed, events))
+        write_text(path, f"\n{SEPARATOR.decode()}\n".join(texts) + "\n")
+        publish(temporary, facts)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path, facts
 
 
