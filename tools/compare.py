@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--facts", type=as_path, help=".facts.jsonl of the built-in corpus")
     parser.add_argument("--stride", type=int, help="tokens scored per sliding window in stories longer than the "
                         "context (default: half a context)")
-    parser.add_argument("--title", default="", help="of the figure (default: the name of the token file)")
+    parser.add_argument("--title", help="of the figure (default: the names of token file and checkpoint)")
     parser.add_argument("--unfinished", action="store_true", help="compare runs that have not ended, too, labelled")
     add_common(parser, "device", "checkpoint", "force")
     return parser

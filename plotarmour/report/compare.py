@@ -41,7 +41,7 @@ OUTPUTS = ("report.html", "summary.txt", "totals.csv", "arms.csv", "pairs.csv", 
 
 
 def compare_runs(folders: list[AnyPath], data: AnyPath, out: AnyPath, train: AnyPath | None = None,
-                 facts: AnyPath | None = None, stride: int | None = None, title: str = "",
+                 facts: AnyPath | None = None, stride: int | None = None, title: str | None = None,
                  checkpoint: str | int = "best", device: str = "auto", unfinished: bool = False) -> pd.DataFrame:
     """Score every story of a token file under runs and n-gram baselines, and write tables, figures and a report.
 
@@ -58,7 +58,7 @@ def compare_runs(folders: list[AnyPath], data: AnyPath, out: AnyPath, train: Any
         train: training token file; None skips the n-gram baselines and the checks that stories are held out.
         facts: .facts.jsonl of the built-in corpus, or None.
         stride: stride of sliding windows, in tokens; None: half a context.
-        title: title of figures and report; by default the names of token file and checkpoint.
+        title: of figures and report; None: the names of token file and checkpoint.
         checkpoint: "best" by validation loss, "latest" or a step.
         device: "auto", "cpu" or "cuda".
         unfinished: whether to accept runs that are not complete; tables then label them.
