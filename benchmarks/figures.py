@@ -292,7 +292,7 @@ def budget_losses(points: dict[str, list[tuple[float, float]]], seconds: dict[st
         for kind, kind_points in points.items():
             tokens, losses = zip(*kind_points, strict=True)
             axes.plot([n * unit_of(kind) for n in tokens], losses, color=KINDS[kind].colors[0], marker="o",
-                      linewidth=2.4 if kind in ("modern", "bdh") else 1.2, label=KINDS[kind].label)
+                      linewidth=2.4 if kind in ("llama", "bdh") else 1.2, label=KINDS[kind].label)
         axes.set_xscale("log")
         ticks = [tick for tick in (0.25, 0.5, 1, 2, 4, 8) if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

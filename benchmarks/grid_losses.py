@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """The test loss of every run of a grid, with intervals: runs that differ only in their seed are one row.
 
-Of each kind of model, the row that was best on validation among those with as many steps is marked `chosen`: several
-learning rates per kind are compared that way, and the test stories choose nothing. The tables of results/reference
-that docs/results.md and docs/bdh-recipes.md show come from here.
+Of each kind and size of model, the row that was best on validation among those with as many steps is marked `chosen`:
+several learning rates are compared that way, and the test stories choose nothing. The tables of results/reference that
+docs/results.md and docs/bdh-recipes.md show come from here.
 """
 
 import argparse
@@ -60,9 +60,10 @@ def compared(runs: list[Path], test: TokenFile, bases: list[str]) -> pd.DataFram
 
     Returns:
         A row per arm, best first: arm, first_run, model, seeds, steps, train_tokens, train_flops, core_params, params,
-        val_loss (best of the first seed, nats per token), chosen (no arm of this kind and number of steps has a lower
-        one), loss, perplexity, bits_per_byte, hardware (of all its runs), and for each base less_MODEL: the loss less
-        that of the base (nats per token), with its 95 % interval over stories, and seeds where there are several.
+        val_loss (best of the first seed, nats per token), chosen (no arm of this kind, size and number of steps has
+        a lower one), loss, perplexity, bits_per_byte, hardware (of all its runs), and for each base less_MODEL: the
+        loss less that of the base (nats per token), with its 95 % interval over stories, and over the seeds of a side
+        that has several.
 
     Raises:
         UserError: a base that is no arm.
@@ -81,7 +82,7 @@ def compared(runs: list[Path], test: TokenFile, bases: list[str]) -> pd.DataFram
                 row |= {f"less_{arms[base].model}{end}": pair[f"loss_difference{end}"] for end in ("", "_low", "_high")}
         rows.append(row)
     table = pd.DataFrame(rows).sort_values("loss", ignore_index=True)
-    lowest = table.groupby(["model", "steps"])["val_loss"].transform("min")
+    lowest = table.groupby(["model", "params", "steps"])["val_loss"].transform("min")
     table.insert(table.columns.get_loc("val_loss") + 1, "chosen", table["val_loss"] == lowest)
     return table
 

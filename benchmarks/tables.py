@@ -13,6 +13,7 @@ from plotarmour.models import KINDS
 
 REFERENCE = Path(__file__).resolve().parents[1] / "results" / "reference"
 BUDGETS = (800, 2200, 8000)  # steps of BDH: models_800.csv, ... have all runs of all kinds with that budget
+CHANCE = 0.02  # nats: with one seed, less than this is what rounding alone makes (docs/bdh-recipes.md)
 TINY = {"gpt2-long_seed-1": "**GPT-2**, 18,000 steps, one seed", "bdh-long_seed-1": "**BDH**, 18,000 steps, one seed",
         "gpt2": "**GPT-2**, five seeds", "bdh": "**BDH**, five seeds"}
 # Column of arms.csv -> its title and its format.
@@ -64,20 +65,23 @@ def arms_of(steps: int) -> dict[str, dict[str, str]]:
 
 
 def above_bdh(steps: int) -> dict[str, dict[str, float]]:
-    """Return how many nats each arm of a budget is above BDH, with the 95 % interval."""
+    """Return how many nats each arm of a budget is above BDH, with the 95 % interval, and the fewer seeds of both."""
+    arms = arms_of(steps)
     return {name: {key: float(arm[f"less_bdh{end}"]) for key, end in (("nats", ""), ("low", "_low"), ("high", "_high"))}
-            for name, arm in arms_of(steps).items() if arm["less_bdh"]}
+            | {"seeds": min(int(arm["seeds"]), int(arms["bdh"]["seeds"]))}
+            for name, arm in arms.items() if arm["less_bdh"]}
 
 
 def label_of(name: str) -> str:
     """Return what tables call an arm."""
     kind, _, budget = name.partition("-")
-    return KINDS[kind].label + {"time": ", for BDH's time", "flops": ", for BDH's FLOPs"}.get(budget, "")
+    return KINDS[kind].label + {"time": ", for BDH's time", "flops": ", for BDH's FLOPs",
+                                "untied": ", head untied"}.get(budget, "")
 
 
 def than(difference: dict[str, float], whose: str) -> str:
     """Return how BDH's perplexity compares with that of `whose`, in words; `difference` is of `above_bdh`."""
-    if difference["low"] <= 0 <= difference["high"]:
+    if difference["low"] <= 0 <= difference["high"] or (difference["seeds"] == 1 and abs(difference["nats"]) < CHANCE):
         return f"not clearly different from {whose}"
     percent = f"{100 * abs(math.expm1(-difference['nats'])):.1f}\u00a0%"
     return f"{percent} {'lower' if difference['nats'] > 0 else 'higher'} than {whose}"
@@ -85,35 +89,45 @@ def than(difference: dict[str, float], whose: str) -> str:
 
 def models_sentence() -> str:
     """Return what the comparison of all kinds says: the strongest transformer first, then GPT-2."""
-    loss = {name: float(arm["loss"]) for name, arm in arms_of(2200).items()}
-    share = 100 * (loss["gpt2"] - loss["gpt2_rope"]) / (loss["gpt2"] - loss["bdh"])
-    of_time, of_tokens, tokens, gpt2 = {}, {}, {}, "GPT-2's"
-    for steps in (2200, 8000):
-        above, tokens[steps] = above_bdh(steps), float(arms_of(steps)["bdh"]["train_tokens"]) / 1e6
-        first = min((name for name in above if name.endswith("-time")),
-                    key=lambda name: float(arms_of(steps)[name]["val_loss"]))
-        label = KINDS[first.removesuffix("-time")].label
-        named, again = ((f"that of the strongest transformer of its size ({label})", f"{label}'s") if steps == 2200 else
-                        (f"that of the strongest ({label})", "that model's"))
-        of_time[steps] = f"{than(above[first], named)} and {than(above['gpt2-time'], gpt2)}"
-        of_tokens[steps] = f"{than(above[first.removesuffix('-time')], again)} and {than(above['gpt2'], gpt2)}"
-    words = (f"**For the same training time on a CPU, BDH's perplexity is {of_time[2200]}. For the same tokens, it is "
-             f"{of_tokens[2200]}; {share:.0f}\u00a0% of the latter, in nats, is rotary positions.**")
+    arms, above, gpt2 = arms_of(2200), above_bdh(2200), "GPT-2's"
+    strongest = min((name for name in above if name.endswith("-time")), key=lambda name: float(arms[name]["val_loss"]))
+    same_tokens = strongest.removesuffix("-time")
+    label, named = f"{KINDS[same_tokens].label}'s", f"the strongest transformer's ({KINDS[same_tokens].label})"
+    share = 1 - above["gpt2_rope"]["nats"] / above["gpt2"]["nats"]
     stories = int(rows_of("models_2200/comparison/pairs.csv")[0]["stories"])
-    note = (f"{tokens[2200]:.2f} million training tokens for BDH, {stories:,} held-out stories of TinyStories, "
-            f"{arms_of(2200)['bdh']['seeds']} seeds; time is that of a step, on one thread. After {tokens[8000]:.1f} "
-            f"million (one seed): {of_time[8000]}; for the same tokens, {of_tokens[8000]}.")
-    return "\n".join(textwrap.wrap(f"{words} {note}", 124, initial_indent="> ", subsequent_indent="> "))
+    words = (f"**For the same training time on a CPU, BDH's perplexity is {than(above[strongest], named)} and "
+             f"{than(above['gpt2-time'], gpt2)}. For the same tokens, it is {than(above[same_tokens], label)} and "
+             f"{than(above['gpt2'], gpt2)}.** Of this last difference, in nats, {100 * share:.0f}\u00a0% is rotary "
+             f"positions, which GPT-2 lacks. {float(arms['bdh']['train_tokens']) / 1e6:.2f} million training tokens "
+             f"for BDH, {stories:,} held-out stories of TinyStories, {arms['bdh']['seeds']} seeds.")
+    return "\n".join(textwrap.wrap(words, 124, initial_indent="> ", subsequent_indent="> "))
 
 
-def models(steps: int, leave_out: tuple[str, ...] = (), drop: tuple[str, ...] = ()) -> str:
-    """Return a table of the arms of a budget but some, best first, without some columns; beside them, trigrams."""
+def models_percent() -> str:
+    """Return how far BDH's perplexity is from that of each transformer, for each budget."""
+    above = {steps: above_bdh(steps) for steps in BUDGETS}
+    millions = {steps: f"{float(arms_of(steps)['bdh']['train_tokens']) / 1e6:.1f}" for steps in BUDGETS}
+    columns = [(suffix, steps) for suffix in ("-time", "") for steps in BUDGETS]
+    lines = [[f"**{KINDS[kind].label}**", *(percent_of(above[steps].get(kind + suffix)) for suffix, steps in columns)]
+             for kind in ("llama", "modern", "gpt2_rope", "gpt2")]
+    return table(["BDH's perplexity, against", *(f"same {'time' if suffix else 'tokens'}: {millions[steps]} M"
+                                                     for suffix, steps in columns)], lines)
+
+
+def percent_of(difference: dict[str, float] | None) -> str:
+    """Return how far BDH's perplexity is from another arm's, with its interval; `difference` is of `above_bdh`."""
+    if difference is None:
+        return ""
+    middle, low, high = (100 * math.expm1(-difference[end]) for end in ("nats", "high", "low"))
+    return f"{middle:+.1f}\u00a0% ({low:+.0f} to {high:+.0f})"
+
+
+def models(steps: int) -> str:
+    """Return a table of the arms of a budget, best first; beside them, trigrams."""
     above, seconds, rows = above_bdh(steps), {row["arm"]: row["ratio"] for row in rows_of("same_time.csv")}, []
     [trigrams] = (row for row in rows_of("models_2200/comparison/arms.csv") if row["name"] == "trigram baseline")
     for name, arm in sorted((arms_of(steps) | {"trigram baseline": trigrams}).items(),
                             key=lambda item: float(item[1]["loss"])):
-        if name in leave_out:
-            continue
         row = {"": name, "loss": f"{float(arm['loss']):.3f}", "perplexity": f"{float(arm['perplexity']):.2f}",
                "bits/byte": f"{float(arm['bits_per_byte']):.3f}",
                "tokens, million": f"{float(arm['train_tokens']) / 1e6:.2f}"}
@@ -126,7 +140,6 @@ def models(steps: int, leave_out: tuple[str, ...] = (), drop: tuple[str, ...] = 
         rows.append(row)
     header = ["", "seeds", "rates", "tokens, million", "core params", "all params", "training FLOPs, 10¹²",
               "time of a step, BDH = 1", "loss", "perplexity", "bits/byte", "loss less BDH's"]
-    header = [column for column in header if column not in drop]
     return table(header, [[row.get(column, "") for column in header] for row in rows])
 
 
@@ -170,7 +183,8 @@ def budgets() -> str:
 def points_of(kind: str) -> list[tuple[float, float]]:
     """Return (training tokens, test loss) of every arm of a kind: each is a whole schedule of its own."""
     return sorted((float(arm["train_tokens"]), float(arm["loss"])) for steps in BUDGETS
-                  for arm in arms_of(steps).values() if arm["model"] == kind)
+                  for name, arm in arms_of(steps).items()
+                  if arm["model"] == kind and not name.endswith("-untied"))
 
 
 def tokens_to_reach() -> str:
@@ -341,8 +355,7 @@ def over_corpus() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "models-sentence": models_sentence,
     "models-2200": lambda: models(2200),
-    "models-2200-short": lambda: models(2200, ("moe", "lstm", "llama-flops", "modern-time", "modern",
-                                               "gpt2_rope-time"), ("rates", "core params", "all params", "bits/byte")),
+    "models-percent": models_percent,
     "models-2200-extra": second_text,
     "budgets": budgets,
     "tokens-to-reach": tokens_to_reach,

@@ -79,7 +79,7 @@ def draw_figures() -> None:
                          "misfit")
     seconds = {row["arm"]: float(row["ratio"]) for row in rows_of("same_time.csv")}
     bdh_tokens = float(arms_of(2200)["bdh"]["train_tokens"])
-    budget_losses({kind: points_of(kind) for kind in ("gpt2", "gpt2_rope", "llama", "lstm", "modern", "bdh")}, seconds,
+    budget_losses({kind: points_of(kind) for kind in ("gpt2", "gpt2_rope", "lstm", "modern", "bdh", "llama")}, seconds,
                   bdh_tokens, REFERENCE / "budgets.png")
     option_losses(pd.read_csv(REFERENCE / "bdh_options.csv"), REFERENCE / "bdh_options.png")
     plus_curves(pd.read_csv(REFERENCE / "bdh_plus_curves.csv"), REFERENCE / "bdh_plus.png")
