@@ -13,7 +13,6 @@ from plotarmour.models import KINDS
 
 REFERENCE = Path(__file__).resolve().parents[1] / "results" / "reference"
 BUDGETS = (800, 2200, 8000)  # steps of BDH: models_800.csv, ... have all runs of all kinds with that budget
-CHANCE = 0.02  # nats: with one seed, less than this is what rounding alone makes (docs/bdh-recipes.md)
 TINY = {"gpt2-long_seed-1": "**GPT-2**, 18,000 steps, one seed", "bdh-long_seed-1": "**BDH**, 18,000 steps, one seed",
         "gpt2": "**GPT-2**, five seeds", "bdh": "**BDH**, five seeds"}
 # Column of arms.csv -> its title and its format.
@@ -65,11 +64,9 @@ def arms_of(steps: int) -> dict[str, dict[str, str]]:
 
 
 def above_bdh(steps: int) -> dict[str, dict[str, float]]:
-    """Return how many nats each arm of a budget is above BDH, with the 95 % interval, and the fewer seeds of both."""
-    arms = arms_of(steps)
+    """Return how many nats each arm of a budget is above BDH, with the 95 % interval."""
     return {name: {key: float(arm[f"less_bdh{end}"]) for key, end in (("nats", ""), ("low", "_low"), ("high", "_high"))}
-            | {"seeds": min(int(arm["seeds"]), int(arms["bdh"]["seeds"]))}
-            for name, arm in arms.items() if arm["less_bdh"]}
+            for name, arm in arms_of(steps).items() if arm["less_bdh"]}
 
 
 def label_of(name: str) -> str:
@@ -81,7 +78,7 @@ def label_of(name: str) -> str:
 
 def than(difference: dict[str, float], whose: str) -> str:
     """Return how BDH's perplexity compares with that of `whose`, in words; `difference` is of `above_bdh`."""
-    if difference["low"] <= 0 <= difference["high"] or (difference["seeds"] == 1 and abs(difference["nats"]) < CHANCE):
+    if difference["low"] <= 0 <= difference["high"]:
         return f"not clearly different from {whose}"
     percent = f"{100 * abs(math.expm1(-difference['nats'])):.1f}\u00a0%"
     return f"{percent} {'lower' if difference['nats'] > 0 else 'higher'} than {whose}"

@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from plotarmour.config import load_recipe
 from plotarmour.models.bdh import BDH, BDHConfig
 from plotarmour.models.hf import HFModel
 from plotarmour.models.hf_kinds import GPT2Config, GPT2RopeConfig, LlamaConfig, ModernConfig, MoEConfig
@@ -65,3 +66,12 @@ def test_training_is_three_times_forward(name):
     Exactly so here: the first layer's inputs need gradients as well, because embeddings are trained.
     """
     assert 3 * 2 * 24 * REAL[name].flops_per_token(24) == counted(REAL[name], backward=True)
+
+
+@pytest.mark.parametrize(("recipe", "vocab_size", "times"), [("laptop", 4096, 2.1), ("kaggle_t4", 50_257, 4.9)])
+@pytest.mark.parametrize("model", ["gpt2", "gpt2_rope", "llama", "modern"])
+def test_bdh_needs_as_many_times_a_transformers_flops_as_the_docs_say(recipe, vocab_size, times, model):
+    """Guards: README.md and docs/results.md, when the shapes of a recipe change."""
+    bdh, other = (load_recipe(recipe, kind) for kind in ("bdh", model))
+    per_token = [each.model_config(vocab_size).flops_per_token(each.training.context_length) for each in (bdh, other)]
+    assert round(per_token[0] / per_token[1], 1) == times
