@@ -217,6 +217,16 @@ def rates() -> str:
                   "with one rate for all"], lines)
 
 
+def larger() -> str:
+    """Return the arms with three times the width, best first."""
+    lines = [[f"**{label_of(row['arm'].partition('_lr-')[0])}**", rates_of(row["overrides"]), f"{int(row['steps']):,}",
+              f"{float(row['train_tokens']) / 1e6:.2f}", f"{float(row['core_params']):,.0f}",
+              f"{float(row['val_loss']):.3f}", f"{float(row['loss']):.3f}", interval(row, "less_bdh")]
+             for row in rows_of("models_large.csv")]
+    return table(["", "rates", "steps", "tokens, million", "core params", "validation loss", "loss", "less BDH's best"],
+                 lines)
+
+
 def plus() -> str:
     """Return the arms of the grid bdh_plus.csv, which all have BDH's time, best first, with their settings."""
     lines = []
@@ -357,6 +367,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "budgets": budgets,
     "tokens-to-reach": tokens_to_reach,
     "rates": rates,
+    "larger": larger,
     "options": options,
     "plus": plus,
     "tiny": lambda: arms_table("tiny/arms.csv", TINY),
