@@ -94,7 +94,7 @@ def models_sentence() -> str:
     stories = int(rows_of("models_2200/comparison/pairs.csv")[0]["stories"])
     words = (f"**For the same training time on a CPU, BDH's perplexity is {than(above[strongest], named)} and "
              f"{than(above['gpt2-time'], gpt2)}. For the same tokens, it is {than(above[same_tokens], label)} and "
-             f"{than(above['gpt2'], gpt2)}.** Rotary positions alone close {100 * share:.0f}\u00a0% of this gap, in "
+             f"{than(above['gpt2'], gpt2)}.** Rotary positions alone close {100 * share:.0f}\u00a0% of the gap to GPT-2, in "
              f"nats. {float(arms['bdh']['train_tokens']) / 1e6:.2f} million training tokens for BDH, {stories:,} "
              f"held-out stories of TinyStories, {arms['bdh']['seeds']} seeds.")
     return "\n".join(textwrap.wrap(words, 124, initial_indent="> ", subsequent_indent="> "))
@@ -209,7 +209,8 @@ def rates() -> str:
     lines = []
     for steps, rows in ((steps, rows_of(f"models_{steps}.csv")) for steps in BUDGETS):
         for name, best in sorted(arms_of(steps).items(), key=lambda item: list(KINDS).index(item[1]["model"])):
-            tried = [row for row in rows if row["arm"].partition("_lr-")[0] == name]
+            tried = [row for row in rows if row["arm"].partition("_lr-")[0] == name
+                     and "weight_decay" not in row["overrides"]]
             equal = [float(row["val_loss"]) for row in tried if rates_of(row["overrides"]).endswith(", ×1, ×1")]
             lines.append([label_of(name), f"{steps:,}", str(len(tried)), rates_of(best["overrides"]),
                           f"{float(best['val_loss']):.3f}", f"{min(equal):.3f}" if equal else ""])

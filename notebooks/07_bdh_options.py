@@ -119,9 +119,9 @@ display(Image(plus_curves(curves, folder / "figures" / "bdh_plus.png")))
 
 # %% [markdown]
 # ## What it means
-# Scores that decay with distance, differential scores and, for the same time, weights per pass help BDH; most other
-# claims do not hold at this size. Together they bring BDH level with Llama for the same time. Llama with decay and
-# Muon is ahead of both.
+# Scores that decay with distance and, for the same time, weights per pass help BDH; most other claims do not hold at
+# this size. With differential scores and larger initial matrices beside them, BDH is not clearly different from Llama
+# for the same time. Llama with decay and Muon is ahead of both.
 
 # %% [markdown]
 # ## Files written
