@@ -73,7 +73,7 @@ def label_of(name: str) -> str:
     """Return what tables call an arm."""
     kind, _, budget = name.partition("-")
     return KINDS[kind].label + {"time": ", for BDH's time", "flops": ", for BDH's FLOPs",
-                                "untied": ", head untied"}.get(budget, "")
+                                "untied": ", head untied", "1pass-time": ", one pass, for BDH's time"}.get(budget, "")
 
 
 def than(difference: dict[str, float], whose: str) -> str:
@@ -87,16 +87,17 @@ def than(difference: dict[str, float], whose: str) -> str:
 def models_sentence() -> str:
     """Return what the comparison of all kinds says: the strongest transformer first, then GPT-2."""
     arms, above, gpt2 = arms_of(2200), above_bdh(2200), "GPT-2's"
-    strongest = min((name for name in above if name.endswith("-time")), key=lambda name: float(arms[name]["val_loss"]))
+    strongest = min((name for name, arm in arms.items() if name.endswith("-time") and arm["model"] != "bdh"),
+                    key=lambda name: float(arms[name]["val_loss"]))
     same_tokens = strongest.removesuffix("-time")
     label, named = f"{KINDS[same_tokens].label}'s", f"the strongest transformer's ({KINDS[same_tokens].label})"
     share = 1 - above["gpt2_rope"]["nats"] / above["gpt2"]["nats"]
     stories = int(rows_of("models_2200/comparison/pairs.csv")[0]["stories"])
     words = (f"**For the same training time on a CPU, BDH's perplexity is {than(above[strongest], named)} and "
              f"{than(above['gpt2-time'], gpt2)}. For the same tokens, it is {than(above[same_tokens], label)} and "
-             f"{than(above['gpt2'], gpt2)}.** Rotary positions alone close {100 * share:.0f}\u00a0% of the gap to GPT-2, in "
-             f"nats. {float(arms['bdh']['train_tokens']) / 1e6:.2f} million training tokens for BDH, {stories:,} "
-             f"held-out stories of TinyStories, {arms['bdh']['seeds']} seeds.")
+             f"{than(above['gpt2'], gpt2)}.** Rotary positions alone close {100 * share:.0f}\u00a0% of the gap to "
+             f"GPT-2, in nats. {float(arms['bdh']['train_tokens']) / 1e6:.2f} million training tokens for BDH, "
+             f"{stories:,} held-out stories of TinyStories, {arms['bdh']['seeds']} seeds.")
     return "\n".join(textwrap.wrap(words, 124, initial_indent="> ", subsequent_indent="> "))
 
 
@@ -129,10 +130,11 @@ def models(steps: int) -> str:
                "bits/byte": f"{float(arm['bits_per_byte']):.3f}",
                "tokens, million": f"{float(arm['train_tokens']) / 1e6:.2f}"}
         if arm is not trigrams:
+            passes = [setting for setting in arm["overrides"].split(";") if setting.startswith("n_layer=")]
             row |= {"": f"**{label_of(name)}**", "seeds": arm["seeds"], "rates": rates_of(arm["overrides"]),
                     "core params": f"{float(arm['core_params']):,.0f}", "all params": f"{float(arm['params']):,.0f}",
                     "training FLOPs, 10¹²": f"{float(arm['train_flops']) * 1e-12:.1f}",
-                    "time of a step, BDH = 1": f"{float(seconds[arm['model']]):.2f}",
+                    "time of a step, BDH = 1": f"{float(seconds[';'.join([arm['model'], *passes])]):.2f}",
                     "loss less BDH's": nats_of(above[name]) if name in above else ""}
         rows.append(row)
     header = ["", "seeds", "rates", "tokens, million", "core params", "all params", "training FLOPs, 10¹²",
@@ -181,7 +183,7 @@ def points_of(kind: str) -> list[tuple[float, float]]:
     """Return (training tokens, test loss) of every arm of a kind: each is a whole schedule of its own."""
     return sorted((float(arm["train_tokens"]), float(arm["loss"])) for steps in BUDGETS
                   for name, arm in arms_of(steps).items()
-                  if arm["model"] == kind and not name.endswith("-untied"))
+                  if arm["model"] == kind and name in (kind, f"{kind}-time", f"{kind}-flops"))
 
 
 def tokens_to_reach() -> str:

@@ -12,7 +12,7 @@
 # **What you get:** a model, such as a BDH or a GPT-2, trained from scratch on the token files of notebook 1, with its
 # log and curves.
 #
-# **Time:** on two CPU cores a minute or two for the recipe `tiny` and up to 20 minutes for `laptop`; the recipe's file
+# **Time:** on two CPU cores a minute or two for the recipe `tiny` and 5 to 15 for `laptop`; the recipe's file
 # says it for others. After five steps, training says when it will end. **Hardware:** a CPU, or one or more GPUs with
 # 16 GB for the recipe `kaggle_t4`. **Needs:** the results folder of notebook 1. **Leaves behind:** a run folder named
 # after the model, and beside it a small zip to download. You can interrupt training at any time: it finishes its step

@@ -164,9 +164,10 @@ full.loc[full["budget"] == "notes", ["batch_size", "steps", "samples", "elapsed_
 # although the line of rows per second still rises there, and do not expect a rule of learning rates to make up for
 # missing updates in a short run.
 #
-# **On a GPU** a step of these small models waits for Python: on an H100 it takes 12 to 14 ms from 1 to 64 rows of 256
-# tokens, and 30 ms with 256. So up to 64 rows, more of them are free there, and the best batch by equal time is larger
-# than here; losses have not been compared on a GPU. Run all cells on yours: take rows as long as the line still rises.
+# **On a GPU** a step of these small models waits for Python: on an H100 BDH's takes 12 to 14 ms from 1 to 64 rows of
+# 256 tokens, and 30 ms with 256. So up to 64 rows, more of them are free there, and the best batch by equal time is
+# larger than here; losses have not been compared on a GPU. Run all cells on yours: take rows as long as the line still
+# rises.
 
 # %% [markdown]
 # ## Files written
