@@ -58,9 +58,14 @@ def arms_table(path: str, labels: dict[str, str], leave_out: tuple[str, ...] = (
     return table(["", *(COLUMNS[c][0] for c in columns)], rows)
 
 
+def name_of(row: dict[str, str]) -> str:
+    """Return the name of a row's arm without its rates, such as "llama-time"."""
+    return row["arm"].partition("_lr-")[0]
+
+
 def arms_of(steps: int) -> dict[str, dict[str, str]]:
     """Return the arms of a budget by name, such as "llama-time": of each that with the best rates on validation."""
-    return {row["arm"].partition("_lr-")[0]: row for row in rows_of(f"models_{steps}.csv") if row["chosen"] == "True"}
+    return {name_of(row): row for row in rows_of(f"models_{steps}.csv") if row["chosen"] == "True"}
 
 
 def above_bdh(steps: int) -> dict[str, dict[str, float]]:
@@ -182,8 +187,7 @@ def budgets() -> str:
 def points_of(kind: str) -> list[tuple[float, float]]:
     """Return (training tokens, test loss) of every arm of a kind: each is a whole schedule of its own."""
     return sorted((float(arm["train_tokens"]), float(arm["loss"])) for steps in BUDGETS
-                  for name, arm in arms_of(steps).items()
-                  if arm["model"] == kind and name in (kind, f"{kind}-time", f"{kind}-flops"))
+                  for name, arm in arms_of(steps).items() if name in (kind, f"{kind}-time", f"{kind}-flops"))
 
 
 def tokens_to_reach() -> str:
@@ -211,8 +215,7 @@ def rates() -> str:
     lines = []
     for steps, rows in ((steps, rows_of(f"models_{steps}.csv")) for steps in BUDGETS):
         for name, best in sorted(arms_of(steps).items(), key=lambda item: list(KINDS).index(item[1]["model"])):
-            tried = [row for row in rows if row["arm"].partition("_lr-")[0] == name
-                     and "weight_decay" not in row["overrides"]]
+            tried = [row for row in rows if name_of(row) == name and "weight_decay" not in row["overrides"]]
             equal = [float(row["val_loss"]) for row in tried if rates_of(row["overrides"]).endswith(", ×1, ×1")]
             lines.append([label_of(name), f"{steps:,}", str(len(tried)), rates_of(best["overrides"]),
                           f"{float(best['val_loss']):.3f}", f"{min(equal):.3f}" if equal else ""])
@@ -222,7 +225,7 @@ def rates() -> str:
 
 def larger() -> str:
     """Return the arms with three times the width, best first."""
-    lines = [[f"**{label_of(row['arm'].partition('_lr-')[0])}**", rates_of(row["overrides"]), f"{int(row['steps']):,}",
+    lines = [[f"**{label_of(name_of(row))}**", rates_of(row["overrides"]), f"{int(row['steps']):,}",
               f"{float(row['train_tokens']) / 1e6:.2f}", f"{float(row['core_params']):,.0f}",
               f"{float(row['val_loss']):.3f}", f"{float(row['loss']):.3f}", interval(row, "less_bdh")]
              for row in rows_of("models_large.csv")]

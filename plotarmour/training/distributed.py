@@ -5,9 +5,9 @@ per step, as DistributedDataParallel does in the last micro-batch of a step. Dis
 fit: it sums inside the backward pass, so that the other processes would wait there for ever if one is out of memory.
 Here, all processes first agree that each of them has its gradients.
 
-Numbers are exchanged through gloo on the CPU, which notices at once when a process has died, but for about one death in
-150; then torchrun ends the other processes after 30 seconds, and the run goes on from its latest checkpoint. Gradients
-on GPUs are exchanged through nccl.
+Numbers are exchanged through gloo on the CPU, which nearly always notices at once when a process has died. Where it
+does not, torchrun ends the other processes after 30 seconds, and the same command continues from the latest checkpoint.
+Gradients on GPUs are exchanged through nccl.
 """
 
 import os
